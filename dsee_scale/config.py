@@ -1,0 +1,260 @@
+"""Settings of injection and pruning: frozen dataclasses that reject what makes no sense.
+
+The line under each field is its only documentation; `--help` and the docs are made from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+from dsee_scale.errors import ConfigError
+
+SupportMethod = Literal["grebsmo", "magnitude", "random"]
+DecompositionPreset = Literal["fast", "reference"]
+Score = Literal["W", "AB", "ABS", "WAB", "WABS", "NAB", "NABS", "random"]
+Scope = Literal["global", "matrix"]
+PoolSelect = Literal["adapted", "others", "all"]
+
+SCORES_WITHOUT_ADAPTER = ("W", "random")
+
+T = TypeVar("T", bound="JsonConfig")
+
+
+class JsonConfig:
+    """A frozen dataclass that is read from and written to plain JSON, strictly."""
+
+    @classmethod
+    def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+        """Build from a plain mapping; an unknown key is an error that names the nearest valid one."""
+        reject_unknown_keys(values, [f.name for f in dataclasses.fields(cls)], where=cls.__name__)  # type: ignore[arg-type]
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"{cls.__name__}: {error}") from error
+
+    @classmethod
+    def load(cls: type[T], path: str | Path) -> T:
+        """Read a JSON file that `save` wrote, or one written by hand."""
+        try:
+            values = json.loads(Path(path).read_text())
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds a {type(values).__name__}, expected a JSON object")
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `from_dict` takes back."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload]
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+def reject_unknown_keys(found: Mapping[str, Any], known: list[str], *, where: str) -> None:
+    """Raise ConfigError for keys that are not known, with the nearest valid name for each."""
+    problems = []
+    for key in found:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(known)}"
+            problems.append(f"unknown key {key!r}; {hint}")
+    if problems:
+        raise ConfigError(f"{where}: " + "; ".join(problems))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecompositionConfig(JsonConfig):
+    """How a weight is written as low-rank plus sparse, W ~ L + S."""
+
+    preset: DecompositionPreset = "fast"
+    """`fast` (default) or `reference`, the paper's loop entry for entry."""
+    rank: int = 48
+    """Target rank of the low-rank part; unused by `reference`."""
+    iterations: int = 2
+    """Rounds of refinement; unused by `reference`."""
+    round_memory_mib: int = 1024
+    """Whole matrices that one rank receives in one round, in MiB (at least one matrix is received)."""
+
+    def __post_init__(self) -> None:
+        problems = _literal_problems(self)
+        for name in ("rank", "iterations", "round_memory_mib"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+                problems.append(f"{name} must be a whole number of at least 1, found {getattr(self, name)!r}")
+        _raise(self, problems)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DSEEConfig(JsonConfig):
+    """What is put into the model: W*M + s(BA + S2), s = alpha / rank."""
+
+    rank: int = 16
+    """Rank R of the low-rank update BA."""
+    alpha: float = 32.0
+    """Scaling numerator; the update is multiplied by alpha / rank."""
+    num_sparse: int | float = 64
+    """Trainable entries of S2 per matrix: a count, or a fraction of the matrix's entries in (0, 1)."""
+    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
+    """Modules to adapt: name suffixes (`q_proj`), shell patterns (`*.attn.*`), or one regular expression as a string."""
+    output_slices: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Parts of fused projections adapted alone, by suffix: `{"c_attn": ["q", "v"]}` (equal thirds q, k, v) or `"start:stop"` output ranges."""
+    support: SupportMethod = "grebsmo"
+    """How S2's positions are chosen: from the low-rank + sparse decomposition, the largest |W|, or at random."""
+    decomposition: DecompositionConfig = dataclasses.field(default_factory=DecompositionConfig)
+    """Settings of the decomposition behind `support="grebsmo"`."""
+    trained_modules: tuple[str, ...] = ()
+    """Modules trained in full besides (a classifier head), by suffix or pattern."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input, in [0, 1)."""
+    seed: int = 0
+    """Seed of A and of the decomposition; combined with each parameter's name, never with the rank of a process."""
+
+    def __post_init__(self) -> None:
+        _coerce(self, "target_modules", tuple_of_str)
+        _coerce(self, "trained_modules", tuple_of_str)
+        _coerce(self, "output_slices", lambda v: {k: tuple_of_str(s) for k, s in dict(v).items()})
+        if isinstance(self.decomposition, Mapping):
+            _coerce(self, "decomposition", DecompositionConfig.from_dict)
+        problems = _literal_problems(self)
+        if not _is_int(self.rank) or self.rank < 1:
+            problems.append(f"rank must be a whole number of at least 1, found {self.rank!r}")
+        if not _is_number(self.alpha) or self.alpha <= 0:
+            problems.append(f"alpha must be a positive number, found {self.alpha!r}")
+        n = self.num_sparse
+        if not (_is_int(n) and n >= 1) and not (isinstance(n, float) and 0 < n < 1):
+            problems.append(f"num_sparse must be a count of at least 1 or a fraction in (0, 1), found {n!r}")
+        if not self.target_modules:
+            problems.append("target_modules is empty; name at least one module suffix, e.g. 'q_proj'")
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                problems.append(f"target_modules {self.target_modules!r} is not a regular expression: {error}")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            problems.append(f"dropout must lie in [0, 1), found {self.dropout!r}")
+        if not _is_int(self.seed) or self.seed < 0:
+            problems.append(f"seed must be a whole number of at least 0, found {self.seed!r}")
+        _raise(self, problems)
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / rank."""
+        return self.alpha / self.rank
+
+    def num_entries(self, numel: int) -> int:
+        """N for a matrix of `numel` entries."""
+        return self.num_sparse if isinstance(self.num_sparse, int) else max(1, round(self.num_sparse * numel))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pool(JsonConfig):
+    """Weights that are ranked together and share one sparsity."""
+
+    name: str
+    """Label used in reports and errors."""
+    sparsity: float
+    """Fraction of the pool's weights that are removed, in [0, 1)."""
+    select: PoolSelect = "all"
+    """`adapted` matrices, all `others`, or `all`."""
+    modules: tuple[str, ...] = ()
+    """Restrict the pool to these suffixes or patterns; empty means no restriction."""
+
+    def __post_init__(self) -> None:
+        _coerce(self, "modules", tuple_of_str)
+        problems = _literal_problems(self) + _sparsity_problems(self.sparsity)
+        _raise(self, problems)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneConfig(JsonConfig):
+    """Which frozen weights are set to zero."""
+
+    sparsity: float = 0.5
+    """Fraction of the weights that are removed, in [0, 1); each pool may have its own."""
+    pattern: str = "unstructured"
+    """Shape of the zeros: `unstructured`."""
+    scope: Scope = "global"
+    """`global`: one threshold over a pool; `matrix`: the same sparsity in every matrix."""
+    score: Score = "W"
+    """Importance of an entry: W = |W|, AB = |s BA|, ABS = |D|, WAB = |W + s BA|, WABS = |W + D|, NAB and NABS their reciprocals, random."""
+    pools: tuple[Pool, ...] = ()
+    """Pools ranked apart, each with its own sparsity; empty means one pool with all weights."""
+    modules: tuple[str, ...] = ()
+    """Restrict pruning to these suffixes or patterns; empty means every linear weight of the blocks."""
+    seed: int = 0
+    """Seed of score `random`."""
+
+    def __post_init__(self) -> None:
+        _coerce(self, "modules", tuple_of_str)
+        _coerce(
+            self, "pools", lambda ps: tuple(Pool.from_dict(p) if isinstance(p, Mapping) else p for p in ps)
+        )
+        problems = _literal_problems(self) + _sparsity_problems(self.sparsity)
+        if self.pattern != "unstructured":
+            problems.append(f"pattern {self.pattern!r} is unknown; valid: 'unstructured'")
+        names = [pool.name for pool in self.pools]
+        if len(set(names)) != len(names):
+            problems.append(f"pools need different names, found {names}")
+        if not _is_int(self.seed) or self.seed < 0:
+            problems.append(f"seed must be a whole number of at least 0, found {self.seed!r}")
+        _raise(self, problems)
+
+
+def paper_pools(adapted: float, others: float) -> tuple[Pool, Pool]:
+    """The paper's two pools: the adapted matrices and all other linear weights of the blocks."""
+    return (
+        Pool(name="adapted", select="adapted", sparsity=adapted),
+        Pool(name="others", select="others", sparsity=others),
+    )
+
+
+def tuple_of_str(value: Any) -> Any:
+    """Lists (from JSON or YAML) become tuples; a string stays one."""
+    return value if isinstance(value, str) else tuple(value)
+
+
+def _coerce(config: Any, name: str, convert: Any) -> None:
+    try:
+        object.__setattr__(config, name, convert(getattr(config, name)))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{type(config).__name__}: {name} cannot be {getattr(config, name)!r}") from error
+
+
+def _literal_problems(config: Any) -> list[str]:
+    problems = []
+    for name, hint in get_type_hints(type(config)).items():
+        options = get_args(hint)
+        value = getattr(config, name, None)
+        if getattr(hint, "__origin__", None) is Literal and value not in options:
+            near = difflib.get_close_matches(str(value), options, n=1)
+            hint_text = f"did you mean {near[0]!r}? " if near else ""
+            problems.append(f"{name} {value!r} is unknown; {hint_text}valid: {', '.join(options)}")
+    return problems
+
+
+def _sparsity_problems(sparsity: Any) -> list[str]:
+    if _is_number(sparsity) and 0 <= sparsity < 1:
+        return []
+    return [f"sparsity must lie in [0, 1), found {sparsity!r}"]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _raise(config: Any, problems: list[str]) -> None:
+    if problems:
+        raise ConfigError(f"{type(config).__name__}: " + "; ".join(problems))

@@ -1,0 +1,88 @@
+"""How passes and checkpoints reach weights, whatever stores them: the protocol behind `open_partition`.
+
+A weight's *flat order* is the row-major order of its true shape. A *shard* is a stretch of that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One stored stretch of a weight.
+
+    Attributes:
+        data: 1-D view of the stored values, valid entries only; writing to it changes the weight.
+        start: position of `data[0]` in the weight's flat order.
+    """
+
+    data: Tensor
+    start: int
+
+
+class Exchange(Protocol):
+    """A transfer of whole matrices to their owners that may still be under way."""
+
+    def wait(self) -> dict[int, Tensor]:
+        """The matrices that this rank owns, in their true shapes, by index into the call's list."""
+
+
+class Partition(Protocol):
+    """One model's weights as this process sees them.
+
+    `rank` and `world_size` are those of the processes that hold the model together. A method that
+    communicates says "Collective." and must be entered by every rank in the same order.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def shape(self, param: nn.Parameter) -> torch.Size:
+        """True shape, whatever part of the parameter is here."""
+
+    def shard(self, param: nn.Parameter) -> Shard:
+        """This rank's stretch. Over all ranks that reduce together each entry appears exactly once."""
+
+    def copies(self, param: nn.Parameter) -> list[Shard]:
+        """Further stored stretches of the same weight on this rank, to be written whenever `shard` is."""
+
+    def written(self, params: Sequence[nn.Parameter]) -> None:
+        """Call after writing to shards and copies, so that no stale whole weight is used. Local."""
+
+    def writable(self, name: str, param: nn.Parameter) -> None:
+        """Raise PartitionError if writing to this weight would not last or is not possible. Local."""
+
+    def gather(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Collective. Whole copies of (small) parameters on every rank; extra memory: their sizes."""
+
+    def gather_each(self, params: Sequence[nn.Parameter], dst: int = 0) -> Iterator[Tensor | None]:
+        """Collective. Stream whole parameters to rank `dst` one at a time, None elsewhere.
+
+        Extra memory: on `dst` one whole parameter, elsewhere nothing beyond a shard. A yielded tensor may
+        alias the model's own storage: read it, do not write to it.
+        """
+
+    def assign(self, params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+        """Collective. Set (small) trainable parameters from whole values that every rank holds."""
+
+    def start_exchange(self, params: Sequence[nn.Parameter], owners: Sequence[int]) -> Exchange:
+        """Collective. Begin to send each matrix to the rank that owns it; nobody else gets it.
+
+        Extra memory on a rank: the matrices that it owns in this call, and one copy of the shards sent.
+        """
+
+    def sum_over_shards(self, tensor: Tensor) -> Tensor:
+        """Collective. In-place sum over the ranks whose shards are different; identity on replicas."""
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Collective. In-place sum over all ranks."""
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Collective. If any rank brings an error, every rank raises the first rank's one."""
