@@ -81,8 +81,11 @@ class Partition(Protocol):
     def sum_over_shards(self, tensor: Tensor) -> Tensor:
         """Collective. In-place sum over the ranks whose shards are different; identity on replicas."""
 
-    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        """Collective. In-place sum over all ranks."""
+    def broadcast(self, tensor: Tensor, src: int) -> Tensor:
+        """Collective. In-place broadcast of `tensor` from rank `src` to all ranks."""
+
+    def barrier(self) -> None:
+        """Collective. Wait for every rank."""
 
     def raise_together(self, error: Exception | None) -> None:
         """Collective. If any rank brings an error, every rank raises the first rank's one."""

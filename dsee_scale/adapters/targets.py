@@ -1,0 +1,214 @@
+"""Find the modules that settings name, and check that each can be adapted. Reads names and shapes only."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dsee_scale.config import DSEEConfig
+from dsee_scale.errors import ConfigError, TargetError
+
+FUSED_PARTS = ("q", "k", "v")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module to adapt.
+
+    Attributes:
+        name: module name in the model.
+        module: the base layer.
+        shape: true (O, I): outputs x inputs, whatever the storage order.
+        transposed: whether the weight is stored I x O (transformers' Conv1D).
+        slices: output ranges (start, stop) adapted as matrices of their own; ((0, O),) for the whole.
+        num_sparse: N for each slice.
+    """
+
+    name: str
+    module: nn.Module
+    shape: tuple[int, int]
+    transposed: bool
+    slices: tuple[tuple[int, int], ...]
+    num_sparse: int
+
+
+def linear_kind(module: nn.Module) -> str | None:
+    """`linear` (weight O x I), `conv1d` (weight I x O), or None for what is no supported layer."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if type(module).__name__.endswith("Conv1D") and hasattr(module, "nf"):
+        return "conv1d"
+    return None
+
+
+def matches(name: str, patterns: Iterable[str] | str) -> bool:
+    """Whether a module name is meant: a suffix of whole components, a shell pattern, or (a string) a regex."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(_matches_one(name, pattern) for pattern in patterns)
+
+
+def _matches_one(name: str, pattern: str) -> bool:
+    if any(c in pattern for c in "*?["):
+        return fnmatch.fnmatchcase(name, pattern)
+    return name == pattern or name.endswith("." + pattern)
+
+
+def find_targets(
+    model: nn.Module, config: DSEEConfig, shape_of: Callable[[nn.Parameter], torch.Size]
+) -> list[Target]:
+    """The modules that `config.target_modules` names, in the model's order.
+
+    Raises:
+        TargetError: a name matches nothing, or something that is no supported layer, or a shared weight.
+        ConfigError: a setting does not fit a module's shape.
+    """
+    modules = dict(model.named_modules())
+    linears = [name for name, module in modules.items() if linear_kind(module)]
+    chosen = _chosen_names(modules, linears, config.target_modules)
+    _reject_shared(model, chosen, modules)
+    targets = [_target(name, modules[name], config, shape_of) for name in chosen]
+    _check_slices_used(config, chosen)
+    return targets
+
+
+def find_modules(model: nn.Module, patterns: Iterable[str], *, what: str) -> list[str]:
+    """Names of modules that match; each pattern must match at least one."""
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in patterns:
+        if not any(_matches_one(name, pattern) for name in names):
+            raise TargetError(f"{what} {pattern!r} matches no module{_nearest(pattern, names)}")
+    return [name for name in names if matches(name, tuple(patterns))]
+
+
+def _chosen_names(
+    modules: dict[str, nn.Module], linears: list[str], wanted: tuple[str, ...] | str
+) -> list[str]:
+    if isinstance(wanted, str):
+        chosen = [name for name in linears if matches(name, wanted)]
+        if not chosen:
+            raise TargetError(f"target_modules {wanted!r} matches no linear layer{_nearest(wanted, linears)}")
+        return chosen
+    for pattern in wanted:
+        hits = [name for name in modules if name and _matches_one(name, pattern)]
+        if not hits:
+            raise TargetError(f"target module {pattern!r} matches no module{_nearest(pattern, linears)}")
+        wrong = [name for name in hits if name not in linears]
+        if wrong and len(wrong) == len(hits):
+            raise _unsupported(wrong[0], modules[wrong[0]], linears)
+    return [name for name in linears if matches(name, wanted)]
+
+
+def _unsupported(name: str, module: nn.Module, linears: list[str]) -> TargetError:
+    inside = sorted({n.rsplit(".", 1)[-1] for n in linears if n.startswith(name + ".")})
+    kind = type(module).__name__
+    if hasattr(module, "mp_group"):
+        return TargetError(
+            f"target {name} is a tensor-parallel {kind}, which is not supported; "
+            "train with ZeRO-3 without tensor parallelism"
+        )
+    hint = f"; linear layers inside it: {', '.join(inside)}" if inside else ""
+    return TargetError(f"target {name} is a {kind}, expected nn.Linear or Conv1D{hint}")
+
+
+def _reject_shared(model: nn.Module, chosen: list[str], modules: dict[str, nn.Module]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(param), []).append(name)
+    for name in chosen:
+        sharing = owners.get(id(modules[name].weight), [])
+        if len(sharing) > 1:
+            others = ", ".join(n for n in sharing if n != f"{name}.weight")
+            raise TargetError(
+                f"target {name} shares its weight with {others}; an update of one alone could not be exported: "
+                "choose other targets, or load the model with tie_word_embeddings=False"
+            )
+
+
+def _target(
+    name: str, module: nn.Module, config: DSEEConfig, shape_of: Callable[[nn.Parameter], torch.Size]
+) -> Target:
+    transposed = linear_kind(module) == "conv1d"
+    shape = _true_shape(name, module, transposed, shape_of)
+    slices = _slices(name, shape[0], config)
+    for start, stop in slices:
+        side = min(stop - start, shape[1])
+        if config.rank > side:
+            raise ConfigError(
+                f"rank {config.rank} is over the smaller side of {name} ({stop - start} x {shape[1]}); "
+                f"expected at most {side}"
+            )
+    smallest = min(stop - start for start, stop in slices) * shape[1]
+    num_sparse = config.num_entries(smallest)
+    if num_sparse > smallest:
+        raise ConfigError(
+            f"num_sparse {num_sparse} is over the {smallest} entries of {name} "
+            f"({smallest // shape[1]} x {shape[1]}); choose fewer"
+        )
+    return Target(name, module, shape, transposed, slices, num_sparse)
+
+
+def _true_shape(
+    name: str, module: nn.Module, transposed: bool, shape_of: Callable[[nn.Parameter], torch.Size]
+) -> tuple[int, int]:
+    weight: nn.Parameter = module.weight  # type: ignore[assignment]
+    if transposed:
+        inputs, outputs = shape_of(weight)
+        return int(outputs), int(inputs)
+    declared = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+    if weight.dtype.is_floating_point and tuple(shape_of(weight)) != declared:
+        raise TargetError(f"{name}.weight has shape {tuple(shape_of(weight))}, the layer declares {declared}")
+    return declared
+
+
+def _slices(name: str, outputs: int, config: DSEEConfig) -> tuple[tuple[int, int], ...]:
+    for suffix, parts in config.output_slices.items():
+        if _matches_one(name, suffix):
+            return _parse_slices(name, outputs, parts)
+    return ((0, outputs),)
+
+
+def _parse_slices(name: str, outputs: int, parts: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    ranges = sorted(_parse_slice(name, outputs, part) for part in parts)
+    if not ranges:
+        raise ConfigError(f"output_slices for {name} is empty; leave the key out to adapt the whole matrix")
+    for (_, stop), (start, _) in zip(ranges, ranges[1:], strict=False):
+        if start < stop:
+            raise ConfigError(f"output_slices for {name} overlap: {ranges}")
+    return tuple(ranges)
+
+
+def _parse_slice(name: str, outputs: int, part: str) -> tuple[int, int]:
+    if part in FUSED_PARTS:
+        if outputs % 3:
+            raise ConfigError(
+                f"output_slices {part!r} for {name}: {outputs} outputs are not three equal parts; "
+                'give ranges as "start:stop"'
+            )
+        width = outputs // 3
+        index = FUSED_PARTS.index(part)
+        return index * width, (index + 1) * width
+    found = re.fullmatch(r"(\d+):(\d+)", part)
+    if not found or not 0 <= int(found[1]) < int(found[2]) <= outputs:
+        raise ConfigError(
+            f'output_slices {part!r} for {name}: expected "q", "k", "v" or "start:stop" within 0:{outputs}'
+        )
+    return int(found[1]), int(found[2])
+
+
+def _check_slices_used(config: DSEEConfig, chosen: list[str]) -> None:
+    for suffix in config.output_slices:
+        if not any(_matches_one(name, suffix) for name in chosen):
+            raise ConfigError(f"output_slices {suffix!r} matches none of the target modules")
+
+
+def _nearest(pattern: str, names: list[str]) -> str:
+    suffixes = sorted({name.rsplit(".", 1)[-1] for name in names})
+    near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], suffixes, n=3, cutoff=0.4) or suffixes[:8]
+    return f"; nearest existing: {', '.join(near)}" if near else ""

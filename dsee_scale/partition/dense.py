@@ -1,0 +1,78 @@
+"""Whole weights: one process, DDP, ZeRO-1 and ZeRO-2. The twin that every partitioned algorithm is tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dsee_scale.errors import PartitionError
+from dsee_scale.partition.port import Shard
+from dsee_scale.partition.ranks import Ranks
+
+
+class DensePartition(Ranks):
+    """Every rank holds every weight, so a shard is the whole weight and nothing is reduced."""
+
+    def __init__(self, model: nn.Module) -> None:
+        first = next(model.parameters(), None)
+        super().__init__(None, first.device if first is not None else torch.device("cpu"))
+
+    def shape(self, param: nn.Parameter) -> torch.Size:
+        """True shape."""
+        return param.shape
+
+    def shard(self, param: nn.Parameter) -> Shard:
+        """The whole weight, flat."""
+        return Shard(param.data.view(-1), 0)
+
+    def copies(self, param: nn.Parameter) -> list[Shard]:
+        """None: each rank's replica is its own shard."""
+        return []
+
+    def written(self, params: Sequence[nn.Parameter]) -> None:
+        """Nothing to do: the written storage is the weight."""
+
+    def writable(self, name: str, param: nn.Parameter) -> None:
+        """Raise PartitionError for storage that has no flat view."""
+        if param.is_meta:
+            raise PartitionError(f"{name} is on the meta device; load its weights first")
+        if not param.data.is_contiguous():
+            raise PartitionError(
+                f"{name} of shape {tuple(param.shape)} is not contiguous; "
+                "assign `param.data = param.data.contiguous()` first"
+            )
+
+    def gather(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The parameters themselves, detached."""
+        return [param.detach() for param in params]
+
+    def gather_each(self, params: Sequence[nn.Parameter], dst: int = 0) -> Iterator[Tensor | None]:
+        """The parameters one by one on rank `dst`, None elsewhere; nothing is sent."""
+        for param in params:
+            yield param.detach() if self.rank == dst else None
+
+    def assign(self, params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+        """Copy whole values in."""
+        for param, value in zip(params, values, strict=True):
+            param.data.copy_(value)
+
+    def start_exchange(self, params: Sequence[nn.Parameter], owners: Sequence[int]) -> Owned:
+        """The owned matrices are already here."""
+        return Owned({i: params[i].detach() for i, owner in enumerate(owners) if owner == self.rank})
+
+    def sum_over_shards(self, tensor: Tensor) -> Tensor:
+        """Identity: every rank has counted every weight."""
+        return tensor
+
+
+class Owned:
+    """A finished exchange."""
+
+    def __init__(self, matrices: dict[int, Tensor]) -> None:
+        self.matrices = matrices
+
+    def wait(self) -> dict[int, Tensor]:
+        """The owned matrices by index."""
+        return self.matrices

@@ -1,0 +1,69 @@
+"""What both ports share: the processes, and errors that all of them raise together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dsee_scale.errors import DSEEError, PartitionError
+
+
+class Ranks:
+    """A group of processes, or the only one where torch.distributed is not initialised."""
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self.active = dist.is_available() and dist.is_initialized()
+        self.group = group
+        self.rank = dist.get_rank(group) if self.active else 0
+        self.world_size = dist.get_world_size(group) if self.active else 1
+        self.device = communication_device(group, device) if self.active else device
+
+    def broadcast(self, tensor: Tensor, src: int) -> Tensor:
+        """Collective. In-place broadcast from rank `src` of the group."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, self.global_rank(src), group=self.group)
+        return tensor
+
+    def barrier(self) -> None:
+        """Collective. Wait for every rank."""
+        if self.world_size > 1:
+            dist.all_reduce(torch.zeros(1, device=self.device), group=self.group)
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Collective. Raise the first rank's error on every rank; return if there is none."""
+        if self.world_size == 1:
+            if error is not None:
+                raise error
+            return
+        first = torch.tensor([self.world_size if error is None else self.rank], device=self.device)
+        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self.group)
+        src = int(first.item())
+        if src == self.world_size:
+            return
+        box = [portable(error, self.rank) if src == self.rank else None]
+        dist.broadcast_object_list(box, src=self.global_rank(src), group=self.group, device=self.device)
+        if src == self.rank and error is not None:
+            raise error
+        raise box[0]  # type: ignore[misc]
+
+    def global_rank(self, rank: int) -> int:
+        """The rank among all processes of a rank of this group."""
+        return dist.get_global_rank(self.group, rank) if self.group is not None else rank
+
+
+def portable(error: Exception | None, rank: int) -> Exception:
+    """An error that survives pickling: ours as they are, others as their text."""
+    if type(error).__module__ == DSEEError.__module__:
+        return error  # type: ignore[return-value]
+    return PartitionError(f"rank {rank}: {type(error).__name__}: {error}")
+
+
+def communication_device(group: Any, device: torch.device) -> torch.device:
+    """Where tensors must lie for this group's backend."""
+    backend = str(dist.get_backend(group))
+    if "nccl" in backend:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if "gloo" in backend else device

@@ -1,0 +1,189 @@
+"""Weights partitioned by DeepSpeed ZeRO-3. The only file that knows how DeepSpeed stores a parameter.
+
+Under ZeRO-3 a parameter has `ds_shape` and `ds_numel` (true sizes), `ds_tensor` (this rank's stretch, of
+ceil(numel / world size) entries, whose unused tail on the last ranks is uninitialised), `ds_status`, and
+under hierarchical partitioning (hpZ) `ds_secondary_tensor`, from which forward and backward gather. An
+in-place edit of `ds_tensor` is what the next gather returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dsee_scale.errors import PartitionError
+from dsee_scale.partition.port import Shard
+from dsee_scale.partition.ranks import Ranks
+
+
+def is_partitioned(param: nn.Parameter) -> bool:
+    """Whether DeepSpeed ZeRO-3 manages this parameter."""
+    return hasattr(param, "ds_id")
+
+
+class Zero3Partition(Ranks):
+    """Each rank holds one stretch of every weight.
+
+    Parameters that ZeRO-3 does not manage (adapters between `inject` and `deepspeed.initialize`) are
+    replicas: rank 0 counts them, and every rank writes them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        params: list[Any] = [p for p in model.parameters() if is_partitioned(p)]
+        group = params[0].ds_process_group
+        if any(p.ds_process_group is not group for p in params):
+            raise PartitionError(
+                "the parameters are partitioned over different process groups (MiCS or expert parallelism); "
+                "expected one ZeRO-3 group for the whole model: train without MiCS and expert parallelism"
+            )
+        super().__init__(group, params[0].ds_tensor.device)
+        if self.world_size != dist.get_world_size():
+            raise PartitionError(
+                f"the parameters are partitioned over {self.world_size} of {dist.get_world_size()} processes "
+                "(MiCS, tensor or pipeline parallelism); expected all of them: use plain ZeRO-3"
+            )
+
+    def shape(self, param: Any) -> torch.Size:
+        """True shape."""
+        return torch.Size(param.ds_shape) if is_partitioned(param) else param.shape
+
+    def shard(self, param: Any) -> Shard:
+        """This rank's stretch, without the padding."""
+        if not is_partitioned(param):
+            flat = param.data.view(-1)
+            return Shard(flat if self.rank == 0 else flat[:0], 0)
+        return self._stretch(param, param.ds_tensor, self.rank)
+
+    def copies(self, param: Any) -> list[Shard]:
+        """The secondary shard of hierarchical partitioning, and replicas on other ranks than 0."""
+        if not is_partitioned(param):
+            return [] if self.rank == 0 else [Shard(param.data.view(-1), 0)]
+        secondary = getattr(param, "ds_secondary_tensor", None)
+        if secondary is None:
+            return []
+        return [self._stretch(param, secondary, dist.get_rank(param.ds_zero_param_process_group))]
+
+    def written(self, params: Sequence[Any]) -> None:
+        """Drop whole weights that stayed resident, so that the next use gathers the written shards."""
+        for param in params:
+            if is_partitioned(param) and param.ds_status.name == "AVAILABLE":
+                param.partition()
+
+    def writable(self, name: str, param: Any) -> None:
+        """Raise PartitionError for storage that an in-place edit of the shard would not reach."""
+        if not is_partitioned(param):
+            return
+        if getattr(param.ds_tensor, "final_location", None) is not None:
+            raise PartitionError(
+                f"{name} is offloaded to NVMe; expected GPU or CPU memory: "
+                'set "offload_param": {"device": "cpu"} in the DeepSpeed config'
+            )
+        if hasattr(param.ds_tensor, "ds_quant_scale"):
+            raise PartitionError(
+                f"{name} is quantised by DeepSpeed (zero_quantized_nontrainable_weights); expected "
+                "floating-point shards: turn that setting off in the DeepSpeed config"
+            )
+
+    def gather(self, params: Sequence[Any]) -> list[Tensor]:
+        """Collective. Whole copies on every rank, all in one transfer."""
+        managed = [p for p in params if is_partitioned(p)]
+        whole = iter(self._all_gather(managed))
+        return [next(whole) if is_partitioned(p) else p.detach() for p in params]
+
+    def gather_each(self, params: Sequence[Any], dst: int = 0) -> Iterator[Tensor | None]:
+        """Collective. One whole parameter at a time on rank `dst`, None elsewhere."""
+        for param in params:
+            if not is_partitioned(param):
+                yield param.detach() if self.rank == dst else None
+                continue
+            piece = self._sendable(param)
+            whole = piece.new_empty(self.world_size * piece.numel()) if self.rank == dst else None
+            pieces = list(whole.chunk(self.world_size)) if whole is not None else None
+            dist.gather(piece, pieces, dst=self.global_rank(dst), group=self.group)
+            yield None if whole is None else self._true(param, whole)
+
+    def assign(self, params: Sequence[Any], values: Sequence[Tensor]) -> None:
+        """Write this rank's part of whole values that every rank holds."""
+        for param, value in zip(params, values, strict=True):
+            flat = value.reshape(-1)
+            for shard in [self.shard(param), *self.copies(param)]:
+                shard.data.copy_(flat[shard.start : shard.start + shard.data.numel()])
+        self.written(params)
+
+    def start_exchange(self, params: Sequence[Any], owners: Sequence[int]) -> AllToAll:
+        """Collective. Begin one all-to-all in which each owner gets its matrices' shards."""
+        return AllToAll(self, params, owners)
+
+    def sum_over_shards(self, tensor: Tensor) -> Tensor:
+        """Collective. In-place sum over all ranks."""
+        there = tensor.to(self.device)
+        dist.all_reduce(there, group=self.group)
+        return tensor.copy_(there) if there is not tensor else tensor
+
+    def _stretch(self, param: Any, stored: Tensor, index: int) -> Shard:
+        start = min(index * stored.numel(), param.ds_numel)
+        valid = min(stored.numel(), param.ds_numel - start)
+        return Shard(stored.data.view(-1)[:valid], start)
+
+    def _sendable(self, param: Any) -> Tensor:
+        return param.ds_tensor.detach().view(-1).to(self.device)
+
+    def _true(self, param: Any, padded: Tensor) -> Tensor:
+        return padded[: param.ds_numel].view(tuple(param.ds_shape))
+
+    def _all_gather(self, params: Sequence[Any]) -> list[Tensor]:
+        if not params:
+            return []
+        pieces = [self._sendable(p) for p in params]
+        mine = torch.cat([p.view(torch.uint8) for p in pieces])
+        everyone = mine.new_empty(self.world_size, mine.numel())
+        dist.all_gather_into_tensor(everyone.view(-1), mine, group=self.group)
+        return self._assemble(everyone, params)
+
+    def _assemble(self, everyone: Tensor, params: Sequence[Any]) -> list[Tensor]:
+        """Whole parameters from `everyone` (world size x bytes): in each row one rank's shards, in order."""
+        whole, at = [], 0
+        for param in params:
+            dtype, size = param.ds_tensor.dtype, param.ds_tensor.numel() * param.ds_tensor.element_size()
+            stretch = everyone[:, at : at + size].reshape(-1)
+            if stretch.storage_offset() % param.ds_tensor.element_size():
+                stretch = stretch.clone()
+            whole.append(self._true(param, stretch.view(dtype)))
+            at += size
+        return whole
+
+
+class AllToAll:
+    """Matrices on their way to their owners: one `all_to_all_single` of bytes."""
+
+    def __init__(self, partition: Zero3Partition, params: Sequence[Any], owners: Sequence[int]) -> None:
+        self.partition, self.params = partition, params
+        self.mine = [i for i, owner in enumerate(owners) if owner == partition.rank]
+        by_owner = [[i for i, owner in enumerate(owners) if owner == r] for r in range(partition.world_size)]
+        sent = [params[i].ds_tensor.numel() * params[i].element_size() for i in range(len(params))]
+        sizes = [sum(sent[i] for i in indices) for indices in by_owner]
+        order = [i for indices in by_owner for i in indices]
+        pieces = [partition._sendable(params[i]).view(torch.uint8) for i in order]
+        self.outgoing = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
+        received = sizes[partition.rank]
+        self.incoming = self.outgoing.new_empty(partition.world_size, received)
+        self.work = dist.all_to_all_single(
+            self.incoming.view(-1),
+            self.outgoing,
+            [received] * partition.world_size,
+            sizes,
+            group=partition.group,
+            async_op=True,
+        )
+
+    def wait(self) -> dict[int, Tensor]:
+        """The owned matrices, in their true shapes, by index."""
+        self.work.wait()
+        del self.outgoing
+        whole = self.partition._assemble(self.incoming, [self.params[i] for i in self.mine])
+        del self.incoming
+        return dict(zip(self.mine, whole, strict=True))
