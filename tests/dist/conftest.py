@@ -1,0 +1,28 @@
+"""Pools of 1, 2 and 3 DeepSpeed processes for the whole test run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.dist.pool import WorkerPool
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Callable[[int], WorkerPool]]:
+    """`pools(world_size)` gives the running pool of that size."""
+    running: dict[int, WorkerPool] = {}
+
+    def pool(world_size: int) -> WorkerPool:
+        return running.setdefault(world_size, WorkerPool(world_size))
+
+    yield pool
+    for each in running.values():
+        each.stop()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "/tests/dist/" in str(item.path):
+            item.add_marker(pytest.mark.dist)

@@ -1,0 +1,116 @@
+"""Worker processes with real DeepSpeed on gloo, started once and shared by all distributed tests.
+
+A fresh DeepSpeed start costs seconds; a task sent to a running pool costs milliseconds. A task is a
+module-level function of a test file; each rank runs it and sends its result back. A task that fails or
+does not end in time takes its pool down, and the next task starts a new one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch.multiprocessing as mp
+
+
+class RankError(AssertionError):
+    """A task failed on a rank; carries that rank's traceback."""
+
+
+class WorkerPool:
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.workers: list[tuple[mp.Process, Connection]] = []
+
+    def run(self, task: Callable[..., Any], *args: Any, timeout: float = 150.0) -> list[Any]:
+        """Run `task(*args)` on every rank; the results in rank order."""
+        if not self.workers:
+            self._start()
+        for _, pipe in self.workers:
+            pipe.send((task.__module__, task.__qualname__, args))
+        return self._collect(timeout)
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(self.world_size):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world_size, port, there), daemon=True)
+            process.start()
+            there.close()
+            self.workers.append((process, here))
+
+    def _collect(self, timeout: float) -> list[Any]:
+        deadline = time.monotonic() + timeout
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        pending = {pipe: rank for rank, (_, pipe) in enumerate(self.workers)}
+        while pending:
+            # Once a rank has failed the others may be waiting for it: give them a moment, then stop.
+            left = min(deadline - time.monotonic(), 5.0 if failures else 1e9)
+            ready = wait(list(pending), timeout=max(left, 0))
+            if not ready:
+                break
+            for pipe in ready:
+                rank = pending.pop(pipe)  # type: ignore[call-overload]
+                try:
+                    ok, value = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    ok, value = False, "the process died"
+                (results if ok else failures)[rank] = value
+        if failures or pending:
+            self.stop()
+            stuck = f"ranks {sorted(pending.values())} did not end" if pending else ""
+            raise RankError("\n".join(f"rank {r}:\n{text}" for r, text in sorted(failures.items())) + stuck)
+        return [results[rank] for rank in range(self.world_size)]
+
+    def stop(self) -> None:
+        for process, pipe in self.workers:
+            pipe.close()
+            process.kill()
+            process.join()
+        self.workers = []
+
+
+def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        HF_HUB_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="false",
+        DS_ACCELERATOR=os.environ.get("DS_ACCELERATOR", "cpu"),
+    )
+    import torch
+    import torch._dynamo  # must be imported before any zero.Init context
+
+    torch.set_num_threads(1)
+    import deepspeed
+
+    os.chdir(tempfile.gettempdir())
+    deepspeed.init_distributed("gloo")
+    while True:
+        try:
+            module, name, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            task: Any = importlib.import_module(module)
+            for part in name.split("."):
+                task = getattr(task, part)
+            pipe.send((True, task(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
