@@ -1,0 +1,223 @@
+"""The adapted layer: the base layer itself, given a subclass in place, whose forward adds the delta.
+
+    y = base(x) + s * ((x A^T) B^T + x S2^T)
+
+Nothing is nested: the base weight keeps its name, `isinstance` keeps its answer, and ZeRO-3 fetches the
+weight, A, B and the values of S2 together, through one set of hooks.
+
+Shapes: O outputs, I inputs, R rank, N sparse entries, K slices, S outputs covered by the slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dsee_scale.errors import TargetError
+
+if TYPE_CHECKING:
+    from dsee_scale.algorithms.delta import Delta
+
+PARAMETERS = ("dsee_A", "dsee_B", "dsee_values")
+BUFFERS = ("dsee_rows", "dsee_cols")
+ATTRIBUTES = ("dsee_slices", "dsee_scaling", "dsee_dropout", "dsee_shape", "dsee_transposed")
+A_STD = 0.02
+"""Standard deviation of A's normal init. B is zero, so it sets only how fast B starts to move."""
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class AdaptedLayer(nn.Module):
+    """Mixin in front of the base class of an adapted layer; `attach` makes instances, never a constructor.
+
+    Attributes:
+        dsee_A: parameter (K*R, I).
+        dsee_B: parameter (S, R), the slices' rows one after the other.
+        dsee_values: parameter (K*N,), the entries of S2.
+        dsee_rows: int32 buffer (K*N,), each entry's output index in the whole weight.
+        dsee_cols: int32 buffer (K*N,), each entry's input index; entries are sorted by (slice, row, col).
+        dsee_slices: K output ranges (start, stop).
+        dsee_scaling: s = alpha / rank.
+        dsee_dropout: probability with which an element of the adapter's input is dropped in training.
+        dsee_shape: true (O, I) of the weight.
+        dsee_transposed: whether the weight is stored I x O.
+        dsee_base: the layer's own class.
+    """
+
+    dsee_base: type[nn.Module]
+    dsee_A: nn.Parameter  # noqa: N815
+    dsee_B: nn.Parameter  # noqa: N815
+    dsee_values: nn.Parameter
+    dsee_rows: Tensor
+    dsee_cols: Tensor
+    dsee_slices: tuple[tuple[int, int], ...]
+    dsee_scaling: float
+    dsee_dropout: float
+    dsee_shape: tuple[int, int]
+    dsee_transposed: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Base output plus delta.
+
+        Args:
+            x: (..., I).
+
+        Returns:
+            (..., O), in the base output's dtype.
+        """
+        y = super().forward(x)
+        x = nn.functional.dropout(x, self.dsee_dropout, self.training)
+        x_TI = x.reshape(-1, self.dsee_shape[1]).to(self.dsee_A.dtype)
+        gathered = x_TI.index_select(1, self.dsee_cols) * self.dsee_values
+        delta = x_TI.new_zeros(x_TI.shape[0], self.dsee_shape[0]).index_add(1, self.dsee_rows, gathered)
+        low = x_TI @ self.dsee_A.t()
+        rank, offset = self.dsee_B.shape[1], 0
+        for k, (start, stop) in enumerate(self.dsee_slices):
+            b = self.dsee_B[offset : offset + stop - start]
+            delta[:, start:stop] += low[:, k * rank : (k + 1) * rank] @ b.t()
+            offset += stop - start
+        return y + (self.dsee_scaling * delta).to(y.dtype).view_as(y)
+
+    def extra_repr(self) -> str:
+        """The base layer's line, then the adapter's."""
+        base = super().extra_repr()
+        num_sparse = self.dsee_rows.numel() // len(self.dsee_slices)
+        return f"{base}, rank={self.dsee_B.shape[1]}, num_sparse={num_sparse}, slices={self.dsee_slices}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle through the base class: the subclass is made at run time and has no import name."""
+        state = super().__reduce_ex__(protocol)[2:]
+        return (_blank, (self.dsee_base,), *state)
+
+
+def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a layer class that adds a delta; the same one at every call."""
+    if base not in _CLASSES:
+        namespace = {"__module__": __name__, "dsee_base": base}
+        _CLASSES[base] = type(f"Adapted{base.__name__}", (AdaptedLayer, base), namespace)
+    return _CLASSES[base]
+
+
+def _blank(base: type[nn.Module]) -> nn.Module:
+    cls = adapted_class(base)
+    return cls.__new__(cls)
+
+
+def attach(
+    module: nn.Module,
+    *,
+    shape: tuple[int, int],
+    transposed: bool,
+    rank: int,
+    scaling: float,
+    slices: Sequence[tuple[int, int]],
+    rows: Tensor,
+    cols: Tensor,
+    dropout: float = 0.0,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> None:
+    """Turn a linear layer into an adapted one, in place. Reads nothing of the weight, so any storage will do.
+
+    The layer's output stays the same bit for bit until the adapter is trained, since B and the values of S2
+    start at zero. (Only a -0.0 may become 0.0.) The base parameters are neither replaced nor frozen here.
+
+    Args:
+        module: an `nn.Linear`, a transformers `Conv1D`, or a layer that is called like them.
+        shape: true (O, I) of the weight.
+        transposed: whether the weight is stored I x O.
+        rank: R.
+        scaling: s = alpha / rank.
+        slices: K output ranges (start, stop), ascending and apart; ((0, O),) for the whole matrix.
+        rows: (K*N,) output index of each entry of S2, in the whole weight.
+        cols: (K*N,) input index of each entry; the entries sorted by (slice, row, col).
+        dropout: in [0, 1), on the adapter's input.
+        generator: source of A, on any device; None takes PyTorch's global one.
+        dtype: of A, B and values: what the layer computes in, which for a quantised weight is not its own.
+        device: where they live.
+
+    Raises:
+        TargetError: the layer is adapted already, or slices and support do not fit the shape.
+    """
+    if is_adapted(module):
+        raise TargetError(f"{type(module).__name__} is adapted already; detach it before adapting it again")
+    slices = tuple((int(start), int(stop)) for start, stop in slices)
+    _check_support(shape, slices, rows, cols)
+    source_device = generator.device if generator is not None else torch.device("cpu")
+    a = torch.empty(len(slices) * rank, shape[1], device=source_device, dtype=torch.float32)
+    a.normal_(std=A_STD, generator=generator)
+    covered = sum(stop - start for start, stop in slices)
+    module.dsee_A = nn.Parameter(a.to(device=device, dtype=dtype))
+    module.dsee_B = nn.Parameter(torch.zeros(covered, rank, device=device, dtype=dtype))
+    module.dsee_values = nn.Parameter(torch.zeros(rows.numel(), device=device, dtype=dtype))
+    module.register_buffer("dsee_rows", rows.to(device=device, dtype=torch.int32, copy=True))
+    module.register_buffer("dsee_cols", cols.to(device=device, dtype=torch.int32, copy=True))
+    settings = (slices, float(scaling), float(dropout), (int(shape[0]), int(shape[1])), bool(transposed))
+    for name, value in zip(ATTRIBUTES, settings, strict=True):
+        setattr(module, name, value)
+    module.__class__ = adapted_class(type(module))
+
+
+def detach(module: nn.Module) -> None:
+    """Give an adapted layer its own class back and drop what `attach` added.
+
+    Raises:
+        TargetError: the layer is not adapted.
+    """
+    if not is_adapted(module):
+        raise TargetError(f"{type(module).__name__} is not adapted, there is nothing to detach")
+    module.__class__ = module.dsee_base  # type: ignore[assignment]
+    for name in PARAMETERS + BUFFERS + ATTRIBUTES:
+        delattr(module, name)
+
+
+def is_adapted(module: object) -> bool:
+    """Whether `attach` was applied to this very module."""
+    return isinstance(module, AdaptedLayer)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The adapted layers of a model by module name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if is_adapted(module)}
+
+
+def delta_record(module: nn.Module, a: Tensor, b: Tensor, values: Tensor) -> Delta:
+    """What the layer adds to its weight, from whole copies of its three parameters.
+
+    Args:
+        module: an adapted layer.
+        a: (K*R, I), whole dsee_A; under ZeRO-3 the parameter itself is not.
+        b: (S, R), whole dsee_B.
+        values: (K*N,), whole dsee_values.
+    """
+    from dsee_scale.algorithms.delta import Delta
+
+    settings = dict(slices=module.dsee_slices, scaling=module.dsee_scaling, shape=module.dsee_shape)
+    support = dict(rows=module.dsee_rows, cols=module.dsee_cols)
+    return Delta(a=a, b=b, values=values, **support, **settings, transposed=module.dsee_transposed)  # type: ignore[arg-type]
+
+
+def _check_support(
+    shape: tuple[int, int], slices: tuple[tuple[int, int], ...], rows: Tensor, cols: Tensor
+) -> None:
+    bounds = [0, *(edge for pair in slices for edge in pair), shape[0]]
+    if not slices or bounds != sorted(bounds) or any(start == stop for start, stop in slices):
+        raise TargetError(f"slices {slices} are not ascending ranges within the {shape[0]} outputs")
+    if rows.shape != cols.shape or rows.dim() != 1 or not rows.numel() or rows.numel() % len(slices):
+        raise TargetError(
+            f"support of {tuple(rows.shape)} rows and {tuple(cols.shape)} columns, expected two equal "
+            f"lengths that {len(slices)} slices share evenly, at least one entry each"
+        )
+    rows_KN = rows.detach().cpu().long().view(len(slices), -1)
+    lows, highs = torch.tensor(slices).split(1, dim=1)
+    if bool(((rows_KN < lows) | (rows_KN >= highs)).any()):
+        raise TargetError(f"the support has rows outside of the slices {slices}")
+    cols_KN = cols.detach().cpu().long().view(len(slices), -1)
+    order_KN = rows_KN * shape[1] + cols_KN
+    if bool(((cols_KN < 0) | (cols_KN >= shape[1])).any()) or bool((order_KN.diff(dim=1) <= 0).any()):
+        raise TargetError(
+            "the support's entries are not distinct, within the inputs, and sorted by (row, column)"
+        )
