@@ -23,6 +23,10 @@ class DensePartition(Ranks):
         """True shape."""
         return param.shape
 
+    def compute_device(self, param: nn.Parameter) -> torch.device:
+        """The weight's own device."""
+        return param.device
+
     def shard(self, param: nn.Parameter) -> Shard:
         """The whole weight, flat."""
         return Shard(param.data.view(-1), 0)

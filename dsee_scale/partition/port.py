@@ -47,6 +47,9 @@ class Partition(Protocol):
     def shape(self, param: nn.Parameter) -> torch.Size:
         """True shape, whatever part of the parameter is here."""
 
+    def compute_device(self, param: nn.Parameter) -> torch.device:
+        """Where the weight is when it is used, and so where its adapter belongs (not where it is offloaded to)."""
+
     def shard(self, param: nn.Parameter) -> Shard:
         """This rank's stretch. Over all ranks that reduce together each entry appears exactly once."""
 

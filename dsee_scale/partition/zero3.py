@@ -51,6 +51,10 @@ class Zero3Partition(Ranks):
         """True shape."""
         return torch.Size(param.ds_shape) if is_partitioned(param) else param.shape
 
+    def compute_device(self, param: Any) -> torch.device:
+        """The accelerator, wherever the shard is offloaded to."""
+        return self.device if is_partitioned(param) else param.device
+
     def shard(self, param: Any) -> Shard:
         """This rank's stretch, without the padding."""
         if not is_partitioned(param):

@@ -1,0 +1,45 @@
+# The two commands of the README are `make demo` and `make test`; each sets up what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+NUM_PROCESSES ?= 2
+OUTPUT ?= runs/sentiment
+
+.PHONY: help setup test test-fast check format demo bench clean
+
+help:  ## List the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.ready  ## Virtual environment with pinned versions
+
+# torch goes in first and pinned: any later requirement is then satisfied by it.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,quant]'
+	touch $@
+
+test: setup  ## All tests, real DeepSpeed in 1, 2 and 3 processes included
+	$(BIN)/python -m pytest
+
+test-fast: setup  ## Unit tests only
+	$(BIN)/python -m pytest tests/unit
+
+check: setup  ## Lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## Fix lint and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: setup  ## Tune, prune, retune and export a real decoder under ZeRO-3
+	$(BIN)/python -m dsee_scale.training.demo_inputs
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/single_node.sh launch/finetune.py recipes/sentiment.yaml --output_dir $(OUTPUT)
+
+bench: setup  ## Every benchmark, quickly
+	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script --quick; done
+
+clean:  ## Remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build *.egg-info

@@ -1,0 +1,1 @@
+"""Whole-model work: where algorithms meet partitioned weights."""

@@ -1,0 +1,112 @@
+"""Supports for all targets: each matrix goes to one rank, which decomposes it and broadcasts positions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dsee_scale.adapters.targets import Target
+from dsee_scale.algorithms.decompose import Support, find_support, has_only_finite
+from dsee_scale.config import DSEEConfig
+from dsee_scale.errors import DSEEError, PartitionError, TargetError
+from dsee_scale.partition import Exchange, Partition
+from dsee_scale.passes.deal import Round, deal, rounds
+from dsee_scale.passes.progress import show_progress
+
+
+def decompose_model(
+    targets: Sequence[Target], config: DSEEConfig, partition: Partition, *, progress: bool | None = None
+) -> list[Support]:
+    """Collective. The support of each target, equal on all ranks.
+
+    A matrix is received whole by its owner alone. Peak extra memory per rank: the matrices it owns in two
+    neighbouring rounds (`decomposition.round_memory_mib` each) plus the decomposition's workspace for one.
+
+    Returns:
+        One `Support` per target, in order: rows (K*N,) and cols (K*N,) in the full matrix's coordinates,
+        sorted by (slice, row, col).
+
+    Raises:
+        TargetError: a weight holds NaN or infinity, the same on every rank.
+        PartitionError: a rank ran out of memory in a round.
+    """
+    owners = deal([t.shape[0] * t.shape[1] for t in targets], partition.world_size)
+    sizes = [t.shape[0] * t.shape[1] * t.module.weight.element_size() for t in targets]  # type: ignore[operator, union-attr]
+    plan = rounds(sizes, owners, partition.world_size, config.decomposition.round_memory_mib << 20)
+    supports: dict[int, Support] = {}
+    failure: Exception | None = None
+    bar = tqdm(total=len(targets), desc="decompose", unit="matrix", disable=not show_progress(partition, progress))
+    for each, exchange in _transfers(plan, targets, partition):
+        try:
+            mine = exchange.wait()
+            if failure is None:
+                for at, matrix in mine.items():
+                    index = each.indices[at]
+                    supports[index] = _target_support(targets[index], matrix, config)
+        except (DSEEError, torch.OutOfMemoryError) as error:
+            failure = _explain(error, config)
+        bar.update(len(each.indices))
+    bar.close()
+    partition.raise_together(failure)
+    return [_share(supports.get(i), targets[i], owners[i], partition) for i in range(len(targets))]
+
+
+def seeded(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """A generator that depends on the run's seed and a name alone, so on no rank and no world size."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def _transfers(
+    plan: list[Round], targets: Sequence[Target], partition: Partition
+) -> Iterator[tuple[Round, Exchange]]:
+    """The rounds with their exchanges; the next round's transfer is under way while one is worked on."""
+
+    def start(each: Round) -> Exchange:
+        return partition.start_exchange([targets[i].module.weight for i in each.indices], each.owners)  # type: ignore[misc]
+
+    ahead = start(plan[0]) if plan else None
+    for at, each in enumerate(plan):
+        current, ahead = ahead, start(plan[at + 1]) if at + 1 < len(plan) else None
+        assert current is not None
+        yield each, current
+
+
+def _target_support(target: Target, stored: Tensor, config: DSEEConfig) -> Support:
+    if not has_only_finite(stored):
+        raise TargetError(
+            f"{target.name}.weight holds NaN or infinity; expected finite weights: check the checkpoint it came from"
+        )
+    weight_OI = stored.t() if target.transposed else stored
+    parts = []
+    for k, (start, stop) in enumerate(target.slices):
+        generator = seeded(config.seed, f"{target.name}:{k}", stored.device)
+        part = find_support(
+            weight_OI[start:stop], target.num_sparse, config.support, config.decomposition, generator
+        )
+        parts.append((part.rows + start, part.cols))
+    return Support(torch.cat([rows for rows, _ in parts]), torch.cat([cols for _, cols in parts]))
+
+
+def _share(support: Support | None, target: Target, owner: int, partition: Partition) -> Support:
+    if support is None:
+        packed = torch.empty(
+            2, len(target.slices) * target.num_sparse, dtype=torch.int32, device=partition.device
+        )
+    else:
+        packed = torch.stack([support.rows, support.cols]).to(partition.device)
+    partition.broadcast(packed, owner)
+    return Support(packed[0], packed[1])
+
+
+def _explain(error: Exception, config: DSEEConfig) -> Exception:
+    if isinstance(error, torch.OutOfMemoryError):
+        return PartitionError(
+            "out of memory while decomposing a round of matrices; lower "
+            f"decomposition.round_memory_mib (now {config.decomposition.round_memory_mib}): {error}"
+        )
+    return error

@@ -1,0 +1,172 @@
+"""Put DSEE into a model: find targets, choose supports, adapt the layers, freeze the rest."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dsee_scale.adapters.linear import adapted_layers, attach, is_adapted
+from dsee_scale.adapters.state import model_state
+from dsee_scale.adapters.targets import Target, find_modules, find_targets
+from dsee_scale.algorithms.decompose import Support
+from dsee_scale.config import DSEEConfig
+from dsee_scale.errors import TargetError
+from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
+from dsee_scale.passes.decompose_model import decompose_model, seeded
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class InjectionReport:
+    """What `inject` did; printing it shows a table.
+
+    Attributes:
+        targets: (name, (O, I), number of slices, N per slice) for each adapted matrix.
+        trainable: number of trainable parameters.
+        total: number of all parameters, adapters included.
+        seconds: time for decomposition and injection.
+    """
+
+    targets: tuple[tuple[str, tuple[int, int], int, int], ...]
+    trainable: int
+    total: int
+    seconds: float
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, tuple[int, int], int, int], int] = {}
+        for name, shape, slices, num_sparse in self.targets:
+            key = (name.rsplit(".", 1)[-1], shape, slices, num_sparse)
+            groups[key] = groups.get(key, 0) + 1
+        lines = [f"dsee_scale: {len(self.targets)} modules adapted in {self.seconds:.1f} s"]
+        for (suffix, (o, i), slices, num_sparse), count in groups.items():
+            parts = f", {slices} slices" if slices > 1 else ""
+            lines.append(f"  {count:4d} x {suffix:<16} {o} x {i}{parts}, {num_sparse} sparse entries each")
+        share = 100 * self.trainable / self.total
+        lines.append(f"  {self.trainable:,} of {self.total:,} parameters are trained ({share:.3f}%)")
+        return "\n".join(lines)
+
+
+def inject(model: nn.Module, config: DSEEConfig, *, progress: bool | None = None) -> InjectionReport:
+    """Collective. Adapt the target modules of a model in place and freeze everything else.
+
+    Call it after the weights are loaded and before `deepspeed.initialize` (or DDP, or
+    `accelerator.prepare`). Outputs do not change. Weights may be partitioned by ZeRO-3: nothing is gathered
+    but each matrix to the one rank that decomposes it.
+
+    Args:
+        model: a raw model, whole or partitioned.
+        config: what to inject.
+        progress: show a progress bar on rank 0; None shows it if a person watches.
+
+    Returns:
+        A report of targets, true shapes and trainable parameters; it is logged on rank 0 too.
+
+    Raises:
+        TargetError: no such module, an unsupported or already adapted one, or a weight with NaN.
+        ConfigError: a setting that does not fit a module.
+    """
+    started = time.perf_counter()
+    _reject_unready(model)
+    partition = open_partition(model)
+    targets = find_targets(model, config, partition.shape)
+    for target in targets:
+        partition.writable(f"{target.name}.weight", target.module.weight)  # type: ignore[arg-type]
+    trained = find_modules(model, config.trained_modules, what="trained module") if config.trained_modules else []
+    supports = decompose_model(targets, config, partition, progress=progress)
+    apply_adapters(model, config, targets, supports, trained, partition)
+    report = _report(model, targets, partition, time.perf_counter() - started)
+    if partition.rank == 0:
+        logger.info("%s", report)
+    return report
+
+
+def apply_adapters(
+    model: nn.Module,
+    config: DSEEConfig,
+    targets: list[Target],
+    supports: list[Support],
+    trained_modules: list[str],
+    partition: Partition,
+) -> None:
+    """Adapt the targets on given supports and set what is trainable. Local, the same on every rank."""
+    for target, support in zip(targets, supports, strict=True):
+        weight: nn.Parameter = target.module.weight  # type: ignore[assignment]
+        attach(
+            target.module,
+            shape=target.shape,
+            transposed=target.transposed,
+            rank=config.rank,
+            scaling=config.scaling,
+            slices=target.slices,
+            rows=support.rows,
+            cols=support.cols,
+            dropout=config.dropout,
+            generator=seeded(config.seed, f"{target.name}:A", torch.device("cpu")),
+            dtype=weight.dtype,
+            device=partition.compute_device(weight),
+        )
+    model_state(model).config = config
+    set_trainable(model, trained_modules)
+    if getattr(model, "is_gradient_checkpointing", False):
+        # With every input frozen, reentrant checkpointing would cut the graph before the first adapter.
+        model.enable_input_require_grads()  # type: ignore[operator]
+
+
+def set_trainable(model: nn.Module, trained_modules: list[str]) -> None:
+    """Freeze all but the adapters and the modules trained in full."""
+    for param in model.parameters():
+        param.requires_grad_(False)
+    for layer in adapted_layers(model).values():
+        for param in (layer.dsee_A, layer.dsee_B, layer.dsee_values):
+            param.requires_grad_(True)  # type: ignore[operator]
+    modules = dict(model.named_modules())
+    for name in trained_modules:
+        for param in modules[name].parameters():
+            if param.is_floating_point():
+                param.requires_grad_(True)
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters to give to an optimizer: adapters, and modules trained in full. Never empty.
+
+    Raises:
+        TargetError: nothing was injected.
+    """
+    module = unwrap(model)
+    if not adapted_layers(module):
+        raise TargetError("the model has no adapters; call dsee_scale.inject(model, config) first")
+    return [param for param in module.parameters() if param.requires_grad]
+
+
+def _reject_unready(model: nn.Module) -> None:
+    if is_engine(model) or unwrap(model) is not model:
+        raise TargetError(
+            f"inject got a {type(model).__name__}; adapters must exist before the engine is made: call inject on "
+            "the raw model, then deepspeed.initialize (or DDP, or accelerator.prepare)"
+        )
+    adapted = [name for name, module in model.named_modules() if is_adapted(module)]
+    if adapted:
+        raise TargetError(
+            f"the model has adapters already ({adapted[0]} and {len(adapted) - 1} more); inject once, "
+            "on a freshly loaded model"
+        )
+    for name, param in model.named_parameters():
+        if param.is_meta:
+            raise TargetError(f"{name} is on the meta device; load the weights before inject")
+
+
+def _report(
+    model: nn.Module, targets: list[Target], partition: Partition, seconds: float
+) -> InjectionReport:
+    sizes = [(partition.shape(p).numel(), p.requires_grad) for p in model.parameters()]
+    return InjectionReport(
+        targets=tuple((t.name, t.shape, len(t.slices), t.num_sparse) for t in targets),
+        trainable=sum(n for n, trained in sizes if trained),
+        total=sum(n for n, _ in sizes),
+        seconds=seconds,
+    )
