@@ -1,0 +1,1 @@
+"""Files: adapters, packed masks, resumable training state, exported models."""

@@ -1,0 +1,294 @@
+"""Save and load an adapter: A, B, S2, the modules trained in full, and the masks. Never a base weight.
+
+A folder holds `dsee_config.json` (see `AdapterRecord`), `dsee_adapter.safetensors`, and where weights were
+pruned `dsee_masks.safetensors`. The names differ from PEFT's on purpose: transformers looks for those.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from dsee_scale.algorithms.decompose import Support
+from torch import Tensor, nn
+
+from dsee_scale.adapters.linear import adapted_layers, is_adapted
+from dsee_scale.adapters.state import model_state
+from dsee_scale.adapters.targets import Target, linear_kind
+from dsee_scale.checkpoint.base_model import base_identity, check_base
+from dsee_scale.checkpoint.files import NewFolder, StoredFolder, alike, new_folder, open_folder
+from dsee_scale.checkpoint.masks import STEM as MASKS
+from dsee_scale.checkpoint.masks import apply_mask, check_masks, open_masks, save_masks
+from dsee_scale.checkpoint.record import (
+    CONFIG_FILE,
+    AdapterRecord,
+    ModuleRecord,
+    describe,
+    trained_in_full,
+    trained_modules,
+)
+from dsee_scale.checkpoint.tensor_file import TensorReader, TensorSpec, TensorWriter, aligned, file_metadata
+from dsee_scale.errors import DSEEError, FormatError, TargetError
+from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
+from dsee_scale.passes.inject_model import apply_adapters
+
+STEM = "dsee_adapter"
+KIND = "adapter"
+KINDS_WITH_ADAPTER = ("adapter", "training_state")
+
+
+def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Collective. Write what was trained and which weights were removed: adapter, masks, settings.
+
+    Parameters are streamed to rank 0 one at a time, masks as one bit per entry; no base weight is gathered.
+    The folder appears when it is complete; if anything fails, what was there before stays.
+
+    Args:
+        model: a raw model, a DeepSpeed engine, or what Accelerate or DDP made of it.
+        folder: output folder; parents are made.
+        overwrite: replace an earlier saved folder. A folder with other files in it is never replaced.
+
+    Raises:
+        TargetError: nothing was injected or pruned.
+        ConfigError: the folder is not empty.
+        FormatError: writing failed, e.g. no space is left.
+    """
+    module, partition = unwrap(model), open_partition(model)
+    with new_folder(partition, folder, kind=KIND, overwrite=overwrite) as new:
+        write_adapter(partition, module, new)
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> AdapterRecord:
+    """Collective. Put a saved adapter into a freshly loaded base model, and apply its masks in place.
+
+    Call it where `inject` would stand: after the weights are loaded, whole or partitioned by ZeRO-3, and
+    before `deepspeed.initialize`. Every rank reads the files; masks are applied shard by shard.
+
+    Args:
+        model: the base model, raw.
+        folder: what `save_adapter` or `save_training_state` wrote.
+
+    Returns:
+        What the files say.
+
+    Raises:
+        TargetError: the model is an engine, or has adapters already.
+        FormatError: a file is damaged, of another version, or made for another model.
+    """
+    partition = open_partition(model)
+    with alike(partition):
+        _reject_unready(model)
+        stored = open_folder(folder, KINDS_WITH_ADAPTER)
+        names = stored.names(STEM) + stored.names(MASKS)
+        stored.verify(names, rank=partition.rank, world_size=partition.world_size)
+        record = AdapterRecord.read(stored)
+        check_base(record.base, base_identity(model), str(stored.path / CONFIG_FILE))
+        tensors, masks = open_adapter(stored, record), open_masks(stored)
+        targets = _targets(partition, model, record, stored)
+        _check_weights(partition, model, record, stored)
+        _attach(partition, model, record, targets, tensors)
+    _set_values(partition, model, record, tensors)
+    apply_masks(partition, model, record, masks)
+    return record
+
+
+def write_adapter(partition: Partition, module: nn.Module, new: NewFolder, *, mask_files: int = 1) -> None:
+    """Collective. Write an adapter's files into a folder in the making."""
+    params = dict(module.named_parameters())
+    with alike(partition):
+        missing = [name for name in model_state(module).pruned if name not in params]
+        if missing:
+            raise TargetError(
+                f"pruned weight {missing[0]} is gone from the model; save before changing its modules"
+            )
+    pruned = {name: params[name] for name in model_state(module).pruned}
+    kept = _count_kept(partition, pruned)
+    with alike(partition):
+        record = describe(partition, module, kept)
+        if partition.rank == 0:
+            new.write_json(CONFIG_FILE, record.to_dict())
+    _stream_adapter(partition, module, new)
+    if pruned:
+        save_masks(partition, new, pruned, min(mask_files, partition.world_size))
+
+
+def open_adapter(stored: StoredFolder, record: AdapterRecord) -> TensorReader:
+    """The adapter's tensors, their shapes and indices checked against the record. Local.
+
+    Raises:
+        FormatError: naming file and tensor.
+    """
+    reader = TensorReader.of(stored, STEM)
+    for name, module in record.modules.items():
+        for key, shape in module.tensor_shapes().items():
+            wanted = torch.int32 if key in ("dsee_rows", "dsee_cols") else None
+            reader.expect(f"{name}.{key}", shape, wanted)
+        _check_support(reader, name, module)
+    for name, shape in record.trained.items():
+        reader.expect(name, shape)
+    check_masks(open_masks(stored), {name: how["shape"] for name, how in record.pruned.items()})
+    return reader
+
+
+def apply_masks(partition: Partition, model: nn.Module, record: AdapterRecord, masks: TensorReader) -> None:
+    """Collective. Zero the entries that the masks remove, in place, and note it on the model."""
+    params = dict(model.named_parameters())
+    with alike(partition):
+        for name in record.pruned:
+            apply_mask(partition, params[name], masks, name)
+        partition.written([params[name] for name in record.pruned])
+    how = {
+        name: {k: v for k, v in p.items() if k not in ("shape", "kept")} for name, p in record.pruned.items()
+    }
+    model_state(model).pruned.update(how)
+
+
+def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and support buffers of an adapter file, by name; parameters may be partitioned away."""
+    layers = adapted_layers(module)
+    keys = ("dsee_A", "dsee_B", "dsee_values", "dsee_rows", "dsee_cols")
+    tensors = {f"{name}.{key}": getattr(layer, key) for name, layer in layers.items() for key in keys}
+    return {**tensors, **trained_in_full(module)}
+
+
+def _stream_adapter(partition: Partition, module: nn.Module, new: NewFolder) -> None:
+    tensors = adapter_tensors(module)
+    specs = aligned(
+        [
+            TensorSpec(name, t.dtype, tuple(partition.shape(t) if isinstance(t, nn.Parameter) else t.shape))
+            for name, t in tensors.items()
+        ]
+    )
+    writer: TensorWriter | None = None
+    with alike(partition):
+        if partition.rank == 0:
+            writer = TensorWriter(new, f"{STEM}.safetensors", specs, file_metadata(KIND))
+    params = [tensors[s.name] for s in specs if isinstance(tensors[s.name], nn.Parameter)]
+    stream = partition.gather_each(params, dst=0)  # type: ignore[arg-type]
+    error: Exception | None = None
+    for spec in specs:
+        whole = next(stream) if isinstance(tensors[spec.name], nn.Parameter) else tensors[spec.name]
+        if writer is None or whole is None or error is not None:
+            continue
+        try:
+            writer.write(spec.name, whole)
+        except Exception as caught:  # the other ranks still send: take it all, then fail together
+            error = caught
+    with alike(partition):
+        if error is not None:
+            raise error
+        if writer is not None:
+            writer.close()
+
+
+def _count_kept(partition: Partition, pruned: dict[str, nn.Parameter]) -> dict[str, int]:
+    counts = [int(torch.count_nonzero(partition.shard(param).data)) for param in pruned.values()]
+    total = partition.sum_over_shards(torch.tensor(counts, dtype=torch.int64, device=partition.device))
+    return dict(zip(pruned, total.tolist(), strict=True))
+
+
+def _reject_unready(model: nn.Module) -> None:
+    if is_engine(model) or unwrap(model) is not model:
+        raise TargetError(
+            f"load_adapter got a {type(model).__name__}; adapters must exist before the engine is made: call "
+            "load_adapter on the raw model, then deepspeed.initialize (or DDP, or accelerator.prepare). "
+            "To set the values of adapters that are there, use load_training_state"
+        )
+    adapted = list(adapted_layers(model))
+    if adapted:
+        raise TargetError(
+            f"the model has adapters already ({adapted[0]} and {len(adapted) - 1} more); load into a freshly "
+            "loaded base model"
+        )
+
+
+def _check_support(reader: TensorReader, name: str, module: ModuleRecord) -> None:
+    rows = reader.read(f"{name}.dsee_rows").long().view(len(module.slices), -1)
+    cols = reader.read(f"{name}.dsee_cols").long().view(len(module.slices), -1)
+    for k, (start, stop) in enumerate(module.slices):
+        for key, values, low, high in (
+            ("dsee_rows", rows[k], start, stop),
+            ("dsee_cols", cols[k], 0, module.shape[1]),
+        ):
+            if bool(((values < low) | (values >= high)).any()):
+                raise FormatError(
+                    f"{reader.where(f'{name}.{key}')}: tensor {name}.{key} has indices out of range: "
+                    f"{int(values.min())} to {int(values.max())}, expected {low} to {high - 1}; the file is damaged "
+                    "or belongs to another model"
+                )
+    if bool(((rows * module.shape[1] + cols).diff(dim=1) <= 0).any()):
+        raise FormatError(
+            f"{reader.where(f'{name}.dsee_rows')}: the support of {name} is not sorted by "
+            "(row, column) or repeats a position; the file is damaged"
+        )
+
+
+def _targets(
+    partition: Partition, model: nn.Module, record: AdapterRecord, stored: StoredFolder
+) -> list[Target]:
+    modules, where = dict(model.named_modules()), stored.path / CONFIG_FILE
+    targets = []
+    for name, saved in record.modules.items():
+        layer = modules.get(name)
+        if layer is None or is_adapted(layer) or linear_kind(layer) is None:
+            found = "nothing" if layer is None else type(layer).__name__
+            raise FormatError(
+                f"{where}: adapted module {name} is {found} in this model, expected a linear layer of shape "
+                f"{saved.shape}; load the base that the adapter was made for"
+            )
+        weight: nn.Parameter = layer.weight  # type: ignore[assignment]
+        expected = saved.shape[::-1] if saved.transposed else saved.shape
+        if weight.is_floating_point() and tuple(partition.shape(weight)) != expected:
+            raise FormatError(
+                f"{where}: {name}.weight is {tuple(partition.shape(weight))} in this model, the adapter was "
+                f"made for {expected}; load the base that it was made for"
+            )
+        targets.append(Target(name, layer, saved.shape, saved.transposed, saved.slices, saved.num_sparse))
+    return targets
+
+
+def _check_weights(
+    partition: Partition, model: nn.Module, record: AdapterRecord, stored: StoredFolder
+) -> None:
+    params = dict(model.named_parameters())
+    shapes = {**{name: how["shape"] for name, how in record.pruned.items()}, **record.trained}
+    for name, shape in shapes.items():
+        found = tuple(partition.shape(params[name])) if name in params else None
+        if found != tuple(shape):
+            raise FormatError(
+                f"{stored.path / CONFIG_FILE}: {name} is {found or 'missing'} in this model, the file has "
+                f"{tuple(shape)}; load the base that it was made for"
+            )
+        partition.writable(name, params[name])
+
+
+def _attach(
+    partition: Partition,
+    model: nn.Module,
+    record: AdapterRecord,
+    targets: list[Target],
+    tensors: TensorReader,
+) -> None:
+    if record.config is None:
+        return
+    supports = [
+        Support(rows=tensors.read(f"{t.name}.dsee_rows"), cols=tensors.read(f"{t.name}.dsee_cols"))
+        for t in targets
+    ]
+    try:
+        trained = trained_modules(model, record.config)
+        apply_adapters(model, record.config, targets, supports, trained, partition)
+    except DSEEError as error:
+        raise FormatError(f"{tensors.paths[0]} does not fit this model: {error}") from error
+    params = dict(model.named_parameters())
+    for name in record.trained:
+        params[name].requires_grad_(True)
+
+
+def _set_values(partition: Partition, model: nn.Module, record: AdapterRecord, tensors: TensorReader) -> None:
+    params = dict(model.named_parameters())
+    keys = ("dsee_A", "dsee_B", "dsee_values")
+    names = [f"{name}.{key}" for name in record.modules for key in keys] + list(record.trained)
+    with torch.no_grad():
+        for name in names:
+            partition.assign([params[name]], [tensors.read(name)])

@@ -1,0 +1,330 @@
+"""Folders that are complete or not there: written beside, hashed, renamed; read back only when whole.
+
+A saved folder holds a manifest with the size and SHA-256 of every other file. Several ranks may write files
+into one folder, which then must lie on storage that they share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dsee_scale.errors import ConfigError, DSEEError, FormatError
+from dsee_scale.partition.port import Partition
+from dsee_scale.version import __version__
+
+MANIFEST = "dsee_manifest.json"
+FORMAT_VERSION = 1
+_CHUNK = 1 << 22
+
+
+@contextlib.contextmanager
+def alike(partition: Partition) -> Iterator[None]:
+    """Collective at its end: an error inside, on any rank, is raised on every rank.
+
+    What stands inside must be local: a collective there would leave ranks waiting.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except OSError as caught:
+        error = FormatError(f"{caught.filename or 'file'}: {caught.strerror or caught}")
+    except Exception as caught:
+        error = caught
+    partition.raise_together(error)
+
+
+class HashedFile:
+    """A new file that counts and hashes what is written, and is on disk once it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size, self._hash = path, 0, hashlib.sha256()
+        self._file: BinaryIO = path.open("xb")
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append; an error names the file."""
+        try:
+            self._file.write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self._hash.update(data)
+        self.size += len(data)
+
+    def close(self) -> None:
+        """Flush to the disk; errors of delayed writes (a full disk) surface here."""
+        if self._file.closed:
+            return
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The manifest's line about this file."""
+        return {"size": self.size, "sha256": self._hash.hexdigest()}
+
+
+class NewFolder:
+    """A folder in the making; its files appear under their names when all is done.
+
+    Attributes:
+        partial: where files are written meanwhile; the same path on every rank.
+    """
+
+    def __init__(self, partition: Partition, folder: str | Path, *, kind: str) -> None:
+        self.partition, self.kind = partition, kind
+        self.folder = Path(os.path.abspath(folder))
+        self.partial = self.folder.with_name(f".{self.folder.name}.partial")
+        self._records: dict[str, dict[str, Any]] = {}
+
+    def create(self, name: str) -> HashedFile:
+        """A new file. Hand it to `add` when it is written. Local."""
+        path = self.partial / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return HashedFile(path)
+
+    def add(self, file: HashedFile) -> None:
+        """Close a file and take it into the manifest. Local."""
+        file.close()
+        self._records[file.path.relative_to(self.partial).as_posix()] = file.record
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write one JSON file. Local."""
+        file = self.create(name)
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+        self.add(file)
+
+    def adopt(self) -> None:
+        """Take files that other code wrote into the partial folder into the manifest. Local."""
+        for path in sorted(self.partial.rglob("*")):
+            name = path.relative_to(self.partial).as_posix()
+            if path.is_file() and name not in self._records:
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+                self._records[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+
+    def begin(self, overwrite: bool) -> None:
+        """Collective. Refuse a folder that must not be replaced; start an empty partial one."""
+        with alike(self.partition):
+            if self.partition.rank == 0:
+                check_output(self.folder, overwrite)
+                shutil.rmtree(self.partial, ignore_errors=True)
+                self.partial.mkdir(parents=True)
+
+    def commit(self) -> None:
+        """Collective. Complete the manifest and put the folder in its place."""
+        with alike(self.partition):
+            if self.partition.rank:
+                _write(self.partial / f".records-{self.partition.rank}.json", self._records)
+        with alike(self.partition):
+            if self.partition.rank == 0:
+                self._finish()
+
+    def discard(self) -> None:
+        """Remove the partial folder. Local; rank 0 does it."""
+        if self.partition.rank == 0:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _finish(self) -> None:
+        files = dict(self._records)
+        for rank in range(1, self.partition.world_size):
+            path = self.partial / f".records-{rank}.json"
+            if not path.exists():
+                raise FormatError(
+                    f"{self.folder}: what rank {rank} wrote is not visible to rank 0; "
+                    "save to a folder on storage that all nodes share"
+                )
+            files.update(json.loads(path.read_text()))
+            path.unlink()
+        manifest = {"format": self.kind, "version": FORMAT_VERSION, "dsee_scale": __version__, "files": files}
+        _write(self.partial / MANIFEST, manifest)
+        _fsync_folder(self.partial)
+        replace_folder(self.partial, self.folder)
+
+
+@contextlib.contextmanager
+def new_folder(
+    partition: Partition, folder: str | Path, *, kind: str, overwrite: bool
+) -> Iterator[NewFolder]:
+    """Collective. A folder that replaces `folder` at the end of the block, or never was.
+
+    An error inside must be one that every rank raises alike; the previous content then stays whole.
+    """
+    new = NewFolder(partition, folder, kind=kind)
+    new.begin(overwrite)
+    try:
+        yield new
+        new.commit()
+    except BaseException:
+        new.discard()
+        raise
+
+
+@dataclass(frozen=True)
+class StoredFolder:
+    """A saved folder whose manifest is sound and whose files have the right sizes."""
+
+    path: Path
+    kind: str
+    files: dict[str, dict[str, Any]]
+
+    def names(self, stem: str) -> list[str]:
+        """The safetensors files of one stem: `stem.safetensors` or `stem-00001-of-00002.safetensors`."""
+        return sorted(
+            n for n in self.files if n == f"{stem}.safetensors" or (n.startswith(f"{stem}-") and "/" not in n)
+        )
+
+    def verify(self, names: Sequence[str], *, rank: int = 0, world_size: int = 1) -> None:
+        """Compare hashes; with a rank and a world size, only this rank's share of the files."""
+        for name in list(names)[rank::world_size]:
+            if sha256(self.path / name) != self.files[name]["sha256"]:
+                raise FormatError(
+                    f"{self.path / name} is damaged: its SHA-256 is not the one in {MANIFEST}; "
+                    "copy it again or use another checkpoint"
+                )
+
+    def json(self, name: str) -> dict[str, Any]:
+        """Read one of the folder's JSON files, checked against its hash."""
+        if name not in self.files:
+            raise FormatError(f"{self.path} holds no {name}; {MANIFEST} lists {', '.join(self.files)}")
+        self.verify([name])
+        return read_json(self.path / name)
+
+
+def open_folder(folder: str | Path, kinds: Sequence[str]) -> StoredFolder:
+    """Check the manifest of a saved folder, and that each file is there in its full size. Local.
+
+    Raises:
+        FormatError: the folder is missing, of another kind, of an unknown version, or incomplete.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise FormatError(f"{path} is no folder; expected one that holds {MANIFEST}{_interrupted(path)}")
+    if not (path / MANIFEST).is_file():
+        raise FormatError(
+            f"{path} holds no {MANIFEST}; expected a folder that dsee_scale saved, with all its files"
+        )
+    manifest = read_json(path / MANIFEST)
+    kind, version, files = (manifest.get(key) for key in ("format", "version", "files"))
+    if version != FORMAT_VERSION:
+        raise FormatError(
+            f"{path / MANIFEST} has format version {version!r}, this dsee_scale ({__version__}) reads "
+            f"{FORMAT_VERSION}; use the dsee_scale that wrote it ({manifest.get('dsee_scale')})"
+        )
+    if kind not in kinds or not isinstance(files, dict):
+        raise FormatError(f"{path} holds a {kind!r}, expected: {' or '.join(kinds)}")
+    for name, record in files.items():
+        _check_size(path / name, record)
+    return StoredFolder(path, kind, files)
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse a target that is not empty, or whose replacement would delete what is not ours.
+
+    Raises:
+        ConfigError: see the message.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output {folder} is a file; name a folder")
+    present = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    if not present:
+        return
+    if not overwrite:
+        raise ConfigError(f"output folder {folder} is not empty; choose another one or pass overwrite=True")
+    ours = set()
+    if MANIFEST in present:
+        listed = read_json(folder / MANIFEST).get("files", {})
+        ours = {MANIFEST, *(name.split("/")[0] for name in listed)}
+    foreign = [name for name in present if name not in ours and not name.startswith(".")]
+    if foreign:
+        raise ConfigError(
+            f"output folder {folder} holds files that dsee_scale did not write ({', '.join(foreign[:5])}); "
+            "overwrite=True would delete them: move them or choose another folder"
+        )
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`; what was there is moved aside first and deleted last."""
+    previous = folder.with_name(f".{folder.name}.previous")
+    if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        os.rename(folder, previous)
+    os.rename(new, folder)
+    _fsync_folder(folder.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        FormatError: the file is missing, truncated, or no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise FormatError(f"{path} is damaged: no valid JSON ({error}); use another copy") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def relabel(error: DSEEError, where: str) -> FormatError:
+    """A setting in a file is wrong: the file is."""
+    return FormatError(f"{where}: {error}")
+
+
+def _check_size(path: Path, record: Any) -> None:
+    expected = record.get("size") if isinstance(record, dict) else None
+    if not path.is_file():
+        raise FormatError(f"{path} is missing although {MANIFEST} lists it; the copy is incomplete")
+    if path.stat().st_size != expected:
+        raise FormatError(
+            f"{path} is {path.stat().st_size} bytes long, {MANIFEST} says {expected}; "
+            "it is truncated or was changed: copy it again or use another checkpoint"
+        )
+
+
+def _interrupted(folder: Path) -> str:
+    previous = folder.with_name(f".{folder.name}.previous")
+    if (previous / MANIFEST).is_file():
+        return f". A save was cut off while replacing it: its last whole content is {previous}, rename that"
+    return ""
+
+
+def _write(path: Path, value: Any) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,207 @@
+"""What an adapter's files hold, as `dsee_config.json` says: the one description that all readers share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.adapters.state import model_state
+from dsee_scale.adapters.targets import find_modules
+from dsee_scale.checkpoint.base_model import base_identity
+from dsee_scale.checkpoint.files import StoredFolder
+from dsee_scale.config import DSEEConfig
+from dsee_scale.errors import ConfigError, FormatError, TargetError
+from dsee_scale.partition.port import Partition
+
+CONFIG_FILE = "dsee_config.json"
+PREFIX = "dsee_"
+
+
+@dataclass(frozen=True)
+class ModuleRecord:
+    """One adapted module.
+
+    Attributes:
+        shape: true (O, I) of its weight.
+        transposed: whether the weight is stored I x O.
+        slices: output ranges that are adapted as matrices of their own.
+        rank: R.
+        num_sparse: N of each slice.
+        scaling: s = alpha / rank.
+        dropout: on the adapter's input.
+    """
+
+    shape: tuple[int, int]
+    transposed: bool
+    slices: tuple[tuple[int, int], ...]
+    rank: int
+    num_sparse: int
+    scaling: float
+    dropout: float
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the module's tensors in the adapter file, by their names in the module."""
+        num_slices, width = len(self.slices), sum(stop - start for start, stop in self.slices)
+        entries = (num_slices * self.num_sparse,)
+        return {
+            "dsee_A": (num_slices * self.rank, self.shape[1]),
+            "dsee_B": (width, self.rank),
+            "dsee_values": entries,
+            "dsee_rows": entries,
+            "dsee_cols": entries,
+        }
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """Everything but the tensors.
+
+    Attributes:
+        base: identity of the base model, see `base_identity`.
+        config: settings of the injection, None where the model was only pruned.
+        modules: adapted modules by name.
+        trained: true shapes of parameters trained in full, by name.
+        pruned: pruned weights by name: true `shape`, number of `kept` entries, and how they were pruned.
+    """
+
+    base: dict[str, Any]
+    config: DSEEConfig | None
+    modules: dict[str, ModuleRecord] = field(default_factory=dict)
+    trained: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    pruned: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "base_model": self.base,
+            "config": self.config.to_dict() if self.config else None,
+            "modules": {name: dataclasses.asdict(module) for name, module in self.modules.items()},
+            "trained": {name: list(shape) for name, shape in self.trained.items()},
+            "pruned": self.pruned,
+        }
+
+    @classmethod
+    def read(cls, stored: StoredFolder) -> AdapterRecord:
+        """From a saved folder.
+
+        Raises:
+            FormatError: a value is missing or makes no sense.
+        """
+        where = stored.path / CONFIG_FILE
+        values = stored.json(CONFIG_FILE)
+        try:
+            if values["modules"] and not values["config"]:
+                raise ConfigError("modules are adapted but `config` is empty")
+            return cls(
+                base=dict(values["base_model"]),
+                config=DSEEConfig.from_dict(values["config"]) if values["config"] else None,
+                modules={name: _module_record(name, m) for name, m in values["modules"].items()},
+                trained={name: tuple(map(int, shape)) for name, shape in values["trained"].items()},
+                pruned={
+                    name: {**p, "shape": tuple(map(int, p["shape"]))} for name, p in values["pruned"].items()
+                },
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
+            raise FormatError(f"{where} is damaged: {what}; use another copy of it") from error
+
+    @property
+    def num_trainable(self) -> int:
+        """Entries of A, B, S2 and of the parameters trained in full."""
+        keys = ("dsee_A", "dsee_B", "dsee_values")
+        adapters = [
+            shape[key] for m in self.modules.values() for shape in [m.tensor_shapes()] for key in keys
+        ]
+        return sum(map(math.prod, [*adapters, *self.trained.values()]))
+
+
+def describe(partition: Partition, model: nn.Module, kept: Mapping[str, int]) -> AdapterRecord:
+    """The record of a model that was injected, pruned, or both. Local.
+
+    Args:
+        partition: port to the model's weights.
+        model: the unwrapped model.
+        kept: number of entries that are not zero, of each pruned weight.
+    """
+    state = model_state(model)
+    modules = {name: _describe_module(partition, layer) for name, layer in adapted_layers(model).items()}
+    if not modules and not state.pruned:
+        raise TargetError(
+            "the model has no adapter and no pruned weight: there is nothing to save; "
+            "call dsee_scale.inject first"
+        )
+    params = dict(model.named_parameters())
+    pruned = {
+        name: {**how, "shape": tuple(partition.shape(params[name])), "kept": kept[name]}
+        for name, how in state.pruned.items()
+    }
+    trained = {name: tuple(partition.shape(param)) for name, param in trained_in_full(model).items()}
+    return AdapterRecord(base_identity(model), state.config, modules, trained, pruned)
+
+
+def trained_in_full(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters besides the adapters' that an injected model trains, by name."""
+    config = model_state(model).config
+    if config is None:
+        return {}
+    declared = trained_modules(model, config)
+    return {
+        name: param
+        for name, param in model.named_parameters()
+        if not is_adapter_key(name) and (param.requires_grad or name.rpartition(".")[0] in declared)
+    }
+
+
+def is_adapter_key(name: str) -> bool:
+    """Whether a parameter or buffer belongs to an adapter and not to the base model."""
+    return name.rsplit(".", 1)[-1].startswith(PREFIX)
+
+
+def trained_modules(model: nn.Module, config: DSEEConfig) -> list[str]:
+    """Names of the modules that a config trains in full, with all modules inside them."""
+    if not config.trained_modules:
+        return []
+    named = find_modules(model, config.trained_modules, what="trained module")
+    return [
+        name
+        for name, _ in model.named_modules()
+        if any(name == outer or name.startswith(outer + ".") for outer in named)
+    ]
+
+
+def _describe_module(partition: Partition, layer: Any) -> ModuleRecord:
+    slices = tuple((int(start), int(stop)) for start, stop in layer.dsee_slices)
+    return ModuleRecord(
+        shape=(int(layer.dsee_shape[0]), int(layer.dsee_shape[1])),
+        transposed=bool(layer.dsee_transposed),
+        slices=slices,
+        rank=int(partition.shape(layer.dsee_B)[1]),
+        num_sparse=layer.dsee_rows.numel() // len(slices),
+        scaling=float(layer.dsee_scaling),
+        dropout=float(layer.dsee_dropout),
+    )
+
+
+def _module_record(name: str, values: Mapping[str, Any]) -> ModuleRecord:
+    known = {f.name for f in dataclasses.fields(ModuleRecord)}
+    if set(values) != known:
+        raise ConfigError(f"module {name} has keys {sorted(values)}, expected {sorted(known)}")
+    record = ModuleRecord(
+        **{
+            **values,
+            "shape": tuple(map(int, values["shape"])),
+            "slices": tuple((int(start), int(stop)) for start, stop in values["slices"]),
+        }
+    )
+    edges = [0, *(edge for pair in record.slices for edge in pair), record.shape[0]]
+    if not record.slices or edges != sorted(edges) or record.rank < 1 or record.num_sparse < 1:
+        raise ConfigError(
+            f"module {name}: slices {record.slices} or sizes do not fit its shape {record.shape}"
+        )
+    return record
