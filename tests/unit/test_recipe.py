@@ -1,0 +1,160 @@
+"""A recipe is read strictly: from a file, with every key open to the command line, and nothing guessed."""
+
+import dataclasses
+
+import pytest
+from transformers import TrainingArguments
+
+from dsee_scale.config import DSEEConfig, PruneConfig
+from dsee_scale.errors import ConfigError
+from dsee_scale.training.overrides import parse_command_line, parse_value
+from dsee_scale.training.recipe import build_recipe, load_recipe
+from dsee_scale.training.sections import DataConfig, RetuneConfig
+
+pytestmark = pytest.mark.unit
+
+RECIPE = """
+model: {name: some/model}
+data:
+  task: classification
+  train_file: train.csv
+  prompt: "Review: {text}\\nSentiment:"
+  labels: {negative: " negative", positive: " positive"}
+dsee: {rank: 8, target_modules: [q_proj, v_proj]}
+prune: {sparsity: 0.5, score: WABS}
+training: {output_dir: runs/x, max_steps: 60, learning_rate: 1e-4, bf16: true}
+retune: {max_steps: 30, learning_rate: 5e-5}
+export: {delta: masked}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_file_fills_every_section(recipe_file):
+    recipe = load_recipe(recipe_file)
+    assert recipe.dsee == DSEEConfig(rank=8, target_modules=("q_proj", "v_proj"))
+    assert recipe.prune == PruneConfig(sparsity=0.5, score="WABS")
+    assert recipe.training["learning_rate"] == 1e-4
+    assert recipe.retune == RetuneConfig(max_steps=30, learning_rate=5e-5)
+    assert build_recipe(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("words", "section", "key", "value"),
+    [
+        (["--training.learning_rate", "2e-3"], "training", "learning_rate", 2e-3),
+        (["--learning_rate=2e-3"], "training", "learning_rate", 2e-3),
+        (["--retune.learning-rate", "2e-3"], "retune", "learning_rate", 2e-3),
+        (["--dsee.rank", "4"], "dsee", "rank", 4),
+        (["--rank", "4"], "dsee", "rank", 4),
+        (["--target_modules", "q_proj", "k_proj"], "dsee", "target_modules", ("q_proj", "k_proj")),
+        (["--dsee.decomposition.rank", "12"], "dsee", "decomposition.rank", 12),
+        (["--sparsity", "0.25"], "prune", "sparsity", 0.25),
+        (["--data.labels.positive", " good"], "data", "labels.positive", " good"),
+        (["--gradient_checkpointing"], "training", "gradient_checkpointing", True),
+        (["--max_eval_samples", "100"], "data", "max_eval_samples", 100),
+        (["--resume"], "training", "resume_from_checkpoint", True),
+        (["--resume", "runs/x/checkpoint-5"], "training", "resume_from_checkpoint", "runs/x/checkpoint-5"),
+        (["--deepspeed", "null"], "training", "deepspeed", None),
+    ],
+)
+def test_every_key_can_be_overridden(recipe_file, words, section, key, value):
+    found = getattr(load_recipe(recipe_file, words), section)
+    for part in key.split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    assert found == value
+
+
+def test_whole_sections_can_be_switched_off(recipe_file):
+    recipe = load_recipe(recipe_file, ["--prune", "null", "--retune", "null", "--export", "null"])
+    assert recipe.prune is recipe.retune is recipe.export is None
+
+
+def test_seed_is_the_trainers_and_others_need_their_section(recipe_file):
+    recipe = load_recipe(recipe_file, ["--seed", "7", "--dsee.seed", "8"])
+    assert recipe.training["seed"] == 7
+    assert recipe.dsee.seed == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning_rat", "1"], "did you mean 'learning_rate'"),
+        (["--dsee.rang", "1"], "did you mean 'rank'"),
+        (["--modle.name", "x"], "did you mean 'model'"),
+        (["--learning_rate", "fast"], "learning_rate must be a number, found 'fast'"),
+        (["--bf16", "maybe"], "bf16 must be true or false"),
+        (["--max_steps", "1.5"], "max_steps must be a whole number"),
+        (["--name", "x", "--sparsity", "1.5"], "sparsity must lie in"),
+        (["stray"], "'stray' on the command line belongs to no setting"),
+        (["--prune", "null"], "retune comes after prune"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "no form per phase"),
+        (["--auto_find_batch_size"], "auto_find_batch_size is not possible here"),
+        (["--data.task", "completion"], "completion goes with task 'completion'"),
+        (["--data.dataset", "some/hub"], "name either dataset"),
+        (["--retune.max_steps", "0"], "give max_steps or num_train_epochs above 0"),
+        (["--data.labels", "3"], "labels must be a mapping"),
+        (["--export.delta", "mask"], "'separate', 'masked', 'dense'"),
+    ],
+)
+def test_mistakes_are_named(recipe_file, words, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(recipe_file, words)
+
+
+def test_missing_section_repeated_key_and_missing_file(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {name: x}\n")
+    with pytest.raises(ConfigError, match="'data' is missing"):
+        load_recipe(path)
+    path.write_text("model: {name: x}\nmodel: {name: y}\n")
+    with pytest.raises(ConfigError, match="given twice: model"):
+        load_recipe(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_paths_are_found_beside_the_recipe_and_take_variables(recipe_file, tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\n")
+    recipe = load_recipe(recipe_file, ["--model.name", "${CACHE}/m"], {"CACHE": "/somewhere"})
+    assert recipe.data.train_file == str(tmp_path / "train.csv")
+    assert recipe.model.name == "/somewhere/m"
+    assert recipe.data.prompt == "Review: {text}\nSentiment:"
+
+
+def test_command_line_words():
+    assert parse_command_line(["--local_rank=1", "--a-b", "-1", "--c", "1", "x", "--d"]) == [
+        ("a_b", -1),
+        ("c", [1, "x"]),
+        ("d", True),
+    ]
+    assert parse_value("1e-4") == 1e-4
+    assert parse_value("null") is None
+    assert parse_value("{a: 1}") == {"a": 1}
+
+
+def test_every_field_has_its_line_of_documentation():
+    import inspect
+
+    from dsee_scale.training import sections
+
+    for name, cls in vars(sections).items():
+        if dataclasses.is_dataclass(cls) and cls.__module__ == sections.__name__:
+            source = inspect.getsource(cls)
+            for field in dataclasses.fields(cls):
+                after = source.split(f"    {field.name}: ", 1)[1].split("\n", 1)[1]
+                assert after.lstrip().startswith('"""'), f"{name}.{field.name}"
+
+
+def test_training_accepts_exactly_the_trainers_names():
+    names = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    assert "learning_rate" in names
+    data = {"task": "language_modelling", "train_file": "a.txt"}
+    with pytest.raises(ConfigError, match="did you mean 'warmup_steps'"):
+        build_recipe({"model": {"name": "x"}, "data": data, "training": {"warmup_step": 3}})
+    assert DataConfig.from_dict(data).max_length == 512
