@@ -77,9 +77,11 @@ class DecompositionConfig(JsonConfig):
     preset: DecompositionPreset = "fast"
     """`fast` (default) or `reference`, the paper's loop entry for entry."""
     rank: int = 48
-    """Target rank of the low-rank part; unused by `reference`."""
-    iterations: int = 2
-    """Rounds of refinement; unused by `reference`."""
+    """Rank of the low-rank part, at most a quarter of the matrix's smaller side; unused by `reference`."""
+    iterations: int = 3
+    """Rounds, each one power iteration; unused by `reference`."""
+    clip: float = 4.0
+    """The low-rank part is fitted to residuals clipped at this many times their mean size; unused by `reference`."""
     round_memory_mib: int = 1024
     """Whole matrices that one rank receives in one round, in MiB (at least one matrix is received)."""
 
@@ -88,6 +90,8 @@ class DecompositionConfig(JsonConfig):
         for name in ("rank", "iterations", "round_memory_mib"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 problems.append(f"{name} must be a whole number of at least 1, found {getattr(self, name)!r}")
+        if not _is_number(self.clip) or not self.clip > 0:
+            problems.append(f"clip must be a positive number, found {self.clip!r}")
         _raise(self, problems)
 
 

@@ -1,0 +1,1 @@
+"""Pure algorithms: tensors in, tensors or records out."""

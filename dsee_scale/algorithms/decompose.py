@@ -1,0 +1,237 @@
+"""Low-rank plus sparse, W ~ L + S, and the support of S: where a weight has its N sparse entries.
+
+Shapes: O output features, I input features, R rank, N entries, b rows of a block. L = U V.
+
+Nothing here makes a second O x I tensor: the weight is read in row blocks, each turned into the working
+dtype (float32, or float64 for a float64 weight) on the device where the weight lives. Extra memory is a
+few blocks (`CPU_BLOCK` or `DEVICE_BLOCK` entries each) and the factors U, V. The `reference` preset alone
+holds one extra copy of the matrix.
+
+Source: GreBsmo (Zhou and Tao, AISTATS 2013) as DSEE (arXiv 2111.00160, section 3.2) uses it. The `fast`
+preset keeps its bilateral update and differs in two points: the target rank is small and fixed, and S
+comes from a soft threshold relative to the residual's own scale. docs/decomposition.md has the reasons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsee_scale.algorithms.reference import reference_low_rank
+from dsee_scale.config import DecompositionConfig, SupportMethod
+from dsee_scale.errors import ConfigError
+
+CPU_BLOCK = 2**19
+"""Entries of a row block on CPU: in float32 it fits a core's second-level cache."""
+DEVICE_BLOCK = 2**24
+"""Entries of a row block elsewhere: few kernel launches, 64 MiB in float32."""
+SCALE_ROWS = 256
+"""Rows that the residual's scale is measured on."""
+
+
+@dataclass(frozen=True)
+class Support:
+    """Positions of a matrix's sparse entries, sorted by (row, column), each once.
+
+    Attributes:
+        rows: (N,) int32, output indices.
+        cols: (N,) int32, input indices.
+    """
+
+    rows: Tensor
+    cols: Tensor
+
+
+def validate(shape: Sequence[int], num_sparse: int) -> None:
+    """Raise ConfigError if no support of `num_sparse` entries exists in a matrix of this shape."""
+    if len(shape) != 2 or min(shape) < 1:
+        raise ConfigError(f"a support needs a matrix with at least one entry, found shape {tuple(shape)}")
+    if num_sparse < 1:
+        raise ConfigError(f"num_sparse must be at least 1, found {num_sparse}")
+    rows, cols = shape
+    if num_sparse > rows * cols:
+        raise ConfigError(
+            f"num_sparse is {num_sparse}, but a {rows} x {cols} matrix has only {rows * cols} entries; "
+            f"lower num_sparse, or give it as a fraction of the entries"
+        )
+
+
+@torch.no_grad()
+def has_only_finite(weight: Tensor) -> bool:
+    """Whether no entry of `weight` (O, I) is NaN or infinite; extra memory: one block."""
+    # The extremes are NaN if any entry is: several times faster than isfinite, and without a mask.
+    for start, stop in _row_blocks(weight):
+        low, high = torch.aminmax(weight[start:stop])
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            return False
+    return True
+
+
+@torch.no_grad()
+def find_support(
+    weight: Tensor,
+    num_sparse: int,
+    method: SupportMethod,
+    config: DecompositionConfig,
+    generator: torch.Generator,
+) -> Support:
+    """Where the sparse entries of a weight go.
+
+    Args:
+        weight: (O, I), any floating dtype, finite; it is not changed.
+        num_sparse: N, from 1 to O * I.
+        method: `grebsmo`: the N largest |W - L|; `magnitude`: the N largest |W|; `random`: uniform.
+        config: the decomposition behind `grebsmo`.
+        generator: the only source of randomness; it may live on another device than the weight.
+
+    Returns:
+        The support, on the weight's device. Of equal entries the one that comes first in row-major order
+        is taken. The same generator state gives the same support.
+
+    Raises:
+        ConfigError: `num_sparse` does not fit the shape, or the weight is no matrix.
+    """
+    validate(weight.shape, num_sparse)
+    if method == "random":
+        positions = _random_positions(weight.numel(), num_sparse, generator).to(weight.device)
+    elif method == "magnitude":
+        positions = _largest(_magnitudes(weight), num_sparse, weight.device)
+    else:
+        left, right = low_rank(weight, config, generator)
+        positions = _largest(_residuals(weight, left, right), num_sparse, weight.device)
+    rows = torch.div(positions, weight.shape[1], rounding_mode="floor")
+    return Support(rows.to(torch.int32), (positions - rows * weight.shape[1]).to(torch.int32))
+
+
+@torch.no_grad()
+def low_rank(
+    weight: Tensor, config: DecompositionConfig, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The low-rank part L = U V of a weight (O, I): U (O, R) with orthonormal columns and V (R, I).
+
+    For `fast`, R is `config.rank`, but at most a quarter of the smaller side, so that a residual is left
+    in small matrices too; with a side below 4 it is 0 and L is zero. For `reference`, R is 496 or the
+    smaller side.
+    """
+    if config.preset == "reference":
+        return reference_low_rank(weight.to(_working_dtype(weight)), generator)
+    rank = min(config.rank, min(weight.shape) // 4)
+    return _clipped_bilateral(weight, rank, config.iterations, config.clip, generator)
+
+
+def _clipped_bilateral(
+    weight: Tensor, rank: int, iterations: int, clip: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """U = orth(X V^T), V = U^T X, where X = W - S = L + (W - L clipped to `clip` times its mean size).
+
+    Each round is one power iteration. Clipping keeps an outlier that is as large as a singular value of
+    W from becoming a direction of L, and unlike a hard threshold it recovers from a wrong first guess.
+    """
+    dtype = _working_dtype(weight)
+    left = weight.new_zeros(weight.shape[0], rank, dtype=dtype)
+    right = weight.new_zeros(rank, weight.shape[1], dtype=dtype)
+    if rank == 0:
+        return left, right
+    direction = torch.randn(rank, weight.shape[1], generator=generator, device=generator.device)
+    direction = direction.to(weight.device, dtype)
+    for _ in range(iterations):
+        limit = clip * _residual_scale(weight, left, right, generator)
+        image = [block @ direction.T for _, block in _clipped_blocks(weight, left, right, limit)]
+        basis = torch.linalg.qr(torch.cat(image))[0]
+        projected = torch.zeros_like(right)
+        for rows, block in _clipped_blocks(weight, left, right, limit):
+            projected.addmm_(basis[rows].T, block)
+        left, right = basis, projected
+        # Weights of size 1e-30 or 1e+30 must neither vanish nor overflow in the next product.
+        direction = right / right.abs().amax().clamp_min(torch.finfo(dtype).tiny)
+    return left, right
+
+
+def _clipped_blocks(
+    weight: Tensor, left: Tensor, right: Tensor, limit: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    for start, stop in _row_blocks(weight):
+        low = left[start:stop] @ right
+        residual = (weight[start:stop].to(low.dtype) - low).clamp_(-limit, limit)
+        yield slice(start, stop), low.add_(residual)
+
+
+def _residual_scale(weight: Tensor, left: Tensor, right: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean |W - L|, a scalar tensor, over rows drawn at random (all rows of a small matrix)."""
+    rows = torch.arange(weight.shape[0])
+    if weight.shape[0] > SCALE_ROWS:
+        rows = torch.randint(weight.shape[0], (SCALE_ROWS,), generator=generator, device=generator.device)
+    rows = rows.to(weight.device)
+    return torch.addmm(weight[rows].to(left.dtype), left[rows], right, alpha=-1).abs_().mean()
+
+
+def _residuals(weight: Tensor, left: Tensor, right: Tensor) -> Iterator[Tensor]:
+    for start, stop in _row_blocks(weight):
+        yield torch.addmm(weight[start:stop].to(left.dtype), left[start:stop], right, alpha=-1).abs_()
+
+
+def _magnitudes(weight: Tensor) -> Iterator[Tensor]:
+    for start, stop in _row_blocks(weight):
+        yield weight[start:stop].to(_working_dtype(weight)).abs()
+
+
+def _largest(blocks: Iterable[Tensor], count: int, device: torch.device) -> Tensor:
+    """Flat positions (count,), ascending, of the `count` largest entries of the stacked (b, I) blocks.
+
+    Exact; of equal entries the earlier ones are taken. Only entries above the count-th largest so far
+    are kept, so memory stays near `count` entries plus one block.
+    """
+    values = torch.empty(0, device=device)
+    positions = torch.empty(0, dtype=torch.int64, device=device)
+    floor, offset = -1.0, 0
+    for block in blocks:
+        flat = block.flatten()
+        if len(values) < count or float(flat.amax()) > floor:
+            found = (flat > floor).nonzero().squeeze(1)
+            values = torch.cat([values.to(flat.dtype), flat[found]])
+            positions = torch.cat([positions, found + offset])
+        if len(values) > 2 * count:
+            values, positions = _trim(values, positions, count)
+            floor = float(values.amin())
+        offset += flat.numel()
+    return _trim(values, positions, count)[1]
+
+
+def _trim(values: Tensor, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of (M,) values with ascending positions, in the same order."""
+    smallest = values.topk(count, sorted=False).values.amin()
+    keep = values > smallest
+    ties = (values == smallest).nonzero().squeeze(1)
+    keep[ties[: count - int(keep.sum())]] = True
+    return values[keep], positions[keep]
+
+
+def _random_positions(numel: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` distinct flat positions, uniform over all such sets, ascending; no permutation of `numel`."""
+    device = generator.device
+    if 2 * count > numel:
+        keep = torch.ones(numel, dtype=torch.bool, device=device)
+        if count < numel:
+            keep[_random_positions(numel, numel - count, generator)] = False
+        return keep.nonzero().squeeze(1)
+    found = torch.empty(0, dtype=torch.int64, device=device)
+    while len(found) < count:
+        drawn = torch.randint(numel, (2 * (count - len(found)),), generator=generator, device=device)
+        found = torch.unique(torch.cat([found, drawn]))
+    chosen = torch.randperm(len(found), generator=generator, device=device)[:count]
+    return found[chosen].sort().values
+
+
+def _row_blocks(weight: Tensor) -> Iterator[tuple[int, int]]:
+    """(start, stop) row ranges; they depend on the shape and the kind of device alone."""
+    entries = CPU_BLOCK if weight.device.type == "cpu" else DEVICE_BLOCK
+    rows = max(1, entries // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        yield start, min(start + rows, weight.shape[0])
+
+
+def _working_dtype(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -1,0 +1,58 @@
+"""The paper's GreBsmo loop, its result kept and its cost cut: the `reference` preset.
+
+Shapes: O output features, I input features, K rank so far. X = W - S.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROUNDS = 100
+RANK_STEP = 5
+THRESHOLD = 0.01
+"""Residual entries below this size are not part of S. Absolute, whatever the weight's scale: the paper's."""
+
+
+def reference_low_rank(
+    weight: Tensor, generator: torch.Generator, rounds: int = ROUNDS
+) -> tuple[Tensor, Tensor]:
+    """The low-rank part of a float32 or float64 weight (O, I): U (O, K) and V (K, I).
+
+    V starts as one random row. A round sets S = 0 and then twice U = orth(X V^T), V = U^T X and
+    S = W - U V with its small entries dropped; then V gains five rows of R, E = W - U V - S = Q R.
+    Those rows are Q5^T E, where Q5 comes from the first five columns of E alone, so the QR of the whole E
+    is never computed. K ends at 496, or at the smaller side.
+
+    Extra memory: one O x I tensor besides the factors.
+    """
+    start = torch.randn(1, weight.shape[1], generator=generator, dtype=torch.float64, device=generator.device)
+    right = start.to(weight.device, weight.dtype)
+    x = torch.empty_like(weight)
+    for index in range(rounds):
+        left, right = _update(weight, right)
+        _without_sparse(weight, left, right, out=x)
+        left, right = _update(x, right)
+        if index < rounds - 1:
+            _without_sparse(weight, left, right, out=x)
+            right = torch.cat([right, _new_rows(x, left, right)])
+    return left, right
+
+
+def _update(x: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    left = torch.linalg.qr(x @ right.T)[0]
+    return left, left.T @ x
+
+
+def _without_sparse(weight: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
+    """X = W - S: L where the residual is large, W where it is small."""
+    torch.mm(left, right, out=out)
+    rows = max(1, 2**18 // weight.shape[1])
+    for w, x in zip(weight.split(rows), out.split(rows), strict=True):
+        x.copy_(torch.where((w - x).abs_() < THRESHOLD, w, x))
+
+
+def _new_rows(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The first five rows of R in E = Q R, for E = X - U V, without E."""
+    basis = torch.linalg.qr(x[:, :RANK_STEP] - left @ right[:, :RANK_STEP])[0]
+    return basis.T @ x - (basis.T @ left) @ right
