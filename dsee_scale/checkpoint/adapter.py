@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from dsee_scale.algorithms.decompose import Support
 from torch import Tensor, nn
 
 from dsee_scale.adapters.linear import adapted_layers, is_adapted
 from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.targets import Target, linear_kind
+from dsee_scale.algorithms.decompose import Support
 from dsee_scale.checkpoint.base_model import base_identity, check_base
 from dsee_scale.checkpoint.files import NewFolder, StoredFolder, alike, new_folder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS
@@ -213,8 +213,8 @@ def _check_support(reader: TensorReader, name: str, module: ModuleRecord) -> Non
             if bool(((values < low) | (values >= high)).any()):
                 raise FormatError(
                     f"{reader.where(f'{name}.{key}')}: tensor {name}.{key} has indices out of range: "
-                    f"{int(values.min())} to {int(values.max())}, expected {low} to {high - 1}; the file is damaged "
-                    "or belongs to another model"
+                    f"{int(values.min())} to {int(values.max())}, expected {low} to {high - 1}; the file is "
+                    "damaged or belongs to another model"
                 )
     if bool(((rows * module.shape[1] + cols).diff(dim=1) <= 0).any()):
         raise FormatError(

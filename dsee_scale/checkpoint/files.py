@@ -55,7 +55,7 @@ class HashedFile:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         self._hash.update(data)
-        self.size += len(data)
+        self.size += memoryview(data).nbytes
 
     def close(self) -> None:
         """Flush to the disk; errors of delayed writes (a full disk) surface here."""
@@ -227,7 +227,7 @@ def open_folder(folder: str | Path, kinds: Sequence[str]) -> StoredFolder:
         raise FormatError(f"{path} holds a {kind!r}, expected: {' or '.join(kinds)}")
     for name, record in files.items():
         _check_size(path / name, record)
-    return StoredFolder(path, kind, files)
+    return StoredFolder(path, str(kind), files)
 
 
 def check_output(folder: Path, overwrite: bool) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.checkpoint.files import NewFolder, StoredFolder, alike
-from dsee_scale.checkpoint.tensor_file import TensorReader, TensorSpec, TensorWriter, file_metadata
+from dsee_scale.checkpoint.dealt_files import write_dealt
+from dsee_scale.checkpoint.files import NewFolder, StoredFolder
+from dsee_scale.checkpoint.tensor_file import TensorReader, TensorSpec
 from dsee_scale.errors import FormatError
 from dsee_scale.partition.port import Partition
 
@@ -53,62 +54,36 @@ def unpack_stretch(packed: np.ndarray, skip: int, count: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(packed, count=skip + count)[skip:].view(np.bool_))
 
 
-def pack_mask(partition: Partition, param: nn.Parameter) -> Tensor:
-    """Collective. The bits of one weight, whole on every rank.
+def pack_masks(partition: Partition, weights: Sequence[nn.Parameter]) -> list[Tensor]:
+    """Collective. The bits of weights, whole on every rank, in one transfer.
 
-    Extra memory: numel / 8 bytes, and one block of the shard.
+    Extra memory: numel / 8 bytes of each, and one block of a shard.
 
     Returns:
-        (packed_size,) uint8 on `partition.device`.
+        (packed_size,) uint8 of each weight, on the CPU.
     """
-    numel = math.prod(partition.shape(param))
-    bits = np.zeros(packed_size(numel), dtype=np.uint8)
-    shard = partition.shard(param)
-    pack_stretch(shard.data, shard.start, bits)
-    return partition.sum_over_shards(torch.from_numpy(bits).to(partition.device))
+    sizes = [packed_size(math.prod(partition.shape(param))) for param in weights]
+    bits = np.zeros(sum(sizes), dtype=np.uint8)
+    for param, part in zip(weights, np.split(bits, np.cumsum(sizes)[:-1]), strict=True):
+        shard = partition.shard(param)
+        pack_stretch(shard.data, shard.start, part)
+    together = partition.sum_over_shards(torch.from_numpy(bits).to(partition.device))
+    return list(together.cpu().split(sizes))
 
 
 def save_masks(
     partition: Partition, folder: NewFolder, weights: Mapping[str, nn.Parameter], files: int
 ) -> None:
-    """Collective. Write the masks of weights into `files` files, each by one rank, dealt out by size."""
-    sizes = {name: packed_size(math.prod(partition.shape(param))) for name, param in weights.items()}
-    parts = runs(sizes, files)
-    mine = parts[partition.rank] if partition.rank < files else []
-    writer: TensorWriter | None = None
-    with alike(partition):
-        if mine:
-            specs = [TensorSpec(name, torch.uint8, (sizes[name],)) for name in mine]
-            filename = part_name(STEM, partition.rank, files)
-            writer = TensorWriter(folder, filename, specs, file_metadata(KIND))
-    error: Exception | None = None
-    for name, param in weights.items():
-        bits = pack_mask(partition, param)
-        if name in mine and error is None:
-            try:
-                writer.write(name, bits)  # type: ignore[union-attr]
-            except Exception as caught:  # the other ranks still wait for this one's bits
-                error = caught
-    with alike(partition):
-        if error is not None:
-            raise error
-        if writer is not None:
-            writer.close()
+    """Collective. Write the masks of weights into `files` files, each by one rank."""
+    specs = [
+        TensorSpec(name, torch.uint8, (packed_size(math.prod(partition.shape(param))),))
+        for name, param in weights.items()
+    ]
 
+    def produce(names: list[str]) -> list[Tensor]:
+        return pack_masks(partition, [weights[name] for name in names])
 
-def runs(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
-    """Names by part: contiguous runs of about equal total size, in order."""
-    total, done = sum(sizes.values()), 0
-    result: list[list[str]] = [[] for _ in range(parts)]
-    for name, size in sizes.items():
-        result[min(done * parts // max(total, 1), parts - 1)].append(name)
-        done += size
-    return result
-
-
-def part_name(stem: str, index: int, files: int) -> str:
-    """Name of one of a stem's files."""
-    return f"{stem}.safetensors" if files == 1 else f"{stem}-{index + 1:05d}-of-{files:05d}.safetensors"
+    write_dealt(partition, folder, STEM, specs, produce, files=files, kind=KIND)
 
 
 def check_masks(reader: TensorReader, shapes: Mapping[str, Sequence[int]]) -> None:

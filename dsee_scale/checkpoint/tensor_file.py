@@ -87,7 +87,7 @@ class TensorWriter:
             )
         self._next += 1
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self.file.write(memoryview(data.numpy()))
+        self.file.write(data.numpy().data)
 
     def close(self) -> None:
         """Finish the file and take it into the folder's manifest."""

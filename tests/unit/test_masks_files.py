@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dsee_scale.checkpoint import masks as masks_module
+from dsee_scale.checkpoint.dealt_files import runs
 from dsee_scale.checkpoint.files import MANIFEST, HashedFile, new_folder, open_folder
 from dsee_scale.checkpoint.masks import (
     apply_mask,
@@ -20,7 +21,6 @@ from dsee_scale.checkpoint.masks import (
     open_masks,
     pack_stretch,
     packed_size,
-    runs,
     save_masks,
     unpack_stretch,
 )

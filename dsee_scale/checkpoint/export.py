@@ -1,0 +1,277 @@
+"""Export a tuned and pruned model as a plain Hugging Face folder, one weight at a time."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dsee_scale.adapters.linear import adapted_layers, delta_record
+from dsee_scale.adapters.state import model_state
+from dsee_scale.algorithms.delta import Delta, Form, combine, delta_block, flat_blocks
+from dsee_scale.checkpoint.adapter import KIND as ADAPTER
+from dsee_scale.checkpoint.adapter import write_adapter
+from dsee_scale.checkpoint.export_plan import Entry, ExportPlan, plan_export
+from dsee_scale.checkpoint.files import NewFolder, alike, new_folder
+from dsee_scale.checkpoint.tensor_file import TensorWriter
+from dsee_scale.errors import ConfigError, TargetError
+from dsee_scale.partition import Partition, open_partition, unwrap
+from dsee_scale.passes.progress import show_progress
+
+logger = logging.getLogger(__name__)
+
+DeltaForm = Literal["masked", "dense", "separate"]
+KIND = "export"
+REPORT_FILE = "dsee_export.json"
+INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FOLDER = "adapter"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export_model` wrote; printing it shows a summary.
+
+    Attributes:
+        folder: the exported model.
+        delta: how the update was put in.
+        files: weight files with their sizes in bytes.
+        sparsity: fraction of entries that are zero in the files, of each pruned weight by its name.
+        num_pruned: entries of the pruned weights.
+        num_zero: how many of them are zero in the files.
+        num_parameters: entries of all tensors.
+        seconds: time taken.
+    """
+
+    folder: str
+    delta: str
+    files: dict[str, int]
+    sparsity: dict[str, float]
+    num_pruned: int
+    num_zero: int
+    num_parameters: int
+    seconds: float
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the weight files."""
+        return sum(self.files.values())
+
+    def __str__(self) -> str:
+        lines = [
+            f"dsee_scale: exported {self.num_parameters:,} parameters to {self.folder} "
+            f"(delta={self.delta!r}): {len(self.files)} files, {self.nbytes / 1e6:,.1f} MB, "
+            f"{self.seconds:.1f} s"
+        ]
+        if self.num_pruned:
+            share = 100 * self.num_zero / self.num_pruned
+            lines.append(f"  {share:.2f}% of the {self.num_pruned:,} entries of pruned weights are zero")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = {
+            key: getattr(self, key) for key in self.__dataclass_fields__ if key not in ("folder", "seconds")
+        }
+        return values
+
+
+def export_model(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    delta: DeltaForm = "masked",
+    tokenizer: Any = None,
+    max_shard_size: int | str = "2GB",
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> ExportReport:
+    """Collective. Write the whole model, streaming one weight at a time to rank 0, which writes the files.
+
+    Extra memory: on rank 0 one weight, its adapter, and one block in float32; elsewhere nothing.
+
+    Args:
+        model: a raw model, a DeepSpeed engine, or what Accelerate or DDP made of it. It is not changed.
+        folder: output folder; parents are made.
+        delta: `masked` writes (W + D) * M, as sparse as W; `dense` writes W * M + D; both are plain models
+            that stock transformers loads. `separate` writes W * M, with the adapter in `folder/adapter`.
+        tokenizer: saved along (or a processor); anything with `save_pretrained`.
+        max_shard_size: size of a weight file at most, unless one weight is larger.
+        overwrite: replace an earlier export. A folder with other files in it is never replaced.
+        progress: show a progress bar on rank 0; None shows it if a person watches.
+
+    Returns:
+        Sizes and sparsity, the same on every rank.
+
+    Raises:
+        ConfigError: the folder is not empty, or a setting is unknown.
+        TargetError: the base is quantised.
+        FormatError: writing failed, e.g. no space is left; what was there before stays.
+    """
+    started = time.perf_counter()
+    module, partition = unwrap(model), open_partition(model)
+    with alike(partition):
+        if delta not in get_args(DeltaForm):
+            raise ConfigError(f"delta {delta!r} is unknown; valid: {', '.join(get_args(DeltaForm))}")
+        _reject_quantised(module)
+        plan = plan_export(partition, module, max_shard_size)
+    with new_folder(partition, folder, kind=KIND, overwrite=overwrite) as new:
+        with alike(partition):
+            if partition.rank == 0:
+                _write_settings(module, new.partial, tokenizer)
+        if delta == "separate":
+            with new_folder(partition, new.partial / ADAPTER_FOLDER, kind=ADAPTER, overwrite=False) as inner:
+                write_adapter(partition, module, inner)
+        writer = _ExportWriter(partition, module, new, plan, delta)
+        with tqdm(
+            total=plan.num_entries, desc="export", disable=not show_progress(partition, progress)
+        ) as bar:
+            for name, entries in plan.files.items():
+                writer.write_file(name, entries, bar)
+        report = writer.report(time.perf_counter() - started)
+        with alike(partition):
+            if partition.rank == 0:
+                _write_index(new, plan, report)
+    if partition.rank == 0:
+        logger.info("%s", report)
+    return report
+
+
+class _ExportWriter:
+    """Streams entries to rank 0 and writes them with their update put in."""
+
+    def __init__(
+        self, partition: Partition, module: nn.Module, new: NewFolder, plan: ExportPlan, delta: DeltaForm
+    ) -> None:
+        self.partition, self.module, self.new, self.plan = partition, module, new, plan
+        self.delta = delta
+        self.layers = {f"{n}.weight": layer for n, layer in adapted_layers(module).items()}
+        self.pruned = set(model_state(module).pruned)
+        self.zeros = dict.fromkeys(sorted(self.pruned), 0)
+        self.sizes = dict.fromkeys(plan.files, 0)
+
+    def write_file(self, name: str, entries: list[Entry], bar: Any) -> None:
+        """Collective. One weight file; an error on rank 0 is raised on every rank when the file ends."""
+        writer: TensorWriter | None = None
+        with alike(self.partition):
+            if self.partition.rank == 0:
+                specs = [spec for entry in entries for spec in entry.outputs]
+                writer = TensorWriter(self.new, name, specs, {"format": "pt"})
+        error: Exception | None = None
+        stream = self.partition.gather_each([p for entry in entries for p in self._needed(entry)], dst=0)
+        for entry in entries:
+            tensors = [next(stream) for _ in self._needed(entry)]
+            bar.update()
+            if writer is None or error is not None:
+                continue
+            try:
+                self._write_entry(writer, entry, tensors)
+            except Exception as caught:  # the other ranks still send: take it all, then fail together
+                error = caught
+        with alike(self.partition):
+            if error is not None:
+                raise error
+            if writer is not None:
+                writer.close()
+                self.sizes[name] = writer.file.size
+
+    def report(self, seconds: float) -> ExportReport:
+        """Collective. Rank 0's counts on every rank."""
+        counts = torch.tensor([*self.zeros.values(), *self.sizes.values()], dtype=torch.int64)
+        known = self.partition.broadcast(counts.to(self.partition.device), src=0).tolist()
+        zeros = dict(zip(self.zeros, known, strict=False))
+        entries = {e.name: e for es in self.plan.files.values() for e in es}
+        numel = {name: sum(math.prod(spec.shape) for spec in entries[name].outputs) for name in zeros}
+        return ExportReport(
+            folder=str(self.new.folder),
+            delta=self.delta,
+            files=dict(zip(self.sizes, known[len(zeros) :], strict=True)),
+            sparsity={name: zeros[name] / numel[name] for name in zeros},
+            num_pruned=sum(numel.values()),
+            num_zero=sum(zeros.values()),
+            num_parameters=sum(math.prod(spec.shape) for e in entries.values() for spec in e.outputs),
+            seconds=seconds,
+        )
+
+    def _needed(self, entry: Entry) -> Iterator[nn.Parameter]:
+        """Parameters to gather for an entry: its adapter's, then itself."""
+        layer: Any = self.layers.get(entry.name)
+        if layer is not None and self.delta != "separate":
+            yield from (layer.dsee_A, layer.dsee_B, layer.dsee_values)
+        if isinstance(entry.tensor, nn.Parameter):
+            yield entry.tensor
+
+    def _write_entry(self, writer: TensorWriter, entry: Entry, tensors: list[Tensor | None]) -> None:
+        whole = tensors[-1] if tensors else entry.tensor
+        assert whole is not None, entry.name
+        if len(tensors) == 4:
+            a, b, values = tensors[:3]
+            update = delta_record(self.layers[entry.name], a, b, values)  # type: ignore[arg-type]
+            form: Form = "masked" if self.delta == "masked" else "dense"
+            whole = merged_weight(whole, update, pruned=entry.name in self.pruned, form=form)
+        if entry.name in self.zeros:
+            self.zeros[entry.name] = whole.numel() - int(torch.count_nonzero(whole))
+        stored = entry.stored(self.module, whole)
+        for spec in entry.outputs:
+            writer.write(spec.name, stored[spec.name])
+
+
+def merged_weight(weight: Tensor, update: Delta, *, pruned: bool, form: Form) -> Tensor:
+    """(W + D) * M or W * M + D in the weight's dtype, computed block by block in float32.
+
+    Args:
+        weight: whole, in its storage layout; not changed.
+        update: D.
+        pruned: whether the weight's zeros are its mask; otherwise M keeps all.
+        form: `masked` or `dense`.
+
+    Returns:
+        A new tensor on the CPU.
+    """
+    merged = torch.empty(weight.shape, dtype=weight.dtype)
+    for block in flat_blocks(update.storage_shape, 0, weight.numel()):
+        rows = slice(block.start_row, block.stop_row)
+        w = weight[rows].to(update.a.device)
+        mask = w != 0 if pruned else None
+        merged[rows] = combine(w, delta_block(update, block.start_row, block.stop_row), mask, form)
+    return merged
+
+
+def _write_settings(module: Any, folder: Path, tokenizer: Any) -> None:
+    if hasattr(module, "save_pretrained"):
+        config = copy.deepcopy(module.config)
+        config.dtype = str(module.dtype).removeprefix("torch.")
+        config.architectures = [type(module).__name__]
+        config.save_pretrained(folder)
+        if module.can_generate():
+            module.generation_config.save_pretrained(folder)
+        if module.is_remote_code():
+            from transformers.dynamic_module_utils import custom_object_save
+
+            custom_object_save(module, str(folder), config=config)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+
+
+def _write_index(new: NewFolder, plan: ExportPlan, report: ExportReport) -> None:
+    if len(plan.files) > 1:
+        new.write_json(INDEX_FILE, plan.index(report.num_parameters))
+    new.write_json(REPORT_FILE, report.to_dict())
+    new.adopt()
+
+
+def _reject_quantised(module: nn.Module) -> None:
+    for name, param in module.named_parameters():
+        if not param.is_floating_point():
+            raise TargetError(
+                f"{name} is quantised ({type(param).__name__}, {param.dtype}); expected floating-point "
+                "weights: save the adapter, load the base unquantised, load_adapter, and export that"
+            )
