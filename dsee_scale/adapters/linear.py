@@ -11,15 +11,15 @@ Shapes: O outputs, I inputs, R rank, N sparse entries, K slices, S outputs cover
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dsee_scale.adapters.lowrank_sparse import Update, add_update
+from dsee_scale.adapters.sparse_residual import prepare
+from dsee_scale.algorithms.delta import Delta
 from dsee_scale.errors import TargetError
-
-if TYPE_CHECKING:
-    from dsee_scale.algorithms.delta import Delta
 
 PARAMETERS = ("dsee_A", "dsee_B", "dsee_values")
 BUFFERS = ("dsee_rows", "dsee_cols")
@@ -44,6 +44,8 @@ class AdaptedLayer(nn.Module):
         dsee_shape: true (O, I) of the weight.
         dsee_transposed: whether the weight is stored I x O.
         dsee_base: the layer's own class.
+        dsee_in_place: whether the update may be added into the base layer's output.
+        dsee_update: the above, prepared for the products; derived, in no state dict.
     """
 
     dsee_base: type[nn.Module]
@@ -57,6 +59,8 @@ class AdaptedLayer(nn.Module):
     dsee_dropout: float
     dsee_shape: tuple[int, int]
     dsee_transposed: bool
+    dsee_in_place: bool
+    dsee_update: Update
 
     def forward(self, x: Tensor) -> Tensor:
         """Base output plus delta.
@@ -68,17 +72,32 @@ class AdaptedLayer(nn.Module):
             (..., O), in the base output's dtype.
         """
         y = super().forward(x)
-        x = nn.functional.dropout(x, self.dsee_dropout, self.training)
-        x_TI = x.reshape(-1, self.dsee_shape[1]).to(self.dsee_A.dtype)
-        gathered = x_TI.index_select(1, self.dsee_cols) * self.dsee_values
-        delta = x_TI.new_zeros(x_TI.shape[0], self.dsee_shape[0]).index_add(1, self.dsee_rows, gathered)
-        low = x_TI @ self.dsee_A.t()
-        rank, offset = self.dsee_B.shape[1], 0
-        for k, (start, stop) in enumerate(self.dsee_slices):
-            b = self.dsee_B[offset : offset + stop - start]
-            delta[:, start:stop] += low[:, k * rank : (k + 1) * rank] @ b.t()
-            offset += stop - start
-        return y + (self.dsee_scaling * delta).to(y.dtype).view_as(y)
+        if self.dsee_dropout and self.training:
+            x = nn.functional.dropout(x, self.dsee_dropout)
+        return add_update(y, x, self.dsee_A, self.dsee_B, self.dsee_values, self._update())
+
+    def _update(self) -> Update:
+        """What the product needs besides the parameters; made anew if the buffers were moved."""
+        if not torch.compiler.is_compiling() and self.dsee_update.support.rows is not self.dsee_rows:
+            self.dsee_prepare()
+        return self.dsee_update
+
+    def dsee_prepare(self) -> None:
+        """Prepare for the support in the buffers. Call it after writing other positions to them."""
+        if self.dsee_rows.is_meta:
+            return
+        support = prepare(self.dsee_rows, self.dsee_cols, self.dsee_shape)
+        self.dsee_update = Update(self.dsee_slices, self.dsee_scaling, support, self.dsee_in_place)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._apply(*args, **kwargs)
+        if self.dsee_update.support.rows is not self.dsee_rows:
+            self.dsee_prepare()
+        return result
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.dsee_prepare()
 
     def extra_repr(self) -> str:
         """The base layer's line, then the adapter's."""
@@ -95,9 +114,15 @@ class AdaptedLayer(nn.Module):
 def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a layer class that adds a delta; the same one at every call."""
     if base not in _CLASSES:
-        namespace = {"__module__": __name__, "dsee_base": base}
+        namespace = {"__module__": __name__, "dsee_base": base, "dsee_in_place": _keeps_no_output(base)}
         _CLASSES[base] = type(f"Adapted{base.__name__}", (AdaptedLayer, base), namespace)
     return _CLASSES[base]
+
+
+def _keeps_no_output(base: type[nn.Module]) -> bool:
+    """Whether the layer's backward is known not to need its output, so that it may be overwritten."""
+    known = base.forward is nn.Linear.forward or base.__name__ == "Conv1D"
+    return known or base.__module__.startswith("bitsandbytes")
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
@@ -144,6 +169,11 @@ def attach(
     """
     if is_adapted(module):
         raise TargetError(f"{type(module).__name__} is adapted already; detach it before adapting it again")
+    if "forward" in vars(module):
+        raise TargetError(
+            f"the forward of this {type(module).__name__} was replaced on the instance, which would hide the "
+            "adapter's (accelerate does so for a device_map over several devices); load it without that"
+        )
     slices = tuple((int(start), int(stop)) for start, stop in slices)
     _check_support(shape, slices, rows, cols)
     source_device = generator.device if generator is not None else torch.device("cpu")
@@ -159,6 +189,7 @@ def attach(
     for name, value in zip(ATTRIBUTES, settings, strict=True):
         setattr(module, name, value)
     module.__class__ = adapted_class(type(module))
+    module.dsee_prepare()  # type: ignore[operator]
 
 
 def detach(module: nn.Module) -> None:
@@ -170,7 +201,7 @@ def detach(module: nn.Module) -> None:
     if not is_adapted(module):
         raise TargetError(f"{type(module).__name__} is not adapted, there is nothing to detach")
     module.__class__ = module.dsee_base  # type: ignore[assignment]
-    for name in PARAMETERS + BUFFERS + ATTRIBUTES:
+    for name in (*PARAMETERS, *BUFFERS, *ATTRIBUTES, "dsee_update"):
         delattr(module, name)
 
 
@@ -193,8 +224,6 @@ def delta_record(module: nn.Module, a: Tensor, b: Tensor, values: Tensor) -> Del
         b: (S, R), whole dsee_B.
         values: (K*N,), whole dsee_values.
     """
-    from dsee_scale.algorithms.delta import Delta
-
     settings = dict(slices=module.dsee_slices, scaling=module.dsee_scaling, shape=module.dsee_shape)
     support = dict(rows=module.dsee_rows, cols=module.dsee_cols)
     return Delta(a=a, b=b, values=values, **support, **settings, transposed=module.dsee_transposed)  # type: ignore[arg-type]

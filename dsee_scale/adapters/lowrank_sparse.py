@@ -1,0 +1,153 @@
+"""The whole update of a layer's output, s * ((x A^T) B^T + x S2^T), as one autograd function.
+
+x is saved once for both parts, each weight's gradient is formed from it directly, and the sum is written
+into the base layer's output where nobody else needs that. No O x I tensor is made.
+
+Shapes: T tokens, O outputs, I inputs, R rank, K slices, S outputs covered by the slices, N entries of S2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dsee_scale.adapters.sparse_residual import PreparedSupport, accumulate_, value_gradient
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What is fixed about one layer's update.
+
+    Attributes:
+        slices: K output ranges (start, stop).
+        scaling: s.
+        support: the entries of S2.
+        in_place: whether the base output may be overwritten: its own backward does not need it.
+    """
+
+    slices: tuple[tuple[int, int], ...]
+    scaling: float
+    support: PreparedSupport
+    in_place: bool
+
+
+def add_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, values: Tensor, update: Update) -> Tensor:
+    """The base output plus the update.
+
+    Computed in autocast's dtype where autocast is on, else in A's. First derivatives only.
+
+    Args:
+        y: (..., O) base output; overwritten if `update.in_place`, so use the result instead.
+        x: (..., I) input of the update.
+        a: (K*R, I).
+        b: (S, R).
+        values: (N,).
+        update: the rest.
+
+    Returns:
+        (..., O) in y's dtype.
+    """
+    return _LowRankSparse.apply(y, x, a, b, values, update)
+
+
+class _LowRankSparse(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, values: Tensor, update: Update
+    ) -> Tensor:
+        dtype = _compute_dtype(x, a)
+        x_TI = x.reshape(-1, a.shape[1]).to(dtype)
+        # The scaling goes into z, the smallest factor of the forward product and of B's gradient.
+        z_TKR = (x_TI @ a.to(dtype).t()).mul_(update.scaling)
+        out = _own(y, update.in_place)
+        out_TO = out.view(-1, y.shape[-1])
+        for (start, stop), z, b_OR in _per_slice(update, z_TKR, b.to(dtype)):
+            _addmm_(out_TO[:, start:stop], z, b_OR.t())
+        scaled_N = values.to(dtype) * update.scaling
+        accumulate_(out_TO, x_TI, scaled_N, update.support.forward, update.support)
+        ctx.save_for_backward(x_TI, z_TKR, a, b, values)
+        ctx.update, ctx.x_shape, ctx.x_dtype = update, x.shape, x.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x_TI, z_TKR, a, b, values = ctx.saved_tensors
+        update: Update = ctx.update
+        need_y, need_x, need_a, need_b, need_values, _ = ctx.needs_input_grad
+        dy_TO = dy.reshape(-1, dy.shape[-1]).to(x_TI.dtype)
+        dx = da = db = dvalues = None
+        if need_x or need_a:
+            dz_TKR = _dz(dy_TO, z_TKR, b.to(x_TI.dtype), update)
+            da = dz_TKR.t() @ x_TI if need_a else None
+            dx = dz_TKR @ a.to(x_TI.dtype) if need_x else None
+        if dx is not None:
+            scaled_N = values.to(x_TI.dtype) * update.scaling
+            accumulate_(dx, dy_TO, scaled_N, update.support.backward, update.support)
+            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+        if need_b:
+            db = _db(dy_TO, z_TKR, b, update)
+        if need_values:
+            dvalues = value_gradient(dy_TO, x_TI, update.support).mul_(update.scaling).to(values.dtype)
+        return (
+            dy if need_y else None,
+            dx,
+            None if da is None else da.to(a.dtype),
+            db,
+            dvalues,
+            None,
+        )
+
+
+def _compute_dtype(x: Tensor, a: Tensor) -> torch.dtype:
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return a.dtype
+
+
+def _own(y: Tensor, in_place: bool) -> Tensor:
+    """A tensor with y's contents that may be written to: y's own memory, or a copy.
+
+    `.data` rather than `mark_dirty`: y may be a view (Conv1D's output is), and for a view autograd would copy
+    the whole gradient in backward. In exchange y's version is raised by hand, so that a base layer that does
+    need its output in backward raises PyTorch's usual error instead of using the overwritten values.
+    """
+    if not in_place or torch.compiler.is_compiling() or not y.is_contiguous():
+        return y.clone(memory_format=torch.contiguous_format)
+    if y.requires_grad:
+        torch.autograd.graph.increment_version(y)
+    return y.data
+
+
+def _addmm_(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """out += left @ right; out may have another dtype."""
+    if out.dtype == left.dtype:
+        out.addmm_(left, right)
+    else:
+        out.add_(left @ right)
+
+
+def _per_slice(update: Update, z_TKR: Tensor, b: Tensor) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
+    """(start, stop), the slice's columns of z, and its rows of b."""
+    rank, offset = b.shape[1], 0
+    for k, (start, stop) in enumerate(update.slices):
+        yield (start, stop), z_TKR[:, k * rank : (k + 1) * rank], b[offset : offset + stop - start]
+        offset += stop - start
+
+
+def _dz(dy_TO: Tensor, z_TKR: Tensor, b: Tensor, update: Update) -> Tensor:
+    """Gradient of x A^T, (T, K*R)."""
+    parts = [dy_TO[:, start:stop] @ b_OR for (start, stop), _, b_OR in _per_slice(update, z_TKR, b)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).mul_(update.scaling)
+
+
+def _db(dy_TO: Tensor, z_TKR: Tensor, b: Tensor, update: Update) -> Tensor:
+    """Gradient of B, (S, R)."""
+    parts = [dy_TO[:, start:stop].t() @ z for (start, stop), z, _ in _per_slice(update, z_TKR, b)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(b.dtype)

@@ -1,0 +1,199 @@
+"""The sparse residual: y += x S2^T, its input gradient and its value gradient, with S2 never made dense.
+
+All three are sums over S2's entries, and the first two are the same sum with rows and columns swapped:
+`target += values * source`, from input columns to output rows or back. A `Route` is that sum prepared for
+one direction. Every sum runs in a fixed order, without atomics: the same bits on every run.
+
+Shapes: T tokens, O outputs, I inputs, N entries of S2 (over all slices), U distinct targets; M and J are
+the target's and the source's side, O and I or the other way round.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Method = Literal["gather", "bags", "triton"]
+
+BLOCK_TOKENS = {"cpu": 128, "cuda": 4096}
+"""Tokens that `bags` transposes at once: few enough that a block stays in a core's cache."""
+GATHER_ELEMENTS = 2**20
+"""Elements that `gather` holds at once in each of its temporaries."""
+
+
+def choose_method(num_entries: int, shape: tuple[int, int], device: torch.device) -> Method:
+    """The fastest method, by measurement (benchmarks/sparse_residual.py).
+
+    `gather` touches N elements a token, with strides. `bags` transposes x and y so that each entry is a
+    contiguous multiply-add over tokens, which pays once the entries outnumber what is transposed. On a GPU
+    Triton does either, and `bags` stands in where Triton is missing: `gather` would need atomics there.
+    """
+    if device.type == "cuda":
+        return "triton" if importlib.util.find_spec("triton") else "bags"
+    return "gather" if num_entries <= sum(shape) // 2 else "bags"
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """One direction of the product: `target[:, row of e] += values[e] * source[:, column of e]`.
+
+    Attributes:
+        source: (N,) column of the source for each entry.
+        order: (N,) position in S2's own order of each entry, None where the orders agree.
+        targets: (U,) distinct columns of the target; in the entries' order where there is no `group`.
+        group: (N,) which of `targets` each entry goes to, None where each has its own. `gather` only.
+        starts: (U + 1,) where each target's entries begin. `bags` and `triton` only.
+    """
+
+    source: Tensor
+    order: Tensor | None
+    targets: Tensor
+    group: Tensor | None = None
+    starts: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedSupport:
+    """Where S2's entries are, with what the products need precomputed: a few int vectors of length N.
+
+    Attributes:
+        rows: int32 (N,) output index of each entry; the very tensor that it was made from.
+        cols: int32 (N,) input index.
+        forward: from input columns to output rows.
+        backward: from output rows to input columns.
+        method: how the products are computed.
+        transposed: whether they run on transposed activations; always true for `bags`.
+    """
+
+    rows: Tensor
+    cols: Tensor
+    forward: Route
+    backward: Route
+    method: Method
+    transposed: bool
+
+
+def prepare(
+    rows: Tensor, cols: Tensor, shape: tuple[int, int], method: Method | None = None
+) -> PreparedSupport:
+    """Precompute for a fixed support. Reads values, so it synchronises with a GPU: call it once.
+
+    Args:
+        rows: int32 (N,) output indices, ascending.
+        cols: int32 (N,) input indices.
+        shape: (O, I).
+        method: None chooses the fastest.
+    """
+    method = method or choose_method(rows.numel(), shape, rows.device)
+    if method == "gather":
+        forward, backward = _gather_route(cols, rows), _gather_route(rows, cols)
+    else:
+        by_col = torch.argsort(cols, stable=True)
+        targets = method == "triton"
+        forward = _sorted_route(cols, rows, None, shape[0], targets)
+        backward = _sorted_route(rows[by_col], cols[by_col], by_col.int(), shape[1], targets)
+    transposed = method == "bags" or (method == "triton" and rows.numel() > sum(shape) // 2)
+    return PreparedSupport(rows, cols, forward, backward, method, transposed)
+
+
+def accumulate_(
+    target_TM: Tensor, source_TJ: Tensor, values_N: Tensor, route: Route, support: PreparedSupport
+) -> None:
+    """`target += values * source` over a route, in place; values in the dtype of source."""
+    values_N = values_N if route.order is None else values_N.index_select(0, route.order)
+    for start, stop in _blocks(source_TJ.shape[0], support):
+        target, source = target_TM[start:stop], source_TJ[start:stop]
+        if support.method == "gather":
+            _add_gathered_(target, source, values_N, route)
+        elif support.method == "bags":
+            assert route.starts is not None
+            bags = torch.embedding_bag(
+                source.t().contiguous(), route.source, route.starts, False, 0, False, values_N, True
+            )
+            target.add_(bags[0].t().contiguous())
+        else:
+            _triton().accumulate_(target, source, values_N, route, support.transposed)
+
+
+def value_gradient(dy_TO: Tensor, x_TI: Tensor, support: PreparedSupport) -> Tensor:
+    """Gradient of the values, (N,) in float32 or wider: the sum over tokens of dy[t, row] * x[t, col]."""
+    dtype = torch.promote_types(x_TI.dtype, torch.float32)
+    total = torch.zeros(support.rows.shape, dtype=dtype, device=x_TI.device)
+    for start, stop in _blocks(x_TI.shape[0], support):
+        dy, x = dy_TO[start:stop], x_TI[start:stop]
+        if support.method == "gather":
+            at_row, at_col = support.backward.source, support.forward.source
+            total += _columns(dy, at_row).mul_(_columns(x, at_col)).sum(0, dtype=dtype)
+        elif support.method == "bags":
+            route = support.forward
+            assert route.starts is not None
+            total += torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                dy.t().contiguous(), x.t().contiguous(), route.source, route.starts[:-1], support.rows, 0
+            )
+        else:
+            _triton().value_gradient_(total, dy, x, support.rows, support.cols, support.transposed)
+    return total
+
+
+def _gather_route(source: Tensor, target: Tensor) -> Route:
+    """A route for `gather`: int64 because PyTorch's gather and scatter take nothing else."""
+    targets, group = torch.unique(target.long(), return_inverse=True)
+    if targets.numel() == target.numel():
+        return Route(source.long(), None, target.long())
+    return Route(source.long(), None, targets, group)
+
+
+def _sorted_route(source: Tensor, target: Tensor, order: Tensor | None, size: int, skip_empty: bool) -> Route:
+    """A route with the entries grouped by target; all of the targets, or those that have entries."""
+    counts = torch.bincount(target, minlength=size)
+    targets = torch.arange(size, dtype=torch.int32, device=target.device)
+    if skip_empty:
+        targets, counts = targets[counts > 0], counts[counts > 0]
+    starts = torch.zeros(len(counts) + 1, dtype=torch.int32, device=target.device)
+    torch.cumsum(counts, 0, out=starts[1:])
+    return Route(source, order, targets, starts=starts)
+
+
+def _blocks(num_tokens: int, support: PreparedSupport) -> Iterator[tuple[int, int]]:
+    """Token ranges small enough for the method's temporaries; none for no tokens. Traced as one."""
+    step = max(1, num_tokens)
+    if support.method == "gather":
+        step = max(1, GATHER_ELEMENTS // support.rows.numel())
+    elif support.transposed:
+        step = BLOCK_TOKENS[support.rows.device.type]
+    if torch.compiler.is_compiling():
+        yield 0, num_tokens
+        return
+    for start in range(0, num_tokens, step):
+        yield start, min(start + step, num_tokens)
+
+
+def _columns(matrix_TJ: Tensor, index_N: Tensor) -> Tensor:
+    """(T, N) columns of a matrix; on CPU gather is the fastest of PyTorch's several ways to say so."""
+    return matrix_TJ.gather(1, index_N.expand(matrix_TJ.shape[0], -1))
+
+
+def _add_gathered_(target_TM: Tensor, source_TJ: Tensor, values_N: Tensor, route: Route) -> None:
+    part = _columns(source_TJ, route.source).mul_(values_N)
+    if route.group is not None:
+        wide = torch.promote_types(part.dtype, torch.float32)
+        sums = torch.zeros(part.shape[0], route.targets.numel(), dtype=wide, device=part.device)
+        part = sums.index_add_(1, route.group, part.to(wide))
+    if target_TM.dtype in (torch.float32, torch.float64):
+        target_TM.index_add_(1, route.targets, part.to(target_TM.dtype))
+        return
+    # In half precision PyTorch's index_add_ converts the whole target to float32 and back.
+    sums = _columns(target_TM, route.targets).add_(part)
+    target_TM.index_copy_(1, route.targets, sums)
+
+
+def _triton() -> ModuleType:
+    from dsee_scale.adapters import triton_kernels
+
+    return triton_kernels
