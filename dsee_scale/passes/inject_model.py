@@ -112,9 +112,14 @@ def apply_adapters(
         )
     model_state(model).config = config
     set_trainable(model, trained_modules)
-    if getattr(model, "is_gradient_checkpointing", False):
+    if _checkpoints_activations(model):
         # With every input frozen, reentrant checkpointing would cut the graph before the first adapter.
         model.enable_input_require_grads()  # type: ignore[operator]
+
+
+def _checkpoints_activations(model: nn.Module) -> bool:
+    name = "is_activation_checkpointing"  # transformers before 5.20 calls it is_gradient_checkpointing
+    return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False))
 
 
 def set_trainable(model: nn.Module, trained_modules: list[str]) -> None:

@@ -1,0 +1,25 @@
+"""DSEE for large decoders: tune through a low-rank update plus a sparse residual, prune, export."""
+
+from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
+from dsee_scale.checkpoint.export import export_model
+from dsee_scale.config import DecompositionConfig, DSEEConfig, Pool, PruneConfig
+from dsee_scale.errors import ConfigError, DSEEError, FormatError, PartitionError, TargetError
+from dsee_scale.passes.inject_model import inject, trainable_parameters
+from dsee_scale.passes.prune_model import prune
+from dsee_scale.passes.schedule import CubicSchedule
+from dsee_scale.version import __version__
+
+__all__ = [
+    "CubicSchedule",
+    "DSEEConfig",
+    "DecompositionConfig",
+    "Pool",
+    "PruneConfig",
+    "__version__",
+    "export_model",
+    "inject",
+    "load_adapter",
+    "prune",
+    "save_adapter",
+    "trainable_parameters",
+]

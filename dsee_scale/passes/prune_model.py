@@ -1,0 +1,207 @@
+"""Prune a model in place: local scores, one exact threshold per pool, local masks. No weight is gathered."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from dsee_scale.adapters.linear import adapted_layers, delta_record, is_adapted
+from dsee_scale.adapters.state import model_state
+from dsee_scale.algorithms.score import Ranking, all_finite, key_bits, ranked_blocks
+from dsee_scale.algorithms.select import Cut, CutSearch, apply_cut_
+from dsee_scale.config import SCORES_WITHOUT_ADAPTER, PruneConfig
+from dsee_scale.errors import TargetError
+from dsee_scale.partition import Partition, Shard, open_partition, unwrap
+from dsee_scale.passes.pools import Member, WeightPool, find_pools
+from dsee_scale.passes.progress import show_progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneReport:
+    """What `prune` did; printing it shows a table.
+
+    Attributes:
+        matrices: weight's module name -> (zeros, entries).
+        seconds: time of the whole pass.
+    """
+
+    matrices: dict[str, tuple[int, int]]
+    seconds: float
+
+    @property
+    def removed(self) -> int:
+        """Zeros in all pruned weights."""
+        return sum(zeros for zeros, _ in self.matrices.values())
+
+    @property
+    def total(self) -> int:
+        """Entries of all pruned weights."""
+        return sum(numel for _, numel in self.matrices.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the pruned weights' entries that is zero."""
+        return self.removed / self.total
+
+    def __str__(self) -> str:
+        groups: dict[str, list[tuple[int, int]]] = {}
+        for name, counts in self.matrices.items():
+            groups.setdefault(name.rsplit(".", 1)[-1], []).append(counts)
+        lines = [
+            f"dsee_scale: {self.removed:,} of {self.total:,} weights are zero ({100 * self.sparsity:.2f}%), "
+            f"in {len(self.matrices)} matrices, {self.seconds:.1f} s"
+        ]
+        for suffix, counts in groups.items():
+            shares = [100 * zeros / numel for zeros, numel in counts]
+            mean = 100 * sum(z for z, _ in counts) / sum(n for _, n in counts)
+            lines.append(
+                f"  {len(counts):4d} x {suffix:<16} {mean:5.1f}% (from {min(shares):.1f}% to {max(shares):.1f}%)"
+            )
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def prune(model: nn.Module, config: PruneConfig, *, progress: bool | None = None) -> PruneReport:
+    """Collective. Set the least important frozen weights to zero, in place, on the shards.
+
+    Exactly round(sparsity * entries) weights of each pool are zero afterwards, ties included, the same ones
+    on any number of ranks. Weights that are zero already count as removed first, so pruning again to a higher
+    sparsity keeps earlier zeros. Masks need no memory: W is frozen, so its zeros stay.
+
+    Peak extra memory per rank: whole copies of the adapters in float32, and a few blocks of 2 MiB.
+
+    Args:
+        model: a raw model (whole or partitioned), a DeepSpeed engine, a DDP or an Accelerate-prepared model.
+        config: what to remove.
+        progress: show a progress bar on rank 0; None shows it if a person watches.
+
+    Returns:
+        The zeros of each matrix.
+
+    Raises:
+        TargetError: nothing to prune, a score that needs adapters on a model without, a weight with NaN.
+        ConfigError: pools that are empty or overlap.
+        PartitionError: weights stored where an edit would not last (NVMe, quantised by DeepSpeed).
+    """
+    started = time.perf_counter()
+    module = unwrap(model)
+    partition = open_partition(module)
+    pools = find_pools(module, config, partition.shape)
+    _reject_unready(model, module, pools, config, partition)
+    rankings = _rankings(pools, config, partition)
+    _reject_not_finite(pools, partition)
+    matrices: dict[str, tuple[int, int]] = {}
+    hidden = not show_progress(partition, progress)
+    with tqdm(total=len(pools), desc="prune", unit="pool", disable=hidden) as bar:
+        for pool in pools:
+            cut = _find_cut(pool, rankings, partition)
+            matrices.update(_apply(pool, rankings, cut, partition))
+            bar.update()
+    for name in matrices:
+        model_state(module).pruned[f"{name}.weight"] = {"pattern": config.pattern}
+    report = PruneReport(matrices, time.perf_counter() - started)
+    if partition.rank == 0:
+        logger.info("%s", report)
+    return report
+
+
+def _reject_unready(
+    model: nn.Module, module: nn.Module, pools: list[WeightPool], config: PruneConfig, partition: Partition
+) -> None:
+    if config.score not in SCORES_WITHOUT_ADAPTER and not adapted_layers(module):
+        raise TargetError(
+            f"score {config.score!r} needs adapters and the model has none; call dsee_scale.inject(model, ...) "
+            "first, or choose score='W'"
+        )
+    for pool in pools:
+        for member in pool.members:
+            name = f"{member.name}.weight"
+            partition.writable(name, member.param)
+            if model is not module and member.param.requires_grad:
+                raise TargetError(
+                    f"{name} is being trained, so its zeros would not stay; expected frozen weights: call "
+                    "dsee_scale.inject(model, ...) before the engine is made, or leave this module out of the pruning"
+                )
+
+
+def _rankings(pools: list[WeightPool], config: PruneConfig, partition: Partition) -> dict[str, Ranking]:
+    """How each member is ranked; collects the adapters where the score reads them. Collective."""
+    members = [member for pool in pools for member in pool.members]
+    with_delta = [m for m in members if is_adapted(m.module) and config.score not in SCORES_WITHOUT_ADAPTER]
+    layers = [m.module for m in with_delta]
+    small = [p for layer in layers for p in (layer.dsee_A, layer.dsee_B, layer.dsee_values)]
+    whole = iter(partition.gather(small)) if small else iter(())  # type: ignore[arg-type]
+    deltas = {m.name: delta_record(m.module, next(whole), next(whole), next(whole)) for m in with_delta}
+    for name, delta in deltas.items():
+        if not (all_finite(delta.a) and all_finite(delta.b) and all_finite(delta.values)):
+            raise TargetError(f"the adapter of {name} holds NaN or infinity; load an earlier checkpoint first")
+    return {
+        m.name: Ranking(mode=config.score, name=f"{m.name}.weight", delta=deltas.get(m.name), seed=config.seed)
+        for m in members
+    }
+
+
+def _reject_not_finite(pools: list[WeightPool], partition: Partition) -> None:
+    """Collective. Name a weight with NaN or infinity on every rank, before anything is written."""
+    error = None
+    for member in (member for pool in pools for member in pool.members):
+        if not all_finite(partition.shard(member.param).data):
+            error = TargetError(
+                f"{member.name}.weight holds NaN or infinity; expected finite weights: check the checkpoint it "
+                "came from. Nothing was removed"
+            )
+            break
+    partition.raise_together(error)
+
+
+def _find_cut(pool: WeightPool, rankings: dict[str, Ranking], partition: Partition) -> Cut:
+    """Collective. The exact threshold of a pool: a few fixed-size histograms, summed over shards."""
+    chosen = [rankings[member.name] for member in pool.members]
+    bits = key_bits(chosen, [member.param.dtype for member in pool.members])
+    search = CutSearch(pool.num_remove, pool.total, bits, device=partition.device)
+    while search.cut is None:
+        for member in pool.members:
+            shard = partition.shard(member.param)
+            for _, ranked, position in _blocks(member, shard, rankings[member.name], search):
+                search.count(ranked, member.start + position)
+        search.advance(partition.sum_over_shards(search.histogram))
+    return search.cut
+
+
+def _blocks(
+    member: Member, shard: Shard, ranking: Ranking, search: CutSearch
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    def wants(start: int, numel: int) -> bool:
+        return search.wants(member.start + start, numel)
+
+    return ranked_blocks(shard.data, shard.start, ranking, wants)
+
+
+def _apply(
+    pool: WeightPool, rankings: dict[str, Ranking], cut: Cut, partition: Partition
+) -> dict[str, tuple[int, int]]:
+    """Collective. Write the zeros to every stored copy; returns zeros and entries of each matrix."""
+    zeros = torch.zeros(len(pool.members), dtype=torch.int64)
+    for index, member in enumerate(pool.members):
+        shard = partition.shard(member.param)
+        zeros[index] = _apply_to(member, shard, rankings[member.name], cut)
+        for copy in partition.copies(member.param):
+            _apply_to(member, copy, rankings[member.name], cut)
+    partition.written([member.param for member in pool.members])
+    counts = partition.sum_over_shards(zeros).tolist()
+    return {member.name: (count, member.numel) for member, count in zip(pool.members, counts, strict=True)}
+
+
+def _apply_to(member: Member, stored: Shard, ranking: Ranking, cut: Cut) -> int:
+    return sum(
+        apply_cut_(entries, ranked, member.start + position, cut)
+        for entries, ranked, position in ranked_blocks(stored.data, stored.start, ranking)
+    )
