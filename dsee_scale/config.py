@@ -81,7 +81,7 @@ class DecompositionConfig(JsonConfig):
     iterations: int = 3
     """Rounds, each one power iteration; unused by `reference`."""
     clip: float = 4.0
-    """The low-rank part is fitted to residuals clipped at this many times their mean size; unused by `reference`."""
+    """L is fitted to residuals clipped at this many times their mean size; unused by `reference`."""
     round_memory_mib: int = 1024
     """Whole matrices that one rank receives in one round, in MiB (at least one matrix is received)."""
 
