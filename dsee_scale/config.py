@@ -22,6 +22,8 @@ Scope = Literal["global", "matrix"]
 PoolSelect = Literal["adapted", "others", "all"]
 
 SCORES_WITHOUT_ADAPTER = ("W", "random")
+UNIT_PATTERNS = ("heads", "neurons")
+DEFAULT_SPARSITY = 0.5
 
 T = TypeVar("T", bound="JsonConfig")
 
@@ -180,12 +182,16 @@ class Pool(JsonConfig):
 class PruneConfig(JsonConfig):
     """Which frozen weights are set to zero."""
 
-    sparsity: float = 0.5
-    """Fraction of the weights that are removed, in [0, 1); each pool may have its own."""
+    sparsity: float = DEFAULT_SPARSITY
+    """Fraction of the weights, heads or neurons removed, in [0, 1); pools have their own. N:M implies it."""
     pattern: str = "unstructured"
-    """Shape of the zeros: `unstructured`."""
+    """`unstructured`, N:M such as `2:4` (N of each M along the input stay), `heads` or `neurons`."""
     scope: Scope = "global"
-    """`global`: one threshold over a pool; `matrix`: the same sparsity in every matrix."""
+    """`global`: one threshold over a pool; `matrix`: the same sparsity in every matrix (or layer, for units)."""
+    num_per_layer: int | None = None
+    """Heads or neurons removed from every layer; in place of sparsity and scope."""
+    min_per_layer: int = 1
+    """Heads or neurons that scope `global` leaves in every layer at least."""
     score: Score = "W"
     """Importance of an entry: W = |W|, AB = |s BA|, ABS = |D|, WAB = |W + s BA|, WABS = |W + D|, NAB and NABS their reciprocals, random."""
     pools: tuple[Pool, ...] = ()
@@ -201,14 +207,60 @@ class PruneConfig(JsonConfig):
             self, "pools", lambda ps: tuple(Pool.from_dict(p) if isinstance(p, Mapping) else p for p in ps)
         )
         problems = _literal_problems(self) + _sparsity_problems(self.sparsity)
-        if self.pattern != "unstructured":
-            problems.append(f"pattern {self.pattern!r} is unknown; valid: 'unstructured'")
+        problems += self._pattern_problems()
         names = [pool.name for pool in self.pools]
         if len(set(names)) != len(names):
             problems.append(f"pools need different names, found {names}")
         if not _is_int(self.seed) or self.seed < 0:
             problems.append(f"seed must be a whole number of at least 0, found {self.seed!r}")
         _raise(self, problems)
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """(N, M) of an N:M pattern, None for the others."""
+        found = re.fullmatch(r"(\d+):(\d+)", str(self.pattern))
+        return (int(found[1]), int(found[2])) if found else None
+
+    @property
+    def removes_units(self) -> bool:
+        """Whether whole heads or neurons are removed."""
+        return self.pattern in UNIT_PATTERNS
+
+    def _pattern_problems(self) -> list[str]:
+        problems = []
+        if self.n_of_m is not None:
+            problems += self._settle_n_of_m(*self.n_of_m)
+        elif self.pattern != "unstructured" and not self.removes_units:
+            problems.append(
+                f"pattern {self.pattern!r} is unknown; valid: 'unstructured', N:M such as '2:4', "
+                "'heads', 'neurons'"
+            )
+        if self.pattern != "unstructured" and self.pools:
+            problems.append(f"pools go with pattern 'unstructured', found {self.pattern!r}")
+        if self.removes_units and self.modules:
+            problems.append(f"pattern {self.pattern!r} chooses its matrices itself; leave `modules` out")
+        if not self.removes_units and (self.num_per_layer is not None or self.min_per_layer != 1):
+            problems.append("num_per_layer and min_per_layer go with pattern 'heads' or 'neurons'")
+        for name in ("num_per_layer", "min_per_layer"):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < 1):
+                problems.append(f"{name} must be a whole number of at least 1, found {value!r}")
+        if self.num_per_layer is not None and self.min_per_layer != 1:
+            problems.append("give num_per_layer (the same in every layer) or min_per_layer, not both")
+        return problems
+
+    def _settle_n_of_m(self, n: int, m: int) -> list[str]:
+        """Check N:M and derive the sparsity."""
+        if not 1 <= n < m:
+            return [f"pattern {self.pattern!r} keeps {n} of each {m}; expected 1 <= N < M"]
+        implied = 1 - n / m
+        if self.sparsity not in (DEFAULT_SPARSITY, implied):
+            return [
+                f"pattern {self.pattern!r} means a sparsity of {implied:g}, found {self.sparsity!r}; "
+                "leave sparsity out"
+            ]
+        object.__setattr__(self, "sparsity", implied)
+        return []
 
 
 def paper_pools(adapted: float, others: float) -> tuple[Pool, Pool]:
