@@ -18,8 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-BLOCK_ENTRIES = 2**19
-"""Entries of a block, about: 2 MiB in float32, so that a block and its scores stay in a core's cache."""
+BLOCK_ENTRIES = 2**17
+"""Entries of a block, at most (but at least a row): 512 KiB in float32, so that a block and its scores stay
+in a core's cache. Part of what fixes the rounding, so the same everywhere."""
 
 Form = Literal["masked", "dense"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dsee_scale.algorithms import compiled
 
 BINS = 2**16
-CPU_CHUNK = 2**18
+CPU_CHUNK = 2**17
 DEVICE_CHUNK = 2**24
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

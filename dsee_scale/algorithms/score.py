@@ -27,6 +27,7 @@ from dsee_scale.algorithms.delta import Delta, delta_block, flat_blocks, low_ran
 from dsee_scale.config import Score
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -111,7 +112,10 @@ def keys(entry_scores: Tensor, weight: Tensor) -> Tensor:
         entry_scores: float32, non-negative; infinity orders last.
         weight: the stored entries at the same places.
     """
-    return entry_scores.contiguous().view(torch.int32).clamp_min(1).mul_(weight != 0)
+    # Bit arithmetic: comparing with 0 and multiplying by a bool takes twice as long on the CPU.
+    bits = weight.view(INTEGERS[weight.element_size()])
+    not_zero = bits.bitwise_and(torch.iinfo(bits.dtype).max).clamp_max_(1)
+    return entry_scores.contiguous().view(torch.int32).clamp_min(1).mul_(not_zero)
 
 
 def key_bits(rankings: Iterable[Ranking], dtypes: Iterable[torch.dtype]) -> int:

@@ -286,9 +286,9 @@ def test_a_nan_score_is_refused(bits):
 
 def test_a_block_that_is_missing_or_counted_twice_is_noticed():
     weight = torch.randn(10)
-    with pytest.raises(RuntimeError, match="20 entries were counted in this round, expected 10"):
+    with pytest.raises(RuntimeError, match="20 entries were counted, expected 10"):
         global_cut(lambda wants: [(weight, 0), (weight, 0)], 5, 10, 32)
-    with pytest.raises(RuntimeError, match="9 entries were counted in this round, expected 10"):
+    with pytest.raises(RuntimeError, match="9 entries were counted, expected 10"):
         global_cut(lambda wants: [(weight[1:], 1)], 5, 10, 32)
 
 
