@@ -28,8 +28,12 @@ CPU_BLOCK = 2**19
 """Entries of a row block on CPU: in float32 it fits a core's second-level cache."""
 DEVICE_BLOCK = 2**24
 """Entries of a row block elsewhere: few kernel launches, 64 MiB in float32."""
+OVERSAMPLING = 2
+"""The iterations run at this many times the rank: the leading directions converge sooner."""
 SCALE_ROWS = 256
 """Rows that the residual's scale is measured on."""
+FIRST_PIECE = 2**12
+"""Entries that the search for the largest starts with."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,12 @@ def low_rank(
     if config.preset == "reference":
         return reference_low_rank(weight.to(_working_dtype(weight)), generator)
     rank = min(config.rank, min(weight.shape) // 4)
-    return _clipped_bilateral(weight, rank, config.iterations, config.clip, generator)
+    left, right = _clipped_bilateral(weight, OVERSAMPLING * rank, config.iterations, config.clip, generator)
+    return _truncated(left, right, rank)
 
 
 def _clipped_bilateral(
-    weight: Tensor, rank: int, iterations: int, clip: float, generator: torch.Generator
+    weight: Tensor, width: int, iterations: int, clip: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """U = orth(X V^T), V = U^T X, where X = W - S = L + (W - L clipped to `clip` times its mean size).
 
@@ -131,23 +136,28 @@ def _clipped_bilateral(
     W from becoming a direction of L, and unlike a hard threshold it recovers from a wrong first guess.
     """
     dtype = _working_dtype(weight)
-    left = weight.new_zeros(weight.shape[0], rank, dtype=dtype)
-    right = weight.new_zeros(rank, weight.shape[1], dtype=dtype)
-    if rank == 0:
-        return left, right
-    direction = torch.randn(rank, weight.shape[1], generator=generator, device=generator.device)
+    left = weight.new_empty(weight.shape[0], 0, dtype=dtype)
+    right = weight.new_empty(0, weight.shape[1], dtype=dtype)
+    direction = torch.randn(width, weight.shape[1], generator=generator, device=generator.device)
     direction = direction.to(weight.device, dtype)
-    for _ in range(iterations):
+    for _ in range(iterations if width else 0):
         limit = clip * _residual_scale(weight, left, right, generator)
         image = [block @ direction.T for _, block in _clipped_blocks(weight, left, right, limit)]
         basis = torch.linalg.qr(torch.cat(image))[0]
-        projected = torch.zeros_like(right)
+        projected = torch.zeros_like(direction)
         for rows, block in _clipped_blocks(weight, left, right, limit):
             projected.addmm_(basis[rows].T, block)
         left, right = basis, projected
         # Weights of size 1e-30 or 1e+30 must neither vanish nor overflow in the next product.
         direction = right / right.abs().amax().clamp_min(torch.finfo(dtype).tiny)
     return left, right
+
+
+def _truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The `rank` leading directions of L = U V, where U has orthonormal columns."""
+    triangle = torch.linalg.qr(right.T, mode="r")[1]
+    leading = torch.linalg.svd(triangle.T)[0][:, :rank]
+    return left @ leading, leading.T @ right
 
 
 def _clipped_blocks(
@@ -187,17 +197,29 @@ def _largest(blocks: Iterable[Tensor], count: int, device: torch.device) -> Tens
     values = torch.empty(0, device=device)
     positions = torch.empty(0, dtype=torch.int64, device=device)
     floor, offset = -1.0, 0
-    for block in blocks:
-        flat = block.flatten()
-        if len(values) < count or float(flat.amax()) > floor:
-            found = (flat > floor).nonzero().squeeze(1)
-            values = torch.cat([values.to(flat.dtype), flat[found]])
+    for piece in _growing_pieces(blocks, count):
+        if len(values) < count or float(piece.amax()) > floor:
+            found = (piece > floor).nonzero().squeeze(1)
+            values = torch.cat([values.to(piece.dtype), piece[found]])
             positions = torch.cat([positions, found + offset])
         if len(values) > 2 * count:
             values, positions = _trim(values, positions, count)
             floor = float(values.amin())
-        offset += flat.numel()
+        offset += piece.numel()
     return _trim(values, positions, count)[1]
+
+
+def _growing_pieces(blocks: Iterable[Tensor], count: int) -> Iterator[Tensor]:
+    """The blocks' entries in row-major order, in pieces that start small: a first floor is soon found."""
+    seen = 0
+    for block in blocks:
+        flat = block.flatten()
+        start = 0
+        while start < flat.numel():
+            piece = flat[start : start + max(seen, 4 * count, FIRST_PIECE)]
+            yield piece
+            start += piece.numel()
+            seen += piece.numel()
 
 
 def _trim(values: Tensor, positions: Tensor, count: int) -> tuple[Tensor, Tensor]:

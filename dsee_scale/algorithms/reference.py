@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsee_scale.errors import ConfigError
+
 ROUNDS = 100
 RANK_STEP = 5
 THRESHOLD = 0.01
@@ -25,6 +27,9 @@ def reference_low_rank(
     is never computed. K ends at 496, or at the smaller side.
 
     Extra memory: one O x I tensor besides the factors.
+
+    Raises:
+        ConfigError: the weight's entries are so large that the products overflow, as the paper's own do.
     """
     start = torch.randn(1, weight.shape[1], generator=generator, dtype=torch.float64, device=generator.device)
     right = start.to(weight.device, weight.dtype)
@@ -36,6 +41,11 @@ def reference_low_rank(
         if index < rounds - 1:
             _without_sparse(weight, left, right, out=x)
             right = torch.cat([right, _new_rows(x, left, right)])
+    if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
+        raise ConfigError(
+            f"decomposition preset 'reference' overflows on this {weight.shape[0]} x {weight.shape[1]} weight "
+            f"(largest entry {float(weight.abs().amax()):.3g}); use preset 'fast', or rescale the weight"
+        )
     return left, right
 
 
