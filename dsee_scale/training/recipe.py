@@ -15,7 +15,14 @@ from dsee_scale.config import DSEEConfig, JsonConfig, PruneConfig, reject_unknow
 from dsee_scale.errors import ConfigError
 from dsee_scale.training.field_types import type_problem
 from dsee_scale.training.overrides import parse_command_line, read_yaml, set_nested
-from dsee_scale.training.sections import SCHEDULES, DataConfig, ExportConfig, ModelConfig, RetuneConfig
+from dsee_scale.training.sections import (
+    SCHEDULES,
+    DataConfig,
+    ExportConfig,
+    GradualConfig,
+    ModelConfig,
+    RetuneConfig,
+)
 
 PATHS = {
     "model": ("name", "tokenizer"),
@@ -48,6 +55,8 @@ class Recipe:
     """TrainingArguments under their own names; max_steps or num_train_epochs is the tune phase."""
     retune: RetuneConfig | None = None
     """Training after pruning; null for none."""
+    gradual: GradualConfig | None = None
+    """Reaches the prune section's sparsity in several cuts; null for one cut."""
     export: ExportConfig | None = dataclasses.field(default_factory=ExportConfig)
     """The exported folder; null for none."""
 
@@ -59,12 +68,14 @@ class Recipe:
         }
 
 
+OPTIONAL = ("prune", "retune", "gradual", "export")
 SECTIONS: dict[str, type[JsonConfig]] = {
     "model": ModelConfig,
     "data": DataConfig,
     "dsee": DSEEConfig,
     "prune": PruneConfig,
     "retune": RetuneConfig,
+    "gradual": GradualConfig,
     "export": ExportConfig,
 }
 
@@ -99,7 +110,7 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     for name, section in values.items():
         if name == "training":
             built[name] = _checked_training(section or {})
-        elif section is None and name in ("prune", "retune", "export"):
+        elif section is None and name in OPTIONAL:
             built[name] = None
         elif not isinstance(section, Mapping):
             raise ConfigError(f"recipe: section {name!r} holds {section!r}, expected settings below it")

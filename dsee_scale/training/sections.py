@@ -91,6 +91,8 @@ class DataConfig(CheckedConfig):
     """Seed of that split and of the subsets below."""
     text_column: str = "text"
     """Column with the text, for `language_modelling`."""
+    separator: str | None = None
+    """Text between rows of `language_modelling`; when absent the end-of-text token, each row a document."""
     prompt: str | None = None
     """Template of the prompt, columns in braces: `"Review: {text}\\nSentiment:"`."""
     completion: str | None = None
@@ -169,6 +171,18 @@ class RetuneConfig(CheckedConfig):
                 f"lr_scheduler_type {self.lr_scheduler_type!r} is unknown here; valid: {', '.join(SCHEDULES)}"
             ]
         return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradualConfig(CheckedConfig):
+    """Pruning in small cuts from the end of tune on, by a cubic schedule (see CubicSchedule)."""
+
+    num_steps: int
+    """Steps from the first cut to the final sparsity; they belong to retune."""
+    every: int = 1
+    """Cut once in so many steps."""
+    initial_sparsity: float = 0.0
+    """Sparsity of the first cut, in [0, 1)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

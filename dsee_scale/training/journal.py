@@ -1,0 +1,129 @@
+"""What a run measured, phase by phase; it travels with every checkpoint and becomes `metrics.json`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dsee_scale.partition import open_partition, unwrap
+from dsee_scale.passes.pools import block_linears
+
+
+@dataclasses.dataclass
+class Journal:
+    """The numbers of a run.
+
+    Attributes:
+        run: what was run: model, task, world size, settings.
+        phases: one entry for each point where quality was measured, in order.
+        matrices: module name -> [zeros, entries] after the last pruning.
+        seconds: time of each kind of work.
+        sizes: bytes of adapter, masks and exported weights.
+    """
+
+    run: dict[str, Any] = dataclasses.field(default_factory=dict)
+    phases: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    matrices: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def phase(self, name: str) -> dict[str, Any] | None:
+        """The entry of a phase, if it has been measured."""
+        return next((entry for entry in self.phases if entry["phase"] == name), None)
+
+    def add_phase(self, name: str, **values: Any) -> None:
+        """Add a phase's entry; one of that name that a resumed run measures again replaces the old one."""
+        self.phases = [entry for entry in self.phases if entry["phase"] != name]
+        self.phases.append({"phase": name, **values})
+
+    @contextlib.contextmanager
+    def timed(self, work: str) -> Iterator[None]:
+        """Add the time of the block to `seconds[work]`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[work] = self.seconds.get(work, 0.0) + time.perf_counter() - started
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    def restore(self, values: dict[str, Any]) -> None:
+        """Take over the phases and times of an interrupted run; what this launch is stays."""
+        self.phases = list(values.get("phases", []))
+        self.matrices = dict(values.get("matrices", {}))
+        for work, seconds in values.get("seconds", {}).items():
+            self.seconds[work] = self.seconds.get(work, 0.0) + seconds
+
+
+def plain(value: Any) -> Any:
+    """JSON-able values: numbers that are not finite become None, tuples lists, other objects text."""
+    if isinstance(value, dict):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+@torch.no_grad()
+def count_zeros(model: nn.Module) -> dict[str, list[int]]:
+    """Collective. Zeros and entries of every linear weight of the blocks, counted on the shards."""
+    partition = open_partition(model)
+    layers = block_linears(unwrap(model))
+    weights: list[nn.Parameter] = [layer.weight for layer in layers.values()]  # type: ignore[misc]
+    zeros = [int((partition.shard(weight).data == 0).sum()) for weight in weights]
+    total = partition.sum_over_shards(
+        torch.tensor(zeros, dtype=torch.int64, device=partition.device)
+    ).tolist()
+    return {
+        name: [count, partition.shape(weight).numel()]
+        for name, weight, count in zip(layers, weights, total, strict=True)
+    }
+
+
+def sparsity(matrices: dict[str, list[int]]) -> float:
+    """Fraction of all entries that is zero."""
+    entries = sum(numel for _, numel in matrices.values())
+    return sum(zeros for zeros, _ in matrices.values()) / entries if entries else 0.0
+
+
+def reset_peak_memory() -> None:
+    """Start a new measurement of this process's peak memory, where the system allows it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> list[int]:
+    """Collective. Peak bytes of each rank since the reset: GPU memory where there is a GPU, else resident."""
+    mine = _peak_bytes()
+    if not (dist.is_available() and dist.is_initialized()):
+        return [mine]
+    everyone: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,198 @@
+"""One run: load, inject, tune, prune, retune, export, report."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from torch import nn
+from transformers import TrainingArguments, set_seed
+
+from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
+from dsee_scale.checkpoint.export import export_model
+from dsee_scale.errors import ConfigError
+from dsee_scale.partition import open_partition
+from dsee_scale.passes.inject_model import inject
+from dsee_scale.training.arguments import model_dtype, resume_folder, training_arguments
+from dsee_scale.training.collate import Collator
+from dsee_scale.training.data import load_rows
+from dsee_scale.training.encoding import Encoder
+from dsee_scale.training.evaluation import EvaluationSet
+from dsee_scale.training.export_check import check_export
+from dsee_scale.training.journal import Journal, peak_memory
+from dsee_scale.training.loading import load_model, load_tokenizer
+from dsee_scale.training.phases import PhaseCallback
+from dsee_scale.training.recipe import Recipe
+from dsee_scale.training.report import write_metrics, write_report
+from dsee_scale.training.sections import ExportConfig
+from dsee_scale.training.timeline import build_timeline, steps_per_epoch
+from dsee_scale.training.together import together
+from dsee_scale.training.trainer import DSEETrainer, RunParts
+from dsee_scale.version import __version__
+
+logger = logging.getLogger(__name__)
+
+
+def run(recipe: Recipe) -> Path:
+    """Collective. Tune, prune, retune, evaluate and export as the recipe says.
+
+    Every rank calls it with the same recipe, under `deepspeed`, `accelerate launch`, `torchrun` or alone.
+
+    Returns:
+        The output folder: `checkpoint-STEP/`, `adapter/`, `model/`, `metrics.json`, `report.html`,
+        `recipe.yaml`.
+
+    Raises:
+        DSEEError: bad settings, data or files; the same on every rank, before any training.
+    """
+    args = training_arguments(recipe)
+    checkpoint = resume_folder(recipe, args)
+    journal = Journal()
+    trainer = build_trainer(recipe, args, checkpoint, journal)
+    output = Path(str(args.output_dir))
+    main = trainer.is_world_process_zero()
+    if main:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with journal.timed("save"):
+        save_adapter(trainer.model_wrapped, output / "adapter", overwrite=True)
+    if recipe.export is not None:
+        _export(recipe.export, trainer, output / "model")
+    if main:
+        journal.sizes |= _sizes(output)
+        write_metrics(output, journal, trainer.state.log_history)
+        write_report(output)
+    together(lambda: None, what="finishing")
+    return output
+
+
+def build_trainer(
+    recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, journal: Journal
+) -> DSEETrainer:
+    """Collective. Data, model and adapters (a checkpoint's, with its masks, where there is one)."""
+    tokenizer = together(lambda: load_tokenizer(recipe.model), what="loading the tokenizer")
+    encoder = Encoder(tokenizer, recipe.data)
+    with journal.timed("data"):
+        train_rows, evaluation = together(lambda: _encode(recipe, encoder), what="reading the data")
+    timeline = build_timeline(recipe, args, steps_per_epoch(len(train_rows), args))
+    args.max_steps = timeline.num_steps
+    with journal.timed("load"):
+        set_seed(args.seed)
+        model = load_model(recipe.model, model_dtype(recipe, args), tokenizer)
+    with journal.timed("inject"):
+        if checkpoint is None:
+            inject(model, recipe.dsee)
+        else:
+            load_adapter(model, checkpoint)
+    if args.activation_checkpointing:
+        # With every input frozen, reentrant checkpointing would cut the graph before the first adapter.
+        model.enable_input_require_grads()  # type: ignore[operator]
+    journal.run = _description(recipe, args, model)
+    phases = PhaseCallback(timeline, journal)
+    generation = dict(recipe.data.generation)
+    trainer = DSEETrainer(
+        parts=RunParts(timeline=timeline, evaluation=evaluation, generation=generation, journal=journal),
+        model=model,
+        args=args,
+        train_dataset=train_rows,
+        data_collator=Collator(evaluation.pad_id),
+        processing_class=tokenizer,
+        callbacks=[phases],
+    )
+    phases.trainer = trainer
+    return trainer
+
+
+def _encode(recipe: Recipe, encoder: Encoder) -> tuple[Dataset, EvaluationSet]:
+    """Local. Training examples and the validation set as tokens."""
+    train, validation = load_rows(recipe.data)
+    examples = encoder.training_examples(train)
+    answers: list[tuple[list[int], list[int]]] = []
+    choices = []
+    if recipe.data.task == "classification":
+        choices = encoder.choices(validation)
+    else:
+        encoded = encoder.training_examples(validation)
+        answers = [(row["input_ids"], row["labels"]) for row in encoded]
+    if not len(examples) or not (answers or choices):
+        raise ConfigError(f"the data hold too little text for a single example of task {recipe.data.task!r}")
+    count = recipe.data.generate_samples
+    return examples, EvaluationSet(
+        answers=answers,
+        choices=choices,
+        generations=encoder.generations(validation, count) if count else (),
+        pad_id=int(encoder.tokenizer.pad_token_id),  # type: ignore[arg-type]
+    )
+
+
+def _export(config: ExportConfig, trainer: DSEETrainer, folder: Path) -> None:
+    """Collective. Write the Hugging Face folder and, where it is one, judge it in stock transformers."""
+    journal, live = trainer.parts.journal, trainer.model_wrapped
+    with journal.timed("export"):
+        report = export_model(
+            live, folder, delta=config.delta, tokenizer=trainer.processing_class, overwrite=True
+        )
+    if not config.check or config.delta == "separate":
+        return
+    with journal.timed("check export"):
+        found = check_export(
+            folder,
+            live,
+            trainer.parts.evaluation,
+            trainer.processing_class,
+            batch_size=trainer.args.eval_batch_size,
+            device=trainer.args.device,
+            is_main=trainer.is_world_process_zero(),
+        )
+    memory = peak_memory()
+    if found:
+        zeros, entries = report.num_zero, report.num_pruned
+        journal.add_phase(
+            "exported",
+            delta=config.delta,
+            sparsity=zeros / entries if entries else 0.0,
+            zeros=zeros,
+            peak_memory_bytes=memory,
+            **found,
+        )
+
+
+def _description(recipe: Recipe, args: TrainingArguments, model: nn.Module) -> dict[str, Any]:
+    partition = open_partition(model)
+    sizes = [(partition.shape(param).numel(), param.requires_grad) for param in model.parameters()]
+    trained, total = sum(n for n, yes in sizes if yes), sum(n for n, _ in sizes)
+    return {
+        "dsee_scale": __version__,
+        "model": recipe.model.name,
+        "task": recipe.data.task,
+        "world_size": args.world_size,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "deepspeed": args.deepspeed_plugin is not None,
+        "trainable_parameters": trained,
+        "parameters": total,
+        "trainable_share": trained / total,
+        "dsee": recipe.dsee.to_dict(),
+        "prune": None if recipe.prune is None else recipe.prune.to_dict(),
+        "seed": args.seed,
+    }
+
+
+def _sizes(output: Path) -> dict[str, int]:
+    """Bytes of what the run left. Local, rank 0."""
+    checkpoints = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
+    groups = {
+        "adapter": (output / "adapter").glob("dsee_adapter*.safetensors"),
+        "masks": (output / "adapter").glob("dsee_masks*.safetensors"),
+        "exported weights": (output / "model").glob("*.safetensors"),
+        "last checkpoint": checkpoints[-1].rglob("*") if checkpoints else (),
+    }
+    sizes = {
+        name: sum(path.stat().st_size for path in paths if path.is_file()) for name, paths in groups.items()
+    }
+    return {name: size for name, size in sizes.items() if size}

@@ -1,0 +1,164 @@
+"""Which step belongs to which phase, when weights are pruned, and the learning rate at each step.
+
+One optimizer runs through the whole timeline: steps [0, T1) tune, weights are pruned after step T1, and
+steps [T1, T1 + T2) retune. The optimizer's moments go on across the prune, so no warm-up is needed for them;
+the learning rate starts a schedule of its own in each phase.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments, get_scheduler
+
+from dsee_scale.config import PruneConfig
+from dsee_scale.errors import ConfigError
+from dsee_scale.passes.schedule import CubicSchedule
+from dsee_scale.training.recipe import Recipe
+from dsee_scale.training.sections import GradualConfig, RetuneConfig
+
+PhaseName = Literal["tune", "retune"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Steps [start, stop) under one learning-rate schedule."""
+
+    name: PhaseName
+    """`tune` or `retune`."""
+    start: int
+    """First step."""
+    stop: int
+    """Step after the last one."""
+    learning_rate: float
+    """Peak learning rate."""
+    warmup_steps: float
+    """Steps of warm-up; below 1, a fraction of the phase."""
+    schedule: str
+    """Name of the decay, as in TrainingArguments."""
+    schedule_kwargs: Mapping[str, Any]
+    """Its further arguments."""
+
+    def multipliers(self) -> list[float]:
+        """Learning rate of each step of the phase, as a fraction of the peak."""
+        length = self.stop - self.start
+        warmup = math.ceil(self.warmup_steps * length) if self.warmup_steps < 1 else int(self.warmup_steps)
+        unit = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
+        try:
+            scheduler = get_scheduler(self.schedule, unit, warmup, length, dict(self.schedule_kwargs))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{self.name}: lr_scheduler_kwargs {self.schedule_kwargs!r}: {error}"
+            ) from error
+        return [float(scheduler.lr_lambdas[0](step)) for step in range(length)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneEvent:
+    """One change of the masks."""
+
+    step: int
+    """It happens once this many optimizer steps are done."""
+    config: PruneConfig
+    """What is set to zero then; sparsity is the total, zeros of earlier events included."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """A run's steps."""
+
+    phases: tuple[Phase, ...]
+    """Phases of at least one step, in order, without gaps."""
+    prune_events: tuple[PruneEvent, ...]
+    """Changes of the masks, in order."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.phases[-1].stop if self.phases else 0
+
+    def phase_at(self, step: int) -> Phase:
+        """The phase of the optimizer step with this index; the last phase after the end."""
+        return next((phase for phase in self.phases if step < phase.stop), self.phases[-1])
+
+    def learning_rates(self) -> list[float]:
+        """Learning rate of every step."""
+        return [phase.learning_rate * factor for phase in self.phases for factor in phase.multipliers()]
+
+
+def build_timeline(recipe: Recipe, args: TrainingArguments, steps_per_epoch: int) -> Timeline:
+    """Lay out a run.
+
+    Args:
+        recipe: prune, retune and gradual sections; null where there is no such phase.
+        args: the tune phase: `max_steps` (0 for none) or, when that is negative, `num_train_epochs`.
+        steps_per_epoch: optimizer steps in one pass over the training rows.
+
+    Raises:
+        ConfigError: no step at all, or cuts beyond the last step.
+    """
+    retune = recipe.retune
+    tune_steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    phases = []
+    if tune_steps:
+        phases.append(_phase("tune", 0, tune_steps, args, RetuneConfig(max_steps=tune_steps)))
+    if retune is not None:
+        length = retune.max_steps
+        if length is None:
+            length = math.ceil((retune.num_train_epochs or 0) * steps_per_epoch)
+        phases.append(_phase("retune", tune_steps, tune_steps + length, args, retune))
+    if not phases:
+        raise ConfigError("training.max_steps is 0 and there is no retune: the run would train nothing")
+    events = _prune_events(recipe.prune, recipe.gradual, tune_steps)
+    if events and events[-1].step > phases[-1].stop:
+        raise ConfigError(
+            f"gradual.num_steps: the last cut is at step {events[-1].step}, after the run's last step "
+            f"{phases[-1].stop}; prune in fewer steps or retune longer"
+        )
+    return Timeline(phases=tuple(phases), prune_events=events)
+
+
+def _prune_events(
+    prune: PruneConfig | None, gradual: GradualConfig | None, first: int
+) -> tuple[PruneEvent, ...]:
+    if prune is None:
+        return ()
+    if gradual is None:
+        return (PruneEvent(step=first, config=prune),)
+    schedule = CubicSchedule(
+        final_sparsity=prune.sparsity,
+        start_step=first,
+        num_steps=gradual.num_steps,
+        initial_sparsity=gradual.initial_sparsity,
+        every=gradual.every,
+    )
+    steps = range(first, first + gradual.num_steps + 1)
+    return tuple(
+        PruneEvent(step=step, config=schedule.config(prune, step)) for step in steps if schedule.due(step)
+    )
+
+
+def steps_per_epoch(num_rows: int, args: TrainingArguments) -> int:
+    """Optimizer steps in one pass over `num_rows`, counted as the Trainer counts them."""
+    per_step = args.per_device_train_batch_size * args.world_size
+    batches = num_rows // per_step if args.dataloader_drop_last else math.ceil(num_rows / per_step)
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
+
+
+def _phase(name: PhaseName, start: int, stop: int, args: TrainingArguments, changes: RetuneConfig) -> Phase:
+    rate, warmup = changes.learning_rate, changes.warmup_steps
+    kwargs = changes.lr_scheduler_kwargs
+    return Phase(
+        name=name,
+        start=start,
+        stop=stop,
+        learning_rate=args.learning_rate if rate is None else rate,
+        warmup_steps=args.warmup_steps if warmup is None else warmup,
+        schedule=changes.lr_scheduler_type
+        or str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        schedule_kwargs=dict(args.lr_scheduler_kwargs or {}) if kwargs is None else kwargs,  # type: ignore[arg-type]
+    )

@@ -1,0 +1,42 @@
+"""Tune, prune, retune and export in one launch: `launch/finetune.py RECIPE.yaml [--flag value ...]`.
+
+Start it with `deepspeed`, `accelerate launch`, `torchrun`, or plain `python` on one device.
+Every key of the recipe can be overridden: `--training.learning_rate 1e-4`, `--dsee.rank 8`; names of
+TrainingArguments also directly: `--learning_rate 1e-4`. `--resume` goes on from the last checkpoint.
+"""
+
+import logging
+import os
+import sys
+
+from dsee_scale.errors import DSEEError
+from dsee_scale.training.demo_inputs import cache_folder
+
+
+def main(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        from dsee_scale.training.help_text import recipe_help
+
+        sys.stdout.write(f"{__doc__}\n{recipe_help()}\n")
+        return 0 if words else 2
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING, format=f"[rank {rank}] %(message)s", force=True
+    )
+    from dsee_scale.training.recipe import load_recipe
+    from dsee_scale.training.report import summary_table
+    from dsee_scale.training.run import run
+
+    path, *flags = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
+    try:
+        output = run(load_recipe(path, flags, {"DSEE_SCALE_CACHE": str(cache_folder())}))
+    except DSEEError as error:
+        logging.getLogger("dsee_scale").error("%s: %s", type(error).__name__, error)
+        return 2
+    if rank == 0:
+        sys.stdout.write(f"\n{summary_table(output)}\n\nlook at {output / 'report.html'}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
