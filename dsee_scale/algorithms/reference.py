@@ -43,7 +43,7 @@ def reference_low_rank(
             right = torch.cat([right, _new_rows(x, left, right)])
     if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
         raise ConfigError(
-            f"decomposition preset 'reference' overflows on this weight of shape {tuple(weight.shape)} (largest "
+            f"decomposition preset 'reference' overflows on this {tuple(weight.shape)} weight (largest "
             f"entry {float(weight.abs().amax()):.3g}); use preset 'fast', or rescale the weight"
         )
     return left, right
