@@ -22,6 +22,14 @@ def pools() -> Iterator[Callable[[int], WorkerPool]]:
         each.stop()
 
 
+@pytest.fixture(scope="session")
+def cpu_adam() -> None:
+    """DeepSpeedCPUAdam, compiled once here rather than by ranks that would wait for each other."""
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    CPUAdamBuilder().load(verbose=False)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "/tests/dist/" in str(item.path):

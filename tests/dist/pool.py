@@ -13,6 +13,7 @@ import socket
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -97,6 +98,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     import torch
     import torch._dynamo  # must be imported before any zero.Init context
 
+    warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     import deepspeed
 
