@@ -66,19 +66,10 @@ class Report:
         unit: str,
         ours: float,
         peer: float | None = None,
-        *,
-        higher_is_better: bool = False,
         **details: Any,
     ) -> None:
-        """Record one case.
-
-        `ratio` says how many times better than the peer: peer / ours, or ours / peer where higher is
-        better; it is null without a peer. `details` become further keys of the JSON line.
-        """
-        ratio = None
-        if peer is not None:
-            over, under = (ours, peer) if higher_is_better else (peer, ours)
-            ratio = over / under if under else None
+        """Record one case. `ratio` is ours / peer, null without a peer; `details` are further JSON keys."""
+        ratio = ours / peer if peer else None
         line = {"benchmark": self.benchmark, "case": case, "metric": metric, "unit": unit}
         line |= {"ours": ours, "peer": peer, "ratio": ratio} | details
         self.cases.append(line)
