@@ -82,9 +82,9 @@ class DecompositionConfig(JsonConfig):
     """Rank of the low-rank part, at most a quarter of the matrix's smaller side; unused by `reference`."""
     iterations: int = 3
     """Rounds, each one power iteration; unused by `reference`."""
-    clip: float = 4.0
+    clip: float = 8.0
     """L is fitted to residuals clipped at this many times their mean size; unused by `reference`."""
-    round_memory_mib: int = 1024
+    round_memory_mib: int = 64
     """Whole matrices that one rank receives in one round, in MiB (at least one matrix is received)."""
 
     def __post_init__(self) -> None:
