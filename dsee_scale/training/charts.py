@@ -10,6 +10,7 @@ from dsee_scale.errors import ConfigError
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 MAIN, SECOND, ACCENT = "#2f6f9f", "#9fb8cc", "#d9822b"
+WIDE, HALF = 10.0, 5.0
 
 
 def loss_curve(metrics: dict[str, Any]) -> str:
@@ -22,12 +23,13 @@ def loss_curve(metrics: dict[str, Any]) -> str:
     ]
     if not points:
         return ""
-    figure = _figure(7.2, 3.4)
+    figure = _figure(WIDE, 3.6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     top.plot(*zip(*points, strict=True), color=MAIN, alpha=0.35, linewidth=1)
     top.plot(*zip(*_smooth(points), strict=True), color=MAIN, linewidth=2)
     top.set_ylabel("training loss")
-    top.set_ylim(bottom=0)
+    low, high = min(value for _, value in points), max(value for _, value in points)
+    top.set_ylim(0 if low < high / 2 else None, None)
     bottom.plot(*zip(*rates, strict=True), color=SECOND, linewidth=1.5)
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("optimizer step")
@@ -45,23 +47,23 @@ def loss_curve(metrics: dict[str, Any]) -> str:
 
 
 def quality_bars(phases: list[tuple[str, float]], metric: str) -> str:
-    """One bar per phase."""
-    figure = _figure(7.2, 0.5 + 0.42 * len(phases))
+    """One bar per phase, the first and the pruned one in colours of their own."""
+    figure = _figure(HALF, 0.4 + 0.34 * len(phases))
     axis = figure.subplots()
     names, values = [name for name, _ in phases], [value for _, value in phases]
-    colors = [ACCENT if name == "pruned" else SECOND if name == "before" else MAIN for name in names]
+    colors = [SECOND, *(ACCENT if name == "pruned" else MAIN for name in names[1:])]
     rows = range(len(phases), 0, -1)
     axis.barh(list(rows), values, color=colors, height=0.62)
     for row, value in zip(rows, values, strict=True):
         axis.annotate(
-            _number(value), (value, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=10
+            _number(value), (value, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9
         )
     axis.set_yticks(list(rows), names)
     axis.set_xlim(0, max(values) * 1.14 or 1)
     axis.set_xticks([])
     for side in ("top", "right", "bottom"):
         axis.spines[side].set_visible(False)
-    axis.tick_params(length=0, labelsize=10)
+    axis.tick_params(length=0, labelsize=9)
     return _svg(figure, (), f"{metric} at each phase")
 
 
@@ -76,7 +78,7 @@ def sparsity_map(matrices: dict[str, list[int]]) -> str:
         return ""
     columns = sorted({index for row in cells.values() for index in row})
     grid = [[row.get(index, float("nan")) for index in columns] for row in cells.values()]
-    figure = _figure(7.2, 0.9 + 0.3 * len(cells))
+    figure = _figure(WIDE, 0.9 + 0.28 * len(cells))
     axis = figure.subplots()
     image = axis.pcolormesh(grid, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=0.6)
     axis.set_yticks([i + 0.5 for i in range(len(cells))], list(cells))
@@ -98,7 +100,7 @@ def size_bars(sizes: dict[str, int]) -> str:
     if not sizes:
         return ""
     ordered = sorted(sizes.items(), key=lambda item: item[1])
-    figure = _figure(7.2, 0.5 + 0.42 * len(ordered))
+    figure = _figure(HALF, 0.4 + 0.34 * len(ordered))
     axis = figure.subplots()
     axis.barh([name for name, _ in ordered], [value for _, value in ordered], color=MAIN, height=0.62)
     for row, (_, value) in enumerate(ordered):
@@ -108,7 +110,7 @@ def size_bars(sizes: dict[str, int]) -> str:
             xytext=(5, 0),
             textcoords="offset points",
             va="center",
-            fontsize=10,
+            fontsize=9,
         )
     axis.set_xscale("log")
     axis.set_xlim(min(v for _, v in ordered) / 3, max(v for _, v in ordered) * 8)
@@ -116,7 +118,7 @@ def size_bars(sizes: dict[str, int]) -> str:
     axis.minorticks_off()
     for side in ("top", "right", "bottom"):
         axis.spines[side].set_visible(False)
-    axis.tick_params(length=0, labelsize=10)
+    axis.tick_params(length=0, labelsize=9)
     return _svg(figure, (), "Sizes of files (logarithmic)")
 
 

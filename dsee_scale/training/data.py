@@ -97,6 +97,8 @@ def _read_file(name: str) -> Dataset:
         return load_dataset(reader, data_files=str(path), split="train", **options)
     except Exception as error:
         cause = error.__cause__ or error
+        if "no data" in str(cause):
+            raise ConfigError(f"data file {name} has no rows") from error
         raise ConfigError(f"data file {name} cannot be read as {reader}: {cause}") from error
 
 

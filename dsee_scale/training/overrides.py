@@ -57,12 +57,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """One command-line word as the value that it would be in a recipe; spaces around text are kept."""
+    """One command-line word as the value that it would be in a recipe.
+
+    Spaces around text are kept, and a template such as `{mr}` (to YAML a mapping without values) stays text.
+    """
     try:
         value = yaml.load(text, Loader=RecipeLoader)
     except yaml.YAMLError:
         return text
-    return text if isinstance(value, str) and value == text.strip() else value
+    if isinstance(value, str) and value == text.strip():
+        return text
+    template = isinstance(value, dict) and value and not any(part is not None for part in value.values())
+    return text if template else value
 
 
 def parse_command_line(words: Sequence[str]) -> list[tuple[str, Any]]:

@@ -27,7 +27,7 @@ from dsee_scale.training.journal import Journal, peak_memory
 from dsee_scale.training.loading import load_model, load_tokenizer
 from dsee_scale.training.phases import PhaseCallback
 from dsee_scale.training.recipe import Recipe
-from dsee_scale.training.report import write_metrics, write_report
+from dsee_scale.training.report import METRICS_FILE, write_metrics, write_report
 from dsee_scale.training.sections import ExportConfig
 from dsee_scale.training.timeline import build_timeline, steps_per_epoch
 from dsee_scale.training.together import together
@@ -66,7 +66,10 @@ def run(recipe: Recipe) -> Path:
     if main:
         journal.sizes |= _sizes(output)
         write_metrics(output, journal, trainer.state.log_history)
-        write_report(output)
+        try:
+            write_report(output)
+        except ConfigError as error:
+            logger.warning("%s holds all numbers, but %s", output / METRICS_FILE, error)
     together(lambda: None, what="finishing")
     return output
 

@@ -1,6 +1,7 @@
 """A recipe is read strictly: from a file, with every key open to the command line, and nothing guessed."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
@@ -136,6 +137,8 @@ def test_command_line_words():
     assert parse_value("1e-4") == 1e-4
     assert parse_value("null") is None
     assert parse_value("{a: 1}") == {"a": 1}
+    assert parse_value(" {ref}") == " {ref}"
+    assert parse_value("{mr} ||") == "{mr} ||"
 
 
 def test_every_field_has_its_line_of_documentation():
@@ -158,3 +161,22 @@ def test_training_accepts_exactly_the_trainers_names():
     with pytest.raises(ConfigError, match="did you mean 'warmup_steps'"):
         build_recipe({"model": {"name": "x"}, "data": data, "training": {"warmup_step": 3}})
     assert DataConfig.from_dict(data).max_length == 512
+
+
+def test_every_shipped_recipe_loads_and_names_an_existing_deepspeed_config():
+    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+    assert {path.stem for path in recipes} >= {"sentiment", "e2e", "wikitext"}
+    for path in recipes:
+        recipe = load_recipe(path, variables={"DSEE_SCALE_CACHE": "/cache"})
+        assert Path(recipe.training["deepspeed"]).is_file(), path
+        assert "$" not in str(recipe.to_dict()), path
+
+
+def test_help_names_every_key():
+    from dsee_scale.training.help_text import recipe_help
+    from dsee_scale.training.recipe import SECTIONS
+
+    text = recipe_help()
+    for section, cls in SECTIONS.items():
+        for field in dataclasses.fields(cls):
+            assert f"--{section}.{field.name}  " in text

@@ -1,0 +1,188 @@
+"""Rows are checked before training, and tokens are learned exactly where the recipe says."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from dsee_scale.errors import ConfigError
+from dsee_scale.training.data import load_rows, required_columns, template_columns
+from dsee_scale.training.encoding import IGNORED, Encoder
+from dsee_scale.training.sections import DataConfig
+
+pytestmark = pytest.mark.unit
+
+WORDS = ["<pad>", "<eos>", "<unk>", "Review", "Sentiment", ":", "good", "bad", "not", "film", "a", "so", "."]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def ids(text):
+    return [WORDS.index(word) for word in text.split()]
+
+
+def write_csv(path, rows, header="text,label"):
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return str(path)
+
+
+def classification(path, **changes):
+    values = {
+        "task": "classification",
+        "train_file": path,
+        "prompt": "Review : {text} Sentiment :",
+        "labels": {"0": " bad", "1": " good"},
+        "validation_fraction": 0.5,
+    }
+    return DataConfig.from_dict({**values, **changes})
+
+
+def test_files_of_every_kind_give_the_same_rows(tmp_path):
+    rows = [{"text": "a film", "label": "1"}, {"text": "so bad", "label": "0"}]
+    paths = [tmp_path / f"rows{ending}" for ending in (".csv", ".tsv", ".json", ".jsonl")]
+    paths[0].write_text("text,label\na film,1\nso bad,0\n")
+    paths[1].write_text("text\tlabel\na film\t1\nso bad\t0\n")
+    paths[2].write_text(json.dumps(rows))
+    paths[3].write_text("\n".join(json.dumps(row) for row in rows))
+    for path in paths:
+        train, _ = load_rows(classification(str(path), validation_file=str(paths[0])))
+        assert [(row["text"], str(row["label"])) for row in train] == [("a film", "1"), ("so bad", "0")]
+
+
+def test_words_that_look_like_missing_values_stay_words(tmp_path):
+    path = write_csv(tmp_path / "a.csv", ["NA,1", "null,0", "None,1", "nan,0"])
+    train, _ = load_rows(classification(path, validation_file=path))
+    assert train["text"] == ["NA", "null", "None", "nan"]
+
+
+def test_split_and_subset_depend_on_the_seed_alone(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [f"film {i},{i % 2}" for i in range(40)])
+    config = classification(path, validation_fraction=0.25, max_train_samples=8)
+    train, validation = load_rows(config)
+    assert (len(train), len(validation)) == (8, 10)
+    assert not set(train["text"]) & set(validation["text"])
+    assert load_rows(config)[0]["text"] == train["text"]
+    assert (
+        load_rows(classification(path, validation_fraction=0.25, split_seed=1))[1]["text"]
+        != validation["text"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "message"),
+    [
+        (
+            "title,label\nx,1\n",
+            {},
+            r"a\.csv has no column 'text'; columns found: title, label; expected .* label, text",
+        ),
+        ("text,score\nx,1\n", {}, "has no column 'label'; columns found: text, score"),
+        ("text,label\n", {}, "has no rows"),
+        ("", {}, "is empty: it has no rows"),
+        ("text,label\nx,1\ny,2\n", {}, "column 'label' holds '2', which data.labels does not name"),
+        ("text,label\nx,1\n", {"prompt": "{text} {0}"}, "expected column names in braces"),
+        ("text,label\nx,1\n", {"prompt": "{text"}, "write {{ for a brace itself"),
+        ('text,label\n"x,1\ny', {}, "cannot be read as csv"),
+    ],
+)
+def test_bad_files_are_named_with_what_was_found(tmp_path, content, changes, message):
+    path = tmp_path / "a.csv"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        load_rows(classification(str(path), validation_file=str(path), **changes))
+
+
+def test_missing_file_and_unknown_ending(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.csv does not exist"):
+        load_rows(classification(str(tmp_path / "none.csv")))
+    (tmp_path / "a.xls").write_text("x")
+    with pytest.raises(ConfigError, match=r"ending '\.xls' is unknown; valid: \.csv"):
+        load_rows(classification(str(tmp_path / "a.xls")))
+
+
+def test_a_missing_value_names_its_row(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "label": 1}\n{"text": null, "label": 0}\n')
+    with pytest.raises(ConfigError, match="column 'text' has no value in row 1"):
+        load_rows(classification(str(path), validation_file=str(path)))
+
+
+def test_columns_come_from_the_templates():
+    assert template_columns("a {mr} {{literal}} {ref}") == ["mr", "ref"]
+    config = DataConfig(task="completion", train_file="x.csv", prompt="{mr} ->", completion=" {ref}")
+    assert required_columns(config) == ["mr", "ref"]
+
+
+def test_classification_learns_the_label_string_only(tmp_path, tokenizer):
+    path = write_csv(tmp_path / "a.csv", ["a good film,1", "not good,0"])
+    config = classification(path, validation_file=path)
+    encoder = Encoder(tokenizer, config)
+    rows, _ = load_rows(config)
+    examples = encoder.training_examples(rows)
+    prompt = ids("Review : a good film Sentiment :")
+    assert examples[0]["input_ids"] == prompt + ids("good")
+    assert examples[0]["labels"] == [IGNORED] * len(prompt) + ids("good")
+    choices = encoder.choices(rows)
+    assert choices[0].prompt == prompt
+    assert choices[0].answers == [ids("bad"), ids("good")]
+    assert [choice.label for choice in choices] == [1, 0]
+
+
+def test_long_prompts_lose_their_beginning_and_keep_the_answer(tmp_path, tokenizer):
+    path = write_csv(tmp_path / "a.csv", ["so so so so a good film,1", "not good,0"])
+    config = classification(path, validation_file=path, max_length=6)
+    example = Encoder(tokenizer, config).training_examples(load_rows(config)[0])[0]
+    assert example["input_ids"] == ids("a good film Sentiment : good")
+    assert example["labels"] == [IGNORED] * 5 + ids("good")
+
+
+def test_completion_ends_with_the_end_of_text_token(tmp_path, tokenizer):
+    path = write_csv(
+        tmp_path / "a.csv", ["film,a good film", "film,so good", "bad,not good"], header="mr,ref"
+    )
+    config = DataConfig(
+        task="completion", train_file=path, validation_file=path, prompt="{mr} :", completion=" {ref}"
+    )
+    encoder = Encoder(tokenizer, config)
+    rows, _ = load_rows(config)
+    example = encoder.training_examples(rows)[0]
+    assert example["labels"] == [IGNORED] * 2 + ids("a good film <eos>")
+    found = encoder.generations(rows, limit=5)
+    assert [(g.prompt, g.references) for g in found] == [
+        (ids("film :"), ["a good film", "so good"]),
+        (ids("bad :"), ["not good"]),
+    ]
+
+
+def test_plain_text_is_packed_into_full_blocks(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text("a good film\nso bad\nnot so good .\n")
+    config = DataConfig(
+        task="language_modelling", train_file=str(path), validation_file=str(path), max_length=4
+    )
+    examples = Encoder(tokenizer, config).training_examples(load_rows(config)[0])
+    stream = ids("a good film <eos> so bad <eos> not so good . <eos>")
+    assert examples["input_ids"] == [stream[0:4], stream[4:8], stream[8:12]]
+    assert examples["labels"] == [[IGNORED, *block[1:]] for block in examples["input_ids"]]
+    joined = DataConfig.from_dict({**config.to_dict(), "separator": " . "})
+    first = Encoder(tokenizer, joined).training_examples(load_rows(joined)[0])["input_ids"][0]
+    assert first == ids("a good film .")
+
+
+def test_a_text_shorter_than_a_block_is_one_block(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text("so bad\n")
+    config = DataConfig(
+        task="language_modelling", train_file=str(path), validation_file=str(path), max_length=64
+    )
+    assert Encoder(tokenizer, config).training_examples(load_rows(config)[0])["input_ids"] == [
+        ids("so bad <eos>")
+    ]

@@ -1,0 +1,165 @@
+"""The report shows the run's numbers and needs nothing but itself."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from dsee_scale.training.journal import Journal, plain
+from dsee_scale.training.report import headline_metric, summary_table, write_metrics, write_report
+
+pytestmark = pytest.mark.unit
+
+
+def journal(**changes):
+    phases = [
+        {
+            "phase": "before",
+            "step": 0,
+            "quality": {"loss": 5.8, "accuracy": 0.8125},
+            "sparsity": 0.0,
+            "zeros": 0,
+        },
+        {
+            "phase": "tuned",
+            "step": 60,
+            "quality": {"loss": 0.3, "accuracy": 0.9},
+            "sparsity": 0.0,
+            "zeros": 0,
+        },
+        {
+            "phase": "pruned",
+            "step": 60,
+            "quality": {"loss": 3.0, "accuracy": 0.55},
+            "sparsity": 0.5,
+            "zeros": 5000,
+        },
+        {
+            "phase": "retuned",
+            "step": 90,
+            "quality": {"loss": 0.4, "accuracy": 0.8575},
+            "sparsity": 0.5,
+            "zeros": 5000,
+        },
+    ]
+    for phase in phases:
+        phase |= {"seconds": 12.5, "peak_memory_bytes": [2**30, 2**31]}
+    run = {
+        "model": "folder/some<model>",
+        "task": "classification",
+        "world_size": 2,
+        "device": "CPU",
+        "dtype": "bfloat16",
+        "deepspeed": True,
+        "dsee_scale": "0.1.0",
+        "trainable_parameters": 1056,
+        "parameters": 1987736,
+        "trainable_share": 1056 / 1987736,
+        "dsee": {"rank": 16},
+        "prune": {"sparsity": 0.5},
+    }
+    values = {
+        "run": run,
+        "phases": phases,
+        "matrices": {
+            f"model.layers.{i}.mlp.{k}": [50, 100] for i in range(30) for k in ("up_proj", "down_proj")
+        },
+        "seconds": {"train": 30.0, "export": 2.0},
+        "sizes": {"adapter": 1_500_000, "masks": 40_000, "exported weights": 270_000_000},
+    }
+    return Journal(**{**values, **changes})
+
+
+HISTORY = [{"step": s, "loss": 6 / s, "learning_rate": 1e-3 / s, "grad_norm": 1.0} for s in range(5, 95, 5)]
+
+
+class Checker(HTMLParser):
+    """Collects unclosed tags and anything that would be fetched."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.fetched = [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "br", "img", "link", "input"):
+            self.open.append(tag)
+        self.fetched += [v for k, v in attrs if k in ("src", "href", "xlink:href") and not v.startswith("#")]
+
+    def handle_startendtag(self, tag, attrs):
+        self.fetched += [v for k, v in attrs if k in ("src", "href", "xlink:href") and not v.startswith("#")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def written(folder, found, history=HISTORY):
+    write_metrics(folder, found, history)
+    return write_report(folder).read_text()
+
+
+def test_the_page_is_whole_and_fetches_nothing(tmp_path):
+    page = written(tmp_path, journal())
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    assert [link for link in checker.fetched if not link.startswith("data:")] == []
+    assert "@import" not in page
+    assert page.count("<svg") == 4
+    assert "$" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.S)
+
+
+def test_the_page_shows_the_numbers(tmp_path):
+    page = written(tmp_path, journal())
+    for text in (
+        "0.812 → 0.858",
+        "50.00%",
+        "0.053%",
+        "1.5 MB",
+        "some&lt;model&gt;",
+        "1,056 of 1,987,736",
+        "0.550",
+    ):
+        assert text in page, text
+    assert "some<model>" not in page
+
+
+def test_metrics_hold_everything_as_plain_json(tmp_path):
+    found = journal()
+    found.phases[2]["quality"]["perplexity"] = float("inf")
+    write_metrics(tmp_path, found, HISTORY)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert [phase["phase"] for phase in metrics["phases"]] == ["before", "tuned", "pruned", "retuned"]
+    assert metrics["phases"][2]["quality"]["perplexity"] is None
+    assert metrics["training"][0] == {"step": 5, "loss": 1.2, "learning_rate": 2e-4, "grad_norm": 1.0}
+    assert metrics["sizes"]["adapter"] == 1_500_000
+
+
+@pytest.mark.parametrize("history", [HISTORY[:1], []], ids=["one point", "no loss"])
+def test_short_runs_without_pruning_or_files_have_a_page_too(tmp_path, history):
+    found = journal(matrices={}, sizes={})
+    found.phases = found.phases[:2]
+    assert "tuned" in written(tmp_path, found, history)
+
+
+def test_the_terminal_table_lines_up(tmp_path):
+    write_metrics(tmp_path, journal(), HISTORY)
+    lines = summary_table(tmp_path).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert len(lines) == 2 + 4
+    assert "0.858" in lines[-1]
+
+
+def test_the_headline_is_the_tasks_own_metric():
+    phases = [{"quality": {"loss": 1.0, "perplexity": 2.7, "bleu": 30.0}}]
+    assert headline_metric({"phases": phases}) == "bleu"
+    assert headline_metric({"phases": [{"quality": {}}]}) == "loss"
+
+
+def test_a_resumed_run_keeps_earlier_phases_and_adds_times():
+    first, second = journal(), Journal(seconds={"train": 1.0})
+    second.restore(plain(first.to_dict()))
+    assert second.phase("tuned")["quality"]["accuracy"] == 0.9
+    assert second.seconds["train"] == 31.0
+    second.add_phase("tuned", quality={}, sparsity=0.0)
+    assert [phase["phase"] for phase in second.phases] == ["before", "pruned", "retuned", "tuned"]
