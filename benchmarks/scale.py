@@ -54,7 +54,9 @@ def measure_large(report: Report, shape: str, ranks: int) -> None:
 
 
 def measure_ranks(report: Report, shape: str, repeats: int) -> None:
-    times = {ranks: max(r["seconds"] for r in run_on(ranks, decompose_only, shape, repeats)) for ranks in (1, 2)}
+    times = {
+        ranks: max(r["seconds"] for r in run_on(ranks, decompose_only, shape, repeats)) for ranks in (1, 2)
+    }
     report.add(f"{shape}, all linear layers", "decomposition, 2 ranks against 1", "s", times[2], times[1])
 
 
@@ -117,7 +119,11 @@ def build(shape: str) -> torch.nn.Module:
         num_key_value_heads=heads,
         vocab_size=vocabulary,
     )
-    ds_config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}
+    ds_config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": True},
+    }
     with deepspeed.zero.Init(config_dict_or_path=ds_config, dtype=torch.bfloat16), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     port = open_partition(model)
@@ -152,14 +158,18 @@ def run_on(ranks: int, task: Any, *args: Any) -> list[dict[str, Any]]:
         port = probe.getsockname()[1]
     context = mp.get_context("spawn")
     queue = context.Queue()
-    mp.start_processes(_worker, (ranks, port, queue, task, args), nprocs=ranks, join=True, start_method="spawn")
+    mp.start_processes(
+        _worker, (ranks, port, queue, task, args), nprocs=ranks, join=True, start_method="spawn"
+    )
     results = dict(queue.get() for _ in range(ranks))
     return [results[rank] for rank in range(ranks)]
 
 
 def _worker(rank: int, ranks: int, port: int, queue: Any, task: Any, args: tuple[Any, ...]) -> None:
     os.dup2(2, 1)  # DeepSpeed prints on stdout, where the parent prints its lines
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks)
+    )
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
     import torch._dynamo  # before any zero.Init
 

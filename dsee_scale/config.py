@@ -80,9 +80,9 @@ class DecompositionConfig(JsonConfig):
     """`fast` (default) or `reference`, the paper's loop entry for entry."""
     rank: int = 48
     """Rank of the low-rank part, at most a quarter of the matrix's smaller side; unused by `reference`."""
-    iterations: int = 3
-    """Rounds, each one power iteration; unused by `reference`."""
-    clip: float = 8.0
+    iterations: int = 2
+    """Rounds at the full rank, after three in which it doubles; unused by `reference`."""
+    clip: float = 6.0
     """L is fitted to residuals clipped at this many times their mean size; unused by `reference`."""
     round_memory_mib: int = 64
     """Whole matrices that one rank receives in one round, in MiB (at least one matrix is received)."""
@@ -108,11 +108,11 @@ class DSEEConfig(JsonConfig):
     num_sparse: int | float = 64
     """Trainable entries of S2 per matrix: a count, or a fraction of the matrix's entries in (0, 1)."""
     target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
-    """Modules to adapt: name suffixes (`q_proj`), shell patterns (`*.attn.*`), or one regular expression as a string."""
+    """Modules to adapt: name suffixes (`q_proj`), patterns (`*.attn.*`), or one regular expression (a string)."""
     output_slices: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    """Parts of fused projections adapted alone, by suffix: `{"c_attn": ["q", "v"]}` (equal thirds q, k, v) or `"start:stop"` output ranges."""
+    """Parts of fused projections adapted alone: `{"c_attn": ["q", "v"]}` (equal thirds) or "start:stop" outputs."""
     support: SupportMethod = "grebsmo"
-    """How S2's positions are chosen: from the low-rank + sparse decomposition, the largest |W|, or at random."""
+    """How S2's positions are chosen: from the decomposition of each weight, the largest |W|, or at random."""
     decomposition: DecompositionConfig = dataclasses.field(default_factory=DecompositionConfig)
     """Settings of the decomposition behind `support="grebsmo"`."""
     trained_modules: tuple[str, ...] = ()
@@ -142,7 +142,9 @@ class DSEEConfig(JsonConfig):
             try:
                 re.compile(self.target_modules)
             except re.error as error:
-                problems.append(f"target_modules {self.target_modules!r} is not a regular expression: {error}")
+                problems.append(
+                    f"target_modules {self.target_modules!r} is not a regular expression: {error}"
+                )
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             problems.append(f"dropout must lie in [0, 1), found {self.dropout!r}")
         if not _is_int(self.seed) or self.seed < 0:
@@ -193,7 +195,8 @@ class PruneConfig(JsonConfig):
     min_per_layer: int = 1
     """Heads or neurons that scope `global` leaves in every layer at least."""
     score: Score = "W"
-    """Importance of an entry: W = |W|, AB = |s BA|, ABS = |D|, WAB = |W + s BA|, WABS = |W + D|, NAB and NABS their reciprocals, random."""
+    """Importance of an entry: W = |W|, AB = |s BA|, ABS = |D|, WAB = |W + s BA|, WABS = |W + D|, NAB = 1/AB,
+    NABS = 1/ABS, random."""
     pools: tuple[Pool, ...] = ()
     """Pools ranked apart, each with its own sparsity; empty means one pool with all weights."""
     modules: tuple[str, ...] = ()

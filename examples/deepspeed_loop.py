@@ -9,10 +9,9 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-import torch._dynamo  # noqa: F401  (before any zero.Init: a later lazy import inside it would fail)
-
 import deepspeed
+import torch
+import torch._dynamo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -21,10 +20,14 @@ from dsee_scale import DSEEConfig, PruneConfig
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="hub id or folder of a causal language model")
     parser.add_argument("--text", required=True, help="plain text file to tune on")
-    parser.add_argument("--output_dir", required=True, help="empty folder for the adapter and the exported model")
+    parser.add_argument(
+        "--output_dir", required=True, help="empty folder for the adapter and the exported model"
+    )
     parser.add_argument("--deepspeed_config", default="ds_configs/zero3_cpu.json", help="DeepSpeed JSON")
     parser.add_argument("--steps", type=int, default=20, help="steps before and after pruning")
     parser.add_argument("--block_size", type=int, default=64, help="tokens in a training example")

@@ -27,7 +27,9 @@ def llama_config(**changes: Any) -> LlamaConfig:
 
 
 def gpt2_config(**changes: Any) -> GPT2Config:
-    sizes: dict[str, Any] = dict(vocab_size=97, n_positions=64, n_embd=36, n_layer=2, n_head=3, use_cache=False)
+    sizes: dict[str, Any] = dict(
+        vocab_size=97, n_positions=64, n_embd=36, n_layer=2, n_head=3, use_cache=False
+    )
     return GPT2Config(**{**sizes, **changes, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
 
 

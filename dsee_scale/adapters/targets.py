@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -178,7 +179,7 @@ def _parse_slices(name: str, outputs: int, parts: tuple[str, ...]) -> tuple[tupl
     ranges = sorted(_parse_slice(name, outputs, part) for part in parts)
     if not ranges:
         raise ConfigError(f"output_slices for {name} is empty; leave the key out to adapt the whole matrix")
-    for (_, stop), (start, _) in zip(ranges, ranges[1:], strict=False):
+    for (_, stop), (start, _) in itertools.pairwise(ranges):
         if start < stop:
             raise ConfigError(f"output_slices for {name} overlap: {ranges}")
     return tuple(ranges)

@@ -1,4 +1,4 @@
-"""Whole weights: one process, DDP, ZeRO-1 and ZeRO-2. The twin that every partitioned algorithm is tested against."""
+"""Whole weights: one process, DDP, ZeRO-1, ZeRO-2. The twin that partitioned algorithms are tested against."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Partition(Protocol):
         """True shape, whatever part of the parameter is here."""
 
     def compute_device(self, param: nn.Parameter) -> torch.device:
-        """Where the weight is when it is used, and so where its adapter belongs (not where it is offloaded to)."""
+        """Where the weight is when it is used, and so where its adapter belongs; not where it is offloaded."""
 
     def shard(self, param: nn.Parameter) -> Shard:
         """This rank's stretch. Over all ranks that reduce together each entry appears exactly once."""

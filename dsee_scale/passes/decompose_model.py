@@ -39,7 +39,9 @@ def decompose_model(
     plan = rounds(sizes, owners, partition.world_size, config.decomposition.round_memory_mib << 20)
     supports: dict[int, Support] = {}
     failure: Exception | None = None
-    bar = tqdm(total=len(targets), desc="decompose", unit="matrix", disable=not show_progress(partition, progress))
+    bar = tqdm(
+        total=len(targets), desc="decompose", unit="matrix", disable=not show_progress(partition, progress)
+    )
     for each, exchange in _transfers(plan, targets, partition):
         try:
             mine = exchange.wait()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -76,7 +77,9 @@ def inject(model: nn.Module, config: DSEEConfig, *, progress: bool | None = None
     targets = find_targets(model, config, partition.shape)
     for target in targets:
         partition.writable(f"{target.name}.weight", target.module.weight)  # type: ignore[arg-type]
-    trained = find_modules(model, config.trained_modules, what="trained module") if config.trained_modules else []
+    trained = (
+        find_modules(model, config.trained_modules, what="trained module") if config.trained_modules else []
+    )
     supports = decompose_model(targets, config, partition, progress=progress)
     apply_adapters(model, config, targets, supports, trained, partition)
     report = _report(model, targets, partition, time.perf_counter() - started)
@@ -95,7 +98,7 @@ def apply_adapters(
 ) -> None:
     """Adapt the targets on given supports and set what is trainable. Local, the same on every rank."""
     for target, support in zip(targets, supports, strict=True):
-        weight: nn.Parameter = target.module.weight  # type: ignore[assignment]
+        weight = cast(nn.Parameter, target.module.weight)
         attach(
             target.module,
             shape=target.shape,
@@ -124,11 +127,10 @@ def _checkpoints_activations(model: nn.Module) -> bool:
 
 def set_trainable(model: nn.Module, trained_modules: list[str]) -> None:
     """Freeze all but the adapters and the modules trained in full."""
-    for param in model.parameters():
-        param.requires_grad_(False)
+    model.requires_grad_(False)
     for layer in adapted_layers(model).values():
-        for param in (layer.dsee_A, layer.dsee_B, layer.dsee_values):
-            param.requires_grad_(True)  # type: ignore[operator]
+        for adapter in (layer.dsee_A, layer.dsee_B, layer.dsee_values):
+            adapter.requires_grad_(True)  # type: ignore[operator]
     modules = dict(model.named_modules())
     for name in trained_modules:
         for param in modules[name].parameters():
@@ -165,9 +167,7 @@ def _reject_unready(model: nn.Module) -> None:
             raise TargetError(f"{name} is on the meta device; load the weights before inject")
 
 
-def _report(
-    model: nn.Module, targets: list[Target], partition: Partition, seconds: float
-) -> InjectionReport:
+def _report(model: nn.Module, targets: list[Target], partition: Partition, seconds: float) -> InjectionReport:
     sizes = [(partition.shape(p).numel(), p.requires_grad) for p in model.parameters()]
     return InjectionReport(
         targets=tuple((t.name, t.shape, len(t.slices), t.num_sparse) for t in targets),

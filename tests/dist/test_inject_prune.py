@@ -14,7 +14,10 @@ from dsee_scale.partition import open_partition, unwrap
 from tests.models import build, gpt2_config, llama_config, partition, token_batch, zero3_config
 
 CONFIGS = {
-    "llama": (llama_config, DSEEConfig(rank=3, num_sparse=7, target_modules=("q_proj", "v_proj", "down_proj"))),
+    "llama": (
+        llama_config,
+        DSEEConfig(rank=3, num_sparse=7, target_modules=("q_proj", "v_proj", "down_proj")),
+    ),
     "gpt2": (
         gpt2_config,
         DSEEConfig(rank=3, num_sparse=7, target_modules=("c_attn",), output_slices={"c_attn": ("q", "v")}),
@@ -284,7 +287,9 @@ def bad_weight_in_prune() -> tuple[str, int]:
     try:
         dsee_scale.prune(model, PruneConfig(sparsity=0.5))
     except dsee_scale.TargetError as error:
-        zeros = sum(int((open_partition(model).shard(p).data == 0).sum()) for n, p in model.named_parameters())
+        zeros = sum(
+            int((open_partition(model).shard(p).data == 0).sum()) for n, p in model.named_parameters()
+        )
         return str(error), zeros
     return "no error", 0
 

@@ -48,7 +48,9 @@ def test_only_adapters_are_trained_and_the_report_counts_them():
 
 def test_modules_trained_in_full_are_trained():
     model = BertForSequenceClassification(
-        BertConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+        BertConfig(
+            hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50
+        )
     )
     config = DSEEConfig(rank=2, num_sparse=3, target_modules=("query",), trained_modules=("classifier",))
     dsee_scale.inject(model, config)
@@ -99,7 +101,11 @@ def test_every_way_to_name_targets():
         (dict(target_modules=(".*qproj")), TargetError, "matches no linear layer"),
         (dict(target_modules=("mlp",)), TargetError, "LlamaMLP, expected nn.Linear or Conv1D.*gate_proj"),
         (dict(target_modules=("lm_head",)), TargetError, "shares its weight with model.embed_tokens.weight"),
-        (dict(rank=9), ConfigError, r"rank 9 is over the smaller side of .*v_proj \(8 x 40\); expected at most 8"),
+        (
+            dict(rank=9),
+            ConfigError,
+            r"rank 9 is over the smaller side of .*v_proj \(8 x 40\); expected at most 8",
+        ),
         (dict(num_sparse=321), ConfigError, "num_sparse 321 is over the 320 entries"),
         (dict(output_slices={"q_proj": ("q",)}), ConfigError, "40 outputs are not three equal parts"),
         (dict(output_slices={"q_proj": ("0:41",)}), ConfigError, "within 0:40"),
@@ -128,7 +134,9 @@ def test_a_second_injection_is_refused():
 def test_a_weight_that_is_not_finite_is_named(value):
     model = build(llama_config())
     model.model.layers[1].self_attn.v_proj.weight.data[1, 2] = value
-    with pytest.raises(TargetError, match=r"model\.layers\.1\.self_attn\.v_proj\.weight holds NaN or infinity"):
+    with pytest.raises(
+        TargetError, match=r"model\.layers\.1\.self_attn\.v_proj\.weight holds NaN or infinity"
+    ):
         dsee_scale.inject(model, SMALL)
     assert not adapted_layers(model)
 

@@ -15,7 +15,9 @@ from tests.models import build, gpt2_config, llama_config
 SMALL = DSEEConfig(rank=3, num_sparse=7)
 
 
-def trained(config=llama_config, dsee: DSEEConfig = SMALL, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def trained(
+    config=llama_config, dsee: DSEEConfig = SMALL, dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
     model = build(config(), dtype)
     dsee_scale.inject(model, dsee)
     for layer in adapted_layers(model).values():
@@ -127,7 +129,9 @@ def test_pruning_again_keeps_what_was_removed():
 
 def test_only_linear_weights_of_the_blocks_are_pruned():
     model = trained(gpt2_config, DSEEConfig(rank=2, num_sparse=3, target_modules=("c_attn",)))
-    others = {n: p.clone() for n, p in model.named_parameters() if n.removesuffix(".weight") not in weights(model)}
+    others = {
+        n: p.clone() for n, p in model.named_parameters() if n.removesuffix(".weight") not in weights(model)
+    }
     dsee_scale.prune(model, PruneConfig(sparsity=0.5))
     for name, value in others.items():
         assert torch.equal(dict(model.named_parameters())[name], value), name
