@@ -86,6 +86,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterRecord:
         tensors, masks = open_adapter(stored, record), open_masks(stored)
         targets = _targets(partition, model, record, stored)
         _check_weights(partition, model, record, stored)
+    with alike(partition):
         _attach(partition, model, record, targets, tensors)
     _set_values(partition, model, record, tensors)
     apply_masks(partition, model, record, masks)

@@ -10,6 +10,7 @@ the number of ranks, and know no optimizer state before the first step; hence th
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,12 @@ class Stretch:
 class OptimizerState:
     """Master values and moments of trained parameters, by parameter name.
 
+    Args:
+        stretches, sizes, sharded: see the attributes.
+        keepers: the torch optimizers; the first one's groups hold the settings.
+        group: process group over which ranks hold different stretches.
+        device: where that group's tensors must lie.
+
     Attributes:
         stretches: what this rank holds, by parameter name; a name may be missing here.
         sizes: true number of entries of every trained parameter.
@@ -60,22 +67,23 @@ class OptimizerState:
         self,
         stretches: Mapping[str, Stretch],
         sizes: Mapping[str, int],
-        groups: Sequence[dict[str, Any]],
+        keepers: Sequence[Any],
         *,
         group: Any = None,
         sharded: bool = False,
         device: torch.device,
     ) -> None:
-        self.stretches, self.sizes, self._groups = dict(stretches), dict(sizes), groups
+        self.stretches, self.sizes, self._keepers = dict(stretches), dict(sizes), keepers
         self._process_group, self.sharded, self._device = group, sharded, device
 
     def moments(self) -> list[str]:
         """Names of the moments, `exp_avg` and so on; empty before the first step."""
         found = {
             key: None
-            for stretch in self.stretches.values()
-            for key, value in stretch.state.items()
-            if isinstance(value, Tensor) and value.shape == stretch.flat.shape and value.numel() != 1
+            for keeper in self._keepers
+            for flat, state in keeper.state.items()
+            for key, value in state.items()
+            if isinstance(value, Tensor) and value.dim() and value.shape == flat.shape
         }
         return list(found)
 
@@ -130,13 +138,13 @@ class OptimizerState:
 
     def groups(self) -> list[dict[str, Any]]:
         """Settings of the optimizer's groups (lr, betas, ...) that are plain values."""
-        return [{key: value for key, value in g.items() if _is_plain(value)} for g in self._groups]
+        return [{key: value for key, value in g.items() if _is_plain(value)} for g in self._groups()]
 
     def put_groups(self, saved: Sequence[Mapping[str, Any]]) -> bool:
         """Set the groups' settings; False, and nothing done, where their number differs. Local."""
-        if len(saved) != len(self._groups):
+        if len(saved) != len(self._groups()):
             return False
-        for group, values in zip(self._groups, saved, strict=True):
+        for group, values in zip(self._groups(), saved, strict=True):
             for key, value in values.items():
                 if key in group:
                     group[key] = tuple(value) if isinstance(group[key], tuple) else value
@@ -144,6 +152,9 @@ class OptimizerState:
 
     def refresh(self) -> None:
         """Collective. After `put`: carry master values over into the parameters that compute."""
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self._keepers[0].param_groups
 
     def _tensor(self, stretch: Stretch, key: str) -> Tensor | None:
         return stretch.flat if key == MASTER else stretch.state.get(key)
@@ -181,8 +192,8 @@ class Zero3State(OptimizerState):
                 )
         process_group = self.zero._get_param_partition_group(next(iter(named.values())))
         device = communication_device(process_group, torch.device("cpu"))
-        groups = self.zero.optimizer.param_groups
-        super().__init__(stretches, sizes, groups, group=process_group, sharded=True, device=device)
+        keepers = [self.zero.optimizer, *filter(None, [getattr(self.zero, "backup_optimizer", None)])]
+        super().__init__(stretches, sizes, keepers, group=process_group, sharded=True, device=device)
 
     def refresh(self) -> None:
         """Collective. Masters to shards; then parameters that stay resident are gathered again."""
@@ -216,12 +227,14 @@ class FlatGroupsState(OptimizerState):
                     there.start, there.numel, flats[group], here.start, self.zero.optimizer, group
                 )
         device = communication_device(process_group, torch.device("cpu"))
-        groups = self.zero.optimizer.param_groups
-        super().__init__(stretches, sizes, groups, group=process_group, sharded=True, device=device)
+        super().__init__(
+            stretches, sizes, [self.zero.optimizer], group=process_group, sharded=True, device=device
+        )
 
     def refresh(self) -> None:
         """Collective. Masters to the parameters of every rank; link moments that `put` made."""
-        if all(self.zero.optimizer.state[flat] for s in self.stretches.values() for flat in [s.flat]):
+        self.zero._hp_optimizer_states_linked = False
+        if all(stretch.state for stretch in self.stretches.values()):
             self.zero._lazy_init_hp_params_optimizer_state()
         self.zero.update_lp_params()
 
@@ -250,7 +263,7 @@ def open_optimizer(model: nn.Module, optimizer: Any = None) -> OptimizerState:
     if _is_deepspeed(optimizer):
         _reject_unreachable(optimizer)
         _reject_unknown(optimizer, named)
-        kind = Zero3State if hasattr(optimizer, "grad_position") else FlatGroupsState
+        kind = Zero3State if hasattr(optimizer, "fp32_partitioned_groups_flat") else FlatGroupsState
         return kind(optimizer, named, sizes)
     return _plain_state(named, sizes, optimizer)
 
@@ -268,7 +281,7 @@ def _reject_unreachable(optimizer: Any) -> None:
         optimizer, "zenflow", False
     ):
         reason = f"{kinds[0]} keeps its state elsewhere; turn SuperOffload and ZenFlow off"
-    elif not any(hasattr(optimizer, a) for a in ("grad_position", "update_lp_params")):
+    elif not any(hasattr(optimizer, a) for a in ("fp32_partitioned_groups_flat", "update_lp_params")):
         reason = f"{kinds[0]} is not supported; use ZeRO stage 1, 2 or 3, or bf16"
     if reason:
         raise PartitionError(
@@ -292,26 +305,21 @@ def _reject_unknown(optimizer: Any, named: Mapping[str, nn.Parameter]) -> None:
 def _plain_state(
     named: Mapping[str, nn.Parameter], sizes: Mapping[str, int], optimizer: Any
 ) -> OptimizerState:
-    groups = [] if optimizer is None else optimizer.param_groups
-    where = {id(param): index for index, group in enumerate(groups) for param in group["params"]}
     keeper = optimizer if optimizer is not None else _NoOptimizer()
+    where = {id(param): index for index, group in enumerate(keeper.param_groups) for param in group["params"]}
     stretches = {
         name: Stretch(0, param.numel(), param, 0, keeper, where.get(id(param), 0))
         for name, param in named.items()
     }
-    return OptimizerState(stretches, sizes, groups, device=torch.device("cpu"))
+    return OptimizerState(stretches, sizes, [keeper], device=torch.device("cpu"))
 
 
 class _NoOptimizer:
     """Keeps nothing, for a model without an optimizer."""
 
     def __init__(self) -> None:
-        self.state: dict[Any, dict[str, Any]] = _Forgetful()
-
-
-class _Forgetful(dict):  # type: ignore[type-arg]
-    def __missing__(self, key: Any) -> dict[str, Any]:
-        return {}
+        self.state: dict[Any, dict[str, Any]] = collections.defaultdict(dict)
+        self.param_groups: list[dict[str, Any]] = []
 
 
 def _moment_dtype(stretch: Stretch) -> torch.dtype:

@@ -1,0 +1,269 @@
+"""A checkpoint from which training goes on, on any number of ranks, any ZeRO stage, or none.
+
+The folder holds an adapter (so `load_adapter` reads it too), and besides
+`dsee_optimizer*.safetensors`: float32 master values and moments of every trained parameter, whole and flat,
+under `<parameter>/master`, `<parameter>/exp_avg` and so on; `dsee_random*.safetensors`: the random
+generators of each rank; `dsee_state.json`: counters, optimizer settings, and the caller's own record. Frozen
+weights never enter it; of pruned ones there is one bit per entry. All ranks write at the same time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.checkpoint.adapter import STEM as ADAPTER
+from dsee_scale.checkpoint.adapter import apply_masks, open_adapter, write_adapter
+from dsee_scale.checkpoint.base_model import base_identity, check_base
+from dsee_scale.checkpoint.dealt_files import part_name, write_dealt
+from dsee_scale.checkpoint.files import StoredFolder, alike, new_folder, open_folder
+from dsee_scale.checkpoint.masks import STEM as MASKS
+from dsee_scale.checkpoint.masks import open_masks
+from dsee_scale.checkpoint.random_state import random_state, set_random_state
+from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord
+from dsee_scale.checkpoint.tensor_file import TensorReader, TensorSpec, write_tensors
+from dsee_scale.errors import ConfigError, FormatError
+from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
+from dsee_scale.partition.optimizer_state import MASTER, OptimizerState, open_optimizer
+
+logger = logging.getLogger(__name__)
+
+KIND = "training_state"
+OPTIMIZER = "dsee_optimizer"
+RANDOM = "dsee_random"
+STATE_FILE = "dsee_state.json"
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+REQUIRED = ("world_size", "parameters", "moments", "steps", "groups", "counters", "extra")
+
+
+def save_training_state(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    optimizer: Any = None,
+    extra: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Collective. Write everything that training needs to go on. Call it between optimizer steps.
+
+    Extra memory per rank: one batch of 64 MiB, or the largest trained parameter.
+
+    Args:
+        model: a DeepSpeed engine, or a model whose optimizer is given apart.
+        folder: output folder, on storage that all ranks share.
+        optimizer: a torch optimizer; not used with an engine.
+        extra: the caller's own record as plain JSON values: phase, position in the data, scheduler, ...
+        overwrite: replace an earlier checkpoint in this folder.
+
+    Raises:
+        PartitionError: an engine whose optimizer state cannot be reached.
+        ConfigError: `extra` is no JSON, or the folder is not empty.
+        FormatError: writing failed, e.g. no space is left; what was there before stays.
+    """
+    module, partition = unwrap(model), open_partition(model)
+    with alike(partition):
+        _check_boundary(model)
+        state = open_optimizer(model, optimizer)
+        record = _state_record(model, state, partition, extra)
+    record["steps"] = state.steps()
+    with new_folder(partition, folder, kind=KIND, overwrite=overwrite) as new:
+        write_adapter(partition, module, new, mask_files=partition.world_size)
+        keys = [MASTER, *record["moments"]]
+        items = {f"{name}/{key}": (name, key) for name in state.sizes for key in keys}
+        specs = [TensorSpec(i, torch.float32, (state.sizes[name],)) for i, (name, _) in items.items()]
+
+        def produce(names: list[str]) -> list[Tensor]:
+            return state.gather([items[name] for name in names])
+
+        write_dealt(partition, new, OPTIMIZER, specs, produce, files=partition.world_size, kind=KIND)
+        with alike(partition):
+            name = part_name(RANDOM, partition.rank, partition.world_size)
+            own = {f"{partition.rank}/{key}": value for key, value in random_state().items()}
+            write_tensors(new, name, own, kind=KIND)
+            if partition.rank == 0:
+                new.write_json(STATE_FILE, record)
+
+
+def load_training_state(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    optimizer: Any = None,
+    settings: bool = True,
+    generators: bool = True,
+) -> dict[str, Any]:
+    """Collective. Set adapters, optimizer, masks, counters and random generators as they were.
+
+    The model needs its adapters already, on the same supports: call `load_adapter(model, folder)` on the raw
+    model, then `deepspeed.initialize`, then this. Each rank reads its own part of every tensor.
+
+    Args:
+        model: a DeepSpeed engine, or a model whose optimizer is given apart.
+        folder: what `save_training_state` wrote, on any number of ranks and any ZeRO stage.
+        optimizer: a torch optimizer; not used with an engine.
+        settings: restore learning rates and other settings of the optimizer's groups, and the engine's
+            scheduler; False where a new phase brings its own.
+        generators: restore the random generators.
+
+    Returns:
+        The caller's own record, `extra`.
+
+    Raises:
+        FormatError: a file is damaged, of another version, or does not fit this model.
+        PartitionError: an engine whose optimizer state cannot be reached.
+    """
+    module, partition = unwrap(model), open_partition(model)
+    with alike(partition):
+        stored = open_folder(folder, (KIND,))
+        names = [n for stem in (ADAPTER, MASKS, OPTIMIZER, RANDOM) for n in stored.names(stem)]
+        stored.verify(names, rank=partition.rank, world_size=partition.world_size)
+        record, values = AdapterRecord.read(stored), stored.json(STATE_FILE)
+        check_base(record.base, base_identity(module), str(stored.path / CONFIG_FILE))
+        _check_supports(module, record, open_adapter(stored, record), stored)
+        state = open_optimizer(model, optimizer)
+        tensors = TensorReader.of(stored, OPTIMIZER)
+        _check_parameters(state, values, tensors, stored)
+    apply_masks(partition, module, record, open_masks(stored))
+    with alike(partition):
+        _put_all(state, values, tensors, moments=is_engine(model) or optimizer is not None)
+        if settings:
+            _put_settings(model, state, values)
+        _put_counters(model, values["counters"])
+        if generators:
+            _put_generators(partition, TensorReader.of(stored, RANDOM), values["world_size"])
+    state.refresh()
+    return values["extra"]
+
+
+def _state_record(
+    model: Any, state: OptimizerState, partition: Partition, extra: dict[str, Any] | None
+) -> dict[str, Any]:
+    record = {
+        "world_size": partition.world_size,
+        "parameters": state.sizes,
+        "moments": state.moments(),
+        "groups": state.groups(),
+        "counters": {name: int(getattr(model, name, 0) or 0) for name in COUNTERS},
+        "scheduler": _plain(_scheduler_state(model)),
+        "loss_scaler": _loss_scaler(model),
+        "extra": extra or {},
+    }
+    try:
+        json.dumps(record["extra"], allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"extra must be plain JSON values: {error}") from error
+    return record
+
+
+def _check_boundary(model: Any) -> None:
+    if not is_engine(model):
+        return
+    every = model.gradient_accumulation_steps()
+    if model.micro_steps % every:
+        raise ConfigError(
+            f"{model.micro_steps % every} of {every} micro-batches of a step are done, and their gradients "
+            "would be lost; save the training state after engine.step() has made an update"
+        )
+
+
+def _check_supports(
+    module: nn.Module, record: AdapterRecord, tensors: TensorReader, stored: StoredFolder
+) -> None:
+    layers: dict[str, Any] = adapted_layers(module)
+    advice = "call load_adapter(model, folder) on the raw model instead of inject"
+    if layers.keys() != record.modules.keys():
+        only = sorted(layers.keys() ^ record.modules.keys())
+        raise FormatError(f"{stored.path}: adapted modules differ from the model's, e.g. {only[0]}; {advice}")
+    for name, layer in layers.items():
+        for key in ("dsee_rows", "dsee_cols"):
+            if not torch.equal(getattr(layer, key).cpu(), tensors.read(f"{name}.{key}")):
+                where = tensors.where(f"{name}.{key}")
+                raise FormatError(f"{where}: {name}.{key} is not the support in the model; {advice}")
+
+
+def _check_parameters(
+    state: OptimizerState, values: dict[str, Any], tensors: TensorReader, stored: StoredFolder
+) -> None:
+    where = stored.path / STATE_FILE
+    missing = [
+        key for key in ("parameters", "moments", "steps", "groups", "counters", "extra") if key not in values
+    ]
+    if missing:
+        raise FormatError(f"{where} is damaged: key {missing[0]!r} is missing; use another checkpoint")
+    if values["parameters"] != state.sizes:
+        differing = sorted({*values["parameters"].items()} ^ {*state.sizes.items()})
+        raise FormatError(
+            f"{where}: trained parameters differ from the model's, e.g. {differing[0][0]} with "
+            f"{differing[0][1]} entries; train the same modules as before"
+        )
+    for name, size in state.sizes.items():
+        for key in (MASTER, *values["moments"]):
+            tensors.expect(f"{name}/{key}", (size,), torch.float32)
+
+
+def _put_all(state: OptimizerState, values: dict[str, Any], tensors: TensorReader, *, moments: bool) -> None:
+    if moments:
+        state.put_steps(values["steps"])
+    for name, stretch in state.stretches.items():
+        stepped = moments and values["steps"].get(name, 0) > 0
+        for key in (MASTER, *values["moments"]) if stepped else (MASTER,):
+            part = tensors.read_range(f"{name}/{key}", stretch.start, stretch.start + stretch.length)
+            state.put(name, key, part)
+
+
+def _put_settings(model: Any, state: OptimizerState, values: dict[str, Any]) -> None:
+    if not state.put_groups(values["groups"]):
+        logger.warning(
+            "the optimizer has %d groups, the checkpoint %d: learning rates stay as configured",
+            len(state.groups()),
+            len(values["groups"]),
+        )
+    scheduler = getattr(model, "lr_scheduler", None) if is_engine(model) else None
+    if scheduler is not None and values.get("scheduler"):
+        scheduler.load_state_dict(values["scheduler"])
+    scaler, saved = _loss_scaler(model), values.get("loss_scaler")
+    if scaler is not None and saved is not None and scaler.keys() == saved.keys():
+        vars(model.optimizer.loss_scaler).update(saved)
+
+
+def _put_counters(model: Any, counters: dict[str, int]) -> None:
+    if not is_engine(model):
+        return
+    for name in COUNTERS:
+        setattr(model, name, counters[name])
+    # On another number of ranks a step may take another number of micro-batches.
+    model.micro_steps = counters["global_steps"] * model.gradient_accumulation_steps()
+
+
+def _put_generators(partition: Partition, tensors: TensorReader, saved_ranks: int) -> None:
+    source = partition.rank % saved_ranks
+    prefix = f"{source}/"
+    state = {n.removeprefix(prefix): tensors.read(n) for n in tensors.names() if n.startswith(prefix)}
+    set_random_state(state, shift=partition.rank - source)
+
+
+def _scheduler_state(model: Any) -> dict[str, Any] | None:
+    scheduler = getattr(model, "lr_scheduler", None) if is_engine(model) else None
+    return scheduler.state_dict() if scheduler is not None else None
+
+
+def _loss_scaler(model: Any) -> dict[str, Any] | None:
+    """Where a dynamic loss scale (fp16) stands; None without one."""
+    scaler = getattr(getattr(model, "optimizer", None), "loss_scaler", None) if is_engine(model) else None
+    if not getattr(scaler, "dynamic", False):
+        return None
+    return {key: value for key, value in vars(scaler).items() if isinstance(value, (bool, int, float))}
+
+
+def _plain(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The value if JSON can hold it; a scheduler with callables in its state is the caller's to keep."""
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError:
+        return None
