@@ -8,8 +8,9 @@ few blocks (`CPU_BLOCK` or `DEVICE_BLOCK` entries each) and the factors U, V. Th
 holds one extra copy of the matrix.
 
 Source: GreBsmo (Zhou and Tao, AISTATS 2013) as DSEE (arXiv 2111.00160, section 3.2) uses it. The `fast`
-preset keeps its bilateral update and differs in two points: the target rank is small and fixed, and S
-comes from a soft threshold relative to the residual's own scale. docs/decomposition.md has the reasons.
+preset keeps its bilateral update and its growing rank, and differs in two points: the final rank is
+small, and S comes from a soft threshold relative to the residual's own scale. docs/decomposition.md has
+the reasons.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ DEVICE_BLOCK = 2**24
 """Entries of a row block elsewhere: few kernel launches, 64 MiB in float32."""
 OVERSAMPLING = 2
 """The iterations run at this many times the rank: the leading directions converge sooner."""
+DOUBLINGS = 3
+"""Rounds in which the width doubles before the full one is reached."""
 SCALE_ROWS = 256
 """Rows that the residual's scale is measured on."""
 FIRST_PIECE = 2**12
@@ -123,34 +126,51 @@ def low_rank(
     if config.preset == "reference":
         return reference_low_rank(weight.to(_working_dtype(weight)), generator)
     rank = min(config.rank, min(weight.shape) // 4)
-    left, right = _clipped_bilateral(weight, OVERSAMPLING * rank, config.iterations, config.clip, generator)
-    return _truncated(left, right, rank)
+    if rank == 0:
+        return _empty_factors(weight)
+    full = OVERSAMPLING * rank
+    widths = [max(1, full >> halvings) for halvings in range(DOUBLINGS, 0, -1)] + [full] * config.iterations
+    return _truncated(*_clipped_bilateral(weight, widths, config.clip, generator), rank)
 
 
 def _clipped_bilateral(
-    weight: Tensor, width: int, iterations: int, clip: float, generator: torch.Generator
+    weight: Tensor, widths: Sequence[int], clip: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """U = orth(X V^T), V = U^T X, where X = W - S = L + (W - L clipped to `clip` times its mean size).
 
-    Each round is one power iteration. Clipping keeps an outlier that is as large as a singular value of
-    W from becoming a direction of L, and unlike a hard threshold it recovers from a wrong first guess.
+    One round, which is one power iteration, per width. Clipping keeps an outlier that is as large as a
+    singular value of W from becoming a direction of L, and unlike a hard threshold it recovers from a
+    wrong first guess. Growing from few directions lets those of L come first: the residual is small, and
+    the clip close, before there is room for outliers.
     """
     dtype = _working_dtype(weight)
-    left = weight.new_empty(weight.shape[0], 0, dtype=dtype)
-    right = weight.new_empty(0, weight.shape[1], dtype=dtype)
-    direction = torch.randn(width, weight.shape[1], generator=generator, device=generator.device)
-    direction = direction.to(weight.device, dtype)
-    for _ in range(iterations if width else 0):
-        limit = clip * _residual_scale(weight, left, right, generator)
+    left, right = _empty_factors(weight)
+    direction = _normal(widths[0], weight.shape[1], weight, generator)
+    for width, following in zip(widths, [*widths[1:], widths[-1]], strict=True):
+        limit = clip * float(_residual_scale(weight, left, right, generator))
         image = [block @ direction.T for _, block in _clipped_blocks(weight, left, right, limit)]
         basis = torch.linalg.qr(torch.cat(image))[0]
-        projected = torch.zeros_like(direction)
+        # Random rows of X - U V join V, as many as the next round is wider: one pass gives both.
+        probe = _normal(following - width, weight.shape[0], weight, generator).T / weight.shape[0] ** 0.5
+        both = torch.cat([basis, probe], dim=1)
+        projected = weight.new_zeros(following, weight.shape[1], dtype=dtype)
         for rows, block in _clipped_blocks(weight, left, right, limit):
-            projected.addmm_(basis[rows].T, block)
-        left, right = basis, projected
+            projected.addmm_(both[rows].T, block)
+        left, right = basis, projected[:width]
+        direction = torch.cat([right, projected[width:] - (probe.T @ left) @ right])
         # Weights of size 1e-30 or 1e+30 must neither vanish nor overflow in the next product.
-        direction = right / right.abs().amax().clamp_min(torch.finfo(dtype).tiny)
+        direction /= direction.abs().amax().clamp_min(torch.finfo(dtype).tiny)
     return left, right
+
+
+def _empty_factors(weight: Tensor) -> tuple[Tensor, Tensor]:
+    like = torch.empty(0, dtype=_working_dtype(weight), device=weight.device)
+    return like.new_empty(weight.shape[0], 0), like.new_empty(0, weight.shape[1])
+
+
+def _normal(rows: int, cols: int, weight: Tensor, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn(rows, cols, generator=generator, device=generator.device)
+    return drawn.to(weight.device, _working_dtype(weight))
 
 
 def _truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -160,13 +180,24 @@ def _truncated(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return left @ leading, leading.T @ right
 
 
-def _clipped_blocks(
-    weight: Tensor, left: Tensor, right: Tensor, limit: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
+def _low_blocks(weight: Tensor, left: Tensor, right: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Row ranges of the weight and L there, in one buffer: a block is gone when the next one comes."""
+    buffer = None
     for start, stop in _row_blocks(weight):
-        low = left[start:stop] @ right
-        residual = (weight[start:stop].to(low.dtype) - low).clamp_(-limit, limit)
-        yield slice(start, stop), low.add_(residual)
+        if buffer is None:
+            buffer = left.new_empty(stop, right.shape[1])
+        yield slice(start, stop), torch.mm(left[start:stop], right, out=buffer[: stop - start])
+
+
+def _clipped_blocks(
+    weight: Tensor, left: Tensor, right: Tensor, limit: float
+) -> Iterator[tuple[slice, Tensor]]:
+    spare = None
+    for rows, low in _low_blocks(weight, left, right):
+        if spare is None:
+            spare = torch.empty_like(low)
+        residual = torch.sub(weight[rows].to(low.dtype), low, out=spare[: len(low)])
+        yield rows, low.add_(residual.clamp_(-limit, limit))
 
 
 def _residual_scale(weight: Tensor, left: Tensor, right: Tensor, generator: torch.Generator) -> Tensor:
@@ -179,8 +210,8 @@ def _residual_scale(weight: Tensor, left: Tensor, right: Tensor, generator: torc
 
 
 def _residuals(weight: Tensor, left: Tensor, right: Tensor) -> Iterator[Tensor]:
-    for start, stop in _row_blocks(weight):
-        yield torch.addmm(weight[start:stop].to(left.dtype), left[start:stop], right, alpha=-1).abs_()
+    for rows, low in _low_blocks(weight, left, right):
+        yield low.sub_(weight[rows].to(low.dtype)).abs_()
 
 
 def _magnitudes(weight: Tensor) -> Iterator[Tensor]:
