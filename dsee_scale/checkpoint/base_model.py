@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from dsee_scale.errors import FormatError
@@ -34,14 +35,20 @@ _VOLATILE_STARTS = ("_", "output_")
 
 
 def base_identity(model: nn.Module) -> dict[str, Any]:
-    """Id, class, and the lasting part of the config with its SHA-256 (None for a model without one)."""
+    """Id, class, dtype, and the lasting part of the config with its SHA-256 (None for a model without one).
+
+    `full_config` is the config as transformers would write it, for an export that has no model at hand.
+    """
     config = getattr(model, "config", None)
     values = lasting_config(config) if hasattr(config, "to_dict") else None
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
     return {
         "id": getattr(config, "_name_or_path", None) or None,
         "class": type(model).__name__,
+        "dtype": str(next(floating, torch.float32)).removeprefix("torch."),
         "config_sha256": config_hash(values) if values is not None else None,
         "config": values,
+        "full_config": json.loads(config.to_json_string()) if values is not None else None,  # type: ignore[union-attr]
     }
 
 

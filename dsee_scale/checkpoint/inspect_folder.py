@@ -1,0 +1,193 @@
+"""What a folder holds: adapter, training state, exported or plain model. Reads files one tensor at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER
+from dsee_scale.checkpoint.export import KIND as EXPORT
+from dsee_scale.checkpoint.export import REPORT_FILE
+from dsee_scale.checkpoint.export_files import base_files
+from dsee_scale.checkpoint.files import MANIFEST, StoredFolder, open_folder, read_json
+from dsee_scale.checkpoint.record import AdapterRecord
+from dsee_scale.checkpoint.tensor_file import TensorReader
+from dsee_scale.checkpoint.training_state import KIND as TRAINING_STATE
+from dsee_scale.checkpoint.training_state import STATE_FILE
+from dsee_scale.errors import FormatError
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight and its zeros."""
+
+    name: str
+    shape: tuple[int, ...]
+    zeros: int
+
+    @property
+    def numel(self) -> int:
+        """Entries."""
+        return math.prod(self.shape)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of entries that are zero."""
+        return self.zeros / self.numel
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """What was found; `str()` is a table for people, `to_dict()` plain values.
+
+    Attributes:
+        folder: where.
+        kind: `adapter`, `training_state`, `export` or `model`.
+        facts: settings and totals, label -> value.
+        matrices: weights with their zeros: the pruned ones of an adapter, all matrices of a model.
+        files: sizes in bytes.
+    """
+
+    folder: str
+    kind: str
+    facts: dict[str, Any]
+    matrices: tuple[Matrix, ...]
+    files: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        rows = [{**asdict(m), "sparsity": m.sparsity} for m in self.matrices]
+        return {"folder": self.folder, "kind": self.kind, **self.facts, "matrices": rows, "files": self.files}
+
+    def table(self, *, each: bool = False) -> str:
+        """Text for people; `each` lists every matrix in place of groups of equal name and shape."""
+        lines = [f"{self.folder}: {self.kind.replace('_', ' ')}"]
+        width = max(map(len, self.facts), default=0)
+        lines += [f"  {label:<{width}}  {value}" for label, value in self.facts.items()]
+        if self.matrices:
+            lines += ["", f"  {'weights':<44} {'shape':>14} {'zeros':>8}  range"]
+            lines += [f"  {line}" for line in (self._rows() if each else self._groups())]
+        lines += ["", *(f"  {size / 1e6:>10,.3f} MB  {name}" for name, size in self.files.items())]
+        lines.append(f"  {sum(self.files.values()) / 1e6:>10,.3f} MB  in all")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _rows(self) -> Iterable[str]:
+        for m in self.matrices:
+            yield f"{m.name:<44} {_shape(m.shape):>14} {100 * m.sparsity:7.2f}%"
+
+    def _groups(self) -> Iterable[str]:
+        groups: dict[tuple[str, tuple[int, ...]], list[Matrix]] = {}
+        for m in self.matrices:
+            parts = [part for part in m.name.split(".") if not part.isdigit()]
+            groups.setdefault((".".join(parts[-3:]), m.shape), []).append(m)
+        for (suffix, shape), members in groups.items():
+            share = sum(m.zeros for m in members) / sum(m.numel for m in members)
+            low, high = (f(m.sparsity for m in members) for f in (min, max))
+            label = f"{len(members):4d} x {suffix}"
+            yield f"{label:<44} {_shape(shape):>14} {100 * share:7.2f}%  {100 * low:.2f} to {100 * high:.2f}%"
+
+
+def inspect_folder(folder: str | Path, *, verify: bool = False, progress: bool = False) -> FolderReport:
+    """Read what a folder says about itself, and count the zeros of a model's matrices.
+
+    Args:
+        folder: an adapter, a training state, an exported model, or any model folder with safetensors files.
+        verify: compare every file with its hash (folders that dsee_scale saved).
+        progress: show a bar while a model's weights are read.
+
+    Raises:
+        FormatError: a file is damaged or missing.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise FormatError(f"{path} is no folder")
+    if not (path / MANIFEST).is_file():
+        return _model_report(path, "model", {}, progress)
+    stored = open_folder(path, (*KINDS_WITH_ADAPTER, EXPORT))
+    if verify:
+        stored.verify(list(stored.files))
+    if stored.kind == EXPORT:
+        report = stored.json(REPORT_FILE)
+        share = 100 * report["num_zero"] / max(report["num_pruned"], 1)
+        facts = {
+            "delta": report["delta"],
+            "pruned": f"{share:.2f}% of {report['num_pruned']:,} entries are zero",
+        }
+        return _model_report(path, EXPORT, facts, progress)
+    return _adapter_report(stored)
+
+
+def _adapter_report(stored: StoredFolder) -> FolderReport:
+    record = AdapterRecord.read(stored)
+    config = record.config
+    facts: dict[str, Any] = {"base": record.base.get("id") or "-", "class": record.base.get("class")}
+    if config is not None:
+        slices = f", output slices {config.output_slices}" if config.output_slices else ""
+        facts |= {
+            "adapter": f"rank {config.rank}, alpha {config.alpha:g}, {config.num_sparse} sparse entries per matrix "
+            f"({config.support})",
+            "modules": f"{len(record.modules)} ({', '.join(_suffixes(record.modules))}){slices}",
+            "trainable": f"{record.num_trainable:,} parameters",
+        }
+    if record.trained:
+        facts["trained in full"] = ", ".join(record.trained)
+    matrices = tuple(
+        Matrix(name, how["shape"], math.prod(how["shape"]) - how["kept"])
+        for name, how in record.pruned.items()
+    )
+    if matrices:
+        patterns = sorted({str(how.get("pattern")) for how in record.pruned.values()})
+        facts |= {"pattern": ", ".join(patterns), "sparsity": _overall(matrices)}
+    if stored.kind == TRAINING_STATE:
+        state = stored.json(STATE_FILE)
+        facts |= {
+            "updates": max(state["steps"].values(), default=0),
+            "ranks": state["world_size"],
+            "extra": ", ".join(state["extra"]) or "-",
+        }
+    sizes = {name: record["size"] for name, record in stored.files.items()}
+    return FolderReport(str(stored.path), stored.kind, facts, matrices, sizes)
+
+
+def _model_report(folder: Path, kind: str, facts: dict[str, Any], progress: bool) -> FolderReport:
+    paths = base_files(folder)
+    reader = TensorReader(paths)
+    matrices, entries, dtypes = [], 0, set()
+    for name in tqdm(reader.names(), desc="read", disable=not progress):
+        spec = reader.spec(name)
+        entries += math.prod(spec.shape)
+        dtypes.add(str(spec.dtype).removeprefix("torch."))
+        if len(spec.shape) == 2 and spec.dtype.is_floating_point:
+            tensor = reader.read(name)
+            matrices.append(Matrix(name, spec.shape, tensor.numel() - int(torch.count_nonzero(tensor))))
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    facts = {
+        "class": ", ".join(config.get("architectures") or ["-"]),
+        **facts,
+        "parameters": f"{entries:,} ({', '.join(sorted(dtypes))})",
+        "sparsity": _overall(matrices),
+    }
+    return FolderReport(str(folder), kind, facts, tuple(matrices), {p.name: p.stat().st_size for p in paths})
+
+
+def _overall(matrices: Iterable[Matrix]) -> str:
+    members = list(matrices)
+    zeros, numel = sum(m.zeros for m in members), sum(m.numel for m in members)
+    return f"{100 * zeros / max(numel, 1):.2f}% ({zeros:,} of {numel:,} entries in {len(members)} matrices)"
+
+
+def _suffixes(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
