@@ -20,6 +20,8 @@ from dsee_scale.errors import TargetError
 from dsee_scale.partition import Partition, Shard, open_partition, unwrap
 from dsee_scale.passes.pools import Member, WeightPool, find_pools
 from dsee_scale.passes.progress import show_progress
+from dsee_scale.passes.prune_nm import check_divisible, remove_n_of_m
+from dsee_scale.passes.prune_structured import plan_units, remove_units
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +33,12 @@ class PruneReport:
     Attributes:
         matrices: weight's module name -> (zeros, entries).
         seconds: time of the whole pass.
+        units: block and kind -> (heads or neurons that are gone, all of them), for those patterns.
     """
 
     matrices: dict[str, tuple[int, int]]
     seconds: float
+    units: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     @property
     def removed(self) -> int:
@@ -59,11 +63,15 @@ class PruneReport:
             f"dsee_scale: {self.removed:,} of {self.total:,} weights are zero ({100 * self.sparsity:.2f}%), "
             f"in {len(self.matrices)} matrices, {self.seconds:.1f} s"
         ]
-        for suffix, counts in groups.items():
-            shares = [100 * zeros / numel for zeros, numel in counts]
-            mean = 100 * sum(z for z, _ in counts) / sum(n for _, n in counts)
+        if self.units:
+            gone, all_units = map(sum, zip(*self.units.values(), strict=True))
+            kind = next(iter(self.units)).rsplit(" ", 1)[-1]
+            lines.append(f"  {gone:,} of {all_units:,} {kind} are gone, in {len(self.units)} layers")
+        for suffix, found in groups.items():
+            shares = [100 * zeros / numel for zeros, numel in found]
+            mean = 100 * sum(z for z, _ in found) / sum(n for _, n in found)
             lines.append(
-                f"  {len(counts):4d} x {suffix:<16} {mean:5.1f}% (from {min(shares):.1f}% to {max(shares):.1f}%)"
+                f"  {len(found):4d} x {suffix:<16} {mean:5.1f}% (from {min(shares):.1f}% to {max(shares):.1f}%)"
             )
         return "\n".join(lines)
 
@@ -74,7 +82,8 @@ def prune(model: nn.Module, config: PruneConfig, *, progress: bool | None = None
 
     Exactly round(sparsity * entries) weights of each pool are zero afterwards, ties included, the same ones
     on any number of ranks. Weights that are zero already count as removed first, so pruning again to a higher
-    sparsity keeps earlier zeros. Masks need no memory: W is frozen, so its zeros stay.
+    sparsity keeps earlier zeros. Masks need no memory: W is frozen, so its zeros stay. The patterns N:M,
+    heads and neurons are described in `prune_nm` and `prune_structured`.
 
     Peak extra memory per rank: whole copies of the adapters in float32, and a few blocks of 2 MiB.
 
@@ -88,26 +97,31 @@ def prune(model: nn.Module, config: PruneConfig, *, progress: bool | None = None
 
     Raises:
         TargetError: nothing to prune, a score that needs adapters on a model without, a weight with NaN.
-        ConfigError: pools that are empty or overlap.
+        ConfigError: pools that are empty or overlap, groups or counts that do not fit the shapes.
         PartitionError: weights stored where an edit would not last (NVMe, quantised by DeepSpeed).
     """
     started = time.perf_counter()
     module = unwrap(model)
     partition = open_partition(module)
-    pools = find_pools(module, config, partition.shape)
+    plan = plan_units(module, config, partition.shape) if config.removes_units else None
+    pools = [plan.pool] if plan else find_pools(module, config, partition.shape)
+    if config.n_of_m:
+        check_divisible(pools, config.n_of_m[1])
     _reject_unready(model, module, pools, config, partition)
     rankings = _rankings(pools, config, partition)
     _reject_not_finite(pools, partition)
-    matrices: dict[str, tuple[int, int]] = {}
-    hidden = not show_progress(partition, progress)
-    with tqdm(total=len(pools), desc="prune", unit="pool", disable=hidden) as bar:
-        for pool in pools:
-            cut = _find_cut(pool, rankings, partition)
-            matrices.update(_apply(pool, rankings, cut, partition))
-            bar.update()
-    for name in matrices:
-        model_state(module).pruned[f"{name}.weight"] = {"pattern": config.pattern}
-    report = PruneReport(matrices, time.perf_counter() - started)
+    units: dict[str, tuple[int, int]] = {}
+    if plan:
+        matrices, units = remove_units(model, module, plan, rankings, partition)
+    elif config.n_of_m:
+        matrices = remove_n_of_m(pools, rankings, config.n_of_m, partition)
+    else:
+        matrices = _remove_lowest(pools, rankings, partition, hidden=not show_progress(partition, progress))
+    if not plan:
+        pruned = model_state(module).pruned
+        for name in matrices:
+            pruned[f"{name}.weight"] = {**pruned.get(f"{name}.weight", {}), "pattern": config.pattern}
+    report = PruneReport(matrices, time.perf_counter() - started, units)
     if partition.rank == 0:
         logger.info("%s", report)
     return report
@@ -142,9 +156,13 @@ def _rankings(pools: list[WeightPool], config: PruneConfig, partition: Partition
     deltas = {m.name: delta_record(m.module, next(whole), next(whole), next(whole)) for m in with_delta}
     for name, delta in deltas.items():
         if not (all_finite(delta.a) and all_finite(delta.b) and all_finite(delta.values)):
-            raise TargetError(f"the adapter of {name} holds NaN or infinity; load an earlier checkpoint first")
+            raise TargetError(
+                f"the adapter of {name} holds NaN or infinity; load an earlier checkpoint first"
+            )
     return {
-        m.name: Ranking(mode=config.score, name=f"{m.name}.weight", delta=deltas.get(m.name), seed=config.seed)
+        m.name: Ranking(
+            mode=config.score, name=f"{m.name}.weight", delta=deltas.get(m.name), seed=config.seed
+        )
         for m in members
     }
 
@@ -160,6 +178,19 @@ def _reject_not_finite(pools: list[WeightPool], partition: Partition) -> None:
             )
             break
     partition.raise_together(error)
+
+
+def _remove_lowest(
+    pools: list[WeightPool], rankings: dict[str, Ranking], partition: Partition, *, hidden: bool
+) -> dict[str, tuple[int, int]]:
+    """Collective. Unstructured pruning, one threshold for each pool; zeros and entries of each matrix."""
+    matrices: dict[str, tuple[int, int]] = {}
+    with tqdm(total=len(pools), desc="prune", unit="pool", disable=hidden) as bar:
+        for pool in pools:
+            cut = _find_cut(pool, rankings, partition)
+            matrices.update(_apply(pool, rankings, cut, partition))
+            bar.update()
+    return matrices
 
 
 def _find_cut(pool: WeightPool, rankings: dict[str, Ranking], partition: Partition) -> Cut:

@@ -1,0 +1,291 @@
+"""Where heads and neurons are in an architecture: one short description per family.
+
+A unit is what is removed together. Of attention: a head, or under grouped-query attention a whole key/value
+group with all its query heads; its rows of q, k and v, its columns of o. Of the feed-forward: a neuron; its
+rows of the matrices before the activation, its column of the one after it.
+
+To add a family, describe its block and put it into `FAMILIES` under the `model_type` of its config (a
+program may do so at run time):
+
+    FAMILIES["my_type"] = dataclasses.replace(LLAMA, name="my_type", blocks="decoder.layers")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dsee_scale.adapters.targets import linear_kind
+from dsee_scale.errors import TargetError
+
+Kind = Literal["heads", "neurons"]
+Side = Literal["outputs", "inputs"]
+ShapeOf = Callable[[nn.Parameter], torch.Size]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """Names within one transformer block of an architecture."""
+
+    name: str
+    """Label in messages and files."""
+    blocks: str
+    """End of the name of the ModuleList with the blocks."""
+    qkv: tuple[str, ...]
+    """The modules that make q, k and v, or the one that makes them side by side in equal thirds."""
+    o: str
+    """The module after the attention."""
+    head_size: str
+    """The attribute that holds the size of one head."""
+    up: tuple[str, ...]
+    """The modules before the activation."""
+    down: str
+    """The module after it."""
+    activation: str
+    """Config key of the activation's name."""
+    head_keys: Mapping[str, str] = field(default_factory=dict)
+    """Config key -> size (`heads`, `kv_heads`, `head_size`), where the config can express fewer heads."""
+    neuron_key: str
+    """Config key of the number of neurons."""
+    head_attributes: Mapping[str, str] = field(default_factory=dict)
+    """Attribute of a block -> size (`heads`, `kv_heads` or `width`), where its forward reads one."""
+
+
+LLAMA = Family(
+    name="llama",
+    blocks="layers",
+    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    o="self_attn.o_proj",
+    head_size="self_attn.head_dim",
+    up=("mlp.gate_proj", "mlp.up_proj"),
+    down="mlp.down_proj",
+    activation="hidden_act",
+    head_keys={
+        "num_attention_heads": "heads",
+        "num_key_value_heads": "kv_heads",
+        "head_dim": "head_size",
+    },
+    neuron_key="intermediate_size",
+)
+GPT2 = Family(
+    name="gpt2",
+    blocks="h",
+    qkv=("attn.c_attn",),
+    o="attn.c_proj",
+    head_size="attn.head_dim",
+    up=("mlp.c_fc",),
+    down="mlp.c_proj",
+    activation="activation_function",
+    neuron_key="n_inner",
+    head_attributes={"attn.num_heads": "heads", "attn.split_size": "width"},
+)
+BERT = Family(
+    name="bert",
+    blocks="encoder.layer",
+    qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
+    o="attention.output.dense",
+    head_size="attention.self.attention_head_size",
+    up=("intermediate.dense",),
+    down="output.dense",
+    activation="hidden_act",
+    neuron_key="intermediate_size",
+    head_attributes={
+        "attention.self.num_attention_heads": "heads",
+        "attention.self.all_head_size": "width",
+    },
+)
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "smollm3": LLAMA,
+    "gpt2": GPT2,
+    "bert": BERT,
+    "roberta": BERT,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One matrix of a layer's units.
+
+    Attributes:
+        name: module name.
+        module: the linear layer.
+        side: whether units are its outputs or its inputs.
+        shape: true (O, I).
+        transposed: whether the weight is stored I x O.
+        unit_of: (O,) or (I,) int64, the unit of each output or input.
+    """
+
+    name: str
+    module: nn.Module
+    side: Side
+    shape: tuple[int, int]
+    transposed: bool
+    unit_of: Tensor
+
+    @property
+    def axis(self) -> int:
+        """The stored weight's axis that runs over units: 0 for rows, 1 for columns."""
+        return int((self.side == "inputs") != self.transposed)
+
+    @property
+    def storage_shape(self) -> tuple[int, int]:
+        """(O, I), or (I, O) if transposed."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+    @property
+    def has_unit_bias(self) -> bool:
+        """Whether the layer has a bias with entries that belong to units."""
+        return self.side == "outputs" and getattr(self.module, "bias", None) is not None
+
+
+@dataclass(frozen=True, eq=False)
+class UnitLayer:
+    """The heads or the neurons of one block.
+
+    Attributes:
+        name: of the block.
+        kind: `heads` or `neurons`.
+        num_units: U; a key/value group is one unit.
+        unit_size: query heads in a unit; 1 for neurons.
+        head_size: outputs of one head; 1 for neurons.
+        parts: the matrices.
+    """
+
+    name: str
+    kind: Kind
+    num_units: int
+    unit_size: int
+    head_size: int
+    parts: tuple[Part, ...]
+
+    @property
+    def size(self) -> int:
+        """Query heads or neurons of the block."""
+        return self.num_units * self.unit_size
+
+
+def family_of(model: nn.Module) -> Family:
+    """The description of a model's architecture.
+
+    Raises:
+        TargetError: there is none; the message names those that exist, and where to add one.
+    """
+    model_type = str(getattr(getattr(model, "config", None), "model_type", None))
+    if model_type not in FAMILIES:
+        raise TargetError(
+            f"heads and neurons of {type(model).__name__} (model_type {model_type!r}) are not described; "
+            f"supported: {', '.join(sorted(FAMILIES))}. Describe its block in "
+            "dsee_scale.adapters.families.FAMILIES"
+        )
+    return FAMILIES[model_type]
+
+
+def find_units(model: nn.Module, kind: Kind, shape_of: ShapeOf) -> list[UnitLayer]:
+    """The heads or the neurons of every block, in the model's order. Reads names and shapes only.
+
+    Raises:
+        TargetError: an unknown architecture, or blocks that are not as described.
+    """
+    family = family_of(model)
+    blocks = find_blocks(model, family)
+    if kind == "neurons":
+        _reject_activation(model, family)
+    find = _heads if kind == "heads" else _neurons
+    return [find(name, block, family, shape_of) for name, block in blocks.items()]
+
+
+def find_blocks(model: nn.Module, family: Family) -> dict[str, nn.Module]:
+    """The transformer blocks by name."""
+    found = {
+        f"{name}.{index}": block
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and f".{name}".endswith(f".{family.blocks}")
+        for index, block in enumerate(module)
+    }
+    if not found:
+        raise TargetError(
+            f"{type(model).__name__} has no blocks in a ModuleList '{family.blocks}'; expected the layout of "
+            f"family {family.name!r}"
+        )
+    return found
+
+
+def inner(block: Any, path: str, name: str) -> Any:
+    """A module or attribute inside a block, by its dotted path."""
+    for step in path.split("."):
+        if not hasattr(block, step):
+            raise TargetError(
+                f"{name} has no {path}; its architecture is not what its model_type says, see "
+                "dsee_scale.adapters.families.FAMILIES"
+            )
+        block = getattr(block, step)
+    return block
+
+
+def _heads(name: str, block: nn.Module, family: Family, shape_of: ShapeOf) -> UnitLayer:
+    head_size = int(inner(block, family.head_size, name))
+    fused = len(family.qkv) == 1
+    width = _shape(name, block, family.qkv[0], shape_of)[0] // (3 if fused else 1)
+    kv_width = width if fused else _shape(name, block, family.qkv[1], shape_of)[0]
+    num_heads, num_units = width // head_size, kv_width // head_size
+    unit_size = num_heads // num_units
+    by_query = torch.arange(width) // (head_size * unit_size)
+    by_kv = torch.arange(kv_width) // head_size
+    owners = (torch.cat([by_query, by_kv, by_kv]),) if fused else (by_query, by_kv, by_kv)
+    parts = [
+        _part(name, block, path, "outputs", unit_of, shape_of)
+        for path, unit_of in zip(family.qkv, owners, strict=True)
+    ]
+    parts.append(_part(name, block, family.o, "inputs", by_query, shape_of))
+    return UnitLayer(name, "heads", num_units, unit_size, head_size, tuple(parts))
+
+
+def _neurons(name: str, block: nn.Module, family: Family, shape_of: ShapeOf) -> UnitLayer:
+    num_units = _shape(name, block, family.down, shape_of)[1]
+    unit_of = torch.arange(num_units)
+    parts = [_part(name, block, path, "outputs", unit_of, shape_of) for path in family.up]
+    parts.append(_part(name, block, family.down, "inputs", unit_of, shape_of))
+    return UnitLayer(name, "neurons", num_units, 1, 1, tuple(parts))
+
+
+def _part(name: str, block: nn.Module, path: str, side: Side, unit_of: Tensor, shape_of: ShapeOf) -> Part:
+    module = inner(block, path, name)
+    shape = _shape(name, block, path, shape_of)
+    if shape[side == "inputs"] != len(unit_of):
+        raise TargetError(
+            f"{name}.{path} has {shape[side == 'inputs']} {side}, expected {len(unit_of)} from its neighbours"
+        )
+    return Part(f"{name}.{path}", module, side, shape, linear_kind(module) == "conv1d", unit_of)
+
+
+def _shape(name: str, block: nn.Module, path: str, shape_of: ShapeOf) -> tuple[int, int]:
+    """True (O, I)."""
+    module = inner(block, path, name)
+    kind = linear_kind(module)
+    if kind is None or not module.weight.is_floating_point():
+        raise TargetError(
+            f"{name}.{path} is a {type(module).__name__}; expected nn.Linear or Conv1D with floating-point "
+            "weights"
+        )
+    rows, cols = shape_of(module.weight)
+    return (int(cols), int(rows)) if kind == "conv1d" else (int(rows), int(cols))
+
+
+def _reject_activation(model: nn.Module, family: Family) -> None:
+    """A neuron whose activation of 0 is not 0 would shift the output when it is taken away."""
+    from transformers.activations import ACT2FN
+
+    name = getattr(model.config, family.activation)
+    if isinstance(name, str) and float(ACT2FN[name](torch.zeros(1))) != 0:
+        raise TargetError(
+            f"activation {name!r} of 0 is not 0, so a zeroed neuron still has an output; expected one like "
+            "gelu, silu or relu"
+        )

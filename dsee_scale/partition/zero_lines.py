@@ -1,0 +1,122 @@
+"""Set rows or columns of parameters to zero for good, wherever values and optimizer state are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dsee_scale.algorithms.patterns import zero_along_axis_
+from dsee_scale.errors import PartitionError
+from dsee_scale.partition import Partition, is_engine, unwrap
+from dsee_scale.partition.optimizer_state import open_optimizer
+
+_HOOKS: list[Any] = []
+_WAITING: Any = WeakTensorKeyDictionary()
+"""Parameter -> lines of it whose gradients and moments a plain optimizer still has to forget."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lines:
+    """Rows (axis 0) or columns (axis 1) of a parameter.
+
+    Attributes:
+        param: a parameter; one of one dimension counts as one row.
+        axis: 0 or 1.
+        gone: bool, one for each row or column.
+        columns: of the whole parameter.
+    """
+
+    param: nn.Parameter
+    axis: int
+    gone: Tensor
+    columns: int
+
+    def clear(self, stretch: Tensor, start: int) -> None:
+        """Zero them in a stretch of the parameter's flat order. Local."""
+        zero_along_axis_(stretch, start, self.columns, self.axis, self.gone.to(stretch.device))
+
+
+def check_reachable(model: nn.Module, params: Sequence[nn.Parameter]) -> None:
+    """Refuse trained parameters whose optimizer state `zero_lines` could not reach. Local.
+
+    Raises:
+        PartitionError: DeepSpeed trains them, and `model` is not its engine.
+    """
+    trained = [param for param in params if param.requires_grad]
+    owned = any(hasattr(param, mark) for param in trained for mark in ("_z3_optimizer", "_hp_mapping"))
+    if owned and not is_engine(model):
+        raise PartitionError(
+            f"a DeepSpeed optimizer holds state of what is removed, and {type(model).__name__} is not its "
+            "engine; pass the engine that deepspeed.initialize returned"
+        )
+    if trained and is_engine(model):
+        open_optimizer(model)
+
+
+def zero_lines(model: nn.Module, partition: Partition, lines: Sequence[Lines]) -> None:
+    """Zero lines of parameters in every stored copy, and in the master values and moments of an optimizer.
+
+    Local. A moment that is left would move a zeroed parameter on without any gradient. A DeepSpeed engine
+    knows its optimizer; the state of any other torch optimizer is cleared when it makes its next step.
+
+    Args:
+        model: what `prune` was given.
+        partition: port to its weights.
+        lines: what to zero; trained and frozen parameters alike.
+    """
+    for one in lines:
+        for stored in [partition.shard(one.param), *partition.copies(one.param)]:
+            one.clear(stored.data, stored.start)
+    partition.written([one.param for one in lines])
+    trained = [one for one in lines if one.param.requires_grad]
+    if not trained:
+        return
+    if is_engine(model):
+        _clear_engine_state(model, trained)
+    else:
+        _clear_later(trained)
+
+
+@torch.no_grad()
+def _clear_engine_state(model: nn.Module, lines: Sequence[Lines]) -> None:
+    names = {id(param): name for name, param in unwrap(model).named_parameters()}
+    kept = open_optimizer(model)
+    for one in lines:
+        stretch = kept.stretches.get(names[id(one.param)])
+        if stretch is None:
+            continue
+        for tensor in (stretch.flat, *_moments(stretch.state, stretch.flat)):
+            one.clear(stretch.view(tensor), stretch.start)
+
+
+def _moments(state: dict[str, Any], like: Tensor) -> list[Tensor]:
+    return [value for value in state.values() if isinstance(value, Tensor) and value.shape == like.shape]
+
+
+@torch.no_grad()
+def _clear_before_step(optimizer: Any, *_: Any) -> None:
+    """Clear gradients and moments of the lines that wait, once. Runs before any torch optimizer's step."""
+    for param in [param for param in _WAITING if _trains(optimizer, param)]:
+        kept = [param.grad] if param.grad is not None else []
+        for tensor in kept + _moments(optimizer.state.get(param, {}), param):
+            for axis, gone, columns in _WAITING[param]:
+                Lines(param, axis, gone, columns).clear(tensor.view(-1), 0)
+        del _WAITING[param]
+
+
+def _trains(optimizer: Any, param: Tensor) -> bool:
+    return any(param is one for group in optimizer.param_groups for one in group["params"])
+
+
+def _clear_later(lines: Sequence[Lines]) -> None:
+    """Wait for the optimizer, which no parameter knows. A hook cannot take itself off: it stays, idle."""
+    if not _HOOKS:
+        _HOOKS.append(register_optimizer_step_pre_hook(_clear_before_step))
+    for one in lines:
+        _WAITING.setdefault(one.param, []).append((one.axis, one.gone, one.columns))

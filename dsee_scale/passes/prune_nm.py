@@ -1,0 +1,154 @@
+"""N:M pruning on shards: of each M neighbours along the input, the N of highest score stay.
+
+Along the input a Linear's weight (O x I) is contiguous: a group is M consecutive entries. In a Conv1D's
+(I x O) a group is a column of M rows. In both cases the weight falls apart into *slabs* of consecutive
+entries that hold whole groups, M or M x O long. A shard chooses within its whole slabs alone; only the keys
+of the few slabs that an edge of a shard cuts travel between ranks, never a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsee_scale.adapters.targets import linear_kind
+from dsee_scale.algorithms.patterns import key_blocks, lowest_in_groups, whole_slabs
+from dsee_scale.algorithms.score import Ranking
+from dsee_scale.errors import ConfigError
+from dsee_scale.partition import Partition, Shard
+from dsee_scale.passes.pools import Member, WeightPool
+
+Counts = dict[str, tuple[int, int]]
+MAX_STRETCHES = 2
+"""A rank's shard, and the secondary shard of hierarchical partitioning."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How one weight falls into groups.
+
+    Attributes:
+        num_remove: M - N, how many entries of each group go.
+        size: M.
+        stride: distance in flat order between neighbours along the input.
+    """
+
+    num_remove: int
+    size: int
+    stride: int
+
+    @property
+    def slab(self) -> int:
+        """Consecutive entries that hold whole groups."""
+        return self.size * self.stride
+
+    def gone(self, slab_keys: Tensor) -> Tensor:
+        """(n,) bool, which entries of whole slabs go, from their keys."""
+        grouped = slab_keys.view(-1, self.size, self.stride)
+        return lowest_in_groups(grouped, self.num_remove).reshape(-1)
+
+
+def check_divisible(pools: Sequence[WeightPool], m: int) -> None:
+    """Refuse weights whose input size is no multiple of M. Local.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    wrong = {}
+    for member in (member for pool in pools for member in pool.members):
+        inputs = member.shape[0] if linear_kind(member.module) == "conv1d" else member.shape[1]
+        if inputs % m:
+            wrong[member.name] = inputs
+    if wrong:
+        name, inputs = next(iter(wrong.items()))
+        raise ConfigError(
+            f"{name} has {inputs} inputs, which groups of {m} do not divide (and {len(wrong) - 1} more "
+            "matrices); choose another M, or leave them out with PruneConfig.modules"
+        )
+
+
+def remove_n_of_m(
+    pools: Sequence[WeightPool], rankings: dict[str, Ranking], pattern: tuple[int, int], partition: Partition
+) -> Counts:
+    """Collective. Zero M - N entries of each group, in place; zeros and entries of each matrix.
+
+    Peak extra memory per rank: a few blocks, and the keys of one weight's cut slabs.
+    """
+    members = [member for pool in pools for member in pool.members]
+    groups = {member.name: _groups(member, pattern) for member in members}
+    cuts = _cut_slabs(members, groups, partition)
+    zeros = torch.zeros(len(members), dtype=torch.int64)
+    for index, member in enumerate(members):
+        how, ranking = groups[member.name], rankings[member.name]
+        gone = _gone_in_cut_slabs(member, how, ranking, cuts[index], partition)
+        for stored in _stretches(member, partition):
+            _apply(stored, how, ranking, gone)
+        shard = partition.shard(member.param).data
+        zeros[index] = shard.numel() - torch.count_nonzero(shard)
+    partition.written([member.param for member in members])
+    counts = partition.sum_over_shards(zeros).tolist()
+    return {member.name: (count, member.numel) for member, count in zip(members, counts, strict=True)}
+
+
+def _groups(member: Member, pattern: tuple[int, int]) -> Groups:
+    n, m = pattern
+    stride = member.shape[1] if linear_kind(member.module) == "conv1d" else 1
+    return Groups(m - n, m, stride)
+
+
+def _stretches(member: Member, partition: Partition) -> list[Shard]:
+    return [partition.shard(member.param), *partition.copies(member.param)]
+
+
+def _cut_slabs(members: Sequence[Member], groups: dict[str, Groups], partition: Partition) -> list[list[int]]:
+    """Collective. The slabs of each weight that an edge of any stored stretch cuts, on any rank."""
+    edges = torch.zeros(len(members), partition.world_size, 2 * MAX_STRETCHES, dtype=torch.int64)
+    for index, member in enumerate(members):
+        for place, stored in enumerate(_stretches(member, partition)):
+            ends = [stored.start, stored.start + stored.data.numel()]
+            edges[index, partition.rank, 2 * place : 2 * place + 2] = torch.tensor(ends)
+    found = partition.sum_over_shards(edges).flatten(1).tolist()
+    slabs = [groups[member.name].slab for member in members]
+    return [
+        sorted({edge // slab for edge in row if edge % slab}) for row, slab in zip(found, slabs, strict=True)
+    ]
+
+
+def _gone_in_cut_slabs(
+    member: Member, how: Groups, ranking: Ranking, cut: list[int], partition: Partition
+) -> dict[int, Tensor]:
+    """Collective. What goes of each cut slab, from keys that every rank adds its part to."""
+    if not cut:
+        return {}
+    everyone = torch.zeros(len(cut), how.slab, dtype=torch.int32, device=partition.device)
+    shard = partition.shard(member.param)
+    for index, slab in enumerate(cut):
+        for keys, position in key_blocks(*_inside(shard, slab * how.slab, how.slab), ranking):
+            first = position - slab * how.slab
+            everyone[index, first : first + keys.numel()] = keys.to(everyone.device)
+    whole = partition.sum_over_shards(everyone)
+    return {slab: how.gone(whole[index]) for index, slab in enumerate(cut)}
+
+
+def _apply(stored: Shard, how: Groups, ranking: Ranking, gone: dict[int, Tensor]) -> None:
+    """Write the zeros to one stored stretch. Local."""
+    start, stop = stored.start, stored.start + stored.data.numel()
+    first, last = -(-start // how.slab) * how.slab, stop // how.slab * how.slab
+    if first < last:
+        middle = stored.data[first - start : last - start]
+        for keys, position in whole_slabs(key_blocks(middle, first, ranking), how.slab):
+            middle[position - first : position - first + keys.numel()].masked_fill_(how.gone(keys), 0)
+    for slab in {start // how.slab, stop // how.slab} & set(gone):
+        part, position = _inside(stored, slab * how.slab, how.slab)
+        skip = position - slab * how.slab
+        part.masked_fill_(gone[slab][skip : skip + part.numel()].to(part.device), 0)
+
+
+def _inside(stored: Shard, position: int, length: int) -> tuple[Tensor, int]:
+    """The part of a stretch within `length` entries from `position`, and where it begins."""
+    first = max(stored.start, position)
+    last = max(first, min(stored.start + stored.data.numel(), position + length))
+    return stored.data[first - stored.start : last - stored.start], first

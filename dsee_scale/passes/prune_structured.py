@@ -1,0 +1,281 @@
+"""Remove whole attention heads or feed-forward neurons: zeroed in place here, cut out at export.
+
+A removed unit is zero on both sides: its outputs in the matrices before (q, k, v or up, gate; with biases, B
+and the values of S2) and its inputs in the matrix after (o or down; with A and the values of S2). Then every
+gradient of what was zeroed is a product with one of these zeros, exactly zero itself; and since the
+optimizer's moments of these entries are cleared, no step of the retune moves them. No mask is multiplied in
+forward or backward, so nothing has to be put back after a restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dsee_scale.adapters.families import Kind, Part, UnitLayer, find_units
+from dsee_scale.adapters.linear import is_adapted
+from dsee_scale.adapters.removed_units import record_removed, removed_units
+from dsee_scale.algorithms.patterns import (
+    EXPONENTS,
+    add_along_axis,
+    fixed_point,
+    fixed_point_shift,
+    largest_exponent,
+    lowest_units,
+    lowest_units_overall,
+    score_blocks,
+    unit_sums,
+)
+from dsee_scale.algorithms.score import Ranking, random_scores
+from dsee_scale.config import PruneConfig
+from dsee_scale.errors import ConfigError, TargetError
+from dsee_scale.partition import Partition
+from dsee_scale.partition.zero_lines import Lines, check_reachable, zero_lines
+from dsee_scale.passes.pools import Member, WeightPool
+
+Counts = dict[str, tuple[int, int]]
+READS_UPDATE_ALONE = ("AB", "ABS", "NAB", "NABS")
+RECIPROCAL = ("NAB", "NABS")
+_FIRST = -(2**62)
+"""Score of a unit that is gone already: it goes first, so that removing more is cumulative."""
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """What one pruning of units does, known from names, shapes and settings alone.
+
+    Attributes:
+        layers: the heads or neurons of every block.
+        gone: what earlier prunings removed of each layer, (U,) bool.
+        budget: units that go of each layer; with a floor one number, for all layers together.
+        floor: units that stay in each layer at least, where the budget is for all together.
+        pool: all their matrices, for the checks that every pruning makes.
+    """
+
+    layers: list[UnitLayer]
+    gone: list[Tensor]
+    budget: list[int]
+    floor: int | None
+    pool: WeightPool
+
+
+def plan_units(
+    module: nn.Module, config: PruneConfig, shape_of: Callable[[nn.Parameter], torch.Size]
+) -> UnitPlan:
+    """Check a pruning of heads or neurons against the architecture. Local.
+
+    Raises:
+        TargetError: an architecture without a description, or a score without an adapter to read.
+        ConfigError: counts that break key/value groups, or leave a layer with nothing.
+    """
+    kind: Kind = config.pattern  # type: ignore[assignment]
+    layers = find_units(module, kind, shape_of)
+    members: list[Member] = []
+    at = 0
+    for part in (part for layer in layers for part in layer.parts):
+        members.append(Member(part.name, part.module, at, part.storage_shape))
+        at += members[-1].numel
+    for layer in layers:
+        _reject_unscored(layer, config)
+    overall = config.num_per_layer is None and config.scope == "global"
+    return UnitPlan(
+        layers=layers,
+        gone=[removed_units(module, layer) for layer in layers],
+        budget=[_overall_budget(layers, config)] if overall else [_layer_budget(x, config) for x in layers],
+        floor=_floor(layers[0], config) if overall else None,
+        pool=WeightPool(kind, config.sparsity, tuple(members)),
+    )
+
+
+@torch.no_grad()
+def remove_units(
+    model: nn.Module,
+    module: nn.Module,
+    plan: UnitPlan,
+    rankings: dict[str, Ranking],
+    partition: Partition,
+) -> tuple[Counts, Counts]:
+    """Collective. Choose the units that go and zero them; zeros and entries by matrix, gone and all by layer.
+
+    Peak extra memory per rank: a few blocks, and one int64 for each row or column of one matrix.
+    """
+    check_reachable(model, [p for layer in plan.layers for part in layer.parts for p in _touched(part)])
+    gone = _choose(plan, _unit_scores(plan, rankings, partition))
+    chosen = list(zip(plan.layers, gone, strict=True))
+    zero_lines(model, partition, [one for layer, units in chosen for one in _lines(layer, units, partition)])
+    for layer, units in chosen:
+        record_removed(module, layer, units)
+    shards = [partition.shard(member.param).data for member in plan.pool.members]
+    zeros = torch.tensor([shard.numel() - int(torch.count_nonzero(shard)) for shard in shards])
+    counts = zip(plan.pool.members, partition.sum_over_shards(zeros).tolist(), strict=True)
+    layers = {
+        f"{layer.name} {layer.kind}": (int(units.sum()) * layer.unit_size, layer.size)
+        for layer, units in chosen
+    }
+    return {member.name: (count, member.numel) for member, count in counts}, layers
+
+
+def _choose(plan: UnitPlan, found: list[Tensor]) -> list[Tensor]:
+    """(U,) bool of each layer: what is gone afterwards, earlier prunings included."""
+    ranked = [scores.masked_fill(gone, _FIRST) for scores, gone in zip(found, plan.gone, strict=True)]
+    if plan.floor is not None:
+        chosen = lowest_units_overall(ranked, plan.budget[0], plan.floor)
+    else:
+        chosen = [lowest_units(scores, count) for scores, count in zip(ranked, plan.budget, strict=True)]
+    return [units | gone for units, gone in zip(chosen, plan.gone, strict=True)]
+
+
+def _unit_scores(plan: UnitPlan, rankings: dict[str, Ranking], partition: Partition) -> list[Tensor]:
+    """Collective. (U,) int64 of each layer, the same on any number of ranks."""
+    how = rankings[plan.pool.members[0].name]
+    if how.mode == "random":
+        return [
+            (random_scores(how.seed, f"{layer.name}.{layer.kind}", 0, layer.num_units) * 2**24).long()
+            for layer in plan.layers
+        ]
+    exponents = torch.zeros(EXPONENTS, dtype=torch.int64)
+    error: Exception | None = None
+    try:
+        for part in (part for layer in plan.layers for part, _ in _scored(layer, how.mode)):
+            exponents += largest_exponent(_score_blocks(part, rankings, partition))
+    except ValueError as caught:
+        error = TargetError(str(caught))
+    partition.raise_together(error)
+    entries = max(sum(p.shape[0] * p.shape[1] for p in x.parts) // x.num_units for x in plan.layers)
+    shift = fixed_point_shift(partition.sum_over_shards(exponents), entries)
+    sums = [_layer_sums(layer, rankings, shift, partition) for layer in plan.layers]
+    summed = partition.sum_over_shards(torch.cat(sums))
+    signed = -summed if how.mode in RECIPROCAL else summed
+    return list(signed.split([layer.num_units for layer in plan.layers]))
+
+
+def _layer_sums(layer: UnitLayer, rankings: dict[str, Ranking], shift: int, partition: Partition) -> Tensor:
+    """(U,) int64, this rank's part of the units' scores in multiples of 2**-shift. Local."""
+    total = torch.zeros(layer.num_units, dtype=torch.int64)
+    for part, unit_of in _scored(layer, rankings[layer.parts[0].name].mode):
+        weight = part.module.weight
+        sums = torch.zeros(len(unit_of), dtype=torch.int64, device=partition.shard(weight).data.device)  # type: ignore[arg-type]
+        for found, position in _score_blocks(part, rankings, partition):
+            add_along_axis(fixed_point(found, shift), position, part.storage_shape[1], part.axis, sums)
+        total += unit_sums(sums.cpu(), unit_of, layer.num_units)
+    return total
+
+
+def _score_blocks(
+    part: Part, rankings: dict[str, Ranking], partition: Partition
+) -> Iterator[tuple[Tensor, int]]:
+    shard = partition.shard(part.module.weight)  # type: ignore[arg-type]
+    return score_blocks(shard.data, shard.start, rankings[part.name])
+
+
+def _scored(layer: UnitLayer, mode: str) -> list[tuple[Part, Tensor]]:
+    """The matrices whose entries count, and the unit of each of their rows or columns, -1 for none.
+
+    Mode W counts all. Modes that read the update count the adapted slices of adapted matrices: with q and v
+    adapted those are the rows that the paper's code adds up. WAB and WABS fall back to all where none is.
+    """
+    adapted = [part for part in layer.parts if is_adapted(part.module)]
+    if mode == "W" or not adapted:
+        return [(part, part.unit_of) for part in layer.parts]
+    return [(part, _within_slices(part)) for part in adapted]
+
+
+def _within_slices(part: Part) -> Tensor:
+    if part.side == "inputs":
+        return part.unit_of
+    covered = _covered(part)
+    return torch.full_like(part.unit_of, -1).index_copy_(0, covered, part.unit_of[covered])
+
+
+def _covered(part: Part) -> Tensor:
+    """Output indices that the rows of B stand for, in their order."""
+    slices: Sequence[tuple[int, int]] = part.module.dsee_slices  # type: ignore[assignment]
+    return torch.cat([torch.arange(start, stop) for start, stop in slices])
+
+
+def _touched(part: Part) -> list[nn.Parameter]:
+    names = ["weight", *(["bias"] if part.has_unit_bias else [])]
+    names += ["dsee_A", "dsee_B", "dsee_values"] if is_adapted(part.module) else []
+    return [getattr(part.module, name) for name in names]
+
+
+def _lines(layer: UnitLayer, units: Tensor, partition: Partition) -> Iterator[Lines]:
+    """What has to be zero where units are gone."""
+    for part in layer.parts:
+        gone, module = units[part.unit_of], part.module
+        yield Lines(module.weight, part.axis, gone, part.storage_shape[1])  # type: ignore[arg-type]
+        if part.has_unit_bias:
+            yield Lines(module.bias, 1, gone, len(gone))  # type: ignore[arg-type]
+        if is_adapted(module):
+            yield from _adapter_lines(part, gone, partition)
+
+
+def _adapter_lines(part: Part, gone: Tensor, partition: Partition) -> Iterator[Lines]:
+    layer = part.module
+    if part.side == "outputs":
+        rank = partition.shape(layer.dsee_B)[1]  # type: ignore[arg-type]
+        yield Lines(layer.dsee_B, 0, gone[_covered(part)], rank)  # type: ignore[arg-type]
+        at = layer.dsee_rows
+    else:
+        yield Lines(layer.dsee_A, 1, gone, part.shape[1])  # type: ignore[arg-type]
+        at = layer.dsee_cols
+    yield Lines(layer.dsee_values, 1, gone[at.long().cpu()], at.numel())  # type: ignore[arg-type, operator]
+
+
+def _reject_unscored(layer: UnitLayer, config: PruneConfig) -> None:
+    if config.score in READS_UPDATE_ALONE and not any(is_adapted(part.module) for part in layer.parts):
+        names = ", ".join(part.name.rsplit(".", 1)[-1] for part in layer.parts)
+        raise TargetError(
+            f"score {config.score!r} reads the update alone, and no matrix of {layer.name}'s {layer.kind} is "
+            f"adapted ({names}); adapt one of them, or choose score='W' or 'WABS'"
+        )
+
+
+def _layer_budget(layer: UnitLayer, config: PruneConfig) -> int:
+    """Units that go of one layer."""
+    if config.num_per_layer is not None:
+        num_units, rest = divmod(config.num_per_layer, layer.unit_size)
+        if rest:
+            raise ConfigError(
+                f"num_per_layer {config.num_per_layer} breaks the key/value groups of {layer.name}: "
+                f"{layer.unit_size} heads share one; expected a multiple of {layer.unit_size}"
+            )
+    else:
+        num_units = _rounded(config.sparsity, layer.num_units, layer)
+    if num_units >= layer.num_units:
+        raise ConfigError(
+            f"this removes all {layer.size} {layer.kind} of {layer.name} (one unit is {layer.unit_size}); "
+            "at least one unit must stay: remove fewer"
+        )
+    return num_units
+
+
+def _overall_budget(layers: list[UnitLayer], config: PruneConfig) -> int:
+    """Units that go of all layers together."""
+    total = sum(layer.num_units for layer in layers)
+    num_units = _rounded(config.sparsity, total, layers[0])
+    most = sum(max(0, layer.num_units - _floor(layer, config)) for layer in layers)
+    if num_units > most:
+        raise ConfigError(
+            f"sparsity {config.sparsity} removes {num_units} of {total} units, but with at least "
+            f"{config.min_per_layer} {layers[0].kind} in every layer only {most} can go; "
+            "lower sparsity or min_per_layer"
+        )
+    return num_units
+
+
+def _rounded(sparsity: float, num_units: int, layer: UnitLayer) -> int:
+    found = round(sparsity * num_units)
+    if sparsity and not found:
+        raise ConfigError(
+            f"sparsity {sparsity} of {num_units} units ({layer.unit_size} {layer.kind} each) rounds to none; "
+            "raise it, or set num_per_layer"
+        )
+    return found
+
+
+def _floor(layer: UnitLayer, config: PruneConfig) -> int:
+    return -(-config.min_per_layer // layer.unit_size)
