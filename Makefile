@@ -17,6 +17,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,quant]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/dist/extensions.py
 	touch $@
 
 test: setup  ## All tests, real DeepSpeed in 1, 2 and 3 processes included

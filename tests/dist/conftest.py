@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from tests.dist.extensions import build_extensions
 from tests.dist.pool import WorkerPool
 
 
@@ -22,12 +23,10 @@ def pools() -> Iterator[Callable[[int], WorkerPool]]:
         each.stop()
 
 
-@pytest.fixture(scope="session")
-def cpu_adam() -> None:
-    """DeepSpeedCPUAdam, compiled once here rather than by ranks that would wait for each other."""
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-
-    CPUAdamBuilder().load(verbose=False)
+@pytest.fixture(scope="session", autouse=True)
+def extensions() -> None:
+    """DeepSpeed's compiled operators, built once rather than by ranks that would wait for each other."""
+    build_extensions()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -160,7 +160,7 @@ def zero3_engine_config(dtype: torch.dtype, zero: dict[str, Any]) -> dict[str, A
 
 
 @pytest.mark.parametrize("kind", list(ENGINES))
-def test_pruning_a_live_engine_equals_the_dense_path(pools, cpu_adam, kind):
+def test_pruning_a_live_engine_equals_the_dense_path(pools, kind):
     prune = PRUNINGS["WABS"]
     expected = pruned_weights("llama", torch.bfloat16, None, prune, False)
     config = zero3_engine_config(torch.bfloat16, ENGINES[kind])
@@ -202,7 +202,7 @@ def tune_prune_retune(dtype: torch.dtype, ds_config: dict[str, Any]) -> tuple[di
 
 @pytest.mark.parametrize("kind", list(ENGINES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_zeros_stay_zero_through_the_retune_and_nothing_else_changes(pools, cpu_adam, kind, dtype):
+def test_zeros_stay_zero_through_the_retune_and_nothing_else_changes(pools, kind, dtype):
     results = pools(2).run(tune_prune_retune, dtype, zero3_engine_config(dtype, ENGINES[kind]))
     assert results[0][2] == results[1][2]
     assert results[0][2][2] < results[0][2][0]
