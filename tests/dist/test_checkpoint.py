@@ -124,7 +124,12 @@ def resume(folder: str, family: str, engine: str, dtype: torch.dtype) -> tuple[l
     load_adapter(model, folder)
     running = engine_for(model, engine, dtype)
     assert load_training_state(running, folder) == {"phase": "retune"}
-    return train(running, range(4, 7)), whole_weights(running), running.global_steps
+    losses = train(running, range(4, 7))
+    weights, steps = whole_weights(running), running.global_steps
+    load_training_state(running, folder)  # back again, into an engine with other values
+    again = train(running, range(4, 7))
+    assert again == pytest.approx(losses, abs=1e-6 if "offloaded" in engine else 0)
+    return losses, weights, steps
 
 
 def resume_without_deepspeed(folder: str, family: str) -> tuple[list[float], dict]:
@@ -272,6 +277,53 @@ def test_an_adapter_loads_into_a_partitioned_base(pools, tmp_path, world_size, e
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def ddp_run(folder: str, resumed: bool) -> list[float]:
+    model = build(llama_config())
+    if resumed:
+        load_adapter(model, folder)
+    else:
+        dsee_scale.inject(model, FAMILIES["llama"][1])
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(dsee_scale.trainable_parameters(wrapped), lr=1e-2)
+    if resumed:
+        load_training_state(wrapped, folder, optimizer=optimizer)
+    losses = []
+    for step in range(2 if resumed else 0, 4):
+        if step == 2 and not resumed:
+            save_training_state(wrapped, folder, optimizer=optimizer)
+        ids = batch(step)
+        loss = wrapped(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses[-2:]
+
+
+def test_a_run_under_ddp_goes_on_bit_for_bit(pools, tmp_path):
+    folder = str(tmp_path / "state")
+    assert pools(2).run(ddp_run, folder, False) == pools(2).run(ddp_run, folder, True)
+
+
+def random_draws(folder: str | None, save: bool) -> list[float]:
+    model = make("llama", "zero3", torch.float32)
+    if save:
+        torch.manual_seed(100 + dist.get_rank())
+        save_training_state(model, str(folder))
+    else:
+        load_training_state(model, str(folder))
+    return torch.rand(3).tolist()
+
+
+def test_random_generators_go_on_per_rank_and_differ_on_new_ranks(pools, tmp_path):
+    folder = str(tmp_path / "state")
+    expected = pools(2).run(random_draws, folder, True)
+    assert pools(2).run(random_draws, folder, False) == expected
+    found = pools(3).run(random_draws, folder, False)
+    assert found[:2] == expected and found[2] not in expected
+    assert found == pools(3).run(random_draws, folder, False)
+
+
 def caught(folder: str, task: str) -> str:
     """The message with which a rank refuses."""
     rank = dist.get_rank()
@@ -283,12 +335,15 @@ def caught(folder: str, task: str) -> str:
     try:
         if task == "load":
             load_adapter(model, folder)
-        elif task == "full disk":
+        elif task.startswith("full disk"):
             write = files.HashedFile.write
-            if rank == 0:
-                files.HashedFile.write = fail_at_model_file  # type: ignore[method-assign]
+            if task.endswith(str(rank)):
+                files.HashedFile.write = fail_when_full  # type: ignore[method-assign]
             try:
-                export_model(model, folder, overwrite=True)
+                if task == "full disk 0":
+                    export_model(model, folder, overwrite=True)
+                else:
+                    save_training_state(model, folder, overwrite=True)
             finally:
                 files.HashedFile.write = write  # type: ignore[method-assign]
         elif task == "occupied":
@@ -298,8 +353,8 @@ def caught(folder: str, task: str) -> str:
     return ""
 
 
-def fail_at_model_file(file: files.HashedFile, data: Any) -> None:
-    if file.size > 20_000:
+def fail_when_full(file: files.HashedFile, data: Any) -> None:
+    if file.size > (20_000 if file.path.name.startswith("model") else 2000):
         raise OSError(28, "No space left on device", str(file.path))
     file._file.write(data)
     file._hash.update(data)
@@ -311,8 +366,11 @@ def test_every_rank_raises_the_same_error_and_the_old_content_stays(pools, tmp_p
     export_model(model, tmp_path / "out")
     save_adapter(model, tmp_path / "a")
     before = contents(tmp_path / "out")
-    full = pools(3).run(caught, str(tmp_path / "out"), "full disk")
+    full = pools(3).run(caught, str(tmp_path / "out"), "full disk 0")
     assert len(set(full)) == 1 and full[0].startswith("FormatError") and "No space left" in full[0]
+    assert contents(tmp_path / "out") == before
+    full = pools(3).run(caught, str(tmp_path / "out"), "full disk 2")
+    assert len(set(full)) == 1 and "dsee_optimizer-00003-of-00003.safetensors: No space left" in full[0]
     assert contents(tmp_path / "out") == before
     occupied = pools(3).run(caught, str(tmp_path / "a"), "occupied")
     assert len(set(occupied)) == 1 and "not empty" in occupied[0]
