@@ -32,9 +32,10 @@ def planted_matrix(
     seed: int,
     heavy: bool = False,
     decay: float = 0.0,
+    noise: float = 0.007,
     dtype: torch.dtype = torch.float32,
 ) -> Planted:
-    """Low rank (32, entries of 0.03) + noise (0.007) + outliers of 0.08 that hide below the largest of L.
+    """Low rank (32, entries of 0.03) + noise + outliers of 0.08 that hide below the largest of L.
 
     200 outliers of one size; with `heavy`, 64 of 0.08 to 4.4. `decay` bends the 32 singular values from
     level (0) to 1/k (1), which makes single entries of L as large as many outliers.
@@ -45,7 +46,7 @@ def planted_matrix(
     right = torch.randn(rank, cols, generator=generator, dtype=double)
     strength = torch.arange(1, rank + 1, dtype=double) ** -decay
     weight = 0.03 * (left * (strength / strength.norm())) @ right
-    weight += 0.007 * torch.randn(rows, cols, generator=generator, dtype=double)
+    weight += noise * torch.randn(rows, cols, generator=generator, dtype=double)
     return plant(weight.to(dtype), 64 if heavy else 200, 0.08, heavy=heavy, seed=seed + 1000)
 
 
