@@ -14,7 +14,7 @@ WIDE, HALF = 10.0, 5.0
 
 
 def loss_curve(metrics: dict[str, Any]) -> str:
-    """Training loss over steps, with the learning rate below it and a line at each pruning."""
+    """Training loss over steps, with the learning rate below it and a line where pruning is complete."""
     points = [
         (entry["step"], entry["loss"]) for entry in metrics["training"] if entry.get("loss") is not None
     ]
@@ -25,8 +25,12 @@ def loss_curve(metrics: dict[str, Any]) -> str:
         return ""
     figure = _figure(WIDE, 3.6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    top.plot(*zip(*points, strict=True), color=MAIN, alpha=0.35, linewidth=1)
-    top.plot(*zip(*_smooth(points), strict=True), color=MAIN, linewidth=2)
+    pruned = next((entry for entry in metrics["phases"] if entry["phase"] == "pruned"), None)
+    cut = pruned["step"] if pruned is not None else points[-1][0]
+    for part in ([p for p in points if p[0] <= cut], [p for p in points if p[0] > cut]):
+        if part:
+            top.plot(*zip(*part, strict=True), color=MAIN, alpha=0.35, linewidth=1)
+            top.plot(*zip(*_smooth(part), strict=True), color=MAIN, linewidth=2)
     top.set_ylabel("training loss")
     low, high = min(value for _, value in points), max(value for _, value in points)
     top.set_ylim(0 if low < high / 2 else None, None)
@@ -34,7 +38,6 @@ def loss_curve(metrics: dict[str, Any]) -> str:
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("optimizer step")
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    pruned = next((entry for entry in metrics["phases"] if entry["phase"] == "pruned"), None)
     if pruned is not None:
         for axis in (top, bottom):
             axis.axvline(pruned["step"], color=ACCENT, linewidth=1.2, linestyle=(0, (4, 3)))
@@ -163,7 +166,7 @@ def _svg(figure: Any, axes: Any, title: str) -> str:
     return f'{head} role="img" aria-label="{title}">{rest}'
 
 
-def _smooth(points: list[tuple[int, float]], weight: float = 0.8) -> list[tuple[int, float]]:
+def _smooth(points: list[tuple[int, float]], weight: float = 0.6) -> list[tuple[int, float]]:
     smoothed: list[tuple[int, float]] = []
     mean, norm = 0.0, 0.0
     for step, value in points:

@@ -124,10 +124,8 @@ class Encoder:
         prompt_text = (self.config.prompt or "").format(**row)
         prompt = self._ids(prompt_text, special=True)
         whole = self._ids(prompt_text + answer, special=True)
-        if whole[: len(prompt)] == prompt:
-            answer_ids = whole[len(prompt) :]
-        else:
-            answer_ids = self._ids(answer, special=False)
+        joined = whole[: len(prompt)] == prompt
+        answer_ids = whole[len(prompt) :] if joined else self._ids(answer, special=False)
         if self.config.task == "completion":
             answer_ids = [*answer_ids, self.tokenizer.eos_token_id]
         answer_ids = answer_ids[: self.config.max_length - 1]
