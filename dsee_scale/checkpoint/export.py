@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
-import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,7 +21,15 @@ from dsee_scale.checkpoint.adapter import KIND as ADAPTER
 from dsee_scale.checkpoint.adapter import write_adapter
 from dsee_scale.checkpoint.export_plan import Entry, ExportPlan, plan_export
 from dsee_scale.checkpoint.files import NewFolder, alike, new_folder
-from dsee_scale.checkpoint.tensor_file import TensorWriter
+from dsee_scale.checkpoint.stored_form import (
+    Format,
+    StoredForm,
+    count_kept,
+    count_patterns,
+    weight_writer,
+)
+from dsee_scale.checkpoint.structured import STRUCTURE_FILE, find_structure, smaller_config
+from dsee_scale.checkpoint.tensor_file import ScatteredWriter, TensorWriter
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.partition import Partition, open_partition, unwrap
 from dsee_scale.passes.progress import show_progress
@@ -34,6 +41,7 @@ KIND = "export"
 REPORT_FILE = "dsee_export.json"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FOLDER = "adapter"
+LOADER = "dsee_scale.load_pretrained"
 
 
 @dataclass(frozen=True)
@@ -44,11 +52,15 @@ class ExportReport:
         folder: the exported model.
         delta: how the update was put in.
         files: weight files with their sizes in bytes.
-        sparsity: fraction of entries that are zero in the files, of each pruned weight by its name.
-        num_pruned: entries of the pruned weights.
-        num_zero: how many of them are zero in the files.
-        num_parameters: entries of all tensors.
+        sparsity: fraction of entries that are zero in the model, of each pruned weight by its name.
+        num_pruned: entries of the pruned weights, without heads and neurons that were cut out.
+        num_zero: how many of them are zero.
+        num_parameters: entries of all tensors of the model.
         seconds: time taken.
+        format: `dense` or `sparse` files.
+        structure: what was cut out, one line; None for nothing.
+        loads_with: `transformers`, or `dsee_scale.load_pretrained` where stock classes cannot load it.
+        patterns: pruned weights of each pattern.
     """
 
     folder: str
@@ -59,6 +71,10 @@ class ExportReport:
     num_zero: int
     num_parameters: int
     seconds: float
+    format: str = "dense"
+    structure: str | None = None
+    loads_with: str = "transformers"
+    patterns: dict[str, int] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -68,9 +84,13 @@ class ExportReport:
     def __str__(self) -> str:
         lines = [
             f"dsee_scale: exported {self.num_parameters:,} parameters to {self.folder} "
-            f"(delta={self.delta!r}): {len(self.files)} files, {self.nbytes / 1e6:,.1f} MB, "
-            f"{self.seconds:.1f} s"
+            f"(delta={self.delta!r}, format={self.format!r}): {len(self.files)} files, "
+            f"{self.nbytes / 1e6:,.1f} MB, {self.seconds:.1f} s"
         ]
+        if self.structure:
+            lines.append(f"  {self.structure}")
+        if self.loads_with != "transformers":
+            lines.append(f"  stock transformers cannot load this folder; {self.loads_with} does")
         if self.num_pruned:
             share = 100 * self.num_zero / self.num_pruned
             lines.append(f"  {share:.2f}% of the {self.num_pruned:,} entries of pruned weights are zero")
@@ -89,6 +109,7 @@ def export_model(
     folder: str | Path,
     *,
     delta: DeltaForm = "masked",
+    format: Format = "dense",
     tokenizer: Any = None,
     max_shard_size: int | str = "2GB",
     overwrite: bool = False,
@@ -96,13 +117,16 @@ def export_model(
 ) -> ExportReport:
     """Collective. Write the whole model, streaming one weight at a time to rank 0, which writes the files.
 
-    Extra memory: on rank 0 one weight, its adapter, and one block in float32; elsewhere nothing.
+    Extra memory: the adapters of one weight file; on rank 0 one weight besides, and a block in float32.
 
     Args:
         model: a raw model, a DeepSpeed engine, or what Accelerate or DDP made of it. It is not changed.
         folder: output folder; parents are made.
         delta: `masked` writes (W + D) * M, as sparse as W; `dense` writes W * M + D; both are plain models
             that stock transformers loads. `separate` writes W * M, with the adapter in `folder/adapter`.
+            Removed heads and neurons are cut out of the files, but for `separate`, where they stay as zeros.
+        format: `sparse` stores pruned weights as a bit for each entry and the kept values, for
+            `dsee_scale.load_pretrained`.
         tokenizer: saved along (or a processor); anything with `save_pretrained`.
         max_shard_size: size of a weight file at most, unless one weight is larger.
         overwrite: replace an earlier export. A folder with other files in it is never replaced.
@@ -112,31 +136,46 @@ def export_model(
         Sizes and sparsity, the same on every rank.
 
     Raises:
-        ConfigError: the folder is not empty, or a setting is unknown.
+        ConfigError: the folder is not empty, a setting is unknown, or nothing is sparse.
         TargetError: the base is quantised.
         FormatError: writing failed, e.g. no space is left; what was there before stays.
     """
     started = time.perf_counter()
     module, partition = unwrap(model), open_partition(model)
     with alike(partition):
-        if delta not in get_args(DeltaForm):
-            raise ConfigError(f"delta {delta!r} is unknown; valid: {', '.join(get_args(DeltaForm))}")
+        for name, value, valid in (("delta", delta, DeltaForm), ("format", format, Format)):
+            if value not in get_args(valid):
+                raise ConfigError(f"{name} {value!r} is unknown; valid: {', '.join(get_args(valid))}")
         _reject_quantised(module)
-        plan = plan_export(partition, module, max_shard_size)
+        structure = find_structure(module, partition.shape) if delta != "separate" else None
+        config = smaller_config(module, structure, partition.shape) if structure else None
+    num_kept = count_kept(partition, module, delta) if format == "sparse" else {}
+    with alike(partition):
+        form = StoredForm(structure, num_kept)
+        plan = plan_export(partition, module, max_shard_size, form)
     with new_folder(partition, folder, kind=KIND, overwrite=overwrite) as new:
         with alike(partition):
             if partition.rank == 0:
-                _write_settings(module, new.partial, tokenizer)
+                _write_settings(module, new.partial, tokenizer, config or getattr(module, "config", None))
+                if structure and config is None:
+                    new.write_json(STRUCTURE_FILE, structure.to_dict())
         if delta == "separate":
             with new_folder(partition, new.partial / ADAPTER_FOLDER, kind=ADAPTER, overwrite=False) as inner:
                 write_adapter(partition, module, inner)
-        writer = _ExportWriter(partition, module, new, plan, delta)
+        writer = _ExportWriter(partition, module, new, plan, delta, form)
         with tqdm(
             total=plan.num_entries, desc="export", disable=not show_progress(partition, progress)
         ) as bar:
             for name, entries in plan.files.items():
                 writer.write_file(name, entries, bar)
-        report = writer.report(time.perf_counter() - started)
+        stock = format == "dense" and (structure is None or config is not None)
+        report = dataclasses.replace(
+            writer.report(time.perf_counter() - started),
+            format=format,
+            structure=structure.summary() if structure else None,
+            loads_with="transformers" if stock else LOADER,
+            patterns=count_patterns(model_state(module).pruned),
+        )
         with alike(partition):
             if partition.rank == 0:
                 _write_index(new, plan, report)
@@ -149,10 +188,16 @@ class _ExportWriter:
     """Streams entries to rank 0 and writes them with their update put in."""
 
     def __init__(
-        self, partition: Partition, module: nn.Module, new: NewFolder, plan: ExportPlan, delta: DeltaForm
+        self,
+        partition: Partition,
+        module: nn.Module,
+        new: NewFolder,
+        plan: ExportPlan,
+        delta: DeltaForm,
+        form: StoredForm,
     ) -> None:
         self.partition, self.module, self.new, self.plan = partition, module, new, plan
-        self.delta = delta
+        self.delta, self.form = delta, form
         self.layers = {f"{n}.weight": layer for n, layer in adapted_layers(module).items()}
         self.pruned = set(model_state(module).pruned)
         self.zeros = dict.fromkeys(sorted(self.pruned), 0)
@@ -160,20 +205,20 @@ class _ExportWriter:
 
     def write_file(self, name: str, entries: list[Entry], bar: Any) -> None:
         """Collective. One weight file; an error on rank 0 is raised on every rank when the file ends."""
-        writer: TensorWriter | None = None
+        writer: TensorWriter | ScatteredWriter | None = None
         with alike(self.partition):
             if self.partition.rank == 0:
-                specs = [spec for entry in entries for spec in entry.outputs]
-                writer = TensorWriter(self.new, name, specs, {"format": "pt"})
+                writer = weight_writer(self.new, name, [spec for entry in entries for spec in entry.outputs])
+        updates = self._gather_updates(entries)
+        stream = self.partition.gather_each([e.tensor for e in entries if isinstance(e.tensor, nn.Parameter)])
         error: Exception | None = None
-        stream = self.partition.gather_each([p for entry in entries for p in self._needed(entry)], dst=0)
         for entry in entries:
-            tensors = [next(stream) for _ in self._needed(entry)]
+            whole = next(stream) if isinstance(entry.tensor, nn.Parameter) else entry.tensor
             bar.update()
-            if writer is None or error is not None:
+            if writer is None or whole is None or error is not None:
                 continue
             try:
-                self._write_entry(writer, entry, tensors)
+                self._write_entry(writer, entry, whole, updates.get(entry.name))
             except Exception as caught:  # the other ranks still send: take it all, then fail together
                 error = caught
         with alike(self.partition):
@@ -181,7 +226,7 @@ class _ExportWriter:
                 raise error
             if writer is not None:
                 writer.close()
-                self.sizes[name] = writer.file.size
+                self.sizes[name] = writer.size
 
     def report(self, seconds: float) -> ExportReport:
         """Collective. Rank 0's counts on every rank."""
@@ -189,7 +234,7 @@ class _ExportWriter:
         known = self.partition.broadcast(counts.to(self.partition.device), src=0).tolist()
         zeros = dict(zip(self.zeros, known, strict=False))
         entries = {e.name: e for es in self.plan.files.values() for e in es}
-        numel = {name: sum(math.prod(spec.shape) for spec in entries[name].outputs) for name in zeros}
+        numel = {name: entries[name].numel for name in zeros}
         return ExportReport(
             folder=str(self.new.folder),
             delta=self.delta,
@@ -197,26 +242,24 @@ class _ExportWriter:
             sparsity={name: zeros[name] / numel[name] for name in zeros},
             num_pruned=sum(numel.values()),
             num_zero=sum(zeros.values()),
-            num_parameters=sum(math.prod(spec.shape) for e in entries.values() for spec in e.outputs),
+            num_parameters=sum(entry.numel for entry in entries.values()),
             seconds=seconds,
         )
 
-    def _needed(self, entry: Entry) -> Iterator[nn.Parameter]:
-        """Parameters to gather for an entry: its adapter's, then itself."""
-        layer: Any = self.layers.get(entry.name)
-        if layer is not None and self.delta != "separate":
-            yield from (layer.dsee_A, layer.dsee_B, layer.dsee_values)
-        if isinstance(entry.tensor, nn.Parameter):
-            yield entry.tensor
+    def _gather_updates(self, entries: list[Entry]) -> dict[str, tuple[Tensor, ...]]:
+        """Collective. A, B and values of the file's adapted weights, whole on every rank, in one transfer."""
+        names = [e.name for e in entries if e.name in self.layers] if self.delta != "separate" else []
+        layers: list[Any] = [self.layers[name] for name in names]
+        flat = self.partition.gather([p for m in layers for p in (m.dsee_A, m.dsee_B, m.dsee_values)])
+        return {name: tuple(flat[3 * i : 3 * i + 3]) for i, name in enumerate(names)}
 
-    def _write_entry(self, writer: TensorWriter, entry: Entry, tensors: list[Tensor | None]) -> None:
-        whole = tensors[-1] if tensors else entry.tensor
-        assert whole is not None, entry.name
-        if len(tensors) == 4:
-            a, b, values = tensors[:3]
-            update = delta_record(self.layers[entry.name], a, b, values)  # type: ignore[arg-type]
+    def _write_entry(
+        self, writer: TensorWriter, entry: Entry, whole: Tensor, update: tuple[Tensor, ...] | None
+    ) -> None:
+        if update is not None:
+            delta = delta_record(self.layers[entry.name], *update)
             form: Form = "masked" if self.delta == "masked" else "dense"
-            whole = merged_weight(whole, update, pruned=entry.name in self.pruned, form=form)
+            whole = merged_weight(whole, delta, pruned=entry.name in self.pruned, form=form)
         if entry.name in self.zeros:
             self.zeros[entry.name] = whole.numel() - int(torch.count_nonzero(whole))
         stored = entry.stored(self.module, whole)
@@ -245,9 +288,9 @@ def merged_weight(weight: Tensor, update: Delta, *, pruned: bool, form: Form) ->
     return merged
 
 
-def _write_settings(module: Any, folder: Path, tokenizer: Any) -> None:
+def _write_settings(module: Any, folder: Path, tokenizer: Any, config: Any) -> None:
     if hasattr(module, "save_pretrained"):
-        config = copy.deepcopy(module.config)
+        config = copy.deepcopy(config)
         config.dtype = str(module.dtype).removeprefix("torch.")
         config.architectures = [type(module).__name__]
         config.save_pretrained(folder)
@@ -262,7 +305,7 @@ def _write_settings(module: Any, folder: Path, tokenizer: Any) -> None:
 
 
 def _write_index(new: NewFolder, plan: ExportPlan, report: ExportReport) -> None:
-    if len(plan.files) > 1:
+    if len(plan.files) > 1 and report.format == "dense":
         new.write_json(INDEX_FILE, plan.index(report.num_parameters))
     new.write_json(REPORT_FILE, report.to_dict())
     new.adopt()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsee_scale.checkpoint.compressed import STEM as SPARSE
 from dsee_scale.checkpoint.record import is_adapter_key
+from dsee_scale.checkpoint.stored_form import StoredForm
 from dsee_scale.checkpoint.tensor_file import TensorSpec
 from dsee_scale.errors import ConfigError
 from dsee_scale.partition.port import Partition
@@ -27,18 +30,20 @@ class Entry:
         name: its name in the model's state dict.
         tensor: parameter (perhaps partitioned away) or buffer.
         outputs: tensors in the file.
+        numel: entries of the parameter, without those that the file leaves out because they were removed.
         converted: whether transformers stores it under other names or in another layout.
     """
 
     name: str
     tensor: Tensor
     outputs: tuple[TensorSpec, ...]
+    numel: int
     converted: bool
 
-    def stored(self, model: nn.Module, whole: Tensor) -> dict[str, Tensor]:
-        """The file's tensors, from the whole value."""
+    def stored(self, model: nn.Module, form: StoredForm, whole: Tensor, masked: Tensor) -> dict[str, Tensor]:
+        """The file's tensors, from the whole value and the weight whose bits tell what is kept of it."""
         if not self.converted:
-            return {self.name: whole}
+            return form.tensors(self.name, whole, masked)
         return _reverted(model, {self.name: whole.detach()})
 
     @property
@@ -69,8 +74,15 @@ class ExportPlan:
         }
 
 
-def plan_export(partition: Partition, model: nn.Module, max_shard_size: int | str) -> ExportPlan:
-    """Names, shapes and files as stock `save_pretrained` would choose them. Local; reads no weight."""
+def plan_export(
+    partition: Partition, model: nn.Module, max_shard_size: int | str, form: StoredForm | None = None
+) -> ExportPlan:
+    """Names, shapes and files as stock `save_pretrained` would choose them. Local; reads no weight.
+
+    Raises:
+        ConfigError: compressed files of a model whose stored tensors are not those of its state dict.
+    """
+    form = form or StoredForm()
     state = saved_state(model)
     metas = {
         name: torch.empty(
@@ -81,11 +93,18 @@ def plan_export(partition: Partition, model: nn.Module, max_shard_size: int | st
         for name, t in state.items()
     }
     layout = stored_layout(model, metas)
-    entries = [
-        Entry(name, state[name], _specs((layout or {}).get(name, {name: metas[name]})), layout is not None)
-        for name in state
-    ]
-    return ExportPlan(_into_files(entries, parse_size(max_shard_size)))
+    if layout is not None and form.num_kept:
+        raise ConfigError(
+            f"format 'sparse' is not possible here: transformers stores tensors of {type(model).__name__} under "
+            "other names; export with format 'dense', then convert that folder with `dsee-scale export`"
+        )
+    entries = []
+    for name, tensor in state.items():
+        specs = _specs((layout or {}).get(name, {name: metas[name]}))
+        numel = sum(math.prod(form.dense_shape(spec)) for spec in specs)
+        outputs = specs if layout else tuple(part for spec in specs for part in form.specs(spec))
+        entries.append(Entry(name, tensor, outputs, numel, layout is not None))
+    return ExportPlan(_into_files(entries, parse_size(max_shard_size), SPARSE if form.num_kept else "model"))
 
 
 def saved_state(model: nn.Module) -> dict[str, Tensor]:
@@ -152,7 +171,7 @@ def _specs(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in tensors.items())
 
 
-def _into_files(entries: list[Entry], limit: int) -> dict[str, list[Entry]]:
+def _into_files(entries: list[Entry], limit: int, stem: str) -> dict[str, list[Entry]]:
     groups: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
@@ -161,9 +180,9 @@ def _into_files(entries: list[Entry], limit: int) -> dict[str, list[Entry]]:
             size = 0
         groups[-1].append(entry)
         size += entry.nbytes
-    names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     if len(groups) == 1:
-        names = ["model.safetensors"]
+        names = [f"{stem}.safetensors"]
     # Wider dtypes first: then every tensor starts at a multiple of its width.
     ordered = [sorted(group, key=lambda e: -e.outputs[0].dtype.itemsize) for group in groups]
     return dict(zip(names, ordered, strict=True))

@@ -135,7 +135,7 @@ UNITS = {
         PruneConfig(pattern="neurons", num_per_layer=11, score="random"),
     ),
     "2:4-then-heads": (
-        PruneConfig(pattern="2:4", modules=("c_attn", *BUT_DOWN[:4])),
+        PruneConfig(pattern="2:4", modules=("*attn.*",)),
         PruneConfig(pattern="heads", num_per_layer=2),
     ),
 }
@@ -277,8 +277,8 @@ def losses_after_patterns(ds_config: dict[str, Any]) -> list[float]:
     losses = train(engine, 2)
     dsee_scale.prune(engine, PruneConfig(pattern="heads", num_per_layer=2))
     dsee_scale.prune(engine, PruneConfig(pattern="neurons", sparsity=0.25))
-    dsee_scale.prune(engine, PruneConfig(pattern="2:4", modules=("c_attn", *BUT_DOWN[:4])))
-    return losses + train(engine, 2, seed=10)
+    dsee_scale.prune(engine, PruneConfig(pattern="2:4", modules=BUT_DOWN))
+    return losses + train(engine, 2)
 
 
 def test_patterns_reach_the_secondary_shards_of_hierarchical_partitioning(pools):
