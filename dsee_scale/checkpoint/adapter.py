@@ -16,6 +16,7 @@ from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.targets import Target, linear_kind
 from dsee_scale.algorithms.decompose import Support
 from dsee_scale.checkpoint.base_model import base_identity, check_base
+from dsee_scale.checkpoint.dealt_files import batches
 from dsee_scale.checkpoint.files import NewFolder, StoredFolder, alike, new_folder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import apply_mask, check_masks, open_masks, save_masks
@@ -40,7 +41,7 @@ KINDS_WITH_ADAPTER = ("adapter", "training_state")
 def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> None:
     """Collective. Write what was trained and which weights were removed: adapter, masks, settings.
 
-    Parameters are streamed to rank 0 one at a time, masks as one bit per entry; no base weight is gathered.
+    Parameters are gathered in batches of 64 MiB, masks as one bit per entry; no base weight is gathered.
     The folder appears when it is complete; if anything fails, what was there before stays.
 
     Args:
@@ -164,22 +165,25 @@ def _stream_adapter(partition: Partition, module: nn.Module, new: NewFolder) -> 
     with alike(partition):
         if partition.rank == 0:
             writer = TensorWriter(new, f"{STEM}.safetensors", specs, file_metadata(KIND))
-    params = [tensors[s.name] for s in specs if isinstance(tensors[s.name], nn.Parameter)]
-    stream = partition.gather_each(params, dst=0)  # type: ignore[arg-type]
     error: Exception | None = None
-    for spec in specs:
-        whole = next(stream) if isinstance(tensors[spec.name], nn.Parameter) else tensors[spec.name]
-        if writer is None or whole is None or error is not None:
-            continue
+    for batch in batches(specs):
+        whole = _gathered(partition, {spec.name: tensors[spec.name] for spec in batch})
         try:
-            writer.write(spec.name, whole)
-        except Exception as caught:  # the other ranks still send: take it all, then fail together
+            for spec in batch if writer is not None and error is None else ():
+                writer.write(spec.name, whole[spec.name])  # type: ignore[union-attr]
+        except Exception as caught:  # the other ranks go on to the next batch: follow, then fail together
             error = caught
     with alike(partition):
         if error is not None:
             raise error
         if writer is not None:
             writer.close()
+
+
+def _gathered(partition: Partition, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Collective. Parameters whole, in one transfer; buffers as they are."""
+    params = {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter)}
+    return {**tensors, **dict(zip(params, partition.gather(list(params.values())), strict=True))}
 
 
 def _count_kept(partition: Partition, pruned: dict[str, nn.Parameter]) -> dict[str, int]:

@@ -36,9 +36,9 @@ def write_dealt(
         files: number of files, at most the number of ranks.
         kind: noted in the files.
     """
-    batches = [[s.name for s in batch] for batch in _batches(specs)]
+    names = [[spec.name for spec in batch] for batch in batches(specs)]
     sizes = {spec.name: spec.nbytes for spec in specs}
-    shares = [runs({name: sizes[name] for name in batch}, files) for batch in batches]
+    shares = [runs({name: sizes[name] for name in batch}, files) for batch in names]
     mine = [set(share[partition.rank]) if partition.rank < files else set() for share in shares]
     writer: TensorWriter | None = None
     with alike(partition):
@@ -46,7 +46,7 @@ def write_dealt(
             own = [spec for spec in specs if any(spec.name in share for share in mine)]
             writer = TensorWriter(folder, part_name(stem, partition.rank, files), own, file_metadata(kind))
     error: Exception | None = None
-    for batch, share in zip(batches, mine, strict=True):
+    for batch, share in zip(names, mine, strict=True):
         tensors = produce(batch)
         try:
             for name, tensor in zip(batch, tensors, strict=True):
@@ -76,13 +76,14 @@ def part_name(stem: str, index: int, files: int) -> str:
     return f"{stem}.safetensors" if files == 1 else f"{stem}-{index + 1:05d}-of-{files:05d}.safetensors"
 
 
-def _batches(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
-    batches: list[list[TensorSpec]] = []
+def batches(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
+    """Consecutive tensors of at most 64 MiB together (at least one tensor)."""
+    result: list[list[TensorSpec]] = []
     size = BATCH_BYTES
     for spec in specs:
         if size + spec.nbytes > BATCH_BYTES:
-            batches.append([])
+            result.append([])
             size = 0
-        batches[-1].append(spec)
+        result[-1].append(spec)
         size += spec.nbytes
-    return batches
+    return result

@@ -254,15 +254,22 @@ class _ExportWriter:
         return {name: tuple(flat[3 * i : 3 * i + 3]) for i, name in enumerate(names)}
 
     def _write_entry(
-        self, writer: TensorWriter, entry: Entry, whole: Tensor, update: tuple[Tensor, ...] | None
+        self,
+        writer: TensorWriter | ScatteredWriter,
+        entry: Entry,
+        weight: Tensor,
+        update: tuple[Tensor, ...] | None,
     ) -> None:
+        value = weight
         if update is not None:
             delta = delta_record(self.layers[entry.name], *update)
             form: Form = "masked" if self.delta == "masked" else "dense"
-            whole = merged_weight(whole, delta, pruned=entry.name in self.pruned, form=form)
+            value = merged_weight(weight, delta, pruned=entry.name in self.pruned, form=form)
         if entry.name in self.zeros:
-            self.zeros[entry.name] = whole.numel() - int(torch.count_nonzero(whole))
-        stored = entry.stored(self.module, whole)
+            structure = self.form.structure
+            left = structure.shrink(entry.name, value) if structure else value
+            self.zeros[entry.name] = left.numel() - int(torch.count_nonzero(left))
+        stored = entry.stored(self.module, self.form, value, weight)
         for spec in entry.outputs:
             writer.write(spec.name, stored[spec.name])
 

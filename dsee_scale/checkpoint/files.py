@@ -127,7 +127,8 @@ class NewFolder:
         """Collective. Complete the manifest and put the folder in its place."""
         with alike(self.partition):
             if self.partition.rank:
-                _write(self.partial / f".records-{self.partition.rank}.json", self._records)
+                path = self.partial / f".records-{self.partition.rank}.json"
+                path.write_text(json.dumps(self._records), encoding="utf-8")
         with alike(self.partition):
             if self.partition.rank == 0:
                 self._finish()
