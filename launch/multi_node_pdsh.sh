@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Several machines, started from one of them over ssh: DeepSpeed's own launcher with a hostfile.
+#   launch/multi_node_pdsh.sh launch/finetune.py RECIPE.yaml [--flag value ...] [--deepspeed FILE]
+# HOSTFILE (default launch/hostfile) lists the machines, the first one leads; MASTER_ADDR is the address by
+# which the others reach it (default: the first one of its `hostname -I`); MASTER_PORT=P fixes the port.
+set -euo pipefail
+
+hostfile=${HOSTFILE:-$(dirname "$0")/hostfile}
+[[ -f $hostfile ]] || { echo "$hostfile does not exist; copy launch/hostfile.example" >&2; exit 2; }
+# Free on this machine; the first machine of the hostfile is meant to be this one.
+port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+
+command=(deepspeed --hostfile "$hostfile" --launcher pdsh --no_local_rank --master_port "$port")
+if [[ -n ${MASTER_ADDR:-} ]]; then
+  command+=(--master_addr "$MASTER_ADDR")
+fi
+command+=("$@")
+echo "+ ${command[*]@Q}" >&2
+exec "${command[@]}"

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Slurm: srun starts one torchrun on each machine; no ssh, no hostfile.
+#   sbatch --nodes 4 launch/slurm.sh launch/finetune.py RECIPE.yaml [--flag value ...] [--deepspeed FILE]
+#SBATCH --job-name=dsee
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --signal=TERM@120
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+processes=${NUM_PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# The port must be the same for all: asked of the first machine, where it has to be free.
+free_port='import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+port=${MASTER_PORT:-$(srun --nodes 1 --ntasks 1 --nodelist "$first" python -c "$free_port")}
+cores=${SLURM_CPUS_ON_NODE:-$(nproc)}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
+
+command=(srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$processes"
+  --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$first:$port" "$@")
+echo "+ ${command[*]@Q}" >&2
+exec "${command[@]}"
