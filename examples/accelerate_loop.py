@@ -1,6 +1,6 @@
 """DSEE in a plain Accelerate loop; works under DeepSpeed, DDP or one process, as the launcher says.
 
-accelerate launch --config_file ds_configs/accelerate_zero3_cpu.yaml examples/accelerate_loop.py \
+accelerate launch --config_file ds_configs/accelerate_cpu.yaml examples/accelerate_loop.py \
     --model MODEL --text TEXT.txt --output_dir OUT
 """
 

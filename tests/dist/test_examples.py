@@ -48,7 +48,7 @@ LAUNCHES = {
         "--main_process_port",
         "PORT",
         "--config_file",
-        "ds_configs/accelerate_zero3_cpu.yaml",
+        "ds_configs/accelerate_cpu.yaml",
     ],
 }
 
