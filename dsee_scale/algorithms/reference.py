@@ -15,6 +15,9 @@ RANK_STEP = 5
 THRESHOLD = 0.01
 """Residual entries below this size are not part of S. Absolute, whatever the weight's scale: the paper's."""
 
+BLOCK = 2**16
+"""Entries of a row block in elementwise steps, few enough for the cache."""
+
 
 def reference_low_rank(
     weight: Tensor, generator: torch.Generator, rounds: int = ROUNDS
@@ -50,16 +53,18 @@ def reference_low_rank(
 
 
 def _update(x: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    left = torch.linalg.qr(x @ right.T)[0]
+    # (V X^T)^T is X V^T in the column order that LAPACK works in; the triangle R is not needed.
+    left = torch.linalg.householder_product(*torch.geqrf((right @ x.T).T))
     return left, left.T @ x
 
 
 def _without_sparse(weight: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
-    """X = W - S: L where the residual is large, W where it is small."""
+    """X = W - S, where S is W - U V without its small entries."""
     torch.mm(left, right, out=out)
-    rows = max(1, 2**18 // weight.shape[1])
+    below = float(torch.nextafter(weight.new_tensor(THRESHOLD), weight.new_zeros(())))
+    rows = max(1, BLOCK // weight.shape[1])
     for w, x in zip(weight.split(rows), out.split(rows), strict=True):
-        x.copy_(torch.where((w - x).abs_() < THRESHOLD, w, x))
+        torch.sub(w, torch.hardshrink(torch.sub(w, x, out=x), below), out=x)  # keeps |entry| > below
 
 
 def _new_rows(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
