@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,22 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         given = _read_config(args.deepspeed) if args.deepspeed else plugin.hf_ds_config.config
         check_deepspeed_config(given, args, f"{source} (DeepSpeed)")
     return args
+
+
+@contextlib.contextmanager
+def kept_environment() -> Iterator[None]:
+    """Restore accelerate's variables at the end.
+
+    Accelerate notes what it was told in ACCELERATE_* variables and leaves them there; the next run in this
+    process would take them for a launcher's.
+    """
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def resume_folder(recipe: Recipe, args: TrainingArguments) -> Path | None:

@@ -55,6 +55,13 @@ class PhaseCallback(TrainerCallback):
             elif not events:
                 self._measure("tuned")
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """If the best checkpoint has just been loaded, its quality is the run's, not the last step's."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None and self.journal.phases:
+            self._measure(self.journal.phases[-1]["phase"], trained=False, step=state.best_global_step)
+
     def _prune_if_due(self, state: TrainerState) -> None:
         for event in self.timeline.prune_events:
             if event.step != state.global_step:
@@ -67,7 +74,7 @@ class PhaseCallback(TrainerCallback):
                 # A tuned model that is not pruned must never win against the pruned ones.
                 state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
-    def _measure(self, name: str, *, trained: bool = True) -> None:
+    def _measure(self, name: str, *, trained: bool = True, step: int | None = None) -> None:
         """Collective. Quality, sparsity, time and memory at this point."""
         seconds = time.perf_counter() - self._phase_started
         memory = peak_memory()
@@ -76,7 +83,7 @@ class PhaseCallback(TrainerCallback):
         matrices = count_zeros(self._trainer.model_wrapped)
         self.journal.add_phase(
             name,
-            step=self._trainer.state.global_step,
+            step=self._trainer.state.global_step if step is None else step,
             quality=quality,
             sparsity=sparsity(matrices),
             zeros=sum(zeros for zeros, _ in matrices.values()),

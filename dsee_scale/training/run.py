@@ -17,7 +17,12 @@ from dsee_scale.checkpoint.export import export_model
 from dsee_scale.errors import ConfigError
 from dsee_scale.partition import open_partition
 from dsee_scale.passes.inject_model import inject
-from dsee_scale.training.arguments import model_dtype, resume_folder, training_arguments
+from dsee_scale.training.arguments import (
+    kept_environment,
+    model_dtype,
+    resume_folder,
+    training_arguments,
+)
 from dsee_scale.training.collate import Collator
 from dsee_scale.training.data import load_rows
 from dsee_scale.training.encoding import Encoder
@@ -31,7 +36,7 @@ from dsee_scale.training.report import METRICS_FILE, write_metrics, write_report
 from dsee_scale.training.sections import ExportConfig
 from dsee_scale.training.timeline import build_timeline, steps_per_epoch
 from dsee_scale.training.together import together
-from dsee_scale.training.trainer import DSEETrainer, RunParts
+from dsee_scale.training.trainer import DSEETrainer, RunParts, read_record
 from dsee_scale.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -49,6 +54,11 @@ def run(recipe: Recipe) -> Path:
     Raises:
         DSEEError: bad settings, data or files; the same on every rank, before any training.
     """
+    with kept_environment():
+        return _run(recipe)
+
+
+def _run(recipe: Recipe) -> Path:
     args = training_arguments(recipe)
     checkpoint = resume_folder(recipe, args)
     journal = Journal()
@@ -91,6 +101,7 @@ def build_trainer(
         if checkpoint is None:
             inject(model, recipe.dsee)
         else:
+            together(lambda: _check_same_adapters(recipe, checkpoint), what=f"reading {checkpoint}")
             load_adapter(model, checkpoint)
     if args.activation_checkpointing:
         # With every input frozen, reentrant checkpointing would cut the graph before the first adapter.
@@ -103,6 +114,7 @@ def build_trainer(
         model=model,
         args=args,
         train_dataset=train_rows,
+        eval_dataset=evaluation,  # type: ignore[arg-type]
         data_collator=Collator(evaluation.pad_id),
         processing_class=tokenizer,
         callbacks=[phases],
@@ -131,6 +143,18 @@ def _encode(recipe: Recipe, encoder: Encoder) -> tuple[Dataset, EvaluationSet]:
         generations=encoder.generations(validation, count) if count else (),
         pad_id=int(encoder.tokenizer.pad_token_id),  # type: ignore[arg-type]
     )
+
+
+def _check_same_adapters(recipe: Recipe, checkpoint: Path) -> None:
+    """A resumed run has the checkpoint's adapters; a recipe that asks for others is an error. Local."""
+    saved, asked = read_record(checkpoint)["dsee"], recipe.dsee.to_dict()
+    differing = [
+        f"{key}: {saved.get(key)!r} there, {value!r} here"
+        for key, value in asked.items()
+        if saved.get(key) != value
+    ]
+    if differing:
+        raise ConfigError(f"{checkpoint} was trained with other dsee settings ({'; '.join(differing)})")
 
 
 def _export(config: ExportConfig, trainer: DSEETrainer, folder: Path) -> None:

@@ -199,6 +199,13 @@ class DSEETrainer(Trainer):
             self._move_scheduler_to(self.state.global_step)
         return prepared
 
+    def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]
+        """The parent would train one step more when a finished run is resumed (to export it again)."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
     def _move_scheduler_to(self, step: int) -> None:
         """The learning rate is a function of the step alone, so that a resumed recipe may change it."""
         scheduler: Any = self.lr_scheduler
@@ -229,6 +236,10 @@ class DSEETrainer(Trainer):
         folder = Path(output) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(folder)
+        if self.is_deepspeed_enabled:
+            # accelerate 1.15 steps the engine once per optimizer step, so its count of micro-batches falls behind.
+            engine: Any = self.model_wrapped
+            engine.micro_steps = self.state.global_step * engine.gradient_accumulation_steps()
         with self.parts.journal.timed("save"):
             save_training_state(
                 self.model_wrapped,

@@ -1,0 +1,250 @@
+"""The whole run under real ZeRO-3: all phases, resume anywhere, files without base weights, shared errors."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from dsee_scale.errors import ConfigError, DSEEError
+from tests.dist.run_inputs import losses, tiny_recipe, write_inputs, zero_share
+
+# The first run of a process imports transformers' Trainer and all that hangs on it.
+LONG = 400.0
+pytestmark = pytest.mark.timeout(900)
+
+
+def run_recipe(values: dict[str, Any]) -> None:
+    """One run on a pool's rank."""
+    from dsee_scale.training.recipe import build_recipe
+    from dsee_scale.training.run import run
+
+    try:
+        run(build_recipe(values))
+    finally:
+        gc.collect()
+
+
+def run_and_tell(values: dict[str, Any]) -> tuple[str, str]:
+    """The error of a run on a pool's rank: type and text."""
+    try:
+        run_recipe(values)
+    except DSEEError as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, pools, tmp_path_factory):
+    """An undisturbed run on two ranks."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    pools(2).run(run_recipe, tiny_recipe(inputs, output), timeout=LONG)
+    return output
+
+
+def test_every_phase_is_measured_and_half_of_the_weights_are_zero(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    phases = {phase["phase"]: phase for phase in metrics["phases"]}
+    assert list(phases) == ["before", "tuned", "pruned", "retuned", "exported"]
+    assert phases["tuned"]["quality"]["loss"] < phases["before"]["quality"]["loss"] - 0.1
+    assert phases["retuned"]["quality"]["loss"] < phases["pruned"]["quality"]["loss"]
+    zeros, entries = zero_share(finished / "model")
+    assert phases["tuned"]["zeros"] == 0
+    assert phases["pruned"]["zeros"] == phases["retuned"]["zeros"] == zeros == round(entries / 2)
+    assert all(len(phase["peak_memory_bytes"]) == 2 for phase in metrics["phases"])
+    assert metrics["run"]["world_size"] == 2
+    assert (finished / "report.html").stat().st_size > 10_000
+
+
+def test_the_export_was_judged_without_dsee_scale(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    exported = metrics["phases"][-1]
+    assert exported["dsee_scale_imported"] is False
+    assert exported["same_tokens"] is True
+
+
+def test_a_dense_export_has_the_live_models_logits_and_quality(inputs, pools, tmp_path):
+    values = tiny_recipe(inputs, tmp_path / "run", export={"delta": "dense"}, training__save_strategy="no")
+    pools(2).run(run_recipe, values, timeout=LONG)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    phases = {phase["phase"]: phase for phase in metrics["phases"]}
+    assert phases["exported"]["max_logit_difference"] < 1e-4
+    for name, value in phases["exported"]["quality"].items():
+        assert value == pytest.approx(phases["retuned"]["quality"][name], rel=1e-4)
+
+
+def test_checkpoints_hold_no_base_weight_and_nothing_empty(finished):
+    checkpoints = sorted(path.name for path in finished.glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-11", "checkpoint-4", "checkpoint-8"]
+    files = [path for path in finished.glob("checkpoint-*/*")] + list((finished / "adapter").iterdir())
+    assert all(path.stat().st_size for path in files)
+    for path in (path for path in files if path.suffix == ".safetensors"):
+        with safe_open(path, "pt") as reader:
+            for name in reader.keys():  # noqa: SIM118 (the reader is no mapping)
+                assert reader.get_slice(name).get_shape() not in ([], [0]), (path, name)
+                if "random" not in path.name and "mask" not in path.name:
+                    assert ".dsee_" in name, (path, name)
+
+
+@pytest.mark.parametrize(
+    ("step", "world", "batch", "accumulation"), [(4, 2, 6, 1), (8, 3, 4, 1), (8, 1, 6, 2)]
+)
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(
+    finished, inputs, pools, tmp_path, step, world, batch, accumulation
+):
+    """In both phases, on two, three and one rank."""
+    output = tmp_path / "run"
+    shutil.copytree(finished / f"checkpoint-{step}", output / f"checkpoint-{step}")
+    values = tiny_recipe(
+        inputs,
+        output,
+        training__resume_from_checkpoint=True,
+        training__per_device_train_batch_size=batch,
+        training__gradient_accumulation_steps=accumulation,
+        export={"delta": "masked", "check": False},
+    )
+    pools(world).run(run_recipe, values, timeout=LONG)
+    expected, found = losses(finished), losses(output)
+    assert found.keys() == expected.keys()
+    for at, loss in expected.items():
+        assert found[at] == pytest.approx(loss, abs=1e-6 if world == 2 else 1e-4), at
+    ours = json.loads((output / "metrics.json").read_text())["phases"]
+    theirs = json.loads((finished / "metrics.json").read_text())["phases"]
+    assert [p["phase"] for p in ours] == [p["phase"] for p in theirs][:4]
+    assert zero_share(output / "model") == zero_share(finished / "model")
+
+
+def test_a_finished_run_resumes_into_its_export_without_a_step_more(finished, inputs, pools, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished / "checkpoint-11", output / "checkpoint-11")
+    values = tiny_recipe(inputs, output, training__resume_from_checkpoint=True, export={"check": False})
+    pools(2).run(run_recipe, values, timeout=LONG)
+    assert losses(output) == losses(finished)
+    files = [folder / "adapter" / "dsee_adapter.safetensors" for folder in (finished, output)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_resuming_with_another_batch_or_other_adapters_is_refused_on_every_rank(
+    finished, inputs, pools, tmp_path
+):
+    output = tmp_path / "run"
+    shutil.copytree(finished / "checkpoint-4", output / "checkpoint-4")
+    changes = {
+        "12 examples per step": {"training__per_device_train_batch_size": 5},
+        "other dsee settings (rank: 4 there, 2 here)": {"dsee__rank": 2},
+    }
+    for message, change in changes.items():
+        values = tiny_recipe(inputs, output, training__resume_from_checkpoint=True, **change)
+        found = pools(2).run(run_and_tell, values, timeout=LONG)
+        assert found[0] == found[1]
+        assert found[0][0] == "ConfigError"
+        assert message in found[0][1]
+
+
+def test_the_best_pruned_model_is_kept_and_loaded_at_the_end(inputs, pools, tmp_path):
+    values = tiny_recipe(
+        inputs,
+        tmp_path / "run",
+        training__load_best_model_at_end=True,
+        training__eval_strategy="steps",
+        training__eval_steps=2,
+        training__save_steps=2,
+        training__save_total_limit=1,
+        training__metric_for_best_model="loss",
+        retune={"max_steps": 6, "learning_rate": 0.5, "lr_scheduler_type": "constant", "warmup_steps": 0},
+        export=None,
+    )
+    pools(2).run(run_recipe, values, timeout=LONG)
+    kept = sorted((tmp_path / "run").glob("checkpoint-*"))
+    assert len(kept) <= 2
+    state = json.loads((kept[-1] / "dsee_state.json").read_text())["extra"]["trainer"]
+    best = Path(state["best_model_checkpoint"])
+    assert int(best.name.split("-")[1]) >= 6
+    with (
+        safe_open(best / "dsee_adapter.safetensors", "pt") as expected,
+        safe_open(tmp_path / "run" / "adapter" / "dsee_adapter.safetensors", "pt") as found,
+    ):
+        for name in expected.keys():  # noqa: SIM118
+            assert (expected.get_tensor(name) == found.get_tensor(name)).all(), name
+
+
+def test_bad_input_is_the_same_error_on_every_rank(finished, inputs, pools, tmp_path):
+    (tmp_path / "wrong.csv").write_text("title,label\nx,positive\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("x")
+    cases = {
+        "has no column 'text'; columns found: title, label": {
+            "data__train_file": str(tmp_path / "wrong.csv")
+        },
+        "is not empty": {"training__output_dir": str(tmp_path / "full")},
+        "nothing to resume": {"training__resume_from_checkpoint": True},
+        "gradient_clipping is 0.5, but training.max_grad_norm is 1.0": {
+            "training__deepspeed": {"gradient_clipping": 0.5, "zero_optimization": {"stage": 3}}
+        },
+        "tokenizer": {"model__name": str(tmp_path / "no_model")},
+        "no module": {"dsee__target_modules": ["q_prj"]},
+    }
+    for message, changes in cases.items():
+        output = tmp_path / "out"
+        found = pools(2).run(run_and_tell, tiny_recipe(inputs, output, **changes), timeout=LONG)
+        assert found[0] == found[1], message
+        assert message.lower() in found[0][1].lower(), found[0]
+        assert not output.exists() or not any(output.iterdir()), message
+
+
+def test_completion_with_bleu_and_gradual_pruning(inputs, pools, tmp_path):
+    (tmp_path / "pairs.csv").write_text("mr,ref\n" + "the film,is fine\nthe plot,is dull\n" * 30)
+    data = {
+        "task": "completion",
+        "train_file": str(tmp_path / "pairs.csv"),
+        "prompt": "{mr} :",
+        "completion": " {ref}",
+        "generate_samples": 3,
+        "generation": {"max_new_tokens": 5},
+    }
+    values = tiny_recipe(
+        inputs,
+        tmp_path / "run",
+        data=data,
+        gradual={"num_steps": 4, "every": 2},
+        training__save_strategy="no",
+        export={"check": True, "delta": "dense"},
+    )
+    pools(2).run(run_recipe, values, timeout=LONG)
+    phases = json.loads((tmp_path / "run" / "metrics.json").read_text())["phases"]
+    assert [phase["phase"] for phase in phases] == ["before", "tuned", "pruned", "retuned", "exported"]
+    assert phases[2]["step"] == 10
+    assert phases[2]["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert all("bleu" in phase["quality"] for phase in phases[:4])
+
+
+def test_plain_text_without_deepspeed_in_one_process(inputs, tmp_path, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "a.txt").write_text("the film is fine and the plot is dull\n" * 60)
+    data = {"task": "language_modelling", "train_file": str(tmp_path / "a.txt"), "max_length": 16}
+    values = tiny_recipe(
+        inputs, tmp_path / "run", data=data, training__deepspeed=None, training__per_device_train_batch_size=2
+    )
+    run_recipe(values)
+    phases = json.loads((tmp_path / "run" / "metrics.json").read_text())["phases"]
+    assert phases[1]["quality"]["perplexity"] < phases[0]["quality"]["perplexity"]
+    assert phases[-1]["phase"] == "exported"
+
+
+def test_deepspeed_without_a_launcher_says_so(inputs, tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ConfigError, match="needs a launcher"):
+        run_recipe(tiny_recipe(inputs, tmp_path / "run"))
