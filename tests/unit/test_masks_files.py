@@ -136,6 +136,17 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path):
     assert torch.equal(load_file(tmp_path / "out" / "part.safetensors")["x"], torch.zeros(3))
 
 
+def test_what_a_killed_save_left_behind_does_not_matter(tmp_path):
+    save(tmp_path / "out", {"x": torch.ones(3)})
+    for left in (".out.partial", ".out.previous"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "model.safetensors").write_bytes(b"half")
+    assert torch.equal(load_file(tmp_path / "out" / "part.safetensors")["x"], torch.ones(3))
+    save(tmp_path / "out", {"x": torch.zeros(3)}, overwrite=True)
+    assert torch.equal(load_file(tmp_path / "out" / "part.safetensors")["x"], torch.zeros(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_overwrite_never_deletes_foreign_files(tmp_path):
     save(tmp_path / "out", {"x": torch.ones(3)})
     (tmp_path / "out" / "notes.txt").write_text("mine")
