@@ -54,7 +54,8 @@ def reference_low_rank(
 
 def _update(x: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     # (V X^T)^T is X V^T in the column order that LAPACK works in; the triangle R is not needed.
-    left = torch.linalg.householder_product(*torch.geqrf((right @ x.T).T))
+    packed, scales = torch.geqrf((right @ x.T).T)
+    left = torch.linalg.householder_product(packed[:, : len(scales)], scales)
     return left, left.T @ x
 
 
