@@ -2,6 +2,7 @@
 
 from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
 from dsee_scale.checkpoint.export import export_model
+from dsee_scale.checkpoint.load import load_pretrained
 from dsee_scale.config import DecompositionConfig, DSEEConfig, Pool, PruneConfig
 from dsee_scale.errors import ConfigError as ConfigError
 from dsee_scale.errors import DSEEError as DSEEError
@@ -23,6 +24,7 @@ __all__ = [
     "export_model",
     "inject",
     "load_adapter",
+    "load_pretrained",
     "prune",
     "save_adapter",
     "trainable_parameters",

@@ -203,14 +203,23 @@ class PruneConfig(JsonConfig):
     """Restrict pruning to these suffixes or patterns; empty means every linear weight of the blocks."""
     seed: int = 0
     """Seed of score `random`."""
+    then: tuple[PruneConfig, ...] = ()
+    """Further prunings right after this one, such as neurons after heads."""
 
     def __post_init__(self) -> None:
         _coerce(self, "modules", tuple_of_str)
         _coerce(
             self, "pools", lambda ps: tuple(Pool.from_dict(p) if isinstance(p, Mapping) else p for p in ps)
         )
+        _coerce(
+            self,
+            "then",
+            lambda cs: tuple(type(self).from_dict(c) if isinstance(c, Mapping) else c for c in cs),
+        )
         problems = _literal_problems(self) + _sparsity_problems(self.sparsity)
         problems += self._pattern_problems()
+        if any(further.then for further in self.then):
+            problems.append("`then` within `then`; list all further prunings in the first one")
         names = [pool.name for pool in self.pools]
         if len(set(names)) != len(names):
             problems.append(f"pools need different names, found {names}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsee_scale.adapters.sparse_residual import PreparedSupport, accumulate_, value_gradient
+from dsee_scale.adapters.sparse_residual import PreparedSupport, backward_, forward_
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +68,7 @@ class _LowRankSparse(torch.autograd.Function):
         out_TO = out.view(-1, y.shape[-1])
         for (start, stop), z, b_OR in _per_slice(update, z_TKR, b.to(dtype)):
             _addmm_(out_TO[:, start:stop], z, b_OR.t())
-        scaled_N = values.to(dtype) * update.scaling
-        accumulate_(out_TO, x_TI, scaled_N, update.support.forward, update.support)
+        forward_(out_TO, x_TI, values.to(dtype) * update.scaling, update.support)
         ctx.save_for_backward(x_TI, z_TKR, a, b, values)
         ctx.update, ctx.x_shape, ctx.x_dtype = update, x.shape, x.dtype
         return out
@@ -78,30 +77,24 @@ class _LowRankSparse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_TI, z_TKR, a, b, values = ctx.saved_tensors
-        update: Update = ctx.update
+        update, dtype = ctx.update, x_TI.dtype
         need_y, need_x, need_a, need_b, need_values, _ = ctx.needs_input_grad
-        dy_TO = dy.reshape(-1, dy.shape[-1]).to(x_TI.dtype)
+        dy_TO = dy.reshape(-1, dy.shape[-1]).to(dtype)
         dx = da = db = dvalues = None
         if need_x or need_a:
-            dz_TKR = _dz(dy_TO, z_TKR, b.to(x_TI.dtype), update)
-            da = dz_TKR.t() @ x_TI if need_a else None
-            dx = dz_TKR @ a.to(x_TI.dtype) if need_x else None
-        if dx is not None:
-            scaled_N = values.to(x_TI.dtype) * update.scaling
-            accumulate_(dx, dy_TO, scaled_N, update.support.backward, update.support)
-            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+            dz_TKR = _dz(dy_TO, z_TKR, b.to(dtype), update)
+            da = (dz_TKR.t() @ x_TI).to(a.dtype) if need_a else None
+            # Not made as (T, I) and viewed: into a tensor that is no view autograd adds the base's gradient.
+            dx = dz_TKR.view(*ctx.x_shape[:-1], dz_TKR.shape[-1]) @ a.to(dtype) if need_x else None
         if need_b:
             db = _db(dy_TO, z_TKR, b, update)
-        if need_values:
-            dvalues = value_gradient(dy_TO, x_TI, update.support).mul_(update.scaling).to(values.dtype)
-        return (
-            dy if need_y else None,
-            dx,
-            None if da is None else da.to(a.dtype),
-            db,
-            dvalues,
-            None,
-        )
+        if need_x or need_values:
+            dx_TI = None if dx is None else dx.view(x_TI.shape)
+            scaled_N = values.to(dtype) * update.scaling
+            dvalues = backward_(dx_TI, dy_TO, x_TI, scaled_N, update.support, need_values)
+            dvalues = None if dvalues is None else dvalues.mul_(update.scaling).to(values.dtype)
+        dx = None if dx is None else dx.to(ctx.x_dtype)
+        return dy if need_y else None, dx, da, db, dvalues, None
 
 
 def _compute_dtype(x: Tensor, a: Tensor) -> torch.dtype:

@@ -36,7 +36,7 @@ def choose_method(num_entries: int, shape: tuple[int, int], device: torch.device
     """
     if device.type == "cuda":
         return "triton" if importlib.util.find_spec("triton") else "bags"
-    return "gather" if num_entries <= sum(shape) // 2 else "bags"
+    return "gather" if num_entries <= sum(shape) // 4 else "bags"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,61 +92,98 @@ def prepare(
     """
     method = method or choose_method(rows.numel(), shape, rows.device)
     if method == "gather":
-        forward, backward = _gather_route(cols, rows), _gather_route(rows, cols)
+        rows_long, cols_long = rows.long(), cols.long()
+        forward, backward = _gather_route(cols_long, rows_long), _gather_route(rows_long, cols_long)
     else:
         by_col = torch.argsort(cols, stable=True)
         targets = method == "triton"
         forward = _sorted_route(cols, rows, None, shape[0], targets)
         backward = _sorted_route(rows[by_col], cols[by_col], by_col.int(), shape[1], targets)
-    transposed = method == "bags" or (method == "triton" and rows.numel() > sum(shape) // 2)
+    transposed = method == "bags" or (method == "triton" and rows.numel() > sum(shape) // 4)
     return PreparedSupport(rows, cols, forward, backward, method, transposed)
 
 
-def accumulate_(
-    target_TM: Tensor, source_TJ: Tensor, values_N: Tensor, route: Route, support: PreparedSupport
-) -> None:
-    """`target += values * source` over a route, in place; values in the dtype of source."""
-    values_N = values_N if route.order is None else values_N.index_select(0, route.order)
-    for start, stop in _blocks(source_TJ.shape[0], support):
-        target, source = target_TM[start:stop], source_TJ[start:stop]
-        if support.method == "gather":
-            _add_gathered_(target, source, values_N, route)
-        elif support.method == "bags":
-            assert route.starts is not None
-            bags = torch.embedding_bag(
-                source.t().contiguous(), route.source, route.starts, False, 0, False, values_N, True
-            )
-            target.add_(bags[0].t().contiguous())
-        else:
-            _triton().accumulate_(target, source, values_N, route, support.transposed)
-
-
-def value_gradient(dy_TO: Tensor, x_TI: Tensor, support: PreparedSupport) -> Tensor:
-    """Gradient of the values, (N,) in float32 or wider: the sum over tokens of dy[t, row] * x[t, col]."""
-    dtype = torch.promote_types(x_TI.dtype, torch.float32)
-    total = torch.zeros(support.rows.shape, dtype=dtype, device=x_TI.device)
+def forward_(y_TO: Tensor, x_TI: Tensor, values_N: Tensor, support: PreparedSupport) -> None:
+    """y += x S2^T in place; the values in the dtype of x."""
     for start, stop in _blocks(x_TI.shape[0], support):
-        dy, x = dy_TO[start:stop], x_TI[start:stop]
+        y, x = y_TO[start:stop], x_TI[start:stop]
         if support.method == "gather":
-            at_row, at_col = support.backward.source, support.forward.source
-            total += _columns(dy, at_row).mul_(_columns(x, at_col)).sum(0, dtype=dtype)
+            _add_columns_(y, _columns(x, support.forward.source).mul_(values_N), support.forward)
         elif support.method == "bags":
-            route = support.forward
-            assert route.starts is not None
-            total += torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                dy.t().contiguous(), x.t().contiguous(), route.source, route.starts[:-1], support.rows, 0
-            )
+            _add_bags_(y, x.t().contiguous(), values_N, support.forward)
         else:
-            _triton().value_gradient_(total, dy, x, support.rows, support.cols, support.transposed)
+            _triton().accumulate_(y, x, values_N, support.forward, support.transposed)
+
+
+def backward_(
+    dx_TI: Tensor | None,
+    dy_TO: Tensor,
+    x_TI: Tensor,
+    values_N: Tensor,
+    support: PreparedSupport,
+    want_values: bool = True,
+) -> Tensor | None:
+    """dx += dy S2 in place, and the gradient of the values: the sum over tokens of dy[t, row] * x[t, col].
+
+    Args:
+        dx_TI: added to; None where x needs no gradient.
+        dy_TO: gradient of y.
+        x_TI: what the forward product read.
+        values_N: in the dtype of x.
+        support: the entries.
+        want_values: whether the gradient of the values is wanted.
+
+    Returns:
+        (N,) in float32 or wider, or None.
+    """
+    dtype = torch.promote_types(x_TI.dtype, torch.float32)
+    total = torch.zeros(support.rows.shape, dtype=dtype, device=x_TI.device) if want_values else None
+    run = {"gather": _backward_gather, "bags": _backward_bags, "triton": _backward_triton}[support.method]
+    for start, stop in _blocks(x_TI.shape[0], support):
+        dx = None if dx_TI is None else dx_TI[start:stop]
+        run(dx, total, dy_TO[start:stop], x_TI[start:stop], values_N, support)
     return total
 
 
+def _backward_gather(
+    dx: Tensor | None, total: Tensor | None, dy: Tensor, x: Tensor, values_N: Tensor, support: PreparedSupport
+) -> None:
+    at_rows = _columns(dy, support.backward.source)
+    if total is not None:
+        total += (_columns(x, support.forward.source).mul_(at_rows)).sum(0, dtype=total.dtype)
+    if dx is not None:
+        _add_columns_(dx, at_rows.mul_(values_N), support.backward)
+
+
+def _backward_bags(
+    dx: Tensor | None, total: Tensor | None, dy: Tensor, x: Tensor, values_N: Tensor, support: PreparedSupport
+) -> None:
+    dy_OT = dy.t().contiguous()
+    if total is not None:
+        route = support.forward
+        assert route.starts is not None
+        total += torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            dy_OT, x.t().contiguous(), route.source, route.starts[:-1], support.rows, 0
+        )
+    if dx is not None:
+        _add_bags_(dx, dy_OT, values_N, support.backward)
+
+
+def _backward_triton(
+    dx: Tensor | None, total: Tensor | None, dy: Tensor, x: Tensor, values_N: Tensor, support: PreparedSupport
+) -> None:
+    if total is not None:
+        _triton().value_gradient_(total, dy, x, support.rows, support.cols, support.transposed)
+    if dx is not None:
+        _triton().accumulate_(dx, dy, values_N, support.backward, support.transposed)
+
+
 def _gather_route(source: Tensor, target: Tensor) -> Route:
-    """A route for `gather`: int64 because PyTorch's gather and scatter take nothing else."""
-    targets, group = torch.unique(target.long(), return_inverse=True)
+    """A route for `gather`, whose indices are int64 because PyTorch's gather takes nothing else."""
+    targets, group = torch.unique(target, return_inverse=True)
     if targets.numel() == target.numel():
-        return Route(source.long(), None, target.long())
-    return Route(source.long(), None, targets, group)
+        return Route(source, None, target)
+    return Route(source, None, targets, group)
 
 
 def _sorted_route(source: Tensor, target: Tensor, order: Tensor | None, size: int, skip_empty: bool) -> Route:
@@ -179,18 +216,25 @@ def _columns(matrix_TJ: Tensor, index_N: Tensor) -> Tensor:
     return matrix_TJ.gather(1, index_N.expand(matrix_TJ.shape[0], -1))
 
 
-def _add_gathered_(target_TM: Tensor, source_TJ: Tensor, values_N: Tensor, route: Route) -> None:
-    part = _columns(source_TJ, route.source).mul_(values_N)
+def _add_columns_(target_TM: Tensor, part_TN: Tensor, route: Route) -> None:
+    """Add one column per entry; part is overwritten."""
     if route.group is not None:
-        wide = torch.promote_types(part.dtype, torch.float32)
-        sums = torch.zeros(part.shape[0], route.targets.numel(), dtype=wide, device=part.device)
-        part = sums.index_add_(1, route.group, part.to(wide))
+        wide = torch.promote_types(part_TN.dtype, torch.float32)
+        sums = torch.zeros(part_TN.shape[0], route.targets.numel(), dtype=wide, device=part_TN.device)
+        part_TN = sums.index_add_(1, route.group, part_TN.to(wide))
     if target_TM.dtype in (torch.float32, torch.float64):
-        target_TM.index_add_(1, route.targets, part.to(target_TM.dtype))
+        target_TM.index_add_(1, route.targets, part_TN.to(target_TM.dtype))
         return
     # In half precision PyTorch's index_add_ converts the whole target to float32 and back.
-    sums = _columns(target_TM, route.targets).add_(part)
-    target_TM.index_copy_(1, route.targets, sums)
+    target_TM.index_copy_(1, route.targets, _columns(target_TM, route.targets).add_(part_TN))
+
+
+def _add_bags_(target_TM: Tensor, source_JT: Tensor, values_N: Tensor, route: Route) -> None:
+    """Add the product as one bag of source rows per target, each a contiguous sum over tokens."""
+    assert route.starts is not None
+    values_N = values_N if route.order is None else values_N.index_select(0, route.order)
+    bags = torch.embedding_bag(source_JT, route.source, route.starts, False, 0, False, values_N, True)
+    target_TM.add_(bags[0].t().contiguous())
 
 
 def _triton() -> ModuleType:

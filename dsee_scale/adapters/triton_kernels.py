@@ -31,11 +31,12 @@ def accumulate_(
     Args:
         target_TM: any strides.
         source_TJ: any strides.
-        values_N: in the route's order.
+        values_N: in S2's own order.
         route: with `starts`.
         transposed: copy the source to (J, T) and collect the sums as (M, T): contiguous reads.
     """
     assert route.starts is not None
+    values_N = values_N if route.order is None else values_N.index_select(0, route.order)
     num_tokens, num_targets = source_TJ.shape[0], route.targets.numel()
     grid = (num_targets, triton.cdiv(num_tokens, BLOCK_T))
     if not transposed:

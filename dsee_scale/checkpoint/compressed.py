@@ -131,6 +131,11 @@ class SparseReader:
         plain = (name for name in self.reader.names() if name not in own)
         return [*sorted(self._compressed), *plain]
 
+    def where(self, name: str) -> Path:
+        """The file that holds a weight."""
+        compressed = name in self._compressed
+        return self.reader.where(f"{name.removesuffix(_ENDING)}.bitmask" if compressed else name)
+
     def is_compressed(self, name: str) -> bool:
         """Whether a weight is stored as bits and values."""
         return name in self._compressed
@@ -153,4 +158,4 @@ class SparseReader:
             return self.reader.read(name)
         prefix = name.removesuffix(_ENDING)
         parts = {part: self.reader.read(f"{prefix}.{part}") for part in PARTS}
-        return decompress(parts, f"{self.reader.where(f'{prefix}.bitmask')}: {name}")
+        return decompress(parts, f"{self.where(name)}: {name}")

@@ -22,6 +22,7 @@ from dsee_scale.checkpoint.adapter import write_adapter
 from dsee_scale.checkpoint.export_plan import Entry, ExportPlan, plan_export
 from dsee_scale.checkpoint.files import NewFolder, alike, new_folder
 from dsee_scale.checkpoint.stored_form import (
+    INDEX_FILE,
     Format,
     StoredForm,
     count_kept,
@@ -39,7 +40,6 @@ logger = logging.getLogger(__name__)
 DeltaForm = Literal["masked", "dense", "separate"]
 KIND = "export"
 REPORT_FILE = "dsee_export.json"
-INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FOLDER = "adapter"
 LOADER = "dsee_scale.load_pretrained"
 

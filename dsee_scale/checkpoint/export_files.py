@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -15,52 +16,67 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dsee_scale.algorithms.delta import Delta, Form
+from dsee_scale.algorithms.delta import Form
 from dsee_scale.checkpoint.adapter import KIND as ADAPTER
-from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER, open_adapter
+from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER
 from dsee_scale.checkpoint.adapter import STEM as ADAPTER_STEM
-from dsee_scale.checkpoint.base_model import check_base, config_hash, lasting_config
+from dsee_scale.checkpoint.compressed import STEM as SPARSE
 from dsee_scale.checkpoint.export import (
     ADAPTER_FOLDER,
-    INDEX_FILE,
     KIND,
+    LOADER,
     REPORT_FILE,
     DeltaForm,
     ExportReport,
     merged_weight,
 )
-from dsee_scale.checkpoint.files import NewFolder, StoredFolder, alike, new_folder, open_folder, read_json
+from dsee_scale.checkpoint.export_sources import Sources, open_sources, planned_files, recorded_update
+from dsee_scale.checkpoint.files import NewFolder, StoredFolder, alike, new_folder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS
-from dsee_scale.checkpoint.masks import apply_mask, open_masks
-from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord
-from dsee_scale.checkpoint.tensor_file import TensorReader, TensorSpec, TensorWriter, aligned
-from dsee_scale.errors import ConfigError, FormatError
+from dsee_scale.checkpoint.masks import apply_mask
+from dsee_scale.checkpoint.record import CONFIG_FILE
+from dsee_scale.checkpoint.stored_form import (
+    NOTHING_SPARSE,
+    Format,
+    StoredForm,
+    count_patterns,
+    part_names,
+    weight_writer,
+    write_index,
+)
+from dsee_scale.checkpoint.structured import (
+    STRUCTURE_FILE,
+    find_structure,
+    recorded_model,
+    smaller_config,
+)
+from dsee_scale.checkpoint.tensor_file import TensorSpec
+from dsee_scale.config import UNIT_PATTERNS
+from dsee_scale.errors import ConfigError
 from dsee_scale.partition import Partition, open_partition
 from dsee_scale.passes.progress import show_progress
 
-WEIGHTS_FILE = "model.safetensors"
 _WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 
 @dataclass(frozen=True)
-class Sources:
-    """What an export reads: the adapter, its masks, and the base's files.
+class Target:
+    """The form in which the tensors are written.
 
     Attributes:
-        record: what the adapter's settings say.
-        adapter: A, B, S2 and parameters trained in full.
-        masks: packed masks.
-        base: the base's tensors.
-        keys: names in the model -> names in the base's files, for weights that the adapter changes.
-        dtype: dtype of the model that was tuned, in which everything is written.
+        delta: as in `export_model`.
+        form: what is cut out or compressed, by names in the files.
+        config: config values where they differ from the tuned model's; None where they do not.
     """
 
-    record: AdapterRecord
-    adapter: TensorReader
-    masks: TensorReader
-    base: TensorReader
-    keys: dict[str, str]
-    dtype: torch.dtype
+    delta: DeltaForm
+    form: StoredForm
+    config: dict[str, Any] | None
+
+    @property
+    def stock(self) -> bool:
+        """Whether stock transformers loads the folder."""
+        return not self.form.num_kept and (self.form.structure is None or self.config is not None)
 
 
 def export_files(
@@ -69,6 +85,7 @@ def export_files(
     output: str | Path,
     *,
     delta: DeltaForm = "masked",
+    format: Format = "dense",
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> ExportReport:
@@ -82,6 +99,7 @@ def export_files(
         base: folder of the base model with safetensors files.
         output: output folder.
         delta: as in `export_model`.
+        format: as in `export_model`.
         overwrite: replace an earlier export.
         progress: show a progress bar; None shows it if a person watches.
 
@@ -90,213 +108,135 @@ def export_files(
         FormatError: a file is damaged or missing, or adapter and base do not fit.
     """
     started = time.perf_counter()
-    if delta not in get_args(DeltaForm):
-        raise ConfigError(f"delta {delta!r} is unknown; valid: {', '.join(get_args(DeltaForm))}")
+    for name, value, valid in (("delta", delta, DeltaForm), ("format", format, Format)):
+        if value not in get_args(valid):
+            raise ConfigError(f"{name} {value!r} is unknown; valid: {', '.join(get_args(valid))}")
     partition = open_partition(nn.Module())
     stored = open_folder(adapter, KINDS_WITH_ADAPTER)
     stored.verify(stored.names(ADAPTER_STEM) + stored.names(MASKS))
-    sources = _open_sources(stored, Path(base))
+    sources = open_sources(stored, Path(base))
+    target = _target(sources, delta, format)
     with new_folder(partition, output, kind=KIND, overwrite=overwrite) as new, alike(partition):
-        _copy_settings(Path(base), new.partial, sources)
+        _copy_settings(Path(base), new, sources, target)
         if delta == "separate":
             _copy_adapter(partition, stored, new)
-        writer = _FileWriter(new, sources, delta)
-        files = _planned(sources)
+        writer = _FileWriter(new, sources, target)
+        files = planned_files(sources)
+        if format == "sparse":
+            files = dict(zip(part_names(SPARSE, len(files)), files.values(), strict=True))
         shown = show_progress(partition, progress)
         with tqdm(total=sum(map(len, files.values())), desc="export", disable=not shown) as bar:
             for name, specs in files.items():
                 writer.write_file(name, specs, bar)
         report = writer.report(time.perf_counter() - started)
-        _write_index(new, files, report)
+        write_index(new, writer.written, report.num_parameters)
+        new.write_json(REPORT_FILE, report.to_dict())
+        new.adopt()
     return report
-
-
-def base_files(folder: Path) -> list[Path]:
-    """A model folder's safetensors files, by its index where it has one.
-
-    Raises:
-        FormatError: there are none, or one is missing.
-    """
-    if (folder / INDEX_FILE).is_file():
-        names = sorted(set(read_json(folder / INDEX_FILE).get("weight_map", {}).values()))
-    else:
-        names = [WEIGHTS_FILE]
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or not names:
-        raise FormatError(
-            f"{folder} holds no {missing[0] if missing else WEIGHTS_FILE}; expected a model folder with safetensors "
-            "weights (load the model with transformers and call save_pretrained to convert it)"
-        )
-    return [folder / name for name in names]
 
 
 class _FileWriter:
     """Writes weight files tensor by tensor and counts zeros."""
 
-    def __init__(self, new: NewFolder, sources: Sources, delta: DeltaForm) -> None:
-        self.new, self.sources, self.delta = new, sources, delta
+    def __init__(self, new: NewFolder, sources: Sources, target: Target) -> None:
+        self.new, self.sources, self.target, self.form = new, sources, target, target.form
         self.names = {key: name for name, key in sources.keys.items()}
         self.zeros = dict.fromkeys(sources.record.pruned, 0)
+        self.numel = dict.fromkeys(sources.record.pruned, 0)
         self.sizes: dict[str, int] = {}
+        self.written: dict[str, list[TensorSpec]] = {}
         self.num_parameters = 0
         self.partition = open_partition(nn.Module())
 
     def write_file(self, filename: str, specs: Sequence[TensorSpec], bar: Any) -> None:
         """One weight file."""
-        writer = TensorWriter(self.new, filename, specs, {"format": "pt"})
+        self.written[filename] = [part for spec in specs for part in self.form.specs(spec)]
+        writer = weight_writer(self.new, filename, self.written[filename])
         for spec in specs:
-            writer.write(spec.name, self._tensor(spec))
-            self.num_parameters += math.prod(spec.shape)
+            for name, tensor in self.form.tensors(spec.name, *self._tensor(spec)).items():
+                writer.write(name, tensor)
+            self.num_parameters += math.prod(self.form.dense_shape(spec))
             bar.update()
         writer.close()
-        self.sizes[filename] = writer.file.size
+        self.sizes[filename] = writer.size
 
     def report(self, seconds: float) -> ExportReport:
         """Sizes and sparsity."""
-        numel = {name: math.prod(how["shape"]) for name, how in self.sources.record.pruned.items()}
+        structure = self.form.structure
         return ExportReport(
             folder=str(self.new.folder),
-            delta=self.delta,
+            delta=self.target.delta,
             files=self.sizes,
-            sparsity={name: self.zeros[name] / numel[name] for name in numel},
-            num_pruned=sum(numel.values()),
+            sparsity={name: self.zeros[name] / self.numel[name] for name in self.numel},
+            num_pruned=sum(self.numel.values()),
             num_zero=sum(self.zeros.values()),
             num_parameters=self.num_parameters,
             seconds=seconds,
+            format="sparse" if self.form.num_kept else "dense",
+            structure=structure.summary() if structure else None,
+            loads_with="transformers" if self.target.stock else LOADER,
+            patterns=count_patterns(self.sources.record.pruned),
         )
 
-    def _tensor(self, spec: TensorSpec) -> Tensor:
+    def _tensor(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
+        """What a parameter is to be, and the weight whose bits tell what is kept of it."""
         record, name = self.sources.record, self.names.get(spec.name, spec.name)
         if name in record.trained:
-            return self.sources.adapter.read(name).to(spec.dtype)
+            value = self.sources.adapter.read(name).to(spec.dtype)
+            return value, value
         weight = self.sources.base.read(spec.name).to(spec.dtype)
         if name in record.pruned:
             param = nn.Parameter(weight.contiguous(), requires_grad=False)
             apply_mask(self.partition, param, self.sources.masks, name)
             weight = param.data
-        if name.removesuffix(".weight") in record.modules and self.delta != "separate":
-            update = _update(self.sources, name.removesuffix(".weight"))
-            form: Form = "masked" if self.delta == "masked" else "dense"
-            weight = merged_weight(weight, update, pruned=name in record.pruned, form=form)
+        value = weight
+        if name.removesuffix(".weight") in record.modules and self.target.delta != "separate":
+            update = recorded_update(self.sources, name.removesuffix(".weight"))
+            form: Form = "masked" if self.target.delta == "masked" else "dense"
+            value = merged_weight(weight, update, pruned=name in record.pruned, form=form)
         if name in self.zeros:
-            self.zeros[name] = weight.numel() - int(torch.count_nonzero(weight))
-        return weight
+            self.numel[name] = math.prod(self.form.dense_shape(spec))
+            self.zeros[name] = self.numel[name] - int(torch.count_nonzero(value))
+        return value, weight
 
 
-def _update(sources: Sources, name: str) -> Delta:
-    module = sources.record.modules[name]
-    a, b, values, rows, cols = (
-        sources.adapter.read(f"{name}.dsee_{key}") for key in ("A", "B", "values", "rows", "cols")
-    )
-    return Delta(
-        a=a,
-        b=b,
-        values=values,
-        rows=rows,
-        cols=cols,
-        slices=module.slices,
-        scaling=module.scaling,
-        shape=module.shape,
-        transposed=module.transposed,
-    )
+def _target(sources: Sources, delta: DeltaForm, format: Format) -> Target:
+    """What is cut out and what is compressed, from the record alone."""
+    record, keys = sources.record, sources.keys
+    num_kept = {
+        keys[name]: int(how["kept"])
+        for name, how in record.pruned.items()
+        if len(how["shape"]) == 2
+        and not (delta == "dense" and name.removesuffix(".weight") in record.modules)
+    }
+    if format == "sparse" and not num_kept:
+        raise ConfigError(NOTHING_SPARSE)
+    form = StoredForm(None, num_kept if format == "sparse" else {})
+    if delta == "separate" or not any(
+        kind in how for how in record.pruned.values() for kind in UNIT_PATTERNS
+    ):
+        return Target(delta, form, None)
+    model = recorded_model(record.base, record.pruned, sources.where)
+    structure = find_structure(model, lambda param: param.shape)
+    assert structure is not None
+    config = smaller_config(model, structure, lambda param: param.shape)
+    by_key = {keys[name]: lines for name, lines in structure.kept.items()}
+    form = dataclasses.replace(form, structure=dataclasses.replace(structure, kept=by_key))
+    return Target(delta, form, None if config is None else json.loads(config.to_json_string()))
 
 
-def _open_sources(stored: StoredFolder, base: Path) -> Sources:
-    record = AdapterRecord.read(stored)
-    if not base.is_dir():
-        raise FormatError(
-            f"base {base} is no folder; give the folder of {record.base.get('id') or 'the base model'}"
-        )
-    reader = TensorReader(base_files(base))
-    _check_config(record, base, str(stored.path / CONFIG_FILE))
-    shapes = {name: tuple(how["shape"]) for name, how in record.pruned.items()}
-    for name, module in record.modules.items():
-        shapes[f"{name}.weight"] = module.shape[::-1] if module.transposed else module.shape
-    keys = {name: _base_key(reader, name, base) for name in shapes}
-    for name, shape in shapes.items():
-        reader.expect(keys[name], shape)
-        if not reader.spec(keys[name]).dtype.is_floating_point:
-            raise FormatError(
-                f"{reader.where(keys[name])}: {keys[name]} is quantised; give an unquantised base"
-            )
-    keys |= _trained_keys(reader, record, keys)
-    dtype = getattr(torch, str(record.base.get("dtype", "float32")))
-    return Sources(record, open_adapter(stored, record), open_masks(stored), reader, keys, dtype)
-
-
-def _candidates(reader: TensorReader, name: str) -> list[str]:
-    """Names in files that may be a parameter of the model: itself, or apart from the model's prefix."""
-    if name in reader:
-        return [name]
-    return [key for key in reader.names() if key.endswith("." + name) or name.endswith("." + key)]
-
-
-def _base_key(reader: TensorReader, name: str, base: Path) -> str:
-    found = _candidates(reader, name)
-    if len(found) != 1:
-        raise FormatError(
-            f"{base}: {name} is {'ambiguous' if found else 'missing'} in the base's weight files, which name or lay "
-            "out their tensors otherwise than the model; load the base with transformers, then load_adapter and "
-            "export_model"
-        )
-    return found[0]
-
-
-def _trained_keys(reader: TensorReader, record: AdapterRecord, keys: dict[str, str]) -> dict[str, str]:
-    """Names in files of parameters trained in full, where the base has them: as the other weights are named."""
-    name, key = next(iter(keys.items()), ("", ""))
-    extra = name.removesuffix(key)  # the model says `transformer.h.0`, the files `h.0`
-    lacking = key.removesuffix(name)  # the files say `model.h.0`, the model `h.0`
-    named = {trained: lacking + trained.removeprefix(extra) for trained in record.trained}
-    return {trained: key for trained, key in named.items() if key in reader}
-
-
-def _check_config(record: AdapterRecord, base: Path, where: str) -> None:
-    if record.base.get("config") is None or not (base / "config.json").is_file():
-        return
-    from transformers import AutoConfig
-
-    try:
-        values = lasting_config(AutoConfig.from_pretrained(str(base)))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{base / 'config.json'} cannot be read: {error}") from error
-    check_base(record.base, {"id": str(base), "config": values, "config_sha256": config_hash(values)}, where)
-
-
-def _planned(sources: Sources) -> dict[str, list[TensorSpec]]:
-    """Specs by file: the base's, in the tuned model's dtype, and parameters that only the tuned model has."""
-    names = {key: name for name, key in sources.keys.items()}
-    files: dict[str, list[TensorSpec]] = {path.name: [] for path in sources.base.paths}
-    for key in sources.base.names():
-        spec = sources.base.spec(key)
-        shape = sources.record.trained.get(names.get(key, key), spec.shape)
-        files[sources.base.where(key).name].append(
-            TensorSpec(key, _written_dtype(spec.dtype, sources), shape)
-        )
-    last = next(reversed(files))
-    for name, shape in sources.record.trained.items():
-        if name not in sources.keys:
-            files[last].append(TensorSpec(name, sources.dtype, shape))
-    return {name: aligned(specs) for name, specs in files.items()}
-
-
-def _written_dtype(dtype: torch.dtype, sources: Sources) -> torch.dtype:
-    return sources.dtype if dtype.is_floating_point else dtype
-
-
-def _copy_settings(base: Path, folder: Path, sources: Sources) -> None:
+def _copy_settings(base: Path, new: NewFolder, sources: Sources, target: Target) -> None:
     for path in sorted(base.iterdir()):
         ours = path.name.startswith("dsee_")
         if path.is_file() and not path.name.endswith(_WEIGHT_ENDINGS) and not ours and path.name[0] != ".":
-            shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(path, new.partial / path.name)
     identity = sources.record.base
     if identity.get("full_config") is not None:
-        config = {
-            **identity["full_config"],
-            "architectures": [identity["class"]],
-            "dtype": identity["dtype"],
-        }
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        own = {"architectures": [identity["class"]], "dtype": identity["dtype"]}
+        config = {**(target.config or identity["full_config"]), **own}
+        (new.partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if target.form.structure and target.config is None:
+        new.write_json(STRUCTURE_FILE, target.form.structure.to_dict())
 
 
 def _copy_adapter(partition: Partition, stored: StoredFolder, new: NewFolder) -> None:
@@ -304,13 +244,3 @@ def _copy_adapter(partition: Partition, stored: StoredFolder, new: NewFolder) ->
         for name in [CONFIG_FILE, *stored.names(ADAPTER_STEM), *stored.names(MASKS)]:
             shutil.copyfile(stored.path / name, inner.partial / name)
         inner.adopt()
-
-
-def _write_index(new: NewFolder, files: dict[str, list[TensorSpec]], report: ExportReport) -> None:
-    if len(files) > 1:
-        total = sum(spec.nbytes for specs in files.values() for spec in specs)
-        weight_map = {spec.name: file for file, specs in files.items() for spec in specs}
-        metadata = {"total_parameters": report.num_parameters, "total_size": total}
-        new.write_json(INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
-    new.write_json(REPORT_FILE, report.to_dict())
-    new.adopt()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dsee_scale.checkpoint.compressed import STEM as SPARSE
 from dsee_scale.checkpoint.record import is_adapter_key
-from dsee_scale.checkpoint.stored_form import StoredForm
+from dsee_scale.checkpoint.stored_form import StoredForm, part_names
 from dsee_scale.checkpoint.tensor_file import TensorSpec
 from dsee_scale.errors import ConfigError
 from dsee_scale.partition.port import Partition
@@ -180,9 +180,7 @@ def _into_files(entries: list[Entry], limit: int, stem: str) -> dict[str, list[E
             size = 0
         groups[-1].append(entry)
         size += entry.nbytes
-    names = [f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-    if len(groups) == 1:
-        names = [f"{stem}.safetensors"]
+    names = part_names(stem, len(groups))
     # Wider dtypes first: then every tensor starts at a multiple of its width.
     ordered = [sorted(group, key=lambda e: -e.outputs[0].dtype.itemsize) for group in groups]
     return dict(zip(names, ordered, strict=True))

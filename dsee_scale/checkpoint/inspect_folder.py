@@ -9,18 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from dsee_scale.algorithms.patterns import groups_hold
 from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER
+from dsee_scale.checkpoint.compressed import compressed_specs, pays
+from dsee_scale.checkpoint.convert_files import open_weights
 from dsee_scale.checkpoint.export import KIND as EXPORT
 from dsee_scale.checkpoint.export import REPORT_FILE
-from dsee_scale.checkpoint.export_files import base_files
 from dsee_scale.checkpoint.files import MANIFEST, StoredFolder, open_folder, read_json
 from dsee_scale.checkpoint.record import AdapterRecord
-from dsee_scale.checkpoint.tensor_file import TensorReader
 from dsee_scale.checkpoint.training_state import KIND as TRAINING_STATE
 from dsee_scale.checkpoint.training_state import STATE_FILE
 from dsee_scale.errors import FormatError
+
+PATTERNS = ((1, 4), (2, 4), (4, 8))
+"""N:M patterns that are recognised in files, the strictest first."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Matrix:
     name: str
     shape: tuple[int, ...]
     zeros: int
+    pattern: str = "-"
 
     @property
     def numel(self) -> int:
@@ -71,7 +77,7 @@ class FolderReport:
         width = max(map(len, self.facts), default=0)
         lines += [f"  {label:<{width}}  {value}" for label, value in self.facts.items()]
         if self.matrices:
-            lines += ["", f"  {'weights':<44} {'shape':>14} {'zeros':>8}  range"]
+            lines += ["", f"  {'weights':<44} {'shape':>14} {'zeros':>8}  {'pattern':<13}range"]
             lines += [f"  {line}" for line in (self._rows() if each else self._groups())]
         lines += ["", *(f"  {size / 1e6:>10,.3f} MB  {name}" for name, size in self.files.items())]
         lines.append(f"  {sum(self.files.values()) / 1e6:>10,.3f} MB  in all")
@@ -82,7 +88,7 @@ class FolderReport:
 
     def _rows(self) -> Iterable[str]:
         for m in self.matrices:
-            yield f"{m.name:<44} {_shape(m.shape):>14} {100 * m.sparsity:7.2f}%"
+            yield f"{m.name:<44} {_shape(m.shape):>14} {100 * m.sparsity:7.2f}%  {m.pattern}"
 
     def _groups(self) -> Iterable[str]:
         groups: dict[tuple[str, tuple[int, ...]], list[Matrix]] = {}
@@ -93,7 +99,9 @@ class FolderReport:
             share = sum(m.zeros for m in members) / sum(m.numel for m in members)
             low, high = (f(m.sparsity for m in members) for f in (min, max))
             label = f"{len(members):4d} x {suffix}"
-            yield f"{label:<44} {_shape(shape):>14} {100 * share:7.2f}%  {100 * low:.2f} to {100 * high:.2f}%"
+            pattern = ", ".join(sorted({m.pattern for m in members}))
+            spread = f"{100 * low:.2f} to {100 * high:.2f}%"
+            yield f"{label:<44} {_shape(shape):>14} {100 * share:7.2f}%  {pattern:<13}{spread}"
 
 
 def inspect_folder(folder: str | Path, *, verify: bool = False, progress: bool = False) -> FolderReport:
@@ -111,7 +119,7 @@ def inspect_folder(folder: str | Path, *, verify: bool = False, progress: bool =
     if not path.is_dir():
         raise FormatError(f"{path} is no folder")
     if not (path / MANIFEST).is_file():
-        return _model_report(path, "model", {}, progress)
+        return _model_report(path, None, {}, progress)
     stored = open_folder(path, (*KINDS_WITH_ADAPTER, EXPORT))
     if verify:
         stored.verify(list(stored.files))
@@ -122,7 +130,10 @@ def inspect_folder(folder: str | Path, *, verify: bool = False, progress: bool =
             "delta": report["delta"],
             "pruned": f"{share:.2f}% of {report['num_pruned']:,} entries are zero",
         }
-        return _model_report(path, EXPORT, facts, progress)
+        if report.get("structure"):
+            facts["cut out"] = report["structure"]
+        facts["loads with"] = report.get("loads_with", "transformers")
+        return _model_report(path, stored, facts, progress)
     return _adapter_report(stored)
 
 
@@ -141,8 +152,9 @@ def _adapter_report(stored: StoredFolder) -> FolderReport:
     if record.trained:
         facts["trained in full"] = ", ".join(record.trained)
     matrices = tuple(
-        Matrix(name, how["shape"], math.prod(how["shape"]) - how["kept"])
+        Matrix(name, how["shape"], math.prod(how["shape"]) - how["kept"], str(how.get("pattern", "-")))
         for name, how in record.pruned.items()
+        if len(how["shape"]) == 2
     )
     if matrices:
         patterns = sorted({str(how.get("pattern")) for how in record.pruned.values()})
@@ -158,25 +170,60 @@ def _adapter_report(stored: StoredFolder) -> FolderReport:
     return FolderReport(str(stored.path), stored.kind, facts, matrices, sizes)
 
 
-def _model_report(folder: Path, kind: str, facts: dict[str, Any], progress: bool) -> FolderReport:
-    paths = base_files(folder)
-    reader = TensorReader(paths)
+def _model_report(
+    folder: Path, stored: StoredFolder | None, facts: dict[str, Any], progress: bool
+) -> FolderReport:
+    reader = open_weights(folder, stored)
     matrices, entries, dtypes = [], 0, set()
+    dense_size = sparse_size = 0
     for name in tqdm(reader.names(), desc="read", disable=not progress):
         spec = reader.spec(name)
         entries += math.prod(spec.shape)
         dtypes.add(str(spec.dtype).removeprefix("torch."))
-        if len(spec.shape) == 2 and spec.dtype.is_floating_point:
-            tensor = reader.read(name)
-            matrices.append(Matrix(name, spec.shape, tensor.numel() - int(torch.count_nonzero(tensor))))
+        dense_size += spec.nbytes
+        if len(spec.shape) != 2 or not spec.dtype.is_floating_point:
+            sparse_size += spec.nbytes
+            continue
+        tensor = reader.read(name)
+        kept = int(torch.count_nonzero(tensor))
+        matrices.append(Matrix(name, spec.shape, tensor.numel() - kept, _pattern(tensor, kept)))
+        compressed = sum(part.nbytes for part in compressed_specs(spec, kept))
+        sparse_size += compressed if pays(spec, kept) else spec.nbytes
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     facts = {
         "class": ", ".join(config.get("architectures") or ["-"]),
         **facts,
         "parameters": f"{entries:,} ({', '.join(sorted(dtypes))})",
         "sparsity": _overall(matrices),
+        "deployment": _deployment(matrices, dense_size, sparse_size, facts.get("cut out")),
     }
-    return FolderReport(str(folder), kind, facts, tuple(matrices), {p.name: p.stat().st_size for p in paths})
+    sizes = {path.name: path.stat().st_size for path in reader.paths}
+    return FolderReport(str(folder), EXPORT if stored else "model", facts, tuple(matrices), sizes)
+
+
+def _pattern(tensor: Tensor, kept: int) -> str:
+    """What the zeros of a matrix look like; its orientation is not known from the file."""
+    if tensor.numel() - kept < tensor.numel() / 100:
+        return "-"
+    for n, m in PATTERNS:
+        for transposed in (False, True):
+            inputs = tensor.shape[0 if transposed else 1]
+            if inputs % m == 0 and groups_hold(tensor, n, m, transposed=transposed):
+                return f"{n}:{m}"
+    return "unstructured"
+
+
+def _deployment(matrices: list[Matrix], dense_size: int, sparse_size: int, cut: Any) -> str:
+    """What the zeros and the smaller shapes are worth to whoever runs the model."""
+    gains = []
+    if cut:
+        gains.append("smaller matrices, faster on any hardware")
+    semi = sum(matrix.pattern in ("1:4", "2:4") for matrix in matrices)
+    if semi:
+        gains.append(f"{semi} matrices fit 2:4 kernels (NVIDIA: load_pretrained(..., semi_structured=True))")
+    if sparse_size < 0.95 * dense_size:
+        gains.append(f"{sparse_size / 1e6:,.1f} MB as sparse files, {dense_size / 1e6:,.1f} MB as dense ones")
+    return "; ".join(gains) or "that of a dense model"
 
 
 def _overall(matrices: Iterable[Matrix]) -> str:

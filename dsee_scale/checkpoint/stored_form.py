@@ -27,6 +27,11 @@ from dsee_scale.errors import ConfigError
 from dsee_scale.partition import Partition
 
 Format = Literal["dense", "sparse"]
+NOTHING_SPARSE = (
+    "format 'sparse' needs pruned weights, and no weight of the export is sparse; prune first, use "
+    "delta 'masked', or format 'dense'"
+)
+INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -87,13 +92,27 @@ def count_kept(partition: Partition, module: nn.Module, delta: str) -> dict[str,
         and not (delta == "dense" and name.removesuffix(".weight") in layers)
     ]
     if not names:
-        raise ConfigError(
-            "format 'sparse' needs pruned weights, and no weight of the export is sparse; prune first, use "
-            "delta 'masked', or format 'dense'"
-        )
+        raise ConfigError(NOTHING_SPARSE)
     counts = [int(kept_entries(partition.shard(params[name]).data).sum()) for name in names]
     total = partition.sum_over_shards(torch.tensor(counts, dtype=torch.int64))
     return dict(zip(names, total.tolist(), strict=True))
+
+
+def write_index(new: NewFolder, files: Mapping[str, list[TensorSpec]], num_parameters: int) -> None:
+    """The index that stock transformers needs of several dense files. Local."""
+    if len(files) == 1 or any(name.startswith(SPARSE) for name in files):
+        return
+    total = sum(spec.nbytes for specs in files.values() for spec in specs)
+    weight_map = {spec.name: file for file, specs in files.items() for spec in specs}
+    metadata = {"total_parameters": num_parameters, "total_size": total}
+    new.write_json(INDEX_FILE, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def part_names(stem: str, count: int) -> list[str]:
+    """Names of a model's weight files, as transformers has them."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
 def count_patterns(pruned: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:

@@ -119,6 +119,34 @@ def find_structure(model: nn.Module, shape_of: ShapeOf) -> Structure | None:
     )
 
 
+def recorded_model(
+    identity: Mapping[str, Any], pruned: Mapping[str, dict[str, Any]], where: str
+) -> nn.Module:
+    """The architecture that a saved record describes, without weights, with its prunings noted on it. Local.
+
+    Args:
+        identity: `base_model` of the record.
+        pruned: how each weight was pruned.
+        where: file, for errors.
+
+    Raises:
+        FormatError: the record does not say enough, or transformers does not know the class.
+    """
+    import transformers
+
+    stock: Any = getattr(transformers, str(identity.get("class")), None)
+    if stock is None or not identity.get("full_config"):
+        raise FormatError(
+            f"{where} holds no config of a class that transformers knows ({identity.get('class')}), so what "
+            "was removed cannot be cut out; load the base, load_adapter, and export_model, or use "
+            "delta 'separate'"
+        )
+    with torch.device("meta"):
+        model = stock(stock.config_class.from_dict(dict(identity["full_config"])))
+    model_state(model).pruned.update(pruned)
+    return model
+
+
 def smaller_config(model: Any, structure: Structure, shape_of: ShapeOf) -> Any | None:
     """A config with which the stock class has exactly the tensors of the files; None if there is none. Local."""
     family = family_of(model)

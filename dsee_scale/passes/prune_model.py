@@ -55,6 +55,14 @@ class PruneReport:
         """Fraction of the pruned weights' entries that is zero."""
         return self.removed / self.total
 
+    def followed_by(self, later: PruneReport) -> PruneReport:
+        """This report and a later one, whose counts hold where both have a matrix."""
+        return PruneReport(
+            {**self.matrices, **later.matrices},
+            self.seconds + later.seconds,
+            {**self.units, **later.units},
+        )
+
     def __str__(self) -> str:
         groups: dict[str, list[tuple[int, int]]] = {}
         for name, counts in self.matrices.items():
@@ -63,10 +71,10 @@ class PruneReport:
             f"dsee_scale: {self.removed:,} of {self.total:,} weights are zero ({100 * self.sparsity:.2f}%), "
             f"in {len(self.matrices)} matrices, {self.seconds:.1f} s"
         ]
-        if self.units:
-            gone, all_units = map(sum, zip(*self.units.values(), strict=True))
-            kind = next(iter(self.units)).rsplit(" ", 1)[-1]
-            lines.append(f"  {gone:,} of {all_units:,} {kind} are gone, in {len(self.units)} layers")
+        for kind in dict.fromkeys(name.rsplit(" ", 1)[-1] for name in self.units):
+            layers = [counts for name, counts in self.units.items() if name.endswith(f" {kind}")]
+            gone, all_units = map(sum, zip(*layers, strict=True))
+            lines.append(f"  {gone:,} of {all_units:,} {kind} are gone, in {len(layers)} layers")
         for suffix, found in groups.items():
             shares = [100 * zeros / numel for zeros, numel in found]
             mean = 100 * sum(z for z, _ in found) / sum(n for _, n in found)
@@ -100,6 +108,14 @@ def prune(model: nn.Module, config: PruneConfig, *, progress: bool | None = None
         ConfigError: pools that are empty or overlap, groups or counts that do not fit the shapes.
         PartitionError: weights stored where an edit would not last (NVMe, quantised by DeepSpeed).
     """
+    report = _prune_once(model, config, progress)
+    for further in config.then:
+        report = report.followed_by(_prune_once(model, further, progress))
+    return report
+
+
+def _prune_once(model: nn.Module, config: PruneConfig, progress: bool | None) -> PruneReport:
+    """Collective. One pattern."""
     started = time.perf_counter()
     module = unwrap(model)
     partition = open_partition(module)

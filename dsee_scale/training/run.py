@@ -28,7 +28,7 @@ from dsee_scale.training.data import load_rows
 from dsee_scale.training.encoding import Encoder
 from dsee_scale.training.evaluation import EvaluationSet
 from dsee_scale.training.export_check import check_export
-from dsee_scale.training.journal import Journal, peak_memory
+from dsee_scale.training.journal import Journal, count_zeros, peak_memory
 from dsee_scale.training.loading import load_model, load_tokenizer
 from dsee_scale.training.phases import PhaseCallback
 from dsee_scale.training.recipe import Recipe
@@ -162,9 +162,14 @@ def _export(config: ExportConfig, trainer: DSEETrainer, folder: Path) -> None:
     journal, live = trainer.parts.journal, trainer.model_wrapped
     with journal.timed("export"):
         report = export_model(
-            live, folder, delta=config.delta, tokenizer=trainer.processing_class, overwrite=True
+            live,
+            folder,
+            delta=config.delta,
+            format=config.format,
+            tokenizer=trainer.processing_class,
+            overwrite=True,
         )
-    if not config.check or config.delta == "separate":
+    if not config.check or config.delta == "separate" or report.loads_with != "transformers":
         return
     with journal.timed("check export"):
         found = check_export(
@@ -176,14 +181,14 @@ def _export(config: ExportConfig, trainer: DSEETrainer, folder: Path) -> None:
             device=trainer.args.device,
             is_main=trainer.is_world_process_zero(),
         )
-    memory = peak_memory()
+    memory, blocks = peak_memory(), count_zeros(live)
     if found:
-        zeros, entries = report.num_zero, report.num_pruned
+        entries = sum(numel for _, numel in blocks.values())
         journal.add_phase(
             "exported",
             delta=config.delta,
-            sparsity=zeros / entries if entries else 0.0,
-            zeros=zeros,
+            sparsity=report.num_zero / entries if entries else 0.0,
+            zeros=report.num_zero,
             peak_memory_bytes=memory,
             **found,
         )

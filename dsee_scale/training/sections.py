@@ -16,6 +16,7 @@ from dsee_scale.training.field_types import type_problem
 Task = Literal["language_modelling", "completion", "classification"]
 DType = Literal["float32", "bfloat16", "float16"]
 Delta = Literal["separate", "masked", "dense"]
+Format = Literal["dense", "sparse"]
 
 SCHEDULES = (
     "linear",
@@ -191,5 +192,7 @@ class ExportConfig(CheckedConfig):
 
     delta: Delta = "masked"
     """`masked`: (W + D) * M, as sparse as W; `dense`: W * M + D; `separate`: sparse W, adapter beside it."""
+    format: Format = "dense"
+    """`dense`: plain safetensors; `sparse`: a bit per entry and the kept values, for `load_pretrained`."""
     check: bool = True
     """Reload the folder in stock transformers, without dsee_scale, and compare quality and logits."""

@@ -1,0 +1,285 @@
+"""A training step under real DeepSpeed ZeRO-3: PEFT's LoRA, dsee_scale, and the frozen model, in turn.
+
+    python benchmarks/training_step.py --json
+
+Same model, targets, rank, dtype and data on every side; dsee_scale trains 64 sparse entries a matrix
+besides. The model has the shape of SmolLM2-135M (30 layers, hidden 576) with random weights and a small
+vocabulary, so that the blocks and not the logits are timed. All engines live in the same processes and
+step in turn, so that a busy machine slows them alike.
+
+- time: forward, backward and optimizer step, median over the rounds, slowest rank;
+- cpu: processor time of a step on one rank, without waiting for others;
+- memory: the highest sum of allocations while an engine is built and steps, in processes of its own;
+- fetches: modules that ZeRO-3 fetches in a step.
+
+The frozen side trains one norm's weight and sends gradients down to the embeddings, so it shows the cost
+of the frozen model alone; it has the input gradient of the very first projections on top of the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # before any zero.Init context; see docs/architecture.md
+from _report import Report, parser
+from torch import nn
+
+TARGETS = {
+    "q and v": ("q_proj", "v_proj"),
+    "all linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+SIDES = ("peft", "ours", "frozen")
+RANK, NUM_SPARSE = 16, 64
+
+
+def build_model(arguments: argparse.Namespace, ds_config: dict[str, Any]) -> nn.Module:
+    """A Llama whose weights are partitioned while it is made."""
+    import deepspeed
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.hidden * 8 // 3,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.hidden // 64,
+        num_key_value_heads=max(1, arguments.hidden // 192),
+        use_cache=False,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    with deepspeed.zero.Init(config_dict_or_path=ds_config):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if arguments.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def adapt(model: nn.Module, side: str, targets: tuple[str, ...]) -> nn.Module:
+    """One of the three sides; what is trained has requires_grad, nothing else has."""
+    if side == "peft":
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(targets), lora_dropout=0.0)
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+    if side == "ours":
+        import dsee_scale
+
+        settings = dict(rank=RANK, alpha=2 * RANK, num_sparse=NUM_SPARSE, target_modules=targets)
+        dsee_scale.inject(model, dsee_scale.DSEEConfig(support="random", **settings))
+        return model
+    model.requires_grad_(False)
+    model.model.norm.weight.requires_grad_(True)
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+    return model
+
+
+def build_engine(side: str, targets: tuple[str, ...], arguments: argparse.Namespace) -> Any:
+    """A DeepSpeed engine with an optimizer over what is trained."""
+    import deepspeed
+
+    ds_config = {
+        "train_micro_batch_size_per_gpu": arguments.batch,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100_000},
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    model = adapt(build_model(arguments, ds_config), side, targets)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return deepspeed.initialize(model=model, model_parameters=trained, config=ds_config)[0]
+
+
+def step(engine: Any, tokens: torch.Tensor) -> float:
+    loss = engine(input_ids=tokens, labels=tokens).loss
+    engine.backward(loss)
+    engine.step()
+    return loss.item()
+
+
+def time_steps(
+    arguments: argparse.Namespace, targets: tuple[str, ...], tokens: torch.Tensor
+) -> dict[str, Any]:
+    """Seconds of each round's steps for every side, and the fetches of one step."""
+    engines = {side: build_engine(side, targets, arguments) for side in SIDES}
+    for engine in engines.values():
+        for _ in range(3):
+            step(engine, tokens)
+    fetches = {side: count_fetches(engine, tokens) for side, engine in engines.items()}
+    wall: dict[str, list[float]] = {side: [] for side in SIDES}
+    cpu: dict[str, list[float]] = {side: [] for side in SIDES}
+    for k in range(arguments.rounds):
+        # The order turns, so that no side always runs after the same one.
+        for side in SIDES[k % 3 :] + SIDES[: k % 3]:
+            torch.distributed.barrier()
+            start, start_cpu = time.perf_counter(), time.process_time()
+            step(engines[side], tokens)
+            wall[side].append(time.perf_counter() - start)
+            cpu[side].append(time.process_time() - start_cpu)
+    return {"wall": wall, "cpu": cpu, "fetches": fetches}
+
+
+def count_fetches(engine: Any, tokens: torch.Tensor) -> int:
+    """Calls of ZeRO-3's fetch_sub_module in one step, forward and backward."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import (
+        PartitionedParameterCoordinator as Coordinator,
+    )
+
+    original, count = Coordinator.fetch_sub_module, 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return original(*args, **kwargs)
+
+    Coordinator.fetch_sub_module = counted
+    try:
+        step(engine, tokens)
+    finally:
+        Coordinator.fetch_sub_module = original
+    return count
+
+
+def peak_memory(
+    arguments: argparse.Namespace, side: str, targets: tuple[str, ...], tokens: torch.Tensor
+) -> int:
+    """Bytes at the highest point of two training steps, the engine's own included."""
+
+    def run() -> int:
+        engine = build_engine(side, targets, arguments)
+        start = time.time_ns()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            step(engine, tokens)
+        return start
+
+    if torch.cuda.is_available():
+        run()
+        return torch.cuda.max_memory_allocated()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        start = run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held) if event.start_ns() >= start else peak
+    return peak
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    """One rank; writes its results to the file that the parent named."""
+    import deepspeed
+
+    on_gpu = torch.cuda.is_available()
+    torch.set_num_threads(arguments.threads)
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo")
+    rank = int(os.environ["RANK"])
+    generator = torch.Generator().manual_seed(rank)
+    tokens = torch.randint(0, 4096, (arguments.batch, arguments.length), generator=generator)
+    tokens = tokens.cuda() if on_gpu else tokens
+    targets = TARGETS[arguments.targets]
+    if arguments.memory_of:
+        result: Any = peak_memory(arguments, arguments.memory_of, targets, tokens)
+    else:
+        result = time_steps(arguments, targets, tokens)
+    Path(f"{arguments.worker}.{rank}").write_text(json.dumps(result))
+    torch.distributed.destroy_process_group()
+
+
+def launch(arguments: argparse.Namespace, targets: str, memory_of: str = "") -> list[Any]:
+    """Run this file once per rank and return what the ranks wrote."""
+    import tempfile
+
+    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
+        probe.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        probe.close()
+        command = [sys.executable, __file__, "--worker", f"{folder}/result", "--targets", targets]
+        command += ["--memory-of", memory_of] if memory_of else []
+        for name in ("hidden", "layers", "batch", "length", "rounds", "threads"):
+            command += [f"--{name}", str(getattr(arguments, name))]
+        command += ["--checkpointing"] if arguments.checkpointing else []
+        world = str(arguments.processes)
+        processes = []
+        for rank in range(arguments.processes):
+            ranks = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": world,
+                "LOCAL_WORLD_SIZE": world,
+            }
+            threads = {"OMP_NUM_THREADS": str(arguments.threads)}
+            env = {**os.environ, **address, **ranks, **threads}
+            processes.append(
+                subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            )
+        errors = [process.communicate()[1] for process in processes]
+        if any(process.returncode for process in processes):
+            raise SystemExit("\n".join(error.decode()[-2000:] for error in errors))
+        return [
+            json.loads(Path(f"{folder}/result.{rank}").read_text()) for rank in range(arguments.processes)
+        ]
+
+
+def report_case(arguments: argparse.Namespace, targets: str, report: Report) -> None:
+    """Time, processor time, fetches and memory of one set of targets."""
+    ranks = launch(arguments, targets)
+    for metric in ("wall", "cpu"):
+        medians = {}
+        for side in SIDES:
+            rounds = zip(*(rank[metric][side] for rank in ranks), strict=True)
+            medians[side] = statistics.median(max(times) for times in rounds)
+        ours, peft, frozen = medians["ours"], medians["peft"], medians["frozen"]
+        details = {"frozen": frozen, "ours_over_peft": ours / peft, "peft_over_frozen": peft / frozen}
+        name = "step time" if metric == "wall" else "step time, processor"
+        report.add(f"ZeRO-3, {targets}", name, "s", ours, peft, **details)
+    fetches = ranks[0]["fetches"]
+    report.add(
+        f"ZeRO-3, {targets}", "fetches", "1", fetches["ours"], fetches["peft"], frozen=fetches["frozen"]
+    )
+    memory = {side: max(launch(arguments, targets, memory_of=side)) for side in ("ours", "peft")}
+    ratio = memory["ours"] / memory["peft"]
+    report.add(f"ZeRO-3, {targets}", "peak memory", "B", memory["ours"], memory["peft"], ours_over_peft=ratio)
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--hidden", type=int, default=576)
+    arguments.add_argument("--layers", type=int, default=30)
+    arguments.add_argument("--batch", type=int, default=2, help="sequences per rank")
+    arguments.add_argument("--length", type=int, default=256, help="tokens per sequence")
+    arguments.add_argument("--rounds", type=int, default=12)
+    arguments.add_argument("--threads", type=int, default=1, help="per process, on CPU")
+    arguments.add_argument(
+        "--processes", type=int, default=max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 2
+    )
+    arguments.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
+    arguments.add_argument("--targets", choices=TARGETS, help="only these")
+    arguments.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments.add_argument("--memory-of", default="", help=argparse.SUPPRESS)
+    arguments = arguments.parse_args()
+    if arguments.worker:
+        return worker(arguments)
+    if arguments.quick:
+        arguments.layers, arguments.length, arguments.rounds = 6, 128, 6
+    report = Report("training_step", arguments.json)
+    for targets in [arguments.targets] if arguments.targets else TARGETS:
+        report_case(arguments, targets, report)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""A whole run on two hosts, started as on a cluster, equals the same run on one.
+
+Needs root, network namespaces, and `apt-get install iproute2 openssh-server pdsh`; says what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.dist.run_inputs import losses, tiny_recipe, write_inputs, zero_share
+from tests.dist.test_run import LONG, run_recipe
+from tests.dist.two_hosts import INTERFACE, NAMES, TwoHosts, clean_environment, free_port, two_hosts, why_not
+
+ROOT = Path(__file__).parents[2]
+PER_HOST = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": INTERFACE}
+QUICK = {"training__save_strategy": "no", "export": {"delta": "masked", "check": False}}
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    with two_hosts(tmp_path_factory.mktemp("hosts")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_host(inputs, pools, tmp_path_factory):
+    """The same recipe on two ranks of this machine."""
+    output = tmp_path_factory.mktemp("one") / "run"
+    pools(2).run(run_recipe, tiny_recipe(inputs, output, **QUICK), timeout=LONG)
+    return output
+
+
+def start_with_pdsh(hosts: TwoHosts, words: list[str], folder: Path) -> list[subprocess.Popen[bytes]]:
+    """One launch, on the first host."""
+    (folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in NAMES))
+    (folder / ".deepspeed_env").write_text("".join(f"{key}={value}\n" for key, value in PER_HOST.items()))
+    env = {"PATH": hosts.path, "HOSTFILE": str(folder / "hostfile"), "MASTER_PORT": str(free_port())}
+    command = [str(ROOT / "launch/multi_node_pdsh.sh"), *words]
+    return [hosts.start(0, command, folder / "log", cwd=folder, env=clean_environment(env))]
+
+
+def start_with_accelerate(hosts: TwoHosts, words: list[str], folder: Path) -> list[subprocess.Popen[bytes]]:
+    """The same command on each host; the DeepSpeed config comes with accelerate's file."""
+    config = yaml.safe_load((ROOT / "ds_configs/accelerate_multi_node.yaml").read_text())
+    recipe = yaml.safe_load(Path(words[1]).read_text())
+    (folder / "deepspeed.json").write_text(json.dumps(recipe["training"]["deepspeed"]))
+    config["deepspeed_config"]["deepspeed_config_file"] = str(folder / "deepspeed.json")
+    (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
+    env = {"PATH": hosts.path, "NUM_MACHINES": "2", "NUM_PROCESSES": "1", "MASTER_ADDR": hosts.addresses[0]}
+    env |= {"MASTER_PORT": str(free_port()), "ACCELERATE_CONFIG": str(folder / "accelerate.yaml"), **PER_HOST}
+    command = [str(ROOT / "launch/accelerate_each_node.sh"), *words, "--deepspeed", "null"]
+    started = []
+    for host in (0, 1):
+        own = clean_environment({**env, "MACHINE_RANK": str(host)})
+        started.append(hosts.start(host, command, folder / f"log{host}", cwd=folder, env=own))
+    return started
+
+
+def wait_for(started: list[subprocess.Popen[bytes]], folder: Path, seconds: float) -> None:
+    """Wait until all have ended well; the first that did not is shown with the logs."""
+    deadline = time.monotonic() + seconds
+    while any(process.poll() is None for process in started) and time.monotonic() < deadline:
+        if any(process.poll() not in (None, 0) for process in started):
+            break
+        time.sleep(0.2)
+    codes = [process.poll() for process in started]
+    if codes != [0] * len(started):
+        logs = "\n".join(path.read_text()[-6000:] for path in sorted(folder.glob("log*")))
+        pytest.fail(f"exit codes {codes} (None: did not end in {seconds:.0f} s)\n{logs}")
+
+
+@pytest.mark.parametrize("start", [start_with_pdsh, start_with_accelerate])
+def test_two_hosts_train_prune_save_and_export_what_one_host_does(hosts, inputs, one_host, tmp_path, start):
+    output = tmp_path / "run"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(inputs, output, **QUICK)))
+    words = [str(ROOT / "launch/finetune.py"), str(tmp_path / "recipe.yaml")]
+    wait_for(start(hosts, words, tmp_path), tmp_path, seconds=400)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["run"]["world_size"] == 2
+    assert losses(output) == losses(one_host)
+    assert zero_share(output / "model") == zero_share(one_host / "model")
+    for pattern in ("adapter/*.safetensors", "model/*.safetensors"):
+        expected = sorted(path.relative_to(one_host) for path in one_host.glob(pattern))
+        assert expected == sorted(path.relative_to(output) for path in output.glob(pattern)) and expected
+        for name in expected:
+            ours, theirs = load_file(output / name), load_file(one_host / name)
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+
+
+def test_both_hosts_took_part(hosts, tmp_path):
+    """The launch above would also pass if both ranks ran on one host: ask the ranks where they are."""
+    script = tmp_path / "where.py"
+    script.write_text(
+        "import os, socket\nprint('rank', os.environ['RANK'], os.readlink('/proc/self/ns/net'))\n"
+    )
+    wait_for(start_with_pdsh(hosts, [str(script)], tmp_path), tmp_path, seconds=120)
+    found = {
+        line.split("rank ")[1] for line in (tmp_path / "log").read_text().splitlines() if "rank " in line
+    }
+    assert len(found) == 2 and len({line.split()[1] for line in found}) == 2, found
