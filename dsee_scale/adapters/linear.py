@@ -23,7 +23,7 @@ from dsee_scale.errors import TargetError
 
 PARAMETERS = ("dsee_A", "dsee_B", "dsee_values")
 BUFFERS = ("dsee_rows", "dsee_cols")
-ATTRIBUTES = ("dsee_slices", "dsee_scaling", "dsee_dropout", "dsee_shape", "dsee_transposed")
+ATTRIBUTES = ("dsee_rank", "dsee_slices", "dsee_scaling", "dsee_dropout", "dsee_shape", "dsee_transposed")
 A_STD = 0.02
 """Standard deviation of A's normal init. B is zero, so it sets only how fast B starts to move."""
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -38,6 +38,7 @@ class AdaptedLayer(nn.Module):
         dsee_values: parameter (K*N,), the entries of S2.
         dsee_rows: int32 buffer (K*N,), each entry's output index in the whole weight.
         dsee_cols: int32 buffer (K*N,), each entry's input index; entries are sorted by (slice, row, col).
+        dsee_rank: R.
         dsee_slices: K output ranges (start, stop).
         dsee_scaling: s = alpha / rank.
         dsee_dropout: probability with which an element of the adapter's input is dropped in training.
@@ -54,6 +55,7 @@ class AdaptedLayer(nn.Module):
     dsee_values: nn.Parameter
     dsee_rows: Tensor
     dsee_cols: Tensor
+    dsee_rank: int
     dsee_slices: tuple[tuple[int, int], ...]
     dsee_scaling: float
     dsee_dropout: float
@@ -103,7 +105,7 @@ class AdaptedLayer(nn.Module):
         """The base layer's line, then the adapter's."""
         base = super().extra_repr()
         num_sparse = self.dsee_rows.numel() // len(self.dsee_slices)
-        return f"{base}, rank={self.dsee_B.shape[1]}, num_sparse={num_sparse}, slices={self.dsee_slices}"
+        return f"{base}, rank={self.dsee_rank}, num_sparse={num_sparse}, slices={self.dsee_slices}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle through the base class: the subclass is made at run time and has no import name."""
@@ -185,7 +187,14 @@ def attach(
     module.dsee_values = nn.Parameter(torch.zeros(rows.numel(), device=device, dtype=dtype))
     module.register_buffer("dsee_rows", rows.to(device=device, dtype=torch.int32, copy=True))
     module.register_buffer("dsee_cols", cols.to(device=device, dtype=torch.int32, copy=True))
-    settings = (slices, float(scaling), float(dropout), (int(shape[0]), int(shape[1])), bool(transposed))
+    settings = (
+        rank,
+        slices,
+        float(scaling),
+        float(dropout),
+        (int(shape[0]), int(shape[1])),
+        bool(transposed),
+    )
     for name, value in zip(ATTRIBUTES, settings, strict=True):
         setattr(module, name, value)
     module.__class__ = adapted_class(type(module))

@@ -196,6 +196,9 @@ def test_a_weight_that_is_not_here_can_be_adapted():
     adapt(layer)
     assert layer.dsee_A.shape == (3, IN)
     assert layer.dsee_B.shape == (OUT, 3)
+    for name in linear.PARAMETERS:
+        getattr(layer, name).data = torch.empty(0)
+    assert "rank=3, num_sparse=5" in repr(layer)
 
 
 def test_copies_and_pickles_compute_the_same():
