@@ -1,6 +1,7 @@
 # The two commands of the README are `make demo` and `make test`; each sets up what it needs.
 PYTHON ?= python3
-VENV ?= .venv
+# Absolute: DeepSpeed compiles its operators anew whenever the path of the interpreter is spelled otherwise.
+VENV ?= $(CURDIR)/.venv
 BIN := $(VENV)/bin
 NUM_PROCESSES ?= 2
 OUTPUT ?= runs/sentiment
@@ -17,7 +18,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,quant]'
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/dist/extensions.py
+	PATH="$(BIN):$$PATH" $(BIN)/python tests/dist/extensions.py
 	touch $@
 
 test: setup  ## All tests, real DeepSpeed in 1, 2 and 3 processes included
@@ -37,7 +38,7 @@ format: setup  ## Fix lint and format
 
 demo: setup  ## Tune, prune, retune and export a real decoder under ZeRO-3
 	$(BIN)/python -m dsee_scale.training.demo_inputs
-	PATH="$(CURDIR)/$(BIN):$$PATH" launch/single_node.sh launch/finetune.py recipes/sentiment.yaml --output_dir $(OUTPUT)
+	PATH="$(BIN):$$PATH" launch/single_node.sh launch/finetune.py recipes/sentiment.yaml --output_dir $(OUTPUT)
 
 bench: setup  ## Every benchmark, quickly
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script --quick; done
