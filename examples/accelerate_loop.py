@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch._dynamo
 from accelerate import Accelerator
+from accelerate.utils import DummyOptim
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,10 +37,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision="bf16")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     accelerator.print(dsee_scale.inject(model, DSEEConfig(rank=16, alpha=32, num_sparse=64)))
-    optimizer = torch.optim.AdamW(dsee_scale.trainable_parameters(model), lr=args.learning_rate)
+    optimizer = make_optimizer(accelerator, dsee_scale.trainable_parameters(model), args.learning_rate)
     loader = DataLoader(token_blocks(args.text, args.model, args.block_size), batch_size=2)  # type: ignore[arg-type]
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
@@ -50,6 +51,19 @@ def main() -> None:
     dsee_scale.save_adapter(model, f"{args.output_dir}/adapter")
     dsee_scale.export_model(model, f"{args.output_dir}/model", delta="masked")
     accelerator.end_training()
+
+
+def make_optimizer(
+    accelerator: Accelerator, params: list[torch.nn.Parameter], learning_rate: float
+) -> torch.optim.Optimizer | DummyOptim:
+    """AdamW; a placeholder where the DeepSpeed JSON names an optimizer, which Accelerate then asks for."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None or "optimizer" not in plugin.deepspeed_config:
+        return torch.optim.AdamW(params, lr=learning_rate)
+    settings = plugin.deepspeed_config["optimizer"]["params"]
+    settings.update(betas=[0.9, 0.999], eps=1e-8)  # Accelerate fills in `auto` for lr and weight_decay alone
+    plugin.deepspeed_config.pop("train_batch_size", None)  # DeepSpeed computes it
+    return DummyOptim(params, lr=learning_rate, weight_decay=0.0)
 
 
 def token_blocks(text: str, model: str, size: int) -> torch.Tensor:

@@ -101,6 +101,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     import deepspeed
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     os.chdir(tempfile.gettempdir())
     deepspeed.init_distributed("gloo")
@@ -109,6 +110,8 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
             module, name, args = pipe.recv()
         except EOFError:
             return
+        # A run's config would make transformers partition the next task's models while it builds them.
+        unset_hf_deepspeed_config()
         try:
             task: Any = importlib.import_module(module)
             for part in name.split("."):
