@@ -27,6 +27,7 @@ from dsee_scale.checkpoint.stored_form import (
     StoredForm,
     count_kept,
     count_patterns,
+    masked_weights,
     weight_writer,
 )
 from dsee_scale.checkpoint.structured import STRUCTURE_FILE, find_structure, smaller_config
@@ -199,8 +200,8 @@ class _ExportWriter:
         self.partition, self.module, self.new, self.plan = partition, module, new, plan
         self.delta, self.form = delta, form
         self.layers = {f"{n}.weight": layer for n, layer in adapted_layers(module).items()}
-        self.pruned = set(model_state(module).pruned)
-        self.zeros = dict.fromkeys(sorted(self.pruned), 0)
+        self.masked = masked_weights(model_state(module).pruned)
+        self.zeros = dict.fromkeys(sorted(model_state(module).pruned), 0)
         self.sizes = dict.fromkeys(plan.files, 0)
 
     def write_file(self, name: str, entries: list[Entry], bar: Any) -> None:
@@ -264,7 +265,7 @@ class _ExportWriter:
         if update is not None:
             delta = delta_record(self.layers[entry.name], *update)
             form: Form = "masked" if self.delta == "masked" else "dense"
-            value = merged_weight(weight, delta, pruned=entry.name in self.pruned, form=form)
+            value = merged_weight(weight, delta, pruned=entry.name in self.masked, form=form)
         if entry.name in self.zeros:
             structure = self.form.structure
             left = structure.shrink(entry.name, value) if structure else value

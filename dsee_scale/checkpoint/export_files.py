@@ -40,6 +40,7 @@ from dsee_scale.checkpoint.stored_form import (
     Format,
     StoredForm,
     count_patterns,
+    masked_weights,
     part_names,
     weight_writer,
     write_index,
@@ -141,6 +142,7 @@ class _FileWriter:
     def __init__(self, new: NewFolder, sources: Sources, target: Target) -> None:
         self.new, self.sources, self.target, self.form = new, sources, target, target.form
         self.names = {key: name for name, key in sources.keys.items()}
+        self.masked = masked_weights(sources.record.pruned)
         self.zeros = dict.fromkeys(sources.record.pruned, 0)
         self.numel = dict.fromkeys(sources.record.pruned, 0)
         self.sizes: dict[str, int] = {}
@@ -193,7 +195,7 @@ class _FileWriter:
         if name.removesuffix(".weight") in record.modules and self.target.delta != "separate":
             update = recorded_update(self.sources, name.removesuffix(".weight"))
             form: Form = "masked" if self.target.delta == "masked" else "dense"
-            value = merged_weight(weight, update, pruned=name in record.pruned, form=form)
+            value = merged_weight(weight, update, pruned=name in self.masked, form=form)
         if name in self.zeros:
             self.numel[name] = math.prod(self.form.dense_shape(spec))
             self.zeros[name] = self.numel[name] - int(torch.count_nonzero(value))
@@ -202,11 +204,12 @@ class _FileWriter:
 
 def _target(sources: Sources, delta: DeltaForm, format: Format) -> Target:
     """What is cut out and what is compressed, from the record alone."""
-    record, keys = sources.record, sources.keys
+    record, keys, masked = sources.record, sources.keys, masked_weights(sources.record.pruned)
     num_kept = {
         keys[name]: int(how["kept"])
         for name, how in record.pruned.items()
-        if len(how["shape"]) == 2
+        if name in masked
+        and len(how["shape"]) == 2
         and not (delta == "dense" and name.removesuffix(".weight") in record.modules)
     }
     if format == "sparse" and not num_kept:

@@ -77,6 +77,14 @@ class StoredForm:
         return spec.name in self.num_kept and pays(spec, self.num_kept[spec.name])
 
 
+def masked_weights(pruned: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Names of weights whose zeros are a mask on their entries.
+
+    Where only heads or neurons went, the update is zero too, and a weight that is 0 by chance is no mask.
+    """
+    return {name for name, how in pruned.items() if how.get("pattern") not in UNIT_PATTERNS}
+
+
 def count_kept(partition: Partition, module: nn.Module, delta: str) -> dict[str, int]:
     """Collective. Entries whose bits are not all zero, of each pruned weight that stays sparse in the files.
 
@@ -84,11 +92,12 @@ def count_kept(partition: Partition, module: nn.Module, delta: str) -> dict[str,
         ConfigError: there is none.
     """
     params = dict(module.named_parameters())
-    layers = adapted_layers(module)
+    layers, masked = adapted_layers(module), masked_weights(model_state(module).pruned)
     names = [
         name
         for name in model_state(module).pruned
-        if len(partition.shape(params[name])) == 2
+        if name in masked
+        and len(partition.shape(params[name])) == 2
         and not (delta == "dense" and name.removesuffix(".weight") in layers)
     ]
     if not names:

@@ -541,3 +541,19 @@ def test_every_family_names_what_its_blocks_have():
             layers = find_units(model, kind, lambda p: p.shape)
             assert len(layers) == 2 and layers[0].size == (4 if kind == "heads" else 48), model_type
         assert family.name in ("llama", "gpt2", "bert")
+
+
+def test_further_prunings_of_one_config_come_one_after_the_other():
+    heads = PruneConfig(pattern="heads", num_per_layer=2)
+    neurons = PruneConfig(pattern="neurons", sparsity=0.25, scope="matrix")
+    one, two = adapted("llama"), adapted("llama")
+    both = PruneConfig(**{**heads.to_dict(), "then": [neurons.to_dict()]})
+    assert PruneConfig.from_dict(both.to_dict()) == both
+    report = dsee_scale.prune(one, both)
+    for config in (heads, neurons):
+        dsee_scale.prune(two, config)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert len(report.matrices) == 14 and len(report.units) == 4
+    assert "4 of 12 heads are gone" in str(report) and "26 of 104 neurons are gone" in str(report)
+    with pytest.raises(ConfigError, match="`then` within `then`"):
+        PruneConfig(then=(both,))

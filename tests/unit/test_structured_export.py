@@ -311,3 +311,13 @@ def test_iglm_with_heads_removed_loads_through_load_pretrained(tmp_path):
     assert (
         open_partition(loaded).shape(loaded.transformer.h[0].attn.c_attn.weight)[1] < 3 * model.config.n_embd
     )
+
+
+def test_a_weight_that_is_zero_by_chance_still_gets_its_update(tmp_path):
+    """Where only units were removed there is no mask on entries: zeros of the base are no holes."""
+    model = adapted("llama")
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    weight.data[torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.3] = 0
+    dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=2))
+    export_model(model, tmp_path / "live")
+    torch.testing.assert_close(output(dsee_scale.load_pretrained(tmp_path / "live")), output(model))
