@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ class TwoHosts:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.namespaces = [f"dsee-{os.getpid()}-{name}" for name in NAMES]
-        self.path = f"{folder / 'bin'}:{os.environ['PATH']}"
+        self.path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.started: list[subprocess.Popen[bytes]] = []
 
     def start(
