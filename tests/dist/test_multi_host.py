@@ -6,6 +6,7 @@ Needs root, network namespaces, and `apt-get install iproute2 openssh-server pds
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -22,7 +23,13 @@ from tests.dist.two_hosts import INTERFACE, NAMES, TwoHosts, clean_environment, 
 ROOT = Path(__file__).parents[2]
 PER_HOST = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": INTERFACE}
 QUICK = {"training__save_strategy": "no", "export": {"delta": "masked", "check": False}}
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(
+        not os.environ.get("DSEE_SCALE_TWO_HOSTS"),
+        reason="takes minutes: set DSEE_SCALE_TWO_HOSTS=1 to run it",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
