@@ -1,8 +1,10 @@
 # The two commands of the README are `make demo` and `make test`; each sets up what it needs.
 PYTHON ?= python3
-# Absolute: DeepSpeed compiles its operators anew whenever the path of the interpreter is spelled otherwise.
+# Absolute: DeepSpeed compiles its operators anew whenever the interpreter's path is spelled otherwise.
 VENV ?= $(CURDIR)/.venv
 BIN := $(VENV)/bin
+# Its own cache of compiled operators: a build that was killed elsewhere leaves a lock on which all others wait.
+export TORCH_EXTENSIONS_DIR ?= $(VENV)/torch_extensions
 NUM_PROCESSES ?= 2
 OUTPUT ?= runs/sentiment
 

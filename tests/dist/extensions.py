@@ -1,14 +1,16 @@
 """DeepSpeed's compiled operators, built once before any test starts processes that need them.
 
 DeepSpeed compiles them at first use, under a lock file that stays behind if the process is killed; every
-later process then waits for ever. So they are built here, in one process, and an old lock is removed.
+later process then waits for ever. It also compiles them anew whenever another interpreter used the same
+cache. So they are built here, by one process at a time, into a cache that belongs to this environment alone.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 BUILD = """
@@ -16,17 +18,26 @@ from deepspeed.accelerator import get_accelerator
 for name in ("ShareMemCommBuilder", "CPUAdamBuilder"):
     get_accelerator().create_op_builder(name).load(verbose=False)
 """
-OLD = 300.0
 
 
 def build_extensions() -> None:
-    from torch.utils.cpp_extension import _get_build_directory
+    """Build what is missing; sets `TORCH_EXTENSIONS_DIR` for this process and those that it starts.
 
-    for name in ("deepspeed_shm_comm", "cpu_adam"):
-        lock = Path(_get_build_directory(name, verbose=False)) / "lock"
-        if lock.exists() and time.time() - lock.stat().st_mtime > OLD:
+    Raises:
+        RuntimeError: the compiler failed; holds the end of its output.
+    """
+    default = Path(sys.prefix) / "torch_extensions"
+    cache = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "building", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for lock in cache.glob("*/lock"):  # of a build that was killed: nobody else builds here now
             lock.unlink()
-    subprocess.run([sys.executable, "-c", BUILD], check=True, capture_output=True, timeout=600)
+        done = subprocess.run(
+            [sys.executable, "-c", BUILD], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
+        )
+    if done.returncode:
+        raise RuntimeError(f"DeepSpeed's operators could not be built:\n{done.stdout[-4000:]}")
 
 
 if __name__ == "__main__":
