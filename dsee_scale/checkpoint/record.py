@@ -114,7 +114,8 @@ class AdapterRecord:
     @property
     def num_trainable(self) -> int:
         """Entries of A, B, S2 and of the parameters trained in full."""
-        keys = ("dsee_A", "dsee_B", "dsee_values")
+        sparse = self.config is None or self.config.num_sparse != 0
+        keys = ("dsee_A", "dsee_B", *(["dsee_values"] if sparse else []))
         adapters = [
             shape[key] for m in self.modules.values() for shape in [m.tensor_shapes()] for key in keys
         ]

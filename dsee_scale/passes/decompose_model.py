@@ -84,11 +84,12 @@ def _target_support(target: Target, stored: Tensor, config: DSEEConfig) -> Suppo
             f"{target.name}.weight holds NaN or infinity; expected finite weights: check the checkpoint it came from"
         )
     weight_OI = stored.t() if target.transposed else stored
+    method = config.support if config.num_sparse else "random"  # the one entry that stays zero
     parts = []
     for k, (start, stop) in enumerate(target.slices):
         generator = seeded(config.seed, f"{target.name}:{k}", stored.device)
         part = find_support(
-            weight_OI[start:stop], target.num_sparse, config.support, config.decomposition, generator
+            weight_OI[start:stop], target.num_sparse, method, config.decomposition, generator
         )
         parts.append((part.rows + start, part.cols))
     return Support(torch.cat([rows for rows, _ in parts]), torch.cat([cols for _, cols in parts]))

@@ -46,7 +46,8 @@ class InjectionReport:
         lines = [f"dsee_scale: {len(self.targets)} modules adapted in {self.seconds:.1f} s"]
         for (suffix, (o, i), slices, num_sparse), count in groups.items():
             parts = f", {slices} slices" if slices > 1 else ""
-            lines.append(f"  {count:4d} x {suffix:<16} {o} x {i}{parts}, {num_sparse} sparse entries each")
+            sparse = f"{num_sparse} sparse entries each" if num_sparse else "no sparse entries"
+            lines.append(f"  {count:4d} x {suffix:<16} {o} x {i}{parts}, {sparse}")
         share = 100 * self.trainable / self.total
         lines.append(f"  {self.trainable:,} of {self.total:,} parameters are trained ({share:.3f}%)")
         return "\n".join(lines)
@@ -82,7 +83,7 @@ def inject(model: nn.Module, config: DSEEConfig, *, progress: bool | None = None
     )
     supports = decompose_model(targets, config, partition, progress=progress)
     apply_adapters(model, config, targets, supports, trained, partition)
-    report = _report(model, targets, partition, time.perf_counter() - started)
+    report = _report(model, config, targets, partition, time.perf_counter() - started)
     if partition.rank == 0:
         logger.info("%s", report)
     return report
@@ -128,8 +129,10 @@ def _checkpoints_activations(model: nn.Module) -> bool:
 def set_trainable(model: nn.Module, trained_modules: list[str]) -> None:
     """Freeze all but the adapters and the modules trained in full."""
     model.requires_grad_(False)
+    config = model_state(model).config
+    sparse = config is None or config.num_sparse != 0
     for layer in adapted_layers(model).values():
-        for adapter in (layer.dsee_A, layer.dsee_B, layer.dsee_values):
+        for adapter in (layer.dsee_A, layer.dsee_B, *([layer.dsee_values] if sparse else [])):
             adapter.requires_grad_(True)  # type: ignore[operator]
     modules = dict(model.named_modules())
     for name in trained_modules:
@@ -167,10 +170,12 @@ def _reject_unready(model: nn.Module) -> None:
             raise TargetError(f"{name} is on the meta device; load the weights before inject")
 
 
-def _report(model: nn.Module, targets: list[Target], partition: Partition, seconds: float) -> InjectionReport:
+def _report(
+    model: nn.Module, config: DSEEConfig, targets: list[Target], partition: Partition, seconds: float
+) -> InjectionReport:
     sizes = [(partition.shape(p).numel(), p.requires_grad) for p in model.parameters()]
     return InjectionReport(
-        targets=tuple((t.name, t.shape, len(t.slices), t.num_sparse) for t in targets),
+        targets=tuple((t.name, t.shape, len(t.slices), t.num_sparse if config.num_sparse else 0) for t in targets),
         trainable=sum(n for n, trained in sizes if trained),
         total=sum(n for n, _ in sizes),
         seconds=seconds,

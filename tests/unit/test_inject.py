@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -56,6 +57,25 @@ def test_modules_trained_in_full_are_trained():
     dsee_scale.inject(model, config)
     assert model.classifier.weight.requires_grad
     assert not model.bert.pooler.dense.weight.requires_grad
+
+
+def test_no_sparse_entries_is_lora_alone(tmp_path):
+    config = dataclasses.replace(SMALL, num_sparse=0)
+    model = build(llama_config())
+    report = dsee_scale.inject(model, config)
+    count = sum(p.numel() for p in dsee_scale.trainable_parameters(model))
+    assert report.trainable == count == 2 * (3 * (40 + 40) + 3 * (40 + 8))
+    assert "no sparse entries" in str(report)
+    optimizer = torch.optim.SGD(dsee_scale.trainable_parameters(model), lr=1.0)
+    model(token_batch()).logits.square().mean().backward()
+    optimizer.step()
+    dsee_scale.save_adapter(model, tmp_path / "adapter")
+    loaded = build(llama_config())
+    record = dsee_scale.load_adapter(loaded, tmp_path / "adapter")
+    assert record.num_trainable == count == sum(p.numel() for p in loaded.parameters() if p.requires_grad)
+    assert torch.equal(loaded(token_batch()).logits, model(token_batch()).logits)
+    for layer in adapted_layers(loaded).values():
+        assert layer.dsee_B.any() and not layer.dsee_values.any()
 
 
 def test_the_support_of_a_slice_is_that_of_the_slice_alone():
