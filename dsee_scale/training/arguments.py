@@ -34,15 +34,22 @@ class RunArguments(TrainingArguments):
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """The recipe's arguments; making them starts the process group.
+    """The recipe's arguments; see `make_arguments`."""
+    return make_arguments(dict(recipe.training))
+
+
+def make_arguments(values: dict[str, Any]) -> TrainingArguments:
+    """TrainingArguments from plain values; making them starts the process group.
 
     Keep the result alive: it holds the DeepSpeed config by which `from_pretrained` partitions weights while
     it loads them.
 
+    Args:
+        values: arguments that were given; changed in place.
+
     Raises:
         ConfigError: arguments that contradict each other or the DeepSpeed config.
     """
-    values = dict(recipe.training)
     if not values.get("output_dir"):
         raise ConfigError("training.output_dir is missing; name the run's folder, e.g. runs/sentiment")
     values.pop("resume_from_checkpoint", None)

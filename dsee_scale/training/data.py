@@ -80,11 +80,16 @@ def _hub_rows(config: DataConfig) -> tuple[Dataset, Dataset | None]:
 
 def _file_rows(config: DataConfig) -> tuple[Dataset, Dataset | None]:
     assert config.train_file is not None
-    validation = None if config.validation_file is None else _read_file(config.validation_file)
-    return _read_file(config.train_file), validation
+    validation = None if config.validation_file is None else read_file(config.validation_file)
+    return read_file(config.train_file), validation
 
 
-def _read_file(name: str) -> Dataset:
+def read_file(name: str) -> Dataset:
+    """All rows of a local file.
+
+    Raises:
+        ConfigError: it is missing, empty, of an unknown ending, or cannot be read.
+    """
     path = Path(name)
     if not path.is_file():
         raise ConfigError(f"data file {name} does not exist (working directory: {Path.cwd()})")
