@@ -20,7 +20,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,quant]'
-	PATH="$(BIN):$$PATH" $(BIN)/python tests/dist/extensions.py
+	$(BIN)/python tests/dist/extensions.py
 	touch $@
 
 test: setup  ## All tests, real DeepSpeed in 1, 2 and 3 processes included
@@ -43,7 +43,7 @@ demo: setup  ## Tune, prune, retune and export a real decoder under ZeRO-3
 	PATH="$(BIN):$$PATH" launch/single_node.sh launch/finetune.py recipes/sentiment.yaml --output_dir $(OUTPUT)
 
 bench: setup  ## Every benchmark, quickly
-	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script --quick; done
+	for script in benchmarks/[a-z]*.py; do PATH="$(BIN):$$PATH" $(BIN)/python $$script --quick; done
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build *.egg-info

@@ -1,8 +1,9 @@
 """DeepSpeed's compiled operators, built once before any test starts processes that need them.
 
 DeepSpeed compiles them at first use, under a lock file that stays behind if the process is killed; every
-later process then waits for ever. It also compiles them anew whenever another interpreter used the same
-cache. So they are built here, by one process at a time, into a cache that belongs to this environment alone.
+later process then waits for ever. It also compiles them anew whenever another interpreter or another ninja
+used the same cache. So they are built here, by one process at a time, with this environment's ninja, into a
+cache that belongs to this environment alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ for name in ("ShareMemCommBuilder", "CPUAdamBuilder"):
 
 
 def build_extensions() -> None:
-    """Build what is missing; sets `TORCH_EXTENSIONS_DIR` for this process and those that it starts.
+    """Build what is missing; sets `TORCH_EXTENSIONS_DIR` and `PATH` for this process and those that it starts.
 
     Raises:
         RuntimeError: the compiler failed; holds the end of its output.
@@ -29,6 +30,9 @@ def build_extensions() -> None:
     default = Path(sys.prefix) / "torch_extensions"
     cache = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))
     cache.mkdir(parents=True, exist_ok=True)
+    programs = str(Path(sys.executable).parent)
+    if os.environ.get("PATH", "").split(os.pathsep)[0] != programs:
+        os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", "")])
     with open(cache / "building", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         for lock in cache.glob("*/lock"):  # of a build that was killed: nobody else builds here now
