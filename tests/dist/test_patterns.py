@@ -36,6 +36,7 @@ def sized_llama(**changes: Any) -> Any:
 
 BUT_DOWN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
 """49 inputs are in no groups of 4."""
+BUT_DOWN_WEIGHTS = tuple(f"{module}.weight" for module in BUT_DOWN)
 
 CONFIGS = {
     "llama": (
@@ -53,9 +54,12 @@ CONFIGS = {
     ),
 }
 
+FOR_EIGHTS = {"llama of 40": (lambda: sized_llama(hidden_size=40), CONFIGS["llama"][1])}
+"""Shards of two and three ranks cut groups of 8."""
+
 
 def make(family: str, dtype: torch.dtype, ds_config: dict[str, Any] | None) -> torch.nn.Module:
-    config, dsee = CONFIGS[family]
+    config, dsee = (CONFIGS | FOR_EIGHTS)[family]
     model = build(config(), dtype)
     if ds_config is not None:
         partition(model, ds_config)
@@ -96,33 +100,34 @@ def check_same_everywhere(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("score", ["W", "WABS", "NABS", "random"])
 @pytest.mark.parametrize(
-    "family, pattern", [("llama", "2:4"), ("llama", "1:2"), ("gpt2", "2:4"), ("gpt2", "5:9")]
+    "family, pattern",
+    [("llama", "2:4"), ("llama", "1:2"), ("llama of 40", "4:8"), ("gpt2", "2:4"), ("gpt2", "5:9")],
 )
 def test_n_of_m_is_the_same_on_1_2_3_ranks_and_without_deepspeed(pools, family, pattern, score, dtype):
-    prune = PruneConfig(pattern=pattern, score=score, modules=BUT_DOWN if family == "llama" else ())
+    llama = family != "gpt2"
+    prune = PruneConfig(pattern=pattern, score=score, modules=BUT_DOWN if llama else ())
     weights = check_same_everywhere(pools, family, dtype, (prune,))
     n, m = map(int, pattern.split(":"))
     checked = 0
     for name, weight in weights.items():
-        if name.endswith(
-            (*(f"{module}.weight" for module in BUT_DOWN), "c_attn.weight", "c_proj.weight", "c_fc.weight")
-        ):
+        if name.endswith((*BUT_DOWN_WEIGHTS, "c_attn.weight", "c_proj.weight", "c_fc.weight")):
             zeros = int((weight == 0).sum())
-            assert groups_hold(weight, n, m, transposed=family == "gpt2")
+            assert groups_hold(weight, n, m, transposed=not llama)
             assert zeros == weight.numel() * (m - n) // m, name
             checked += 1
-    assert checked == (12 if family == "llama" else 8)
+    assert checked == (12 if llama else 8)
 
 
 def test_the_sizes_in_these_tests_do_cut_groups(pools):
-    assert any(pools(2).run(cuts_groups)) and any(pools(3).run(cuts_groups))
+    for family, size in (("llama", 4), ("llama of 40", 8)):
+        assert any(pools(2).run(cuts_groups, family, size)) and any(pools(3).run(cuts_groups, family, size))
 
 
-def cuts_groups() -> bool:
-    model = partition(build(sized_llama()), zero3_config())
+def cuts_groups(family: str, size: int) -> bool:
+    model = make(family, torch.float32, zero3_config())
     port = open_partition(model)
-    shards = [port.shard(p) for n, p in model.named_parameters() if n.endswith("proj.weight")]
-    return any(shard.start % 4 for shard in shards)
+    shards = [port.shard(p) for n, p in model.named_parameters() if n.endswith(BUT_DOWN_WEIGHTS)]
+    return any(shard.start % size for shard in shards)
 
 
 UNITS = {

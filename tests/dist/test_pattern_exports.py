@@ -1,0 +1,103 @@
+"""What is left of partitioned models after N:M, heads and neurons: files, sizes and logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dsee_scale
+from dsee_scale import PruneConfig
+from dsee_scale.checkpoint.adapter import save_adapter
+from dsee_scale.checkpoint.convert_files import convert_folder
+from dsee_scale.checkpoint.export import export_model
+from dsee_scale.checkpoint.export_files import export_files
+from tests.dist.test_checkpoint import contents
+from tests.dist.test_inject_prune import engine_for, train
+from tests.dist.test_patterns import make
+from tests.models import build, token_batch, zero3_config
+
+UNITS = PruneConfig(
+    pattern="heads", num_per_layer=2, then=(PruneConfig(pattern="neurons", sparsity=0.25, scope="matrix"),)
+)
+UNEQUAL = PruneConfig(pattern="neurons", sparsity=0.4, min_per_layer=4)
+N_OF_M = PruneConfig(pattern="2:4", score="WABS", modules=("*attn*",))
+PATTERNS = {"llama": (UNITS, N_OF_M), "gpt2": (UNEQUAL, N_OF_M)}
+
+
+def save_all(folder: str, family: str, partitioned: bool) -> None:
+    model = make(family, torch.bfloat16, zero3_config(torch.bfloat16) if partitioned else None)
+    for config in PATTERNS[family]:
+        dsee_scale.prune(model, config)
+    save_adapter(model, f"{folder}/adapter")
+    for form in ("dense", "sparse"):
+        export_model(model, f"{folder}/{form}", format=form, max_shard_size="10KB")  # type: ignore[arg-type]
+    export_model(model, f"{folder}/separate", delta="separate")
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("family", list(PATTERNS))
+def test_smaller_and_sparse_files_are_byte_for_byte_those_of_one_process(pools, tmp_path, family, world_size):
+    save_all(str(tmp_path / "one"), family, False)
+    pools(world_size).run(save_all, str(tmp_path / "many"), family, True)
+    expected, found = contents(tmp_path / "one"), contents(tmp_path / "many")
+    assert found.keys() == expected.keys()
+    assert sum(name.startswith("sparse/dsee_sparse-") for name in found) > 1
+    assert ("dense/dsee_structure.json" in found) == (family == "gpt2")
+    for name, data in expected.items():
+        assert found[name] == data, name
+    convert_folder(tmp_path / "many" / "sparse", tmp_path / "back", format="dense")
+    dense, back = tensors(tmp_path / "many" / "dense"), tensors(tmp_path / "back")
+    assert back.keys() == dense.keys()
+    for name, weight in dense.items():
+        assert torch.equal(back[name].view(torch.int16), weight.view(torch.int16)), name
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def retuned(folder: str, family: str) -> torch.Tensor:
+    """Tune, remove units, retune, write adapter and model; logits of the live engine."""
+    ds_config = zero3_config()
+    engine: Any = engine_for(make(family, torch.float32, ds_config), ds_config)
+    train(engine, 2)
+    dsee_scale.prune(engine, UNITS if family == "llama" else PruneConfig(pattern="heads", num_per_layer=1))
+    train(engine, 3)
+    save_adapter(engine, f"{folder}/adapter")
+    report = export_model(engine, f"{folder}/model")
+    assert report.loads_with == ("transformers" if family == "llama" else "dsee_scale.load_pretrained")
+    engine.eval()
+    with torch.no_grad():
+        return engine(token_batch()).logits.clone()
+
+
+@pytest.mark.parametrize("family", list(PATTERNS))
+def test_a_model_retuned_under_zero3_and_cut_has_the_live_engines_logits(pools, tmp_path, family):
+    from transformers import AutoModelForCausalLM
+
+    from tests.dist.test_patterns import CONFIGS
+
+    live = pools(2).run(retuned, str(tmp_path), family)
+    stock = AutoModelForCausalLM.from_pretrained if family == "llama" else dsee_scale.load_pretrained
+    base = build(CONFIGS[family][0]())
+    base.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "from_files")
+    for folder in ("model", "from_files"):
+        small: Any = stock(tmp_path / folder)
+        assert parameters(small) < parameters(base)
+        with torch.no_grad():
+            found = small(token_batch()).logits
+        for expected in live:
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    expected, found = tensors(tmp_path / "model"), tensors(tmp_path / "from_files")
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+def parameters(model: torch.nn.Module) -> int:
+    return sum(param.numel() for param in model.parameters())
