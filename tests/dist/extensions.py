@@ -13,12 +13,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 BUILD = """
 from deepspeed.accelerator import get_accelerator
 for name in ("ShareMemCommBuilder", "CPUAdamBuilder"):
     get_accelerator().create_op_builder(name).load(verbose=False)
 """
+_IN_USE: list[IO[str]] = []
+"""Held until this process ends, so that no other test run takes our processes' lock files for leftovers."""
 
 
 def build_extensions() -> None:
@@ -33,13 +36,28 @@ def build_extensions() -> None:
     programs = str(Path(sys.executable).parent)
     if os.environ.get("PATH", "").split(os.pathsep)[0] != programs:
         os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", "")])
-    with open(cache / "building", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        for lock in cache.glob("*/lock"):  # of a build that was killed: nobody else builds here now
+    file = open(cache / "in_use", "w")  # noqa: SIM115 (stays open)
+    _IN_USE.append(file)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pass  # others use the operators right now: a lock file may be one of theirs
+    else:
+        for lock in cache.glob("*/lock"):  # of a build that was killed
             lock.unlink()
-        done = subprocess.run(
-            [sys.executable, "-c", BUILD], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
-        )
+        _build()
+    fcntl.flock(file, fcntl.LOCK_SH)
+    _build()
+
+
+def _build() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
     if done.returncode:
         raise RuntimeError(f"DeepSpeed's operators could not be built:\n{done.stdout[-4000:]}")
 
