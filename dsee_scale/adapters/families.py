@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dsee_scale.adapters.targets import linear_kind
 from dsee_scale.errors import TargetError
+from dsee_scale.partition.quantized import quantised_kind
 
 Kind = Literal["heads", "neurons"]
 Side = Literal["outputs", "inputs"]
@@ -270,10 +271,10 @@ def _shape(name: str, block: nn.Module, path: str, shape_of: ShapeOf) -> tuple[i
     """True (O, I)."""
     module = inner(block, path, name)
     kind = linear_kind(module)
-    if kind is None or not module.weight.is_floating_point():
+    if kind is None or quantised_kind(module) or not module.weight.is_floating_point():
         raise TargetError(
-            f"{name}.{path} is a {type(module).__name__}; expected nn.Linear or Conv1D with floating-point "
-            "weights"
+            f"{name}.{path} is a {type(module).__name__}; heads and neurons are removed from nn.Linear or Conv1D "
+            "with floating-point weights: prune an unquantised base, or choose pattern 'unstructured' or N:M"
         )
     rows, cols = shape_of(module.weight)
     return (int(cols), int(rows)) if kind == "conv1d" else (int(rows), int(cols))

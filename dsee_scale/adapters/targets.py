@@ -14,6 +14,7 @@ from torch import nn
 
 from dsee_scale.config import DSEEConfig
 from dsee_scale.errors import ConfigError, TargetError
+from dsee_scale.partition.quantized import quantised_kind
 
 FUSED_PARTS = ("q", "k", "v")
 
@@ -163,7 +164,12 @@ def _true_shape(
         inputs, outputs = shape_of(weight)
         return int(outputs), int(inputs)
     declared = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
-    if weight.dtype.is_floating_point and tuple(shape_of(weight)) != declared:
+    if not weight.dtype.is_floating_point and not quantised_kind(module):
+        raise TargetError(
+            f"{name} is a {type(module).__name__} with {weight.dtype} weights, a quantisation that is not known "
+            "here; expected floating-point weights or bitsandbytes (BitsAndBytesConfig)"
+        )
+    if tuple(shape_of(weight)) != declared:
         raise TargetError(f"{name}.weight has shape {tuple(shape_of(weight))}, the layer declares {declared}")
     return declared
 

@@ -31,6 +31,7 @@ from dsee_scale.checkpoint.record import (
 from dsee_scale.checkpoint.tensor_file import TensorReader, TensorSpec, TensorWriter, aligned, file_metadata
 from dsee_scale.errors import DSEEError, FormatError, TargetError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
+from dsee_scale.partition.quantized import prepare_quantised
 from dsee_scale.passes.inject_model import apply_adapters
 
 STEM = "dsee_adapter"
@@ -79,6 +80,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterRecord:
     partition = open_partition(model)
     with alike(partition):
         _reject_unready(model)
+        prepare_quantised(model)
         stored = open_folder(folder, KINDS_WITH_ADAPTER)
         names = stored.names(STEM) + stored.names(MASKS)
         stored.verify(names, rank=partition.rank, world_size=partition.world_size)
@@ -243,7 +245,7 @@ def _targets(
             )
         weight: nn.Parameter = layer.weight  # type: ignore[assignment]
         expected = saved.shape[::-1] if saved.transposed else saved.shape
-        if weight.is_floating_point() and tuple(partition.shape(weight)) != expected:
+        if tuple(partition.shape(weight)) != expected:
             raise FormatError(
                 f"{where}: {name}.weight is {tuple(partition.shape(weight))} in this model, the adapter was "
                 f"made for {expected}; load the base that it was made for"

@@ -110,6 +110,7 @@ def apply_mask(partition: Partition, param: nn.Parameter, reader: TensorReader, 
         for at, keep in _keep_blocks(reader, name, shard.start, shard.data.numel()):
             block = shard.data[at : at + keep.numel()]
             block.masked_fill_(~keep.to(block.device), 0)
+        shard.commit()
 
 
 def count_kept(reader: TensorReader, name: str, numel: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.errors import PartitionError
-from dsee_scale.partition.port import Shard
+from dsee_scale.partition.port import Shard, decoded
 from dsee_scale.partition.ranks import Ranks
 
 
@@ -17,11 +17,12 @@ class DensePartition(Ranks):
 
     def __init__(self, model: nn.Module) -> None:
         first = next(model.parameters(), None)
-        super().__init__(None, first.device if first is not None else torch.device("cpu"))
+        super().__init__(model, None, first.device if first is not None else torch.device("cpu"))
 
     def shape(self, param: nn.Parameter) -> torch.Size:
         """True shape."""
-        return param.shape
+        codec = self.codecs.get(id(param))
+        return param.shape if codec is None else codec.shape
 
     def compute_device(self, param: nn.Parameter) -> torch.device:
         """The weight's own device."""
@@ -29,7 +30,7 @@ class DensePartition(Ranks):
 
     def shard(self, param: nn.Parameter) -> Shard:
         """The whole weight, flat."""
-        return Shard(param.data.view(-1), 0)
+        return decoded(self.codecs.get(id(param)), param.data.view(-1), 0)
 
     def copies(self, param: nn.Parameter) -> list[Shard]:
         """None: each rank's replica is its own shard."""
@@ -55,7 +56,7 @@ class DensePartition(Ranks):
     def gather_each(self, params: Sequence[nn.Parameter], dst: int = 0) -> Iterator[Tensor | None]:
         """The parameters one by one on rank `dst`, None elsewhere; nothing is sent."""
         for param in params:
-            yield param.detach() if self.rank == dst else None
+            yield self.decode(param, param.detach()) if self.rank == dst else None
 
     def assign(self, params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
         """Copy whole values in."""

@@ -5,12 +5,14 @@ A weight's *flat order* is the row-major order of its true shape. A *shard* is a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from dsee_scale.partition.quantized import Codec
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,30 @@ class Shard:
     """One stored stretch of a weight.
 
     Attributes:
-        data: 1-D view of the stored values, valid entries only; writing to it changes the weight.
+        data: 1-D view of the stored values, valid entries only; writing to it changes the weight. Of a quantised
+            weight, a decoded copy: `commit` writes its zeros back.
         start: position of `data[0]` in the weight's flat order.
+        codes: the stored codes of a quantised weight.
+        codec: how they are stored.
     """
 
     data: Tensor
     start: int
+    codes: Tensor | None = None
+    codec: Codec | None = None
+
+    def commit(self) -> None:
+        """Call after setting entries to zero: writes the zeros of a decoded copy into the stored codes. Local."""
+        if self.codec is not None and self.codes is not None:
+            self.codec.zero(self.codes, self.data)
+
+
+def decoded(codec: Codec | None, stored: Tensor, start: int) -> Shard:
+    """The shard of a stored stretch, flat, that begins `start` stored elements into the weight."""
+    if codec is None:
+        return Shard(stored, start)
+    entries, first = codec.decode(stored, start)
+    return Shard(entries, first, stored, codec)
 
 
 class Exchange(Protocol):
@@ -36,16 +56,21 @@ class Exchange(Protocol):
 class Partition(Protocol):
     """One model's weights as this process sees them.
 
-    `rank` and `world_size` are those of the processes that hold the model together. A method that
+    `rank` and `world_size` are those of the processes that hold the model together; `codecs` says how quantised
+    weights are stored, by the parameter's `id`. A method that
     communicates says "Collective." and must be entered by every rank in the same order.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    codecs: Mapping[int, Codec]
 
     def shape(self, param: nn.Parameter) -> torch.Size:
         """True shape, whatever part of the parameter is here."""
+
+    def dtype(self, param: nn.Parameter) -> torch.dtype:
+        """Dtype of shards and whole copies: the parameter's own, or that of a quantised weight decoded."""
 
     def compute_device(self, param: nn.Parameter) -> torch.device:
         """Where the weight is when it is used, and so where its adapter belongs; not where it is offloaded."""
@@ -79,7 +104,11 @@ class Partition(Protocol):
         """Collective. Begin to send each matrix to the rank that owns it; nobody else gets it.
 
         Extra memory on a rank: the matrices that it owns in this call, and one copy of the shards sent.
+        Quantised matrices arrive as they are stored; `decode` makes entries of one.
         """
+
+    def decode(self, param: nn.Parameter, stored: Tensor) -> Tensor:
+        """A whole stored weight in its true shape, decoded if it is quantised. Local."""
 
     def sum_over_shards(self, tensor: Tensor) -> Tensor:
         """Collective. In-place sum over the ranks whose shards are different; identity on replicas."""

@@ -1,25 +1,38 @@
-"""What both ports share: the processes, and errors that all of them raise together."""
+"""What both ports share: the processes, quantised weights, and errors that all ranks raise together."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsee_scale.errors import DSEEError, PartitionError
+from dsee_scale.partition.quantized import Codec, find_codecs
 
 
 class Ranks:
     """A group of processes, or the only one where torch.distributed is not initialised."""
 
-    def __init__(self, group: Any, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, group: Any, device: torch.device) -> None:
         self.active = dist.is_available() and dist.is_initialized()
         self.group = group
         self.rank = dist.get_rank(group) if self.active else 0
         self.world_size = dist.get_world_size(group) if self.active else 1
         self.device = communication_device(group, device) if self.active else device
+        self.codecs: Mapping[int, Codec] = find_codecs(model)
+
+    def dtype(self, param: nn.Parameter) -> torch.dtype:
+        """Dtype of shards and whole copies: of a quantised weight, that of its decoded entries."""
+        codec = self.codecs.get(id(param))
+        return param.dtype if codec is None else codec.dtype
+
+    def decode(self, param: nn.Parameter, stored: Tensor) -> Tensor:
+        """A whole stored weight in its true shape, decoded if it is quantised. Local."""
+        codec = self.codecs.get(id(param))
+        return stored if codec is None else codec.decode(stored)[0].view(codec.shape)
 
     def broadcast(self, tensor: Tensor, src: int) -> Tensor:
         """Collective. In-place broadcast from rank `src` of the group."""

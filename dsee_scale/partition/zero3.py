@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsee_scale.errors import PartitionError
-from dsee_scale.partition.port import Shard
+from dsee_scale.partition.port import Shard, decoded
 from dsee_scale.partition.ranks import Ranks
 
 
@@ -40,7 +40,7 @@ class Zero3Partition(Ranks):
                 "the parameters are partitioned over different process groups (MiCS or expert parallelism); "
                 "expected one ZeRO-3 group for the whole model: train without MiCS and expert parallelism"
             )
-        super().__init__(group, params[0].ds_tensor.device)
+        super().__init__(model, group, params[0].ds_tensor.device)
         if self.world_size != dist.get_world_size():
             raise PartitionError(
                 f"the parameters are partitioned over {self.world_size} of {dist.get_world_size()} processes "
@@ -49,6 +49,9 @@ class Zero3Partition(Ranks):
 
     def shape(self, param: Any) -> torch.Size:
         """True shape."""
+        codec = self.codecs.get(id(param))
+        if codec is not None:
+            return codec.shape
         return torch.Size(param.ds_shape) if is_partitioned(param) else param.shape
 
     def compute_device(self, param: Any) -> torch.device:
@@ -59,13 +62,13 @@ class Zero3Partition(Ranks):
         """This rank's stretch, without the padding."""
         if not is_partitioned(param):
             flat = param.data.view(-1)
-            return Shard(flat if self.rank == 0 else flat[:0], 0)
+            return decoded(self.codecs.get(id(param)), flat if self.rank == 0 else flat[:0], 0)
         return self._stretch(param, param.ds_tensor, self.rank)
 
     def copies(self, param: Any) -> list[Shard]:
         """The secondary shard of hierarchical partitioning, and replicas on other ranks than 0."""
         if not is_partitioned(param):
-            return [] if self.rank == 0 else [Shard(param.data.view(-1), 0)]
+            return [] if self.rank == 0 else [decoded(self.codecs.get(id(param)), param.data.view(-1), 0)]
         secondary = getattr(param, "ds_secondary_tensor", None)
         if secondary is None:
             return []
@@ -102,13 +105,13 @@ class Zero3Partition(Ranks):
         """Collective. One whole parameter at a time on rank `dst`, None elsewhere."""
         for param in params:
             if not is_partitioned(param):
-                yield param.detach() if self.rank == dst else None
+                yield self.decode(param, param.detach()) if self.rank == dst else None
                 continue
             piece = self._sendable(param)
             whole = piece.new_empty(self.world_size * piece.numel()) if self.rank == dst else None
             pieces = list(whole.chunk(self.world_size)) if whole is not None else None
             dist.gather(piece, pieces, dst=self.global_rank(dst), group=self.group)
-            yield None if whole is None else self._true(param, whole)
+            yield None if whole is None else self.decode(param, self._true(param, whole))
 
     def assign(self, params: Sequence[Any], values: Sequence[Tensor]) -> None:
         """Write this rank's part of whole values that every rank holds."""
@@ -131,7 +134,7 @@ class Zero3Partition(Ranks):
     def _stretch(self, param: Any, stored: Tensor, index: int) -> Shard:
         start = min(index * stored.numel(), param.ds_numel)
         valid = min(stored.numel(), param.ds_numel - start)
-        return Shard(stored.data.view(-1)[:valid], start)
+        return decoded(self.codecs.get(id(param)), stored.data.view(-1)[:valid], start)
 
     def _sendable(self, param: Any) -> Tensor:
         return param.ds_tensor.detach().view(-1).to(self.device)

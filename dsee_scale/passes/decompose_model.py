@@ -48,7 +48,8 @@ def decompose_model(
             if failure is None:
                 for at, matrix in mine.items():
                     index = each.indices[at]
-                    supports[index] = _target_support(targets[index], matrix, config)
+                    whole = partition.decode(targets[index].module.weight, matrix)  # type: ignore[arg-type]
+                    supports[index] = _target_support(targets[index], whole, config)
         except (DSEEError, torch.OutOfMemoryError) as error:
             failure = _explain(error, config)
         bar.update(len(each.indices))
@@ -88,9 +89,7 @@ def _target_support(target: Target, stored: Tensor, config: DSEEConfig) -> Suppo
     parts = []
     for k, (start, stop) in enumerate(target.slices):
         generator = seeded(config.seed, f"{target.name}:{k}", stored.device)
-        part = find_support(
-            weight_OI[start:stop], target.num_sparse, method, config.decomposition, generator
-        )
+        part = find_support(weight_OI[start:stop], target.num_sparse, method, config.decomposition, generator)
         parts.append((part.rows + start, part.cols))
     return Support(torch.cat([rows for rows, _ in parts]), torch.cat([cols for _, cols in parts]))
 

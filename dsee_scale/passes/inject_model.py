@@ -17,6 +17,7 @@ from dsee_scale.algorithms.decompose import Support
 from dsee_scale.config import DSEEConfig
 from dsee_scale.errors import TargetError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
+from dsee_scale.partition.quantized import compute_dtype, prepare_quantised, quantised_kind
 from dsee_scale.passes.decompose_model import decompose_model, seeded
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ def inject(model: nn.Module, config: DSEEConfig, *, progress: bool | None = None
     """
     started = time.perf_counter()
     _reject_unready(model)
+    prepare_quantised(model)
     partition = open_partition(model)
     targets = find_targets(model, config, partition.shape)
     for target in targets:
@@ -98,6 +100,13 @@ def apply_adapters(
     partition: Partition,
 ) -> None:
     """Adapt the targets on given supports and set what is trainable. Local, the same on every rank."""
+    modules = dict(model.named_modules())
+    for name in trained_modules:
+        if any(quantised_kind(module) for module in modules[name].modules()):
+            raise TargetError(
+                f"trained_modules: {name} is quantised, and its weights cannot be trained; expected floating-point "
+                "weights: add it to llm_int8_skip_modules in the BitsAndBytesConfig, or leave it out"
+            )
     for target, support in zip(targets, supports, strict=True):
         weight = cast(nn.Parameter, target.module.weight)
         attach(
@@ -111,7 +120,7 @@ def apply_adapters(
             cols=support.cols,
             dropout=config.dropout,
             generator=seeded(config.seed, f"{target.name}:A", torch.device("cpu")),
-            dtype=weight.dtype,
+            dtype=_adapter_dtype(target.module, partition),
             device=partition.compute_device(weight),
         )
     model_state(model).config = config
@@ -119,6 +128,13 @@ def apply_adapters(
     if _checkpoints_activations(model):
         # With every input frozen, reentrant checkpointing would cut the graph before the first adapter.
         model.enable_input_require_grads()  # type: ignore[operator]
+
+
+def _adapter_dtype(module: nn.Module, partition: Partition) -> torch.dtype:
+    """The weight's dtype; for a quantised layer, what it computes in."""
+    weight = cast(nn.Parameter, module.weight)
+    codec = partition.codecs.get(id(weight))
+    return weight.dtype if codec is None else compute_dtype(module, codec)
 
 
 def _checkpoints_activations(model: nn.Module) -> bool:
@@ -175,7 +191,9 @@ def _report(
 ) -> InjectionReport:
     sizes = [(partition.shape(p).numel(), p.requires_grad) for p in model.parameters()]
     return InjectionReport(
-        targets=tuple((t.name, t.shape, len(t.slices), t.num_sparse if config.num_sparse else 0) for t in targets),
+        targets=tuple(
+            (t.name, t.shape, len(t.slices), t.num_sparse if config.num_sparse else 0) for t in targets
+        ),
         trainable=sum(n for n, trained in sizes if trained),
         total=sum(n for n, _ in sizes),
         seconds=seconds,

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dsee_scale.adapters.linear import adapted_layers, delta_record, is_adapted
+from dsee_scale.adapters.removed_units import removed_inputs
 from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.score import Ranking, all_finite, key_bits, ranked_blocks
 from dsee_scale.algorithms.select import Cut, CutSearch, apply_cut_
@@ -21,7 +22,7 @@ from dsee_scale.partition import Partition, Shard, open_partition, unwrap
 from dsee_scale.passes.pools import Member, WeightPool, find_pools
 from dsee_scale.passes.progress import show_progress
 from dsee_scale.passes.prune_nm import check_divisible, remove_n_of_m
-from dsee_scale.passes.prune_structured import plan_units, remove_units
+from dsee_scale.passes.prune_structured import UnitPlan, plan_units, remove_units
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,8 @@ def prune(model: nn.Module, config: PruneConfig, *, progress: bool | None = None
         ConfigError: pools that are empty or overlap, groups or counts that do not fit the shapes.
         PartitionError: weights stored where an edit would not last (NVMe, quantised by DeepSpeed).
     """
+    for further in config.then:
+        _plan(unwrap(model), further)
     report = _prune_once(model, config, progress)
     for further in config.then:
         report = report.followed_by(_prune_once(model, further, progress))
@@ -119,10 +122,10 @@ def _prune_once(model: nn.Module, config: PruneConfig, progress: bool | None) ->
     started = time.perf_counter()
     module = unwrap(model)
     partition = open_partition(module)
-    plan = plan_units(module, config, partition.shape) if config.removes_units else None
-    pools = [plan.pool] if plan else find_pools(module, config, partition.shape)
+    plan, pools = _plan(module, config)
+    removed = removed_inputs(module, partition.shape) if config.n_of_m else {}
     if config.n_of_m:
-        check_divisible(pools, config.n_of_m[1])
+        check_divisible(pools, config.n_of_m[1], removed)
     _reject_unready(model, module, pools, config, partition)
     rankings = _rankings(pools, config, partition)
     _reject_not_finite(pools, partition)
@@ -130,7 +133,7 @@ def _prune_once(model: nn.Module, config: PruneConfig, progress: bool | None) ->
     if plan:
         matrices, units = remove_units(model, module, plan, rankings, partition)
     elif config.n_of_m:
-        matrices = remove_n_of_m(pools, rankings, config.n_of_m, partition)
+        matrices = remove_n_of_m(pools, rankings, config.n_of_m, partition, removed)
     else:
         matrices = _remove_lowest(pools, rankings, partition, hidden=not show_progress(partition, progress))
     if not plan:
@@ -141,6 +144,13 @@ def _prune_once(model: nn.Module, config: PruneConfig, progress: bool | None) ->
     if partition.rank == 0:
         logger.info("%s", report)
     return report
+
+
+def _plan(module: nn.Module, config: PruneConfig) -> tuple[UnitPlan | None, list[WeightPool]]:
+    """What a pruning means, from names, shapes and settings; refuses what makes no sense. Local."""
+    shape_of = open_partition(module).shape
+    plan = plan_units(module, config, shape_of) if config.removes_units else None
+    return plan, [plan.pool] if plan else find_pools(module, config, shape_of)
 
 
 def _reject_unready(
@@ -212,7 +222,7 @@ def _remove_lowest(
 def _find_cut(pool: WeightPool, rankings: dict[str, Ranking], partition: Partition) -> Cut:
     """Collective. The exact threshold of a pool: a few fixed-size histograms, summed over shards."""
     chosen = [rankings[member.name] for member in pool.members]
-    bits = key_bits(chosen, [member.param.dtype for member in pool.members])
+    bits = key_bits(chosen, [partition.dtype(member.param) for member in pool.members])
     search = CutSearch(pool.num_remove, pool.total, bits, device=partition.device)
     while search.cut is None:
         for member in pool.members:
@@ -248,7 +258,9 @@ def _apply(
 
 
 def _apply_to(member: Member, stored: Shard, ranking: Ranking, cut: Cut) -> int:
-    return sum(
+    zeros = sum(
         apply_cut_(entries, ranked, member.start + position, cut)
         for entries, ranked, position in ranked_blocks(stored.data, stored.start, ranking)
     )
+    stored.commit()
+    return zeros

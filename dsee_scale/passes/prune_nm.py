@@ -4,11 +4,14 @@ Along the input a Linear's weight (O x I) is contiguous: a group is M consecutiv
 (I x O) a group is a column of M rows. In both cases the weight falls apart into *slabs* of consecutive
 entries that hold whole groups, M or M x O long. A shard chooses within its whole slabs alone; only the keys
 of the few slabs that an edge of a shard cuts travel between ranks, never a weight.
+
+Where inputs are gone because heads or neurons were removed, groups are formed among those that are left, as
+the exported matrix has them; unless whole groups went, a slab is then a row of a Linear, or a whole Conv1D.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,51 +37,78 @@ class Groups:
         num_remove: M - N, how many entries of each group go.
         size: M.
         stride: distance in flat order between neighbours along the input.
+        inputs: neighbours in a slab.
+        left: (K,) those of them that form groups, K a multiple of M; None for all.
     """
 
     num_remove: int
     size: int
     stride: int
+    inputs: int
+    left: Tensor | None = None
 
     @property
     def slab(self) -> int:
         """Consecutive entries that hold whole groups."""
-        return self.size * self.stride
+        return self.inputs * self.stride
 
     def gone(self, slab_keys: Tensor) -> Tensor:
         """(n,) bool, which entries of whole slabs go, from their keys."""
-        grouped = slab_keys.view(-1, self.size, self.stride)
-        return lowest_in_groups(grouped, self.num_remove).reshape(-1)
+        lines = slab_keys.view(-1, self.inputs, self.stride)
+        if self.left is None:
+            return lowest_in_groups(lines, self.num_remove).reshape(-1)
+        left = self.left.to(lines.device)
+        chosen = lowest_in_groups(lines[:, left].view(-1, self.size, self.stride), self.num_remove)
+        found = torch.zeros(lines.shape, dtype=torch.bool, device=lines.device)
+        found[:, left] = chosen.reshape(len(lines), -1, self.stride)
+        return found.view(-1)
 
 
-def check_divisible(pools: Sequence[WeightPool], m: int) -> None:
-    """Refuse weights whose input size is no multiple of M. Local.
+def check_divisible(pools: Sequence[WeightPool], m: int, removed: Mapping[str, Tensor]) -> None:
+    """Refuse weights whose inputs no groups of M divide. Local.
+
+    Args:
+        pools: the weights.
+        m: M.
+        removed: what `removed_inputs` found.
 
     Raises:
         ConfigError: naming them.
     """
     wrong = {}
     for member in (member for pool in pools for member in pool.members):
-        inputs = member.shape[0] if linear_kind(member.module) == "conv1d" else member.shape[1]
-        if inputs % m:
-            wrong[member.name] = inputs
+        gone = int(removed[member.name].sum()) if member.name in removed else 0
+        if (_num_inputs(member) - gone) % m:
+            wrong[member.name] = f"{_num_inputs(member) - gone} inputs" + (" left" if gone else "")
     if wrong:
         name, inputs = next(iter(wrong.items()))
         raise ConfigError(
-            f"{name} has {inputs} inputs, which groups of {m} do not divide (and {len(wrong) - 1} more "
+            f"{name} has {inputs}, which groups of {m} do not divide (and {len(wrong) - 1} more "
             "matrices); choose another M, or leave them out with PruneConfig.modules"
         )
 
 
 def remove_n_of_m(
-    pools: Sequence[WeightPool], rankings: dict[str, Ranking], pattern: tuple[int, int], partition: Partition
+    pools: Sequence[WeightPool],
+    rankings: dict[str, Ranking],
+    pattern: tuple[int, int],
+    partition: Partition,
+    removed: Mapping[str, Tensor],
 ) -> Counts:
     """Collective. Zero M - N entries of each group, in place; zeros and entries of each matrix.
 
-    Peak extra memory per rank: a few blocks, and the keys of one weight's cut slabs.
+    Peak extra memory per rank: a few blocks, and the keys of one weight's cut slabs; for a Conv1D whose
+    groups removed inputs have shifted, the keys of the whole weight.
+
+    Args:
+        pools: the weights.
+        rankings: how each is scored.
+        pattern: N and M.
+        partition: the ranks.
+        removed: what `removed_inputs` found.
     """
     members = [member for pool in pools for member in pool.members]
-    groups = {member.name: _groups(member, pattern) for member in members}
+    groups = {member.name: _groups(member, pattern, removed.get(member.name)) for member in members}
     cuts = _cut_slabs(members, groups, partition)
     zeros = torch.zeros(len(members), dtype=torch.int64)
     for index, member in enumerate(members):
@@ -86,6 +116,7 @@ def remove_n_of_m(
         gone = _gone_in_cut_slabs(member, how, ranking, cuts[index], partition)
         for stored in _stretches(member, partition):
             _apply(stored, how, ranking, gone)
+            stored.commit()
         shard = partition.shard(member.param).data
         zeros[index] = shard.numel() - torch.count_nonzero(shard)
     partition.written([member.param for member in members])
@@ -93,10 +124,16 @@ def remove_n_of_m(
     return {member.name: (count, member.numel) for member, count in zip(members, counts, strict=True)}
 
 
-def _groups(member: Member, pattern: tuple[int, int]) -> Groups:
+def _groups(member: Member, pattern: tuple[int, int], gone: Tensor | None) -> Groups:
     n, m = pattern
     stride = member.shape[1] if linear_kind(member.module) == "conv1d" else 1
-    return Groups(m - n, m, stride)
+    if gone is None or (len(gone) % m == 0 and torch.equal(*gone.view(-1, m).aminmax(dim=1))):
+        return Groups(m - n, m, stride, m)
+    return Groups(m - n, m, stride, len(gone), (~gone).nonzero().flatten())
+
+
+def _num_inputs(member: Member) -> int:
+    return member.shape[0] if linear_kind(member.module) == "conv1d" else member.shape[1]
 
 
 def _stretches(member: Member, partition: Partition) -> list[Shard]:

@@ -1,0 +1,160 @@
+"""Quantised bases in one process: decoding, the repacking fault, pruning of codes, refusals."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dsee_scale
+from dsee_scale import DSEEConfig, PruneConfig, TargetError
+from dsee_scale.partition import open_partition
+from dsee_scale.partition.quantized import FourBit, prepare_quantised, quantised_layers
+from tests.quantised import BATCH, DSEE, FORMATS, evaluate, injected_llama, quantised_llama, write_llama
+
+bnb = pytest.importorskip("bitsandbytes")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.mark.parametrize("form", list(FORMATS))
+def test_any_stretch_decodes_as_bitsandbytes_decodes_the_whole(folder, form):
+    model = quantised_llama(folder, form)
+    prepare_quantised(model)
+    port = open_partition(model)
+    for name, layer in quantised_layers(model):
+        weight = layer.weight
+        if form == "int8":
+            expected = bnb.functional.int8_vectorwise_dequant(weight.data, layer.state.SCB).to(torch.bfloat16)
+        else:
+            expected = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        assert port.shape(weight) == expected.shape and port.dtype(weight) == torch.bfloat16
+        assert torch.equal(port.decode(weight, weight.data), expected), name
+        stored = weight.data.view(-1)
+        for start, stop in ((0, 1), (7, 50), (33, stored.numel())):
+            entries, first = port.codecs[id(weight)].decode(stored[start:stop], start)
+            assert torch.equal(entries, expected.view(-1)[first : first + entries.numel()])
+
+
+@pytest.mark.parametrize("shape", [(5, 33), (3, 7), (1, 1)])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_an_odd_number_of_entries_decodes_and_is_zeroed(shape, kind):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    stored, state = bnb.functional.quantize_4bit(weight, quant_type=kind)
+    codec = FourBit(SimpleNamespace(weight=SimpleNamespace(quant_state=state)), weight.shape, torch.float32)
+    entries, first = codec.decode(stored)
+    assert first == 0 and torch.equal(entries.view(shape), bnb.functional.dequantize_4bit(stored, state))
+    entries[::3] = 0
+    codec.zero(stored, entries)
+    assert torch.equal(codec.decode(stored)[0], entries)
+
+
+@pytest.mark.parametrize("form", list(FORMATS))
+def test_injection_changes_no_output_and_adapters_are_in_the_compute_dtype(folder, form):
+    model = quantised_llama(folder, form)
+    prepare_quantised(model)
+    before = evaluate(model)
+    dsee_scale.inject(model, DSEE)
+    assert evaluate(model) == before
+    adapters = [p for n, p in model.named_parameters() if "dsee_" in n]
+    assert {p.dtype for p in adapters} == {torch.bfloat16} and len(adapters) == 12
+    assert all(p.requires_grad for p in adapters) and sum(p.requires_grad for p in model.parameters()) == 12
+
+
+@pytest.mark.parametrize("form", ["nf4", "nf4, double, stored as bf16"])
+@pytest.mark.parametrize("evaluated_before", [False, True])
+def test_evaluating_does_not_spoil_training(folder, form, evaluated_before):
+    """bitsandbytes repacks 4-bit weights in an evaluation on CPUs with avx512_bf16, and then cannot train."""
+    expected = evaluate_dequantised(folder, form)
+    model = quantised_llama(folder, form)
+    if evaluated_before:
+        evaluate(model)  # not prepared yet: repacked here, where the CPU can
+    dsee_scale.inject(model, DSEE)
+    trained = dsee_scale.trainable_parameters(model)
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for _ in range(3):
+        assert evaluate(model) < expected + 0.05
+        loss = model(input_ids=BATCH, labels=BATCH).loss
+        loss.backward()
+        b = [p for n, p in model.named_parameters() if n.endswith("dsee_B")]
+        assert all(p.grad is not None for p in trained) and all(p.grad.abs().max() > 0 for p in b)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert evaluate(model) < expected - 0.1
+
+
+def evaluate_dequantised(folder: Path, form: str) -> float:
+    return evaluate(quantised_llama(folder, form).dequantize())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("form", list(FORMATS))
+@pytest.mark.parametrize(
+    "config",
+    [
+        PruneConfig(sparsity=0.5),
+        PruneConfig(sparsity=0.4, scope="matrix", score="WABS"),
+        PruneConfig(pattern="2:4"),
+        PruneConfig(sparsity=0.5, score="random"),
+    ],
+)
+def test_codes_are_zeroed_where_the_dequantised_weight_would_be(folder, form, config):
+    model = injected_llama(folder, form)
+    port = open_partition(model)
+    layers = dict(quantised_layers(model))
+    before = {name: port.decode(layer.weight, layer.weight.data) for name, layer in layers.items()}
+    twin = copy.deepcopy(model).dequantize()
+    for name, layer in layers.items():  # the deep copy is a model of its own
+        assert twin.get_submodule(name).weight.dtype == torch.bfloat16 and layer.weight.dtype != torch.float32
+    report = dsee_scale.prune(model, config)
+    for name, layer in layers.items():
+        after = port.decode(layer.weight, layer.weight.data)
+        assert torch.equal(after[after != 0], before[name][after != 0])
+        assert (int((after == 0).sum()), after.numel()) == report.matrices[name]
+        plain = torch.nn.Linear(*reversed(after.shape), bias=False, dtype=torch.bfloat16)
+        plain.weight.data.copy_(before[name])
+        setattr(twin.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], plain)
+    if config.score in ("W", "random"):
+        dsee_scale.prune(twin, config)
+        for name, layer in layers.items():
+            weight = twin.get_submodule(name).weight
+            assert torch.equal(port.decode(layer.weight, layer.weight.data), weight), name
+
+
+def test_what_a_quantised_base_cannot_do_is_refused_by_name(folder):
+    model = quantised_llama(folder, "nf4")
+    with pytest.raises(TargetError, match=r"trained_modules: model.layers.0.mlp.up_proj is quantised"):
+        dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=4, trained_modules=("up_proj",)))
+    model = injected_llama(folder, "nf4")
+    for pattern in ("heads", "neurons"):
+        with pytest.raises(TargetError, match="prune an unquantised base"):
+            dsee_scale.prune(model, PruneConfig(sparsity=0.5, pattern=pattern))
+
+
+def test_a_row_length_that_the_cpu_decodes_wrongly_is_refused():
+    layer = bnb.nn.Linear4bit(160, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer.to("cpu")
+    stored, state = layer.weight.data, layer.weight.quant_state
+    wrong = not torch.allclose(
+        bnb.functional.dequantize_4bit(stored, state).view(-1),
+        FourBit(layer, torch.Size((64, 160)), torch.float32).decode(stored)[0],
+    )
+    model = torch.nn.Sequential(layer)
+    if not wrong:
+        return prepare_quantised(model)
+    with pytest.raises(TargetError, match=r"0 has 160 inputs.*multiple of its blocks of 64"):
+        prepare_quantised(model)
+
+
+def test_layers_that_are_not_quantised_yet_are_refused():
+    model = torch.nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4"))
+    with pytest.raises(TargetError, match="not quantised yet"):
+        dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=4, target_modules=("0",)))
+    model = torch.nn.Sequential(bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=True))
+    with pytest.raises(TargetError, match="has_fp16_weight"):
+        dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=4, target_modules=("0",)))
