@@ -105,8 +105,8 @@ class DSEEConfig(JsonConfig):
     """Rank R of the low-rank update BA."""
     alpha: float = 32.0
     """Scaling numerator; the update is multiplied by alpha / rank."""
-    num_sparse: int | float = 64
-    """Trainable entries of S2 per matrix: a count, or a fraction of the matrix's entries in (0, 1); 0 is LoRA alone."""
+    num_sparse: int | float | None = 64
+    """Trainable entries of S2 per matrix: a count, or a fraction of its entries in (0, 1); None is LoRA alone."""
     target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
     """Modules to adapt: name suffixes (`q_proj`), patterns (`*.attn.*`), or one regular expression (a string)."""
     output_slices: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -134,8 +134,10 @@ class DSEEConfig(JsonConfig):
         if not _is_number(self.alpha) or self.alpha <= 0:
             problems.append(f"alpha must be a positive number, found {self.alpha!r}")
         n = self.num_sparse
-        if not (_is_int(n) and n >= 0) and not (isinstance(n, float) and 0 < n < 1):
-            problems.append(f"num_sparse must be a count (0 for none) or a fraction in (0, 1), found {n!r}")
+        if n is not None and not (_is_int(n) and n >= 1) and not (isinstance(n, float) and 0 < n < 1):
+            problems.append(
+                f"num_sparse must be a count of at least 1, a fraction in (0, 1), or None for LoRA alone, found {n!r}"
+            )
         if not self.target_modules:
             problems.append("target_modules is empty; name at least one module suffix, e.g. 'q_proj'")
         if isinstance(self.target_modules, str):
@@ -157,8 +159,9 @@ class DSEEConfig(JsonConfig):
         return self.alpha / self.rank
 
     def num_entries(self, numel: int) -> int:
-        """Entries that a matrix of `numel` entries holds: N, at least 1 (with N = 0 it stays zero, untrained)."""
-        return max(1, self.num_sparse if isinstance(self.num_sparse, int) else round(self.num_sparse * numel))
+        """Entries of S2 that a matrix of `numel` entries holds: N; without N one, which stays zero."""
+        n = self.num_sparse or 1
+        return n if isinstance(n, int) else max(1, round(n * numel))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

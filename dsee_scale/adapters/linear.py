@@ -3,7 +3,9 @@
     y = base(x) + s * ((x A^T) B^T + x S2^T)
 
 Nothing is nested: the base weight keeps its name, `isinstance` keeps its answer, and ZeRO-3 fetches the
-weight, A, B and the values of S2 together, through one set of hooks.
+layer's tensors together, through one set of hooks. A, B and the values of S2 lie one after the other in one
+parameter: under ZeRO-3 every trained parameter costs a gradient hook, a copy into the reduction's bucket and,
+after each optimizer step, an all-gather, however small it is.
 
 Shapes: O outputs, I inputs, R rank, N sparse entries, K slices, S outputs covered by the slices.
 """
@@ -16,14 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.lowrank_sparse import Update, add_update
+from dsee_scale.adapters.lowrank_sparse import Shapes, Update, add_update, split_shapes
 from dsee_scale.adapters.sparse_residual import prepare
 from dsee_scale.algorithms.delta import Delta
 from dsee_scale.errors import TargetError
 
-PARAMETERS = ("dsee_A", "dsee_B", "dsee_values")
+PARAMETER = "dsee_flat"
 BUFFERS = ("dsee_rows", "dsee_cols")
-ATTRIBUTES = ("dsee_rank", "dsee_slices", "dsee_scaling", "dsee_dropout", "dsee_shape", "dsee_transposed")
+ATTRIBUTES = (
+    "dsee_rank",
+    "dsee_slices",
+    "dsee_scaling",
+    "dsee_dropout",
+    "dsee_sparse",
+    "dsee_shape",
+    "dsee_transposed",
+)
 A_STD = 0.02
 """Standard deviation of A's normal init. B is zero, so it sets only how fast B starts to move."""
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -33,15 +43,17 @@ class AdaptedLayer(nn.Module):
     """Mixin in front of the base class of an adapted layer; `attach` makes instances, never a constructor.
 
     Attributes:
-        dsee_A: parameter (K*R, I).
-        dsee_B: parameter (S, R), the slices' rows one after the other.
-        dsee_values: parameter (K*N,), the entries of S2.
+        dsee_flat: parameter (K*R*I + S*R + K*N,): A, B and values, see `split_flat`.
+        dsee_A: (K*R, I), view of it; only where the parameter is whole.
+        dsee_B: (S, R), view of it, the slices' rows one after the other.
+        dsee_values: (K*N,), view of it, the entries of S2.
         dsee_rows: int32 buffer (K*N,), each entry's output index in the whole weight.
         dsee_cols: int32 buffer (K*N,), each entry's input index; entries are sorted by (slice, row, col).
         dsee_rank: R.
         dsee_slices: K output ranges (start, stop).
         dsee_scaling: s = alpha / rank.
         dsee_dropout: probability with which an element of the adapter's input is dropped in training.
+        dsee_sparse: whether S2 is trained; without it its entries stay zero.
         dsee_shape: true (O, I) of the weight.
         dsee_transposed: whether the weight is stored I x O.
         dsee_base: the layer's own class.
@@ -50,15 +62,14 @@ class AdaptedLayer(nn.Module):
     """
 
     dsee_base: type[nn.Module]
-    dsee_A: nn.Parameter  # noqa: N815
-    dsee_B: nn.Parameter  # noqa: N815
-    dsee_values: nn.Parameter
+    dsee_flat: nn.Parameter
     dsee_rows: Tensor
     dsee_cols: Tensor
     dsee_rank: int
     dsee_slices: tuple[tuple[int, int], ...]
     dsee_scaling: float
     dsee_dropout: float
+    dsee_sparse: bool
     dsee_shape: tuple[int, int]
     dsee_transposed: bool
     dsee_in_place: bool
@@ -76,7 +87,22 @@ class AdaptedLayer(nn.Module):
         y = super().forward(x)
         if self.dsee_dropout and self.training:
             x = nn.functional.dropout(x, self.dsee_dropout)
-        return add_update(y, x, self.dsee_A, self.dsee_B, self.dsee_values, self._update())
+        return add_update(y, x, self.dsee_flat, self._update())
+
+    @property
+    def dsee_A(self) -> Tensor:
+        """(K*R, I), view of the whole parameter."""
+        return split_flat(self, self.dsee_flat)[0]
+
+    @property
+    def dsee_B(self) -> Tensor:
+        """(S, R), view of the whole parameter."""
+        return split_flat(self, self.dsee_flat)[1]
+
+    @property
+    def dsee_values(self) -> Tensor:
+        """(K*N,), view of the whole parameter."""
+        return split_flat(self, self.dsee_flat)[2]
 
     def _update(self) -> Update:
         """What the product needs besides the parameters; made anew if the buffers were moved."""
@@ -89,7 +115,9 @@ class AdaptedLayer(nn.Module):
         if self.dsee_rows.is_meta:
             return
         support = prepare(self.dsee_rows, self.dsee_cols, self.dsee_shape)
-        self.dsee_update = Update(self.dsee_slices, self.dsee_scaling, support, self.dsee_in_place)
+        shapes = flat_shapes(self)
+        sparse, in_place = self.dsee_sparse, self.dsee_in_place
+        self.dsee_update = Update(self.dsee_slices, shapes, self.dsee_scaling, support, sparse, in_place)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._apply(*args, **kwargs)
@@ -143,6 +171,7 @@ def attach(
     rows: Tensor,
     cols: Tensor,
     dropout: float = 0.0,
+    sparse: bool = True,
     generator: torch.Generator | None = None,
     dtype: torch.dtype,
     device: torch.device | str,
@@ -162,6 +191,7 @@ def attach(
         rows: (K*N,) output index of each entry of S2, in the whole weight.
         cols: (K*N,) input index of each entry; the entries sorted by (slice, row, col).
         dropout: in [0, 1), on the adapter's input.
+        sparse: whether S2 is trained.
         generator: source of A, on any device; None takes PyTorch's global one.
         dtype: of A, B and values: what the layer computes in, which for a quantised weight is not its own.
         device: where they live.
@@ -182,9 +212,9 @@ def attach(
     a = torch.empty(len(slices) * rank, shape[1], device=source_device, dtype=torch.float32)
     a.normal_(std=A_STD, generator=generator)
     covered = sum(stop - start for start, stop in slices)
-    module.dsee_A = nn.Parameter(a.to(device=device, dtype=dtype))
-    module.dsee_B = nn.Parameter(torch.zeros(covered, rank, device=device, dtype=dtype))
-    module.dsee_values = nn.Parameter(torch.zeros(rows.numel(), device=device, dtype=dtype))
+    flat = torch.zeros(a.numel() + covered * rank + rows.numel(), device=device, dtype=dtype)
+    flat[: a.numel()].copy_(a.view(-1))
+    module.dsee_flat = nn.Parameter(flat)
     module.register_buffer("dsee_rows", rows.to(device=device, dtype=torch.int32, copy=True))
     module.register_buffer("dsee_cols", cols.to(device=device, dtype=torch.int32, copy=True))
     settings = (
@@ -192,6 +222,7 @@ def attach(
         slices,
         float(scaling),
         float(dropout),
+        sparse,
         (int(shape[0]), int(shape[1])),
         bool(transposed),
     )
@@ -210,7 +241,7 @@ def detach(module: nn.Module) -> None:
     if not is_adapted(module):
         raise TargetError(f"{type(module).__name__} is not adapted, there is nothing to detach")
     module.__class__ = module.dsee_base  # type: ignore[assignment]
-    for name in (*PARAMETERS, *BUFFERS, *ATTRIBUTES, "dsee_update"):
+    for name in (PARAMETER, *BUFFERS, *ATTRIBUTES, "dsee_update"):
         delattr(module, name)
 
 
@@ -224,15 +255,35 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_adapted(module)}
 
 
-def delta_record(module: nn.Module, a: Tensor, b: Tensor, values: Tensor) -> Delta:
-    """What the layer adds to its weight, from whole copies of its three parameters.
+def flat_shapes(module: nn.Module) -> Shapes:
+    """Shapes of A, B and the values of an adapted layer, from its settings: the parameter may be partitioned."""
+    slices: tuple[tuple[int, int], ...] = module.dsee_slices  # type: ignore[assignment]
+    rank, inputs = int(module.dsee_rank), int(module.dsee_shape[1])  # type: ignore[arg-type, index]
+    covered = sum(stop - start for start, stop in slices)
+    return (len(slices) * rank, inputs), (covered, rank), (module.dsee_rows.numel(),)  # type: ignore[operator]
+
+
+def split_flat(module: nn.Module, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and the values as views of an adapted layer's whole `dsee_flat`, or of what has its layout.
 
     Args:
         module: an adapted layer.
-        a: (K*R, I), whole dsee_A; under ZeRO-3 the parameter itself is not.
-        b: (S, R), whole dsee_B.
-        values: (K*N,), whole dsee_values.
+        flat: (K*R*I + S*R + K*N,); under ZeRO-3 a gathered copy.
+
+    Returns:
+        (K*R, I), (S, R) and (K*N,).
     """
+    return split_shapes(flat, flat_shapes(module))
+
+
+def delta_record(module: nn.Module, flat: Tensor) -> Delta:
+    """What the layer adds to its weight.
+
+    Args:
+        module: an adapted layer.
+        flat: whole `dsee_flat`; under ZeRO-3 the parameter itself is not.
+    """
+    a, b, values = split_flat(module, flat)
     settings = dict(slices=module.dsee_slices, scaling=module.dsee_scaling, shape=module.dsee_shape)
     support = dict(rows=module.dsee_rows, cols=module.dsee_cols)
     return Delta(a=a, b=b, values=values, **support, **settings, transposed=module.dsee_transposed)  # type: ignore[arg-type]

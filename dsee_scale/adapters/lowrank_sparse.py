@@ -8,6 +8,7 @@ Shapes: T tokens, O outputs, I inputs, R rank, K slices, S outputs covered by th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from dsee_scale.adapters.sparse_residual import PreparedSupport, backward_, forward_
 
+Shapes = tuple[tuple[int, int], tuple[int, int], tuple[int]]
+"""Of A (K*R, I), B (S, R) and values (N,)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Update:
@@ -25,83 +29,91 @@ class Update:
 
     Attributes:
         slices: K output ranges (start, stop).
+        shapes: of A, B and the values.
         scaling: s.
         support: the entries of S2.
+        sparse: whether they are used; if not they count as zero and get no gradient.
         in_place: whether the base output may be overwritten: its own backward does not need it.
     """
 
     slices: tuple[tuple[int, int], ...]
+    shapes: Shapes
     scaling: float
     support: PreparedSupport
+    sparse: bool
     in_place: bool
 
 
-def add_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, values: Tensor, update: Update) -> Tensor:
+def split_shapes(flat: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B and values as views of one tensor that holds them one after the other."""
+    a, b, values = flat.split_with_sizes([math.prod(shape) for shape in shapes])
+    return a.view(shapes[0]), b.view(shapes[1]), values
+
+
+def add_update(y: Tensor, x: Tensor, flat: Tensor, update: Update) -> Tensor:
     """The base output plus the update.
 
-    Computed in autocast's dtype where autocast is on, else in A's. First derivatives only.
+    Computed in autocast's dtype where autocast is on, else in the parameter's. First derivatives only.
 
     Args:
         y: (..., O) base output; overwritten if `update.in_place`, so use the result instead.
         x: (..., I) input of the update.
-        a: (K*R, I).
-        b: (S, R).
-        values: (N,).
+        flat: (K*R*I + S*R + N,), A, B and values one after the other.
         update: the rest.
 
     Returns:
         (..., O) in y's dtype.
     """
-    return _LowRankSparse.apply(y, x, a, b, values, update)
+    return _LowRankSparse.apply(y, x, flat, update)
 
 
 class _LowRankSparse(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, values: Tensor, update: Update
-    ) -> Tensor:
-        dtype = _compute_dtype(x, a)
+    def forward(ctx: Any, y: Tensor, x: Tensor, flat: Tensor, update: Update) -> Tensor:
+        dtype = _compute_dtype(x, flat)
+        a, b, values = split_shapes(flat.to(dtype), update.shapes)
         x_TI = x.reshape(-1, a.shape[1]).to(dtype)
         # The scaling goes into z, the smallest factor of the forward product and of B's gradient.
-        z_TKR = (x_TI @ a.to(dtype).t()).mul_(update.scaling)
+        z_TKR = (x_TI @ a.t()).mul_(update.scaling)
         out = _own(y, update.in_place)
         out_TO = out.view(-1, y.shape[-1])
-        for (start, stop), z, b_OR in _per_slice(update, z_TKR, b.to(dtype)):
+        for (start, stop), z, b_OR in _per_slice(update, z_TKR, b):
             _addmm_(out_TO[:, start:stop], z, b_OR.t())
-        forward_(out_TO, x_TI, values.to(dtype) * update.scaling, update.support)
-        ctx.save_for_backward(x_TI, z_TKR, a, b, values)
+        if update.sparse:
+            forward_(out_TO, x_TI, values * update.scaling, update.support)
+        ctx.save_for_backward(x_TI, z_TKR, flat)
         ctx.update, ctx.x_shape, ctx.x_dtype = update, x.shape, x.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_TI, z_TKR, a, b, values = ctx.saved_tensors
+        x_TI, z_TKR, flat = ctx.saved_tensors
         update, dtype = ctx.update, x_TI.dtype
-        need_y, need_x, need_a, need_b, need_values, _ = ctx.needs_input_grad
+        need_y, need_x, need_flat, _ = ctx.needs_input_grad
+        a, b, values = split_shapes(flat.to(dtype), update.shapes)
         dy_TO = dy.reshape(-1, dy.shape[-1]).to(dtype)
-        dx = da = db = dvalues = None
-        if need_x or need_a:
-            dz_TKR = _dz(dy_TO, z_TKR, b.to(dtype), update)
-            da = (dz_TKR.t() @ x_TI).to(a.dtype) if need_a else None
-            # Not made as (T, I) and viewed: into a tensor that is no view autograd adds the base's gradient.
-            dx = dz_TKR.view(*ctx.x_shape[:-1], dz_TKR.shape[-1]) @ a.to(dtype) if need_x else None
-        if need_b:
-            db = _db(dy_TO, z_TKR, b, update)
-        if need_x or need_values:
-            dx_TI = None if dx is None else dx.view(x_TI.shape)
-            scaled_N = values.to(dtype) * update.scaling
-            dvalues = backward_(dx_TI, dy_TO, x_TI, scaled_N, update.support, need_values)
-            dvalues = None if dvalues is None else dvalues.mul_(update.scaling).to(values.dtype)
+        dz_TKR = _dz(dy_TO, z_TKR, b, update)
+        # Not made as (T, I) and viewed: into a tensor that is no view autograd adds the base's gradient.
+        dx = dz_TKR.view(*ctx.x_shape[:-1], dz_TKR.shape[-1]) @ a if need_x else None
+        dx_TI = None if dx is None else dx.view(x_TI.shape)
+        dvalues = None
+        if update.sparse:
+            dvalues = backward_(dx_TI, dy_TO, x_TI, values * update.scaling, update.support, need_flat)
+        dflat = None
+        if need_flat:
+            last = torch.zeros_like(values) if dvalues is None else dvalues.mul_(update.scaling).to(dtype)
+            parts = [dz_TKR.t() @ x_TI, *_db(dy_TO, z_TKR, b, update), last]
+            dflat = torch.cat([part.reshape(-1) for part in parts]).to(flat.dtype)
         dx = None if dx is None else dx.to(ctx.x_dtype)
-        return dy if need_y else None, dx, da, db, dvalues, None
+        return dy if need_y else None, dx, dflat, None
 
 
-def _compute_dtype(x: Tensor, a: Tensor) -> torch.dtype:
+def _compute_dtype(x: Tensor, flat: Tensor) -> torch.dtype:
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
-    return a.dtype
+    return flat.dtype
 
 
 def _own(y: Tensor, in_place: bool) -> Tensor:
@@ -140,7 +152,6 @@ def _dz(dy_TO: Tensor, z_TKR: Tensor, b: Tensor, update: Update) -> Tensor:
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).mul_(update.scaling)
 
 
-def _db(dy_TO: Tensor, z_TKR: Tensor, b: Tensor, update: Update) -> Tensor:
-    """Gradient of B, (S, R)."""
-    parts = [dy_TO[:, start:stop].t() @ z for (start, stop), z, _ in _per_slice(update, z_TKR, b)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(b.dtype)
+def _db(dy_TO: Tensor, z_TKR: Tensor, b: Tensor, update: Update) -> list[Tensor]:
+    """Gradient of B's rows, slice by slice."""
+    return [dy_TO[:, start:stop].t() @ z for (start, stop), z, _ in _per_slice(update, z_TKR, b)]

@@ -7,11 +7,12 @@ pruned `dsee_masks.safetensors`. The names differ from PEFT's on purpose: transf
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.linear import adapted_layers, is_adapted
+from dsee_scale.adapters.linear import BUFFERS, adapted_layers, flat_shapes, is_adapted, split_flat
 from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.targets import Target, linear_kind
 from dsee_scale.algorithms.decompose import Support
@@ -36,6 +37,8 @@ from dsee_scale.passes.inject_model import apply_adapters
 
 STEM = "dsee_adapter"
 KIND = "adapter"
+TRAINED_KEYS = ("dsee_A", "dsee_B", "dsee_values")
+"""What a layer's `dsee_flat` is in the file: tensors of their own."""
 KINDS_WITH_ADAPTER = ("adapter", "training_state")
 
 
@@ -147,21 +150,11 @@ def apply_masks(partition: Partition, model: nn.Module, record: AdapterRecord, m
     model_state(model).pruned.update(how)
 
 
-def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and support buffers of an adapter file, by name; parameters may be partitioned away."""
-    layers = adapted_layers(module)
-    keys = ("dsee_A", "dsee_B", "dsee_values", "dsee_rows", "dsee_cols")
-    tensors = {f"{name}.{key}": getattr(layer, key) for name, layer in layers.items() for key in keys}
-    return {**tensors, **trained_in_full(module)}
-
-
 def _stream_adapter(partition: Partition, module: nn.Module, new: NewFolder) -> None:
-    tensors = adapter_tensors(module)
+    layers, trained = adapted_layers(module), trained_in_full(module)
     specs = aligned(
-        [
-            TensorSpec(name, t.dtype, tuple(partition.shape(t) if isinstance(t, nn.Parameter) else t.shape))
-            for name, t in tensors.items()
-        ]
+        [spec for name, layer in layers.items() for spec in _layer_specs(name, layer)]
+        + [TensorSpec(name, param.dtype, tuple(partition.shape(param))) for name, param in trained.items()]
     )
     writer: TensorWriter | None = None
     with alike(partition):
@@ -169,7 +162,7 @@ def _stream_adapter(partition: Partition, module: nn.Module, new: NewFolder) -> 
             writer = TensorWriter(new, f"{STEM}.safetensors", specs, file_metadata(KIND))
     error: Exception | None = None
     for batch in batches(specs):
-        whole = _gathered(partition, {spec.name: tensors[spec.name] for spec in batch})
+        whole = _gathered(partition, [spec.name for spec in batch], layers, trained)
         try:
             for spec in batch if writer is not None and error is None else ():
                 writer.write(spec.name, whole[spec.name])  # type: ignore[union-attr]
@@ -182,10 +175,26 @@ def _stream_adapter(partition: Partition, module: nn.Module, new: NewFolder) -> 
             writer.close()
 
 
-def _gathered(partition: Partition, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Collective. Parameters whole, in one transfer; buffers as they are."""
-    params = {name: t for name, t in tensors.items() if isinstance(t, nn.Parameter)}
-    return {**tensors, **dict(zip(params, partition.gather(list(params.values())), strict=True))}
+def _layer_specs(name: str, layer: Any) -> list[TensorSpec]:
+    """An adapted layer's tensors in the file."""
+    shapes = dict(zip(TRAINED_KEYS, flat_shapes(layer), strict=True))
+    specs = [TensorSpec(f"{name}.{key}", layer.dsee_flat.dtype, shape) for key, shape in shapes.items()]
+    return specs + [TensorSpec(f"{name}.{key}", torch.int32, shapes["dsee_values"]) for key in BUFFERS]
+
+
+def _gathered(
+    partition: Partition, names: list[str], layers: dict[str, Any], trained: dict[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Collective. The named tensors of the file, and what comes with them, in one transfer."""
+    owners = [owner for owner in dict.fromkeys(name.rpartition(".")[0] for name in names) if owner in layers]
+    params = [trained[name] for name in names if name in trained]
+    flats = partition.gather([layers[owner].dsee_flat for owner in owners] + params)
+    whole = dict(zip([name for name in names if name in trained], flats[len(owners) :], strict=True))
+    for owner, flat in zip(owners, flats, strict=False):
+        tensors = (*split_flat(layers[owner], flat), layers[owner].dsee_rows, layers[owner].dsee_cols)
+        keys = (*TRAINED_KEYS, *BUFFERS)
+        whole.update({f"{owner}.{key}": tensor for key, tensor in zip(keys, tensors, strict=True)})
+    return whole
 
 
 def _count_kept(partition: Partition, pruned: dict[str, nn.Parameter]) -> dict[str, int]:
@@ -293,9 +302,9 @@ def _attach(
 
 
 def _set_values(partition: Partition, model: nn.Module, record: AdapterRecord, tensors: TensorReader) -> None:
-    params = dict(model.named_parameters())
-    keys = ("dsee_A", "dsee_B", "dsee_values")
-    names = [f"{name}.{key}" for name in record.modules for key in keys] + list(record.trained)
-    with torch.no_grad():
-        for name in names:
-            partition.assign([params[name]], [tensors.read(name)])
+    params, layers = dict(model.named_parameters()), adapted_layers(model)
+    for name in record.modules:
+        parts = [tensors.read(f"{name}.{key}").reshape(-1) for key in TRAINED_KEYS]
+        partition.assign([layers[name].dsee_flat], [torch.cat(parts)])  # type: ignore[list-item]
+    for name in record.trained:
+        partition.assign([params[name]], [tensors.read(name)])

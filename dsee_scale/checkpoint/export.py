@@ -247,23 +247,23 @@ class _ExportWriter:
             seconds=seconds,
         )
 
-    def _gather_updates(self, entries: list[Entry]) -> dict[str, tuple[Tensor, ...]]:
-        """Collective. A, B and values of the file's adapted weights, whole on every rank, in one transfer."""
+    def _gather_updates(self, entries: list[Entry]) -> dict[str, Tensor]:
+        """Collective. The adapters of the file's adapted weights, whole on every rank, in one transfer."""
         names = [e.name for e in entries if e.name in self.layers] if self.delta != "separate" else []
         layers: list[Any] = [self.layers[name] for name in names]
-        flat = self.partition.gather([p for m in layers for p in (m.dsee_A, m.dsee_B, m.dsee_values)])
-        return {name: tuple(flat[3 * i : 3 * i + 3]) for i, name in enumerate(names)}
+        flats = self.partition.gather([layer.dsee_flat for layer in layers])
+        return dict(zip(names, flats, strict=True))
 
     def _write_entry(
         self,
         writer: TensorWriter | ScatteredWriter,
         entry: Entry,
         weight: Tensor,
-        update: tuple[Tensor, ...] | None,
+        update: Tensor | None,
     ) -> None:
         value = weight
         if update is not None:
-            delta = delta_record(self.layers[entry.name], *update)
+            delta = delta_record(self.layers[entry.name], update)
             form: Form = "masked" if self.delta == "masked" else "dense"
             value = merged_weight(weight, delta, pruned=entry.name in self.masked, form=form)
         if entry.name in self.zeros:

@@ -114,7 +114,7 @@ class AdapterRecord:
     @property
     def num_trainable(self) -> int:
         """Entries of A, B, S2 and of the parameters trained in full."""
-        sparse = self.config is None or self.config.num_sparse != 0
+        sparse = self.config is None or self.config.num_sparse is not None
         keys = ("dsee_A", "dsee_B", *(["dsee_values"] if sparse else []))
         adapters = [
             shape[key] for m in self.modules.values() for shape in [m.tensor_shapes()] for key in keys
@@ -131,7 +131,7 @@ def describe(partition: Partition, model: nn.Module, kept: Mapping[str, int]) ->
         kept: number of entries that are not zero, of each pruned weight.
     """
     state = model_state(model)
-    modules = {name: _describe_module(partition, layer) for name, layer in adapted_layers(model).items()}
+    modules = {name: _describe_module(layer) for name, layer in adapted_layers(model).items()}
     if not modules and not state.pruned:
         raise TargetError(
             "the model has no adapter and no pruned weight: there is nothing to save; "
@@ -176,13 +176,13 @@ def trained_modules(model: nn.Module, config: DSEEConfig) -> list[str]:
     ]
 
 
-def _describe_module(partition: Partition, layer: Any) -> ModuleRecord:
+def _describe_module(layer: Any) -> ModuleRecord:
     slices = tuple((int(start), int(stop)) for start, stop in layer.dsee_slices)
     return ModuleRecord(
         shape=(int(layer.dsee_shape[0]), int(layer.dsee_shape[1])),
         transposed=bool(layer.dsee_transposed),
         slices=slices,
-        rank=int(partition.shape(layer.dsee_B)[1]),
+        rank=int(layer.dsee_rank),
         num_sparse=layer.dsee_rows.numel() // len(slices),
         scaling=float(layer.dsee_scaling),
         dropout=float(layer.dsee_dropout),

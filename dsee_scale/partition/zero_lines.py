@@ -23,23 +23,29 @@ _WAITING: Any = WeakTensorKeyDictionary()
 
 @dataclass(frozen=True, eq=False)
 class Lines:
-    """Rows (axis 0) or columns (axis 1) of a parameter.
+    """Rows (axis 0) or columns (axis 1) of a matrix that a parameter is, or holds in its flat order.
 
     Attributes:
         param: a parameter; one of one dimension counts as one row.
         axis: 0 or 1.
         gone: bool, one for each row or column.
-        columns: of the whole parameter.
+        shape: rows and columns of the matrix.
+        offset: where in the whole parameter the matrix begins.
     """
 
     param: nn.Parameter
     axis: int
     gone: Tensor
-    columns: int
+    shape: tuple[int, int]
+    offset: int = 0
 
     def clear(self, stretch: Tensor, start: int) -> None:
-        """Zero them in a stretch of the parameter's flat order. Local."""
-        zero_along_axis_(stretch, start, self.columns, self.axis, self.gone.to(stretch.device))
+        """Zero them in a stretch of the parameter's flat order that begins at `start`. Local."""
+        first = max(start, self.offset)
+        stop = min(start + stretch.numel(), self.offset + self.shape[0] * self.shape[1])
+        if first < stop:
+            inside, gone = stretch[first - start : stop - start], self.gone.to(stretch.device)
+            zero_along_axis_(inside, first - self.offset, self.shape[1], self.axis, gone)
 
 
 def check_reachable(model: nn.Module, params: Sequence[nn.Parameter]) -> None:
@@ -105,8 +111,8 @@ def _clear_before_step(optimizer: Any, *_: Any) -> None:
     for param in [param for param in _WAITING if _trains(optimizer, param)]:
         kept = [param.grad] if param.grad is not None else []
         for tensor in kept + _moments(optimizer.state.get(param, {}), param):
-            for axis, gone, columns in _WAITING[param]:
-                Lines(param, axis, gone, columns).clear(tensor.view(-1), 0)
+            for one in _WAITING[param]:
+                Lines(param, *one).clear(tensor.view(-1), 0)
         del _WAITING[param]
 
 
@@ -119,4 +125,4 @@ def _clear_later(lines: Sequence[Lines]) -> None:
     if not _HOOKS:
         _HOOKS.append(register_optimizer_step_pre_hook(_clear_before_step))
     for one in lines:
-        _WAITING.setdefault(one.param, []).append((one.axis, one.gone, one.columns))
+        _WAITING.setdefault(one.param, []).append((one.axis, one.gone, one.shape, one.offset))

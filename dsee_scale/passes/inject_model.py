@@ -119,6 +119,7 @@ def apply_adapters(
             rows=support.rows,
             cols=support.cols,
             dropout=config.dropout,
+            sparse=config.num_sparse is not None,
             generator=seeded(config.seed, f"{target.name}:A", torch.device("cpu")),
             dtype=_adapter_dtype(target.module, partition),
             device=partition.compute_device(weight),
@@ -145,11 +146,8 @@ def _checkpoints_activations(model: nn.Module) -> bool:
 def set_trainable(model: nn.Module, trained_modules: list[str]) -> None:
     """Freeze all but the adapters and the modules trained in full."""
     model.requires_grad_(False)
-    config = model_state(model).config
-    sparse = config is None or config.num_sparse != 0
     for layer in adapted_layers(model).values():
-        for adapter in (layer.dsee_A, layer.dsee_B, *([layer.dsee_values] if sparse else [])):
-            adapter.requires_grad_(True)  # type: ignore[operator]
+        layer.dsee_flat.requires_grad_(True)  # type: ignore[operator]
     modules = dict(model.named_modules())
     for name in trained_modules:
         for param in modules[name].parameters():
@@ -190,11 +188,12 @@ def _report(
     model: nn.Module, config: DSEEConfig, targets: list[Target], partition: Partition, seconds: float
 ) -> InjectionReport:
     sizes = [(partition.shape(p).numel(), p.requires_grad) for p in model.parameters()]
+    idle = 0 if config.num_sparse else sum(len(t.slices) * t.num_sparse for t in targets)
     return InjectionReport(
         targets=tuple(
             (t.name, t.shape, len(t.slices), t.num_sparse if config.num_sparse else 0) for t in targets
         ),
-        trainable=sum(n for n, trained in sizes if trained),
+        trainable=sum(n for n, trained in sizes if trained) - idle,
         total=sum(n for n, _ in sizes),
         seconds=seconds,
     )

@@ -176,10 +176,9 @@ def _rankings(pools: list[WeightPool], config: PruneConfig, partition: Partition
     """How each member is ranked; collects the adapters where the score reads them. Collective."""
     members = [member for pool in pools for member in pool.members]
     with_delta = [m for m in members if is_adapted(m.module) and config.score not in SCORES_WITHOUT_ADAPTER]
-    layers = [m.module for m in with_delta]
-    small = [p for layer in layers for p in (layer.dsee_A, layer.dsee_B, layer.dsee_values)]
-    whole = iter(partition.gather(small)) if small else iter(())  # type: ignore[arg-type]
-    deltas = {m.name: delta_record(m.module, next(whole), next(whole), next(whole)) for m in with_delta}
+    small = [m.module.dsee_flat for m in with_delta]
+    whole = partition.gather(small) if small else []  # type: ignore[arg-type]
+    deltas = {m.name: delta_record(m.module, flat) for m, flat in zip(with_delta, whole, strict=True)}
     for name, delta in deltas.items():
         if not (all_finite(delta.a) and all_finite(delta.b) and all_finite(delta.values)):
             raise TargetError(

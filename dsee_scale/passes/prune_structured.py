@@ -9,6 +9,7 @@ forward or backward, so nothing has to be put back after a restart.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.families import Kind, Part, UnitLayer, find_units
-from dsee_scale.adapters.linear import is_adapted
+from dsee_scale.adapters.linear import PARAMETER, flat_shapes, is_adapted
 from dsee_scale.adapters.removed_units import record_removed, removed_units
 from dsee_scale.algorithms.patterns import (
     EXPONENTS,
@@ -105,7 +106,7 @@ def remove_units(
     check_reachable(model, [p for layer in plan.layers for part in layer.parts for p in _touched(part)])
     gone = _choose(plan, _unit_scores(plan, rankings, partition))
     chosen = list(zip(plan.layers, gone, strict=True))
-    zero_lines(model, partition, [one for layer, units in chosen for one in _lines(layer, units, partition)])
+    zero_lines(model, partition, [one for layer, units in chosen for one in _lines(layer, units)])
     for layer, units in chosen:
         record_removed(module, layer, units)
     shards = [partition.shard(member.param).data for member in plan.pool.members]
@@ -198,31 +199,33 @@ def _covered(part: Part) -> Tensor:
 
 def _touched(part: Part) -> list[nn.Parameter]:
     names = ["weight", *(["bias"] if part.has_unit_bias else [])]
-    names += ["dsee_A", "dsee_B", "dsee_values"] if is_adapted(part.module) else []
+    names += [PARAMETER] if is_adapted(part.module) else []
     return [getattr(part.module, name) for name in names]
 
 
-def _lines(layer: UnitLayer, units: Tensor, partition: Partition) -> Iterator[Lines]:
+def _lines(layer: UnitLayer, units: Tensor) -> Iterator[Lines]:
     """What has to be zero where units are gone."""
     for part in layer.parts:
         gone, module = units[part.unit_of], part.module
-        yield Lines(module.weight, part.axis, gone, part.storage_shape[1])  # type: ignore[arg-type]
+        yield Lines(module.weight, part.axis, gone, part.storage_shape)  # type: ignore[arg-type]
         if part.has_unit_bias:
-            yield Lines(module.bias, 1, gone, len(gone))  # type: ignore[arg-type]
+            yield Lines(module.bias, 1, gone, (1, len(gone)))  # type: ignore[arg-type]
         if is_adapted(module):
-            yield from _adapter_lines(part, gone, partition)
+            yield from _adapter_lines(part, gone)
 
 
-def _adapter_lines(part: Part, gone: Tensor, partition: Partition) -> Iterator[Lines]:
+def _adapter_lines(part: Part, gone: Tensor) -> Iterator[Lines]:
     layer = part.module
+    flat: nn.Parameter = layer.dsee_flat  # type: ignore[assignment]
+    a, b, (num_values,) = flat_shapes(layer)
     if part.side == "outputs":
-        rank = partition.shape(layer.dsee_B)[1]  # type: ignore[arg-type]
-        yield Lines(layer.dsee_B, 0, gone[_covered(part)], rank)  # type: ignore[arg-type]
+        yield Lines(flat, 0, gone[_covered(part)], b, math.prod(a))
         at = layer.dsee_rows
     else:
-        yield Lines(layer.dsee_A, 1, gone, part.shape[1])  # type: ignore[arg-type]
+        yield Lines(flat, 1, gone, a)
         at = layer.dsee_cols
-    yield Lines(layer.dsee_values, 1, gone[at.long().cpu()], at.numel())  # type: ignore[arg-type, operator]
+    gone_values = gone[at.long().cpu()]  # type: ignore[operator]
+    yield Lines(flat, 1, gone_values, (1, num_values), math.prod(a) + math.prod(b))
 
 
 def _reject_unscored(layer: UnitLayer, config: PruneConfig) -> None:

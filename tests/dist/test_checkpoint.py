@@ -370,7 +370,7 @@ def test_every_rank_raises_the_same_error_and_the_old_content_stays(pools, tmp_p
     assert len(set(full)) == 1 and full[0].startswith("FormatError") and "No space left" in full[0]
     assert contents(tmp_path / "out") == before
     full = pools(3).run(caught, str(tmp_path / "out"), "full disk 2")
-    assert len(set(full)) == 1 and "dsee_optimizer-00003-of-00003.safetensors: No space left" in full[0]
+    assert len(set(full)) == 1 and "-00003-of-00003.safetensors: No space left" in full[0]
     assert contents(tmp_path / "out") == before
     occupied = pools(3).run(caught, str(tmp_path / "a"), "occupied")
     assert len(set(occupied)) == 1 and "not empty" in occupied[0]

@@ -10,7 +10,7 @@ import torch
 import dsee_scale
 from dsee_scale import DSEEConfig, PartitionError, PruneConfig
 from dsee_scale.adapters.families import find_units
-from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.adapters.linear import adapted_layers, is_adapted, split_flat
 from dsee_scale.adapters.removed_units import removed_units
 from dsee_scale.algorithms.patterns import groups_hold
 from dsee_scale.partition import open_partition, unwrap
@@ -183,18 +183,17 @@ def zeros_of_units(module: torch.nn.Module) -> dict[str, torch.Tensor]:
                 expected[f"{part.name}.weight"] = stored.reshape(-1)
                 if part.side == "outputs" and part.module.bias is not None:
                     expected[f"{part.name}.bias"] = gone
-                if not hasattr(part.module, "dsee_A"):
+                if not is_adapted(part.module):
                     continue
                 mine = part.module
-                at = mine.dsee_rows if part.side == "outputs" else mine.dsee_cols
-                expected[f"{part.name}.dsee_values"] = gone[at.long()]
+                flat = torch.zeros(port.shape(mine.dsee_flat), dtype=torch.bool)
+                a, b, values = split_flat(mine, flat)
+                values[:] = gone[(mine.dsee_rows if part.side == "outputs" else mine.dsee_cols).long()]
                 if part.side == "outputs":
-                    rows = torch.cat([gone[start:stop] for start, stop in mine.dsee_slices])
-                    width = port.shape(mine.dsee_B)[1]
-                    expected[f"{part.name}.dsee_B"] = rows[:, None].expand(-1, width).reshape(-1)
+                    b[torch.cat([gone[start:stop] for start, stop in mine.dsee_slices])] = True
                 else:
-                    height = port.shape(mine.dsee_A)[0]
-                    expected[f"{part.name}.dsee_A"] = gone[None].expand(height, -1).reshape(-1)
+                    a[:, gone] = True
+                expected[f"{part.name}.dsee_flat"] = flat
     return expected
 
 

@@ -82,7 +82,7 @@ def dense_output(layer, x):
 
 
 def gradients(output, layer, x):
-    inputs = [layer.dsee_A, layer.dsee_B, layer.dsee_values] + ([x] if x.requires_grad else [])
+    inputs = [layer.dsee_flat] + ([x] if x.requires_grad else [])
     weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
     return torch.autograd.grad((output * weights).sum(), inputs)
 
@@ -115,13 +115,12 @@ def test_output_and_gradients_equal_the_dense_formula(kind, bias, slices, count,
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_gradcheck(kind, slices, method):
     layer = adapt(base_layer(kind), slices, 6)
-    names = ("dsee_A", "dsee_B", "dsee_values")
 
-    def run(x, *params):
-        return torch.func.functional_call(layer, dict(zip(names, params, strict=True)), (x,))
+    def run(x, flat):
+        return torch.func.functional_call(layer, {"dsee_flat": flat}, (x,))
 
-    params = [getattr(layer, name).detach().clone().requires_grad_() for name in names]
-    assert torch.autograd.gradcheck(run, (inputs(2, 2), *params))
+    flat = layer.dsee_flat.detach().clone().requires_grad_()
+    assert torch.autograd.gradcheck(run, (inputs(2, 2), flat))
 
 
 @pytest.mark.parametrize("line", ["row", "column"])
@@ -154,7 +153,7 @@ def test_inputs_that_are_not_contiguous(method):
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 def test_the_record_holds_what_the_layer_adds_to_its_weight(kind):
     layer, x = adapt(base_layer(kind), FUSED), inputs(4)
-    record = delta_record(layer, layer.dsee_A, layer.dsee_B, layer.dsee_values)
+    record = delta_record(layer, layer.dsee_flat)
     expected = layer(x)
     with torch.no_grad():
         layer.weight.add_(delta_block(record, 0, record.storage_shape[0]))
@@ -172,7 +171,7 @@ def test_attaching_changes_no_bit_and_no_name(kind, dtype):
     assert torch.equal(layer(x).view(torch.uint8), before.view(torch.uint8))
     assert isinstance(layer, cls)
     assert [name for name in layer.state_dict() if "dsee" not in name] == names
-    assert set(layer.state_dict()) - set(names) == {*linear.PARAMETERS, *linear.BUFFERS}
+    assert set(layer.state_dict()) - set(names) == {linear.PARAMETER, *linear.BUFFERS}
     assert layer.dsee_A.std() > 0
     assert not layer.dsee_B.any()
     assert not layer.dsee_values.any()
@@ -196,8 +195,7 @@ def test_a_weight_that_is_not_here_can_be_adapted():
     adapt(layer)
     assert layer.dsee_A.shape == (3, IN)
     assert layer.dsee_B.shape == (OUT, 3)
-    for name in linear.PARAMETERS:
-        getattr(layer, name).data = torch.empty(0)
+    layer.dsee_flat.data = torch.empty(0)
     assert "rank=3, num_sparse=5" in repr(layer)
 
 
@@ -252,11 +250,11 @@ def test_activation_checkpointing_gives_the_same_gradients(reentrant, method):
 def test_gradients_accumulate():
     layer, x = adapt(base_layer()), inputs(6)
     layer(x).square().sum().backward()
-    once = layer.dsee_values.grad.clone()
+    once = layer.dsee_flat.grad.clone()
     layer.zero_grad()
     for part in x.detach().split(2):
         layer(part).square().sum().backward()
-    torch.testing.assert_close(layer.dsee_values.grad, once)
+    torch.testing.assert_close(layer.dsee_flat.grad, once)
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
@@ -268,7 +266,7 @@ def test_autocast_computes_in_its_dtype_and_keeps_the_gradients_dtypes(adapter_d
     assert found.dtype == torch.bfloat16
     found.float().square().sum().backward()
     assert x.grad.dtype == torch.float32
-    assert {p.grad.dtype for p in (layer.dsee_A, layer.dsee_B, layer.dsee_values)} == {adapter_dtype}
+    assert layer.dsee_flat.grad.dtype == adapter_dtype
     torch.testing.assert_close(found.float(), dense_output(layer.float(), x), rtol=0.05, atol=0.2)
 
 
@@ -290,18 +288,22 @@ def test_a_rank_without_tokens_gets_zero_gradients(method):
     assert found.shape == (0, OUT)
     found.sum().backward()
     assert x.grad.shape == x.shape
-    for param in (layer.dsee_A, layer.dsee_B, layer.dsee_values):
-        assert param.grad.shape == param.shape
-        assert not param.grad.any()
+    assert layer.dsee_flat.grad.shape == layer.dsee_flat.shape
+    assert not layer.dsee_flat.grad.any()
 
 
 def test_only_the_gradients_that_are_asked_for_are_made(method):
     layer, x = adapt(base_layer()), inputs(4, requires_grad=False)
-    layer.dsee_A.requires_grad_(False)
     layer(x).sum().backward()
     assert x.grad is None
-    assert layer.dsee_A.grad is None
-    assert layer.dsee_values.grad is not None
+    assert layer.dsee_flat.grad.any()
+    layer.zero_grad()
+    layer.dsee_flat.requires_grad_(False)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    assert layer.dsee_flat.grad is None
+    torch.testing.assert_close(x.grad, torch.autograd.grad(dense_output(layer, x).sum(), x)[0])
+    x.requires_grad_(False)
     with torch.no_grad():
         assert not layer(x).requires_grad
     with torch.inference_mode():

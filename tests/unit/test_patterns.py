@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertConf
 import dsee_scale
 from dsee_scale import ConfigError, DSEEConfig, FormatError, PruneConfig, TargetError
 from dsee_scale.adapters.families import FAMILIES, find_units
-from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.adapters.linear import adapted_layers, is_adapted
 from dsee_scale.adapters.removed_units import pack_units, removed_units, unpack_units
 from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms import patterns
@@ -268,7 +268,7 @@ def reference_scores(model: torch.nn.Module, config: PruneConfig) -> list[torch.
     result = []
     for layer in find_units(model, config.pattern, lambda p: p.shape):
         total = torch.zeros(layer.num_units, dtype=torch.float64)
-        with_adapter = [part for part in layer.parts if hasattr(part.module, "dsee_A")]
+        with_adapter = [part for part in layer.parts if is_adapted(part.module)]
         for part in layer.parts if config.score == "W" or not with_adapter else with_adapter:
             weight = part.module.weight.detach().double()
             ranking = rankings[part.name]
@@ -377,9 +377,9 @@ def test_rows_columns_biases_and_adapters_of_removed_units_are_zero(family):
                 assert torch.equal(lines[~gone], (old_OI if part.side == "outputs" else old_OI.T)[~gone])
                 if part.side == "outputs" and module.bias is not None:
                     assert not module.bias[gone].any() and module.bias[~gone].all()
-                if hasattr(module, "dsee_A"):
-                    a, b, values = module.dsee_A, module.dsee_B, module.dsee_values
-                    update = patterns_delta(module, a, b, values)
+                if is_adapted(module):
+                    values = module.dsee_values
+                    update = patterns_delta(module)
                     update = update if part.side == "outputs" else update.T
                     assert not update[gone].any() and update[~gone].any()
                     at = module.dsee_rows if part.side == "outputs" else module.dsee_cols
@@ -388,10 +388,10 @@ def test_rows_columns_biases_and_adapters_of_removed_units_are_zero(family):
     assert touched
 
 
-def patterns_delta(module: Any, a: Any, b: Any, values: Any) -> torch.Tensor:
+def patterns_delta(module: Any) -> torch.Tensor:
     from dsee_scale.adapters.linear import delta_record
 
-    record = delta_record(module, a, b, values)
+    record = delta_record(module, module.dsee_flat)
     block = delta_block(record, 0, record.storage_shape[0])
     return block.T if record.transposed else block
 

@@ -7,7 +7,7 @@ import torch
 
 import dsee_scale
 from dsee_scale import ConfigError, DSEEConfig, Pool, PruneConfig, TargetError
-from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.adapters.linear import adapted_layers, is_adapted
 from dsee_scale.config import paper_pools
 from dsee_scale.passes.pools import block_linears
 from tests.models import build, gpt2_config, llama_config
@@ -42,7 +42,7 @@ def dense_delta(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dense_score(mode: str, layer: torch.nn.Module) -> torch.Tensor:
     weight = layer.weight.detach().float()
-    if not hasattr(layer, "dsee_A"):
+    if not is_adapted(layer):
         return weight.abs()
     low, delta = dense_delta(layer)
     scores = {
