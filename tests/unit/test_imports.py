@@ -10,7 +10,18 @@ from pathlib import Path
 import dsee_scale
 
 PACKAGE = Path(dsee_scale.__file__).parent
-ORDER = ["errors", "config", "algorithms", "partition", "adapters", "passes", "checkpoint", "training", "cli"]
+ORDER = [
+    "errors",
+    "config",
+    "algorithms",
+    "partition",
+    "adapters",
+    "passes",
+    "checkpoint",
+    "training",
+    "glue",
+    "cli",
+]
 
 
 def layer(path: Path) -> str:

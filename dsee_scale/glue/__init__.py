@@ -1,0 +1,1 @@
+"""Classification and regression with encoders by the flags of the paper's own GLUE programs."""

@@ -1,0 +1,223 @@
+"""One run of the GLUE program: load, adapt, prune, train, evaluate, predict, export."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.checkpoint.export import export_model
+from dsee_scale.errors import ConfigError
+from dsee_scale.glue.arguments import GlueSettings
+from dsee_scale.glue.data import GlueData, encode, load_glue
+from dsee_scale.glue.metrics import compute_metrics, decide, metric_of
+from dsee_scale.glue.model import (
+    Source,
+    adapt,
+    find_source,
+    load_config,
+    load_model,
+    load_tokenizer,
+    prune_model,
+)
+from dsee_scale.glue.trainer import GlueTrainer
+from dsee_scale.partition import open_partition
+from dsee_scale.training.arguments import kept_environment, make_arguments
+from dsee_scale.training.journal import count_zeros, sparsity
+from dsee_scale.training.together import together
+
+logger = logging.getLogger(__name__)
+
+MODEL_FOLDER = "model"
+NEEDED = {"do_train": "train", "do_eval": "validation", "do_predict": "test"}
+
+
+def run_glue(settings: GlueSettings) -> Path:
+    """Collective. Do what the flags say, under any launcher or none.
+
+    Returns:
+        The output folder: `adapter/` (or, without adapters, the model itself), `checkpoint-STEP/`, `model/`
+        (plain Hugging Face files), `all_results.json`, `predict_results_TASK.txt`.
+
+    Raises:
+        DSEEError: bad flags, data or files; the same on every rank, before any training.
+    """
+    with kept_environment():
+        return _run(settings)
+
+
+def _run(settings: GlueSettings) -> Path:
+    values = dict(settings.training)
+    asked = values.pop("resume_from_checkpoint", None)
+    args = make_arguments(values)
+    output = Path(str(args.output_dir))
+    checkpoint = together(lambda: _checkpoint(settings, args, asked), what="looking at the output folder")
+    source = together(lambda: find_source(settings, checkpoint), what="reading the tuned model")
+    wanted = [part for flag, part in NEEDED.items() if getattr(args, flag)]
+    data = together(lambda: load_glue(settings.data, wanted, source.classes), what="reading the data")
+    trainer, rows = _trainer(settings, args, source, data, fresh=checkpoint is None)
+    if args.do_train:
+        _train(trainer, rows["train"], checkpoint)
+        if isinstance(trainer, GlueTrainer) and settings.pruning.export_delta != "none":
+            export_model(
+                trainer.model_wrapped,
+                output / MODEL_FOLDER,
+                delta=settings.pruning.export_delta,
+                tokenizer=trainer.processing_class,
+                overwrite=True,
+            )
+    if args.do_eval:
+        _evaluate(trainer, rows)
+    if args.do_predict:
+        _predict(trainer, rows, data, output)
+    together(lambda: None, what="finishing")
+    return output
+
+
+def _checkpoint(settings: GlueSettings, args: TrainingArguments, asked: str | None) -> Path | None:
+    """Where to go on: what is asked for, or the last checkpoint in the output folder. Local."""
+    output = Path(str(args.output_dir))
+    if settings.data.overwrite_output_dir or not args.do_train or not output.is_dir():
+        return Path(asked) if asked else None
+    found = asked or get_last_checkpoint(str(output))
+    if found is None and any(output.iterdir()):
+        raise ConfigError(
+            f"output folder {output} is not empty; choose another --output_dir, or --overwrite_output_dir"
+        )
+    if found is not None and not asked:
+        logger.info("going on from %s; --overwrite_output_dir would start afresh", found)
+    return None if found is None else Path(found)
+
+
+def _trainer(
+    settings: GlueSettings, args: TrainingArguments, source: Source, data: GlueData, *, fresh: bool
+) -> tuple[Trainer, dict[str, Dataset]]:
+    """Collective. Everything that stands before training, and the encoded rows."""
+
+    def prepare() -> tuple[Any, Any, dict[str, Dataset]]:
+        tokenizer = load_tokenizer(settings, source)
+        config = load_config(settings, source, data.classes, tokenizer)
+        classes = [config.id2label[index] for index in range(len(data.classes))]
+        length = min(settings.data.max_seq_length, tokenizer.model_max_length)
+        return (
+            tokenizer,
+            config,
+            encode(data, tokenizer, classes, length=length, pad=settings.data.pad_to_max_length),
+        )
+
+    tokenizer, config, rows = together(prepare, what="reading the model's config and the data")
+    set_seed(args.seed)
+    model = load_model(settings, source, config, _dtype(args))
+    adapt(model, settings, source, args.seed)
+    if fresh:
+        prune_model(model, settings)
+    _clear_output(settings, args, fresh=fresh)
+    if settings.data.pad_to_max_length:
+        collator: Any = default_data_collator
+    else:
+        collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if args.fp16 else None)
+    kind = GlueTrainer if adapted_layers(model) else Trainer
+    metric = metric_of(data.task, regression=data.regression)
+    trainer = kind(
+        model=model,  # type: ignore[arg-type]
+        args=args,
+        train_dataset=rows.get("train"),
+        eval_dataset=rows.get("validation"),
+        compute_metrics=compute_metrics(metric, regression=data.regression),
+        processing_class=tokenizer,
+        data_collator=collator,
+    )
+    return trainer, rows
+
+
+def _clear_output(settings: GlueSettings, args: TrainingArguments, *, fresh: bool) -> None:
+    """Checkpoints of an overwritten run would be taken for this one's."""
+
+    def remove() -> None:
+        if (
+            fresh
+            and args.do_train
+            and settings.data.overwrite_output_dir
+            and int(os.environ.get("RANK", "0")) == 0
+        ):
+            for folder in Path(str(args.output_dir)).glob("checkpoint-*"):
+                shutil.rmtree(folder)
+
+    together(remove, what="clearing the output folder")
+
+
+def _train(trainer: Trainer, rows: Dataset, checkpoint: Path | None) -> None:
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model()
+    matrices = count_zeros(trainer.model_wrapped)
+    metrics = {
+        **result.metrics,
+        "train_samples": len(rows),
+        **_counts(trainer.model_wrapped),
+        "block_weights_zero": sum(zeros for zeros, _ in matrices.values()),
+        "block_sparsity": sparsity(matrices),
+    }
+    _report(trainer, "train", metrics)
+    trainer.save_state()
+
+
+def _counts(model: nn.Module) -> dict[str, int]:
+    """Trained values as the paper counts them: of the updates, and of what is trained in full."""
+    partition = open_partition(model)
+    sizes = [
+        ("adapter" if ".dsee_" in name else "head", partition.shape(param).numel())
+        for name, param in model.named_parameters()
+        if param.requires_grad
+    ]
+    return {
+        "trained_in_updates": sum(size for kind, size in sizes if kind == "adapter"),
+        "trained_in_full": sum(size for kind, size in sizes if kind == "head"),
+    }
+
+
+def _evaluate(trainer: Trainer, rows: dict[str, Dataset]) -> None:
+    metrics: dict[str, Any] = trainer.evaluate(rows["validation"])
+    metrics["eval_samples"] = len(rows["validation"])
+    if "validation_mm" in rows:
+        metrics |= {f"{key}_mm": value for key, value in trainer.evaluate(rows["validation_mm"]).items()}
+    _report(trainer, "eval", metrics)
+
+
+def _predict(trainer: Trainer, rows: dict[str, Dataset], data: GlueData, output: Path) -> None:
+    """Collective. One file for each test set, in the repository's format."""
+    for part in (name for name in rows if name.startswith("test")):
+        logits = trainer.predict(rows[part], metric_key_prefix="predict").predictions
+        name = f"{data.task}-mm" if part.endswith("_mm") else str(data.task)
+        if trainer.is_world_process_zero():
+            names: Any = trainer.model.config.id2label  # type: ignore[union-attr]
+            write_predictions(output / f"predict_results_{name}.txt", logits, data.regression, names)
+
+
+def write_predictions(path: Path, logits: Any, regression: bool, names: dict[int, str]) -> None:
+    """Write `index<TAB>prediction` lines: values with three decimals, or class names. Local."""
+    found: np.ndarray = decide(logits, regression=regression)
+    words = [f"{value:3.3f}" if regression else names[int(value)] for value in found]
+    lines = ["index\tprediction", *(f"{index}\t{word}" for index, word in enumerate(words))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    draft.write_text("\n".join(lines) + "\n")
+    draft.replace(path)
+
+
+def _report(trainer: Trainer, split: str, metrics: dict[str, Any]) -> None:
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+
+
+def _dtype(args: TrainingArguments) -> torch.dtype:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32

@@ -1,0 +1,33 @@
+"""Tune, prune and retune an encoder on GLUE by the flags of the paper's programs.
+
+Start it with `deepspeed`, `accelerate launch`, `torchrun`, or plain `python` on one device; `--deepspeed
+ds_configs/zero3_cpu.json` partitions the weights. One program stands for the repository's four: the second
+stage is the same command with the tuned model as --model_name_or_path and --pruning_ratio,
+--ad_pruning_ratio or --prune_heads_num. `--help` lists all flags; docs/paper.md has the commands.
+"""
+
+import logging
+import os
+import sys
+
+from dsee_scale.errors import DSEEError
+
+
+def main(words: list[str]) -> int:
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING, format=f"[rank {rank}] %(message)s", force=True
+    )
+    from dsee_scale.glue.arguments import parse_flags
+    from dsee_scale.glue.run import run_glue
+
+    try:
+        run_glue(parse_flags(words))
+    except DSEEError as error:
+        logging.getLogger("dsee_scale").error("%s: %s", type(error).__name__, error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
