@@ -11,6 +11,7 @@ import torch
 
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig, TargetError
+from dsee_scale.adapters.linear import adapted_layers, split_flat
 from dsee_scale.partition import open_partition
 from dsee_scale.partition.quantized import FourBit, prepare_quantised, quantised_layers
 from tests.quantised import BATCH, DSEE, FORMATS, evaluate, injected_llama, quantised_llama, write_llama
@@ -82,8 +83,8 @@ def test_evaluating_does_not_spoil_training(folder, form, evaluated_before):
         assert evaluate(model) < expected + 0.05
         loss = model(input_ids=BATCH, labels=BATCH).loss
         loss.backward()
-        b = [p for n, p in model.named_parameters() if n.endswith("dsee_B")]
-        assert all(p.grad is not None for p in trained) and all(p.grad.abs().max() > 0 for p in b)
+        layers = adapted_layers(model).values()
+        assert layers and all(split_flat(m, m.dsee_flat.grad)[1].abs().max() > 0 for m in layers)
         optimizer.step()
         optimizer.zero_grad()
     assert evaluate(model) < expected - 0.1
