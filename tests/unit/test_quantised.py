@@ -64,7 +64,7 @@ def test_injection_changes_no_output_and_adapters_are_in_the_compute_dtype(folde
     dsee_scale.inject(model, DSEE)
     assert evaluate(model) == before
     adapters = [p for n, p in model.named_parameters() if "dsee_" in n]
-    assert {p.dtype for p in adapters} == {torch.bfloat16} and len(adapters) == 12
+    assert {p.dtype for p in adapters} == {torch.bfloat16} and len(adapters) == 4
     assert all(p.requires_grad for p in adapters) and sum(p.requires_grad for p in model.parameters()) == 12
 
 
@@ -159,3 +159,64 @@ def test_layers_that_are_not_quantised_yet_are_refused():
     model = torch.nn.Sequential(bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=True))
     with pytest.raises(TargetError, match="has_fp16_weight"):
         dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=4, target_modules=("0",)))
+
+
+@pytest.mark.parametrize("form", ["nf4, double, stored as bf16", "int8"])
+def test_adapter_and_masks_survive_saving_and_loading(folder, form, tmp_path):
+    model = injected_llama(folder, form)
+    train(model)
+    dsee_scale.prune(model, PruneConfig(sparsity=0.5))
+    dsee_scale.save_adapter(model, tmp_path / "adapter")
+    again = quantised_llama(folder, form)
+    evaluate(again)  # repacked on some CPUs
+    dsee_scale.load_adapter(again, tmp_path / "adapter")
+    prepared = quantised_llama(folder, form)
+    dsee_scale.load_adapter(prepared, tmp_path / "adapter")
+    assert evaluate(prepared) == evaluate(model)
+    assert evaluate(again) == pytest.approx(evaluate(model), abs=0.02)  # repacking rounds the scales
+    files = sum(path.stat().st_size for path in (tmp_path / "adapter").iterdir())
+    assert files < 60_000
+
+
+@pytest.mark.parametrize("form", ["nf4", "fp4, double", "int8"])
+@pytest.mark.parametrize("delta", ["masked", "dense"])
+def test_export_is_the_decoded_masked_model_in_stock_transformers(folder, form, delta, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = injected_llama(folder, form)
+    train(model)
+    # Around the adapted matrices, so that both forms are exactly what was trained.
+    dsee_scale.prune(model, PruneConfig(sparsity=0.5, modules=("gate_proj", "up_proj", "o_proj")))
+    report = dsee_scale.export_model(model, tmp_path / "model", delta=delta)
+    name = {"fp4, double": "fp4"}.get(form, form)
+    assert report.base == f"{name}, decoded to bfloat16" and 0 < report.distance < 0.004
+    assert f"base: {name}" in str(report)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert getattr(plain.config, "quantization_config", None) is None and plain.dtype == torch.bfloat16
+    with torch.no_grad():
+        ours, theirs = model.eval()(BATCH).logits, plain(BATCH).logits
+    assert (ours - theirs).abs().max() < 0.05 * ours.abs().max()
+    gates = [m.weight for n, m in plain.named_modules() if n.endswith(("gate_proj", "up_proj", "o_proj"))]
+    assert sum(int((w == 0).sum()) for w in gates) == report.num_zero == sum(w.numel() for w in gates) // 2
+
+
+def test_merging_into_the_unquantised_base_says_how_far_that_is(folder, tmp_path):
+    from dsee_scale.checkpoint.export_files import export_files
+
+    model = injected_llama(folder, "nf4")
+    train(model)
+    dsee_scale.prune(model, PruneConfig(sparsity=0.3))
+    dsee_scale.save_adapter(model, tmp_path / "adapter")
+    report = export_files(tmp_path / "adapter", folder, tmp_path / "model", delta="dense")
+    assert report.base == "unquantised, while nf4 was trained on"
+    assert 0.02 < report.distance < 0.3  # the error of 4 bits
+    exact = dsee_scale.export_model(model, tmp_path / "exact", delta="dense")
+    assert exact.distance < report.distance / 10
+
+
+def train(model: torch.nn.Module) -> None:
+    optimizer = torch.optim.AdamW(dsee_scale.trainable_parameters(model), lr=1e-2)
+    for _ in range(3):
+        model(input_ids=BATCH, labels=BATCH).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
