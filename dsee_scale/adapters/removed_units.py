@@ -9,8 +9,9 @@ from __future__ import annotations
 from torch import Tensor, nn, tensor, zeros
 from torch import bool as boolean
 
-from dsee_scale.adapters.families import UnitLayer
+from dsee_scale.adapters.families import ShapeOf, UnitLayer, find_units
 from dsee_scale.adapters.state import model_state
+from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
 
 
@@ -25,6 +26,18 @@ def removed_units(model: nn.Module, layer: UnitLayer) -> Tensor:
     return (
         zeros(layer.num_units, dtype=boolean) if text is None else unpack_units(text, layer.num_units, name)
     )
+
+
+def removed_inputs(model: nn.Module, shape_of: ShapeOf) -> dict[str, Tensor]:
+    """Matrices that lost inputs with their heads or neurons: module name -> (I,) bool, True where gone."""
+    found: dict[str, Tensor] = {}
+    for kind in UNIT_PATTERNS:
+        if not any(kind in how for how in model_state(model).pruned.values()):
+            continue
+        for layer in find_units(model, kind, shape_of):  # type: ignore[arg-type]
+            gone = removed_units(model, layer)
+            found |= {part.name: gone[part.unit_of] for part in layer.parts if part.side == "inputs"}
+    return {name: gone for name, gone in found.items() if gone.any()}
 
 
 def record_removed(model: nn.Module, layer: UnitLayer, gone: Tensor) -> None:

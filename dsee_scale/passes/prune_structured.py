@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dsee_scale.adapters.families import Kind, Part, UnitLayer, find_units
 from dsee_scale.adapters.linear import PARAMETER, flat_shapes, is_adapted
 from dsee_scale.adapters.removed_units import record_removed, removed_units
+from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.patterns import (
     EXPONENTS,
     add_along_axis,
@@ -81,6 +82,7 @@ def plan_units(
         at += members[-1].numel
     for layer in layers:
         _reject_unscored(layer, config)
+        _reject_shifted_groups(module, layer)
     overall = config.num_per_layer is None and config.scope == "global"
     return UnitPlan(
         layers=layers,
@@ -235,6 +237,19 @@ def _reject_unscored(layer: UnitLayer, config: PruneConfig) -> None:
             f"score {config.score!r} reads the update alone, and no matrix of {layer.name}'s {layer.kind} is "
             f"adapted ({names}); adapt one of them, or choose score='W' or 'WABS'"
         )
+
+
+def _reject_shifted_groups(module: nn.Module, layer: UnitLayer) -> None:
+    """Cutting inputs out of an N:M matrix would put other neighbours into its groups, and break the pattern."""
+    for part in (part for part in layer.parts if part.side == "inputs"):
+        pattern = str(model_state(module).pruned.get(f"{part.name}.weight", {}).get("pattern"))
+        groups = PruneConfig(pattern=pattern).n_of_m if ":" in pattern else None
+        if groups and (layer.unit_size * layer.head_size) % groups[1]:
+            raise ConfigError(
+                f"{part.name} is {pattern}, and without some of its inputs it would not be; remove {layer.kind} "
+                f"first and make it {pattern} after that (in one PruneConfig: the second under `then`), or leave "
+                "it out of the N:M pruning with `modules`"
+            )
 
 
 def _layer_budget(layer: UnitLayer, config: PruneConfig) -> int:

@@ -1,0 +1,118 @@
+"""N:M together with heads and neurons: groups are formed among the inputs that are left, as the export has them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dsee_scale
+from dsee_scale import ConfigError, PruneConfig
+from dsee_scale.adapters.targets import linear_kind
+from dsee_scale.algorithms.patterns import groups_hold
+from dsee_scale.checkpoint.export import export_model
+from dsee_scale.passes.pools import block_linears
+from tests.models import build, llama_config
+from tests.unit.test_patterns import adapted, output
+
+NEURONS = {"llama": 16, "biased": 4, "gpt2": 20, "bert": 8, "roberta": 4}
+"""What stays of each is a multiple of 4."""
+
+
+def zeros(weight: torch.Tensor) -> int:
+    return int((weight == 0).sum())
+
+
+@pytest.mark.parametrize("family", list(NEURONS))
+@pytest.mark.parametrize("score", ["W", "WABS"])
+def test_exported_weights_are_2_4_where_neurons_went_before(tmp_path, family, score):
+    model = adapted(family)
+    neurons = PruneConfig(pattern="neurons", num_per_layer=NEURONS[family], score="random")
+    report = dsee_scale.prune(
+        model,
+        PruneConfig(**{**neurons.to_dict(), "then": [PruneConfig(pattern="2:4", score=score).to_dict()]}),
+    )
+    assert report.sparsity > 0.5
+    export_model(model, tmp_path / "out")
+    loaded = dsee_scale.load_pretrained(tmp_path / "out")
+    checked = 0
+    for name, module in block_linears(loaded).items():
+        transposed = linear_kind(module) == "conv1d"
+        weight: torch.Tensor = module.weight.detach()  # type: ignore[assignment, union-attr]
+        assert groups_hold(weight, 2, 4, transposed=transposed), name
+        assert zeros(weight) == weight.numel() // 2, name
+        checked += 1
+    assert checked >= 8
+
+
+def test_groups_among_the_inputs_that_are_left_hold_the_largest():
+    """Against a plain loop over the columns that stay."""
+    model = adapted("llama")
+    dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=16, score="random"))
+    down = model.model.layers[0].mlp.down_proj
+    before = down.weight.detach().clone()
+    left = before.any(dim=0).nonzero().flatten()
+    assert len(left) == 36 and any(left.diff() > 1)
+    dsee_scale.prune(model, PruneConfig(pattern="2:4"))
+    expected = torch.zeros_like(before)
+    for row in range(len(before)):
+        for first in range(0, len(left), 4):
+            group = left[first : first + 4]
+            kept = group[before[row, group].abs().topk(2).indices]
+            expected[row, kept] = before[row, kept]
+    assert torch.equal(down.weight, expected)
+
+
+def test_heads_whose_size_is_no_multiple_of_m_shift_groups_too(tmp_path):
+    sizes = dict(hidden_size=24, num_attention_heads=4, num_key_value_heads=4, head_dim=6)
+    model = build(llama_config(**sizes, intermediate_size=24))
+    heads = PruneConfig(pattern="heads", num_per_layer=2)
+    dsee_scale.prune(model, heads)
+    dsee_scale.prune(model, PruneConfig(pattern="2:4"))
+    export_model(model, tmp_path / "out")
+    loaded = dsee_scale.load_pretrained(tmp_path / "out")
+    weight = loaded.model.layers[0].self_attn.o_proj.weight
+    assert weight.shape == (24, 12) and groups_hold(weight, 2, 4) and zeros(weight) == weight.numel() // 2
+    torch.testing.assert_close(output(loaded), output(model.eval()), atol=1e-5, rtol=1e-5)
+
+
+def test_whole_groups_that_went_leave_the_others_where_they_are():
+    """Heads of a multiple of M inputs: the same result as if 2:4 had come first."""
+    first, second = adapted("gpt2"), adapted("gpt2")
+    heads, groups = PruneConfig(pattern="heads", num_per_layer=1), PruneConfig(pattern="2:4")
+    for config in (heads, groups):
+        dsee_scale.prune(first, config)
+    mask = first.transformer.h[0].attn.c_proj.weight != 0
+    dsee_scale.prune(second, groups)
+    expected = second.transformer.h[0].attn.c_proj.weight != 0
+    gone = ~mask.any(dim=1)
+    assert int(gone.sum()) == 12
+    assert torch.equal(mask[~gone], expected[~gone])
+
+
+def test_units_that_would_shift_the_groups_of_an_earlier_n_of_m_are_refused():
+    model = adapted("llama")
+    dsee_scale.prune(model, PruneConfig(pattern="2:4"))
+    before = [param.clone() for param in model.parameters()]
+    with pytest.raises(ConfigError, match=r"down_proj is 2:4.*neurons first.*`then`"):
+        dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=4))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=2))  # whole groups of 4
+
+
+def test_inputs_left_that_m_does_not_divide_are_refused():
+    model = adapted("llama")
+    dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=15))
+    with pytest.raises(ConfigError, match=r"down_proj has 37 inputs left.*groups of 4"):
+        dsee_scale.prune(model, PruneConfig(pattern="2:4"))
+
+
+def test_a_later_pruning_that_makes_no_sense_is_refused_before_the_first():
+    model = adapted("llama")
+    before = [param.clone() for param in model.parameters()]
+    for bad, text in (
+        (PruneConfig(pattern="neurons", num_per_layer=52), "removes all 52 neurons"),
+        (PruneConfig(pattern="2:4", modules=("no_such_module",)), "no_such_module"),
+    ):
+        with pytest.raises(dsee_scale.errors.DSEEError, match=text):
+            dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=2, then=(bad,)))
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
