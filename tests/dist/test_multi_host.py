@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,14 +24,9 @@ from tests.dist.two_hosts import INTERFACE, NAMES, TwoHosts, clean_environment, 
 
 ROOT = Path(__file__).parents[2]
 PER_HOST = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": INTERFACE}
-QUICK = {"training__save_strategy": "no", "export": {"delta": "masked", "check": False}}
-pytestmark = [
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        not os.environ.get("DSEE_SCALE_TWO_HOSTS"),
-        reason="takes minutes: set DSEE_SCALE_TWO_HOSTS=1 to run it",
-    ),
-]
+QUICK: dict[str, Any] = {"training__save_strategy": "no", "export": {"delta": "masked", "check": False}}
+QUICK["training__ddp_timeout"] = 100  # if one host does not come up, the other one says so soon
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +56,10 @@ def one_host(inputs, pools, tmp_path_factory):
 def start_with_pdsh(hosts: TwoHosts, words: list[str], folder: Path) -> list[subprocess.Popen[bytes]]:
     """One launch, on the first host."""
     (folder / "hostfile").write_text("".join(f"{name} slots=1\n" for name in NAMES))
-    (folder / ".deepspeed_env").write_text("".join(f"{key}={value}\n" for key, value in PER_HOST.items()))
+    # Without the cache of compiled operators each host would build them anew, for a minute or more.
+    cache = {"TORCH_EXTENSIONS_DIR": os.environ["TORCH_EXTENSIONS_DIR"], "PATH": hosts.path}
+    variables = PER_HOST | cache
+    (folder / ".deepspeed_env").write_text("".join(f"{key}={value}\n" for key, value in variables.items()))
     env = {"PATH": hosts.path, "HOSTFILE": str(folder / "hostfile"), "MASTER_PORT": str(free_port())}
     command = [str(ROOT / "launch/multi_node_pdsh.sh"), *words]
     return [hosts.start(0, command, folder / "log", cwd=folder, env=clean_environment(env))]
@@ -100,7 +100,10 @@ def test_two_hosts_train_prune_save_and_export_what_one_host_does(hosts, inputs,
     output = tmp_path / "run"
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(inputs, output, **QUICK)))
     words = [str(ROOT / "launch/finetune.py"), str(tmp_path / "recipe.yaml")]
-    wait_for(start(hosts, words, tmp_path), tmp_path, seconds=400)
+    wait_for(start(hosts, words, tmp_path), tmp_path, seconds=250)
+    if start is start_with_pdsh:  # which names the host in front of each line that came from there
+        said = (tmp_path / "log").read_text()
+        assert all(re.search(rf"^{name}: .*node_rank={rank}", said, re.M) for rank, name in enumerate(NAMES))
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics["run"]["world_size"] == 2
     assert losses(output) == losses(one_host)
@@ -112,16 +115,3 @@ def test_two_hosts_train_prune_save_and_export_what_one_host_does(hosts, inputs,
             ours, theirs = load_file(output / name), load_file(one_host / name)
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
-
-
-def test_both_hosts_took_part(hosts, tmp_path):
-    """The launch above would also pass if both ranks ran on one host: ask the ranks where they are."""
-    script = tmp_path / "where.py"
-    script.write_text(
-        "import os, socket\nprint('rank', os.environ['RANK'], os.readlink('/proc/self/ns/net'))\n"
-    )
-    wait_for(start_with_pdsh(hosts, [str(script)], tmp_path), tmp_path, seconds=120)
-    found = {
-        line.split("rank ")[1] for line in (tmp_path / "log").read_text().splitlines() if "rank " in line
-    }
-    assert len(found) == 2 and len({line.split()[1] for line in found}) == 2, found

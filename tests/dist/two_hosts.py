@@ -156,10 +156,13 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
     made_folder = not SSHD_FOLDER.exists()
     if made_folder:
         SSHD_FOLDER.mkdir(mode=0o755)
+    # A run that is told to end still takes the hosts down.
+    on_term = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         hosts.set_up()
         yield hosts
     finally:
+        signal.signal(signal.SIGTERM, on_term)
         hosts.tear_down()
         if made_folder:
             SSHD_FOLDER.rmdir()
