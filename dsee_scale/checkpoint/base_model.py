@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dsee_scale.errors import FormatError
+from dsee_scale.partition.quantized import find_codecs
 
 _VOLATILE = {
     "transformers_version",
@@ -37,18 +38,23 @@ _VOLATILE_STARTS = ("_", "output_")
 def base_identity(model: nn.Module) -> dict[str, Any]:
     """Id, class, dtype, and the lasting part of the config with its SHA-256 (None for a model without one).
 
-    `full_config` is the config as transformers would write it, for an export that has no model at hand.
+    `full_config` is the config as transformers would write it unquantised, for an export that has no model at
+    hand; `quantization` is how the base was quantised, None for not at all.
     """
     config = getattr(model, "config", None)
     values = lasting_config(config) if hasattr(config, "to_dict") else None
-    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    codecs = find_codecs(model)
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in codecs)
+    full = json.loads(config.to_json_string()) if values is not None else {}  # type: ignore[union-attr]
+    quantization = full.pop("quantization_config", None)
     return {
         "id": getattr(config, "_name_or_path", None) or None,
         "class": type(model).__name__,
         "dtype": str(next(floating, torch.float32)).removeprefix("torch."),
         "config_sha256": config_hash(values) if values is not None else None,
         "config": values,
-        "full_config": json.loads(config.to_json_string()) if values is not None else None,  # type: ignore[union-attr]
+        "full_config": full or None,
+        "quantization": quantization,
     }
 
 

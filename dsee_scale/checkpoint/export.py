@@ -21,6 +21,7 @@ from dsee_scale.checkpoint.adapter import KIND as ADAPTER
 from dsee_scale.checkpoint.adapter import write_adapter
 from dsee_scale.checkpoint.export_plan import Entry, ExportPlan, plan_export
 from dsee_scale.checkpoint.files import NewFolder, alike, new_folder
+from dsee_scale.checkpoint.quantised_base import decoded_base, distance_to, reject_unknown_quantisation
 from dsee_scale.checkpoint.stored_form import (
     INDEX_FILE,
     Format,
@@ -32,7 +33,7 @@ from dsee_scale.checkpoint.stored_form import (
 )
 from dsee_scale.checkpoint.structured import STRUCTURE_FILE, find_structure, smaller_config
 from dsee_scale.checkpoint.tensor_file import ScatteredWriter, TensorWriter
-from dsee_scale.errors import ConfigError, TargetError
+from dsee_scale.errors import ConfigError
 from dsee_scale.partition import Partition, open_partition, unwrap
 from dsee_scale.passes.progress import show_progress
 
@@ -62,6 +63,9 @@ class ExportReport:
         structure: what was cut out, one line; None for nothing.
         loads_with: `transformers`, or `dsee_scale.load_pretrained` where stock classes cannot load it.
         patterns: pruned weights of each pattern.
+        base: what the update was merged into, where the model was trained on a quantised base.
+        distance: largest relative distance (Frobenius) of a merged weight to what was trained, W * M + D, for
+            a quantised base; None where it is not known.
     """
 
     folder: str
@@ -76,6 +80,8 @@ class ExportReport:
     structure: str | None = None
     loads_with: str = "transformers"
     patterns: dict[str, int] = field(default_factory=dict)
+    base: str | None = None
+    distance: float | None = None
 
     @property
     def nbytes(self) -> int:
@@ -92,6 +98,9 @@ class ExportReport:
             lines.append(f"  {self.structure}")
         if self.loads_with != "transformers":
             lines.append(f"  stock transformers cannot load this folder; {self.loads_with} does")
+        if self.base:
+            how_far = "not measured" if self.distance is None else f"up to {self.distance:.2g} (relative)"
+            lines.append(f"  base: {self.base}; distance of merged weights to what was trained: {how_far}")
         if self.num_pruned:
             share = 100 * self.num_zero / self.num_pruned
             lines.append(f"  {share:.2f}% of the {self.num_pruned:,} entries of pruned weights are zero")
@@ -138,7 +147,7 @@ def export_model(
 
     Raises:
         ConfigError: the folder is not empty, a setting is unknown, or nothing is sparse.
-        TargetError: the base is quantised.
+        TargetError: the base is quantised by something else than bitsandbytes.
         FormatError: writing failed, e.g. no space is left; what was there before stays.
     """
     started = time.perf_counter()
@@ -147,7 +156,7 @@ def export_model(
         for name, value, valid in (("delta", delta, DeltaForm), ("format", format, Format)):
             if value not in get_args(valid):
                 raise ConfigError(f"{name} {value!r} is unknown; valid: {', '.join(get_args(valid))}")
-        _reject_quantised(module)
+        reject_unknown_quantisation(module, partition)
         structure = find_structure(module, partition.shape) if delta != "separate" else None
         config = smaller_config(module, structure, partition.shape) if structure else None
     num_kept = count_kept(partition, module, delta) if format == "sparse" else {}
@@ -203,6 +212,7 @@ class _ExportWriter:
         self.masked = masked_weights(model_state(module).pruned)
         self.zeros = dict.fromkeys(sorted(model_state(module).pruned), 0)
         self.sizes = dict.fromkeys(plan.files, 0)
+        self.distance = 0.0
 
     def write_file(self, name: str, entries: list[Entry], bar: Any) -> None:
         """Collective. One weight file; an error on rank 0 is raised on every rank when the file ends."""
@@ -233,6 +243,8 @@ class _ExportWriter:
         """Collective. Rank 0's counts on every rank."""
         counts = torch.tensor([*self.zeros.values(), *self.sizes.values()], dtype=torch.int64)
         known = self.partition.broadcast(counts.to(self.partition.device), src=0).tolist()
+        far = torch.tensor([self.distance], dtype=torch.float32, device=self.partition.device)
+        distance = float(self.partition.broadcast(far, src=0)) if self.partition.codecs else None
         zeros = dict(zip(self.zeros, known, strict=False))
         entries = {e.name: e for es in self.plan.files.values() for e in es}
         numel = {name: entries[name].numel for name in zeros}
@@ -245,6 +257,8 @@ class _ExportWriter:
             num_zero=sum(zeros.values()),
             num_parameters=sum(entry.numel for entry in entries.values()),
             seconds=seconds,
+            base=decoded_base(self.partition),
+            distance=distance,
         )
 
     def _gather_updates(self, entries: list[Entry]) -> dict[str, Tensor]:
@@ -266,6 +280,9 @@ class _ExportWriter:
             delta = delta_record(self.layers[entry.name], update)
             form: Form = "masked" if self.delta == "masked" else "dense"
             value = merged_weight(weight, delta, pruned=entry.name in self.masked, form=form)
+            if self.partition.codecs:
+                trained = merged_weight(weight.float(), delta, pruned=entry.name in self.masked, form="dense")
+                self.distance = max(self.distance, distance_to(trained, value))
         if entry.name in self.zeros:
             structure = self.form.structure
             left = structure.shrink(entry.name, value) if structure else value
@@ -299,6 +316,8 @@ def merged_weight(weight: Tensor, update: Delta, *, pruned: bool, form: Form) ->
 def _write_settings(module: Any, folder: Path, tokenizer: Any, config: Any) -> None:
     if hasattr(module, "save_pretrained"):
         config = copy.deepcopy(config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # the weights are written decoded
         config.dtype = str(module.dtype).removeprefix("torch.")
         config.architectures = [type(module).__name__]
         config.save_pretrained(folder)
@@ -317,12 +336,3 @@ def _write_index(new: NewFolder, plan: ExportPlan, report: ExportReport) -> None
         new.write_json(INDEX_FILE, plan.index(report.num_parameters))
     new.write_json(REPORT_FILE, report.to_dict())
     new.adopt()
-
-
-def _reject_quantised(module: nn.Module) -> None:
-    for name, param in module.named_parameters():
-        if not param.is_floating_point():
-            raise TargetError(
-                f"{name} is quantised ({type(param).__name__}, {param.dtype}); expected floating-point "
-                "weights: save the adapter, load the base unquantised, load_adapter, and export that"
-            )

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dsee_scale.algorithms.delta import Form
+from dsee_scale.algorithms.delta import Delta, Form
 from dsee_scale.checkpoint.adapter import KIND as ADAPTER
 from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER
 from dsee_scale.checkpoint.adapter import STEM as ADAPTER_STEM
@@ -34,6 +35,7 @@ from dsee_scale.checkpoint.export_sources import Sources, open_sources, planned_
 from dsee_scale.checkpoint.files import NewFolder, StoredFolder, alike, new_folder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import apply_mask
+from dsee_scale.checkpoint.quantised_base import distance_to
 from dsee_scale.checkpoint.record import CONFIG_FILE
 from dsee_scale.checkpoint.stored_form import (
     NOTHING_SPARSE,
@@ -55,6 +57,7 @@ from dsee_scale.checkpoint.tensor_file import TensorSpec
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import ConfigError
 from dsee_scale.partition import Partition, open_partition
+from dsee_scale.partition.quantized import as_stored, format_name
 from dsee_scale.passes.progress import show_progress
 
 _WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -149,6 +152,8 @@ class _FileWriter:
         self.written: dict[str, list[TensorSpec]] = {}
         self.num_parameters = 0
         self.partition = open_partition(nn.Module())
+        self.quantization = sources.record.base.get("quantization") if target.delta != "separate" else None
+        self.distance: float | None = None
 
     def write_file(self, filename: str, specs: Sequence[TensorSpec], bar: Any) -> None:
         """One weight file."""
@@ -178,6 +183,10 @@ class _FileWriter:
             structure=structure.summary() if structure else None,
             loads_with="transformers" if self.target.stock else LOADER,
             patterns=count_patterns(self.sources.record.pruned),
+            base=f"unquantised, while {format_name(self.quantization)} was trained on"
+            if self.quantization
+            else None,
+            distance=self.distance,
         )
 
     def _tensor(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
@@ -196,10 +205,19 @@ class _FileWriter:
             update = recorded_update(self.sources, name.removesuffix(".weight"))
             form: Form = "masked" if self.target.delta == "masked" else "dense"
             value = merged_weight(weight, update, pruned=name in self.masked, form=form)
+            self._note_distance(weight, update, value, pruned=name in self.masked)
         if name in self.zeros:
             self.numel[name] = math.prod(self.form.dense_shape(spec))
             self.zeros[name] = self.numel[name] - int(torch.count_nonzero(value))
         return value, weight
+
+    def _note_distance(self, weight: Tensor, update: Delta, value: Tensor, *, pruned: bool) -> None:
+        """How far a merged weight is from what was trained on a quantised base; needs bitsandbytes."""
+        if self.quantization is None or find_spec("bitsandbytes") is None:
+            return
+        stored = as_stored(weight, self.quantization).float()
+        trained = merged_weight(stored.masked_fill(weight == 0, 0), update, pruned=pruned, form="dense")
+        self.distance = max(self.distance or 0.0, distance_to(trained, value))
 
 
 def _target(sources: Sources, delta: DeltaForm, format: Format) -> Target:

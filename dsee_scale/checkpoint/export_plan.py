@@ -17,6 +17,7 @@ from dsee_scale.checkpoint.stored_form import StoredForm, part_names
 from dsee_scale.checkpoint.tensor_file import TensorSpec
 from dsee_scale.errors import ConfigError
 from dsee_scale.partition.port import Partition
+from dsee_scale.partition.quantized import quantised_layers
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -87,7 +88,7 @@ def plan_export(
     metas = {
         name: torch.empty(
             tuple(partition.shape(t)) if isinstance(t, nn.Parameter) else tuple(t.shape),
-            dtype=t.dtype,
+            dtype=partition.dtype(t) if isinstance(t, nn.Parameter) else t.dtype,
             device="meta",
         )
         for name, t in state.items()
@@ -108,12 +109,16 @@ def plan_export(
 
 
 def saved_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without adapters, ignored keys, and all but one name of each tied weight."""
+    """The state dict without adapters, ignored keys, scales of quantised weights, and tied weights' further names."""
     ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    quantised = {name for name, _ in quantised_layers(model)}
     state = {
         name: value
         for name, value in model.state_dict(keep_vars=True).items()
-        if isinstance(value, Tensor) and not is_adapter_key(name) and name not in ignored
+        if isinstance(value, Tensor)
+        and not is_adapter_key(name)
+        and name not in ignored
+        and not (_owner(name) in quantised and not name.endswith((".weight", ".bias")))
     }
     declared = getattr(model, "all_tied_weights_keys", None) or {}
     by_identity: dict[int, list[str]] = {}
@@ -124,6 +129,11 @@ def saved_state(model: nn.Module) -> dict[str, Tensor]:
         tied = [name for name in names if name in declared]
         dropped.update(tied[1:] if len(tied) == len(names) else tied)
     return {name: value for name, value in state.items() if name not in dropped}
+
+
+def _owner(name: str) -> str:
+    """The layer that a key belongs to: bitsandbytes has `LAYER.SCB` and `LAYER.weight.absmax`."""
+    return name.split(".weight.")[0] if ".weight." in name else name.rpartition(".")[0]
 
 
 def stored_layout(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]] | None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dsee_scale.errors import PartitionError, TargetError
 from dsee_scale.partition import is_engine, open_partition, unwrap
+from dsee_scale.partition.eight_bit_moments import is_eight_bit, make_state, read_moment, write_moment
 from dsee_scale.partition.ranks import communication_device
 
 MASTER = "master"
@@ -119,14 +120,18 @@ class OptimizerState:
             values: (length of the stretch,).
         """
         stretch = self.stretches[name]
-        if key != MASTER and key not in stretch.state:
-            stretch.state[key] = torch.zeros_like(
-                stretch.flat, dtype=_moment_dtype(stretch), requires_grad=False
-            )
+        if key != MASTER:
+            make_state(stretch.optimizer, stretch.flat)
+            if key not in stretch.state:
+                stretch.state[key] = torch.zeros_like(
+                    stretch.flat, dtype=_moment_dtype(stretch), requires_grad=False
+                )
         target = self._tensor(stretch, key)
         assert target is not None
         with torch.no_grad():
             stretch.view(target).copy_(values)
+            if key != MASTER and is_eight_bit(stretch.state, key):
+                write_moment(stretch.state, key, target)
 
     def put_steps(self, steps: Mapping[str, int]) -> None:
         """Set the number of updates, as the optimizer in use keeps it. Local. Zero clears a state."""
@@ -157,7 +162,7 @@ class OptimizerState:
         return self._keepers[0].param_groups
 
     def _tensor(self, stretch: Stretch, key: str) -> Tensor | None:
-        return stretch.flat if key == MASTER else stretch.state.get(key)
+        return stretch.flat if key == MASTER else read_moment(stretch.state, key)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """Sum of what is zero on all ranks but one, as integers: every bit survives, -0.0 and NaN too."""

@@ -12,7 +12,7 @@ quantisation).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -168,6 +168,38 @@ def find_codecs(model: nn.Module) -> dict[int, Codec]:
             state = getattr(layer.weight, "quant_state", None) or layer.quant_state
             codecs[id(layer.weight)] = FourBit(layer, shape, state.dtype if state is not None else dtype)
     return codecs
+
+
+def as_stored(weight: Tensor, quantisation: Mapping[str, Any]) -> Tensor:
+    """What is left of a weight that is quantised and decoded again.
+
+    Args:
+        weight: (O, I), floating point.
+        quantisation: a `BitsAndBytesConfig` as a mapping.
+
+    Returns:
+        (O, I) in the weight's dtype.
+    """
+    from bitsandbytes import functional
+
+    if quantisation.get("load_in_8bit"):
+        codes, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
+        layer = SimpleNamespace(weight=SimpleNamespace(SCB=scales))
+        return EightBit(layer, weight.shape, weight.dtype).decode(codes)[0].view(weight.shape)
+    codes, state = functional.quantize_4bit(
+        weight.contiguous(),
+        quant_type=quantisation.get("bnb_4bit_quant_type", "fp4"),
+        compress_statistics=bool(quantisation.get("bnb_4bit_use_double_quant")),
+    )
+    layer = SimpleNamespace(weight=SimpleNamespace(quant_state=state))
+    return FourBit(layer, weight.shape, weight.dtype).decode(codes)[0].view(weight.shape)
+
+
+def format_name(quantisation: Mapping[str, Any]) -> str:
+    """`int8`, `nf4` or `fp4`, of a `BitsAndBytesConfig` as a mapping."""
+    if quantisation.get("load_in_8bit"):
+        return "int8"
+    return str(quantisation.get("bnb_4bit_quant_type", "fp4"))
 
 
 def compute_dtype(layer: Any, codec: Codec) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dsee_scale.algorithms.patterns import zero_along_axis_
 from dsee_scale.errors import PartitionError
 from dsee_scale.partition import Partition, is_engine, unwrap
+from dsee_scale.partition.eight_bit_moments import is_eight_bit, read_moment, write_moment
 from dsee_scale.partition.optimizer_state import open_optimizer
 
 _HOOKS: list[Any] = []
@@ -97,23 +98,34 @@ def _clear_engine_state(model: nn.Module, lines: Sequence[Lines]) -> None:
         stretch = kept.stretches.get(names[id(one.param)])
         if stretch is None:
             continue
-        for tensor in (stretch.flat, *_moments(stretch.state, stretch.flat)):
-            one.clear(stretch.view(tensor), stretch.start)
+        one.clear(stretch.view(stretch.flat), stretch.start)
+        _clear_moments(stretch.state, stretch.flat, lambda m, s=stretch, o=one: o.clear(s.view(m), s.start))  # type: ignore[misc]
 
 
-def _moments(state: dict[str, Any], like: Tensor) -> list[Tensor]:
-    return [value for value in state.values() if isinstance(value, Tensor) and value.shape == like.shape]
+def _clear_moments(state: dict[str, Any], like: Tensor, clear: Callable[[Tensor], None]) -> None:
+    """Apply `clear` to the values of every moment of a tensor, those in 8 bits included."""
+    names = [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == like.shape]
+    for key in names:
+        moment = read_moment(state, key)
+        assert moment is not None
+        clear(moment)
+        if is_eight_bit(state, key):
+            write_moment(state, key, moment)
 
 
 @torch.no_grad()
 def _clear_before_step(optimizer: Any, *_: Any) -> None:
     """Clear gradients and moments of the lines that wait, once. Runs before any torch optimizer's step."""
     for param in [param for param in _WAITING if _trains(optimizer, param)]:
-        kept = [param.grad] if param.grad is not None else []
-        for tensor in kept + _moments(optimizer.state.get(param, {}), param):
-            for one in _WAITING[param]:
-                Lines(param, *one).clear(tensor.view(-1), 0)
-        del _WAITING[param]
+        for one in _WAITING.pop(param):
+            lines = Lines(param, *one)
+            if param.grad is not None:
+                lines.clear(param.grad.view(-1), 0)
+            _clear_moments(
+                optimizer.state.get(param, {}),
+                param,
+                lambda m, lines=lines: lines.clear(m.view(-1), 0),  # type: ignore[misc]
+            )
 
 
 def _trains(optimizer: Any, param: Tensor) -> bool:

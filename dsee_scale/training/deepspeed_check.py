@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dsee_scale.errors import ConfigError
+from dsee_scale.training.memory_check import reject_offload
 
 
 def check_deepspeed_config(config: Mapping[str, Any], args: TrainingArguments, source: str) -> None:
@@ -34,6 +35,7 @@ def check_deepspeed_config(config: Mapping[str, Any], args: TrainingArguments, s
     for mode in ("bf16", "fp16"):
         if getattr(args, mode) and _look_up(config, f"{mode}.enabled") is None:
             problems.append(f"{mode}.enabled is absent, but training.{mode} is True")
+    reject_offload(config, str(getattr(args.optim, "value", args.optim)), source)
     if problems:
         hint = 'write "auto" there to take the recipe\'s value'
         raise ConfigError(f"{source} contradicts the recipe: {'; '.join(problems)} ({hint})")

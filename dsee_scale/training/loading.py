@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
 
 from dsee_scale.errors import ConfigError
+from dsee_scale.partition.quantized import prepare_quantised
 from dsee_scale.training.sections import ModelConfig
 from dsee_scale.training.together import together
 
@@ -49,8 +57,28 @@ def load_model(config: ModelConfig, dtype: torch.dtype, tokenizer: PreTrainedTok
         return found
 
     found = together(read_config, what=f"reading the config of model {config.name!r}")
-    extra = {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
-    return AutoModelForCausalLM.from_pretrained(config.name, config=found, dtype=dtype, **options, **extra)
+    extra: dict[str, Any] = (
+        {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
+    )
+    if config.quantization is not None:
+        extra["quantization_config"] = quantization_config(config.quantization, dtype)
+    model = AutoModelForCausalLM.from_pretrained(config.name, config=found, dtype=dtype, **options, **extra)
+    if getattr(model, "is_quantized", False):
+        together(lambda: prepare_quantised(model), what=f"preparing the quantised model {config.name!r}")
+        # The Trainer refuses quantised models unless PEFT's mark says that there are adapters to train.
+        model._hf_peft_config_loaded = True
+    return model
+
+
+def quantization_config(values: Mapping[str, Any], dtype: torch.dtype) -> BitsAndBytesConfig:
+    """transformers' config from the recipe's values; 4-bit layers compute in the model's dtype by default."""
+    settings = dict(values)
+    if settings.get("load_in_4bit"):
+        settings.setdefault("bnb_4bit_compute_dtype", dtype)
+    try:
+        return BitsAndBytesConfig(**settings)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"model.quantization: {error}") from error
 
 
 def _source(config: ModelConfig, *, own: bool) -> dict[str, Any]:

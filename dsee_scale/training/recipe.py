@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from dsee_scale.config import DSEEConfig, JsonConfig, PruneConfig, reject_unknown_keys
 from dsee_scale.errors import ConfigError
 from dsee_scale.training.field_types import type_problem
+from dsee_scale.training.memory_check import missing_optimizer
 from dsee_scale.training.overrides import parse_command_line, read_yaml, set_nested
 from dsee_scale.training.sections import (
     SCHEDULES,
@@ -140,6 +141,7 @@ def _checked_training(section: Mapping[str, Any]) -> dict[str, Any]:
     for name, reason in REFUSED_ARGUMENTS.items():
         if section.get(name):
             problems.append(f"{name} is not possible here: {reason}")
+    problems.append(missing_optimizer(section.get("optim")))
     schedule = section.get("lr_scheduler_type", "linear")
     if schedule not in SCHEDULES:
         problems.append(

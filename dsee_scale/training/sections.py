@@ -12,6 +12,7 @@ from typing import Any, Literal, get_type_hints
 from dsee_scale.config import JsonConfig
 from dsee_scale.errors import ConfigError
 from dsee_scale.training.field_types import type_problem
+from dsee_scale.training.memory_check import quantization_problems
 
 Task = Literal["language_modelling", "completion", "classification"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -66,6 +67,13 @@ class ModelConfig(CheckedConfig):
     """`sdpa`, `eager`, `flash_attention_2`, ...; transformers' choice when absent."""
     trust_remote_code: bool = False
     """Whether code that comes with the model may run."""
+    quantization: Mapping[str, Any] | None = None
+    """Arguments of transformers' BitsAndBytesConfig: `{load_in_4bit: true, bnb_4bit_quant_type: nf4}` or
+    `{load_in_8bit: true}`; the compute dtype follows the model's when absent."""
+
+    def problems(self) -> list[str]:
+        """What is wrong across fields."""
+        return [] if self.quantization is None else quantization_problems(self.quantization)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import dsee_scale
 from dsee_scale import PruneConfig
@@ -15,7 +16,7 @@ from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.partition import open_partition, unwrap
 from dsee_scale.partition.quantized import quantised_layers
 from tests.models import zero3_config
-from tests.quantised import BATCH, FORMATS, evaluate, injected_llama, write_llama
+from tests.quantised import BATCH, FORMATS, evaluate, injected_llama, quantised_llama, write_llama
 
 pytest.importorskip("bitsandbytes")
 PRUNE = PruneConfig(sparsity=0.5, score="WABS")
@@ -49,7 +50,7 @@ def codes_alive(model: torch.nn.Module) -> int:
     return sum({o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in found}.values())
 
 
-def story(folder: Path, form: str, engine: str) -> dict[str, Any]:
+def story(folder: Path, form: str, engine: str, out: Path | None = None) -> dict[str, Any]:
     """Evaluate, train, prune, train; what a run sees."""
     import deepspeed
 
@@ -81,6 +82,9 @@ def story(folder: Path, form: str, engine: str) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
     losses.append(evaluate(model))
+    if out is not None:
+        dsee_scale.save_adapter(model, out / "adapter")
+        dsee_scale.export_model(model, out / "model")
     held = sum(layer.weight.numel() for _, layer in quantised_layers(raw))
     entries = whole_entries(model)
     return {
@@ -109,6 +113,17 @@ def test_zero3_trains_and_prunes_as_one_process_does(pools, folder, form):
             )  # and a forward keeps none for backward
             assert rank["before"] == alone["before"]
         _assert_same_weights(ranks, alone)
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_what_zero3_saves_is_what_one_process_loads(pools, folder, tmp_path, form):
+    ranks = pools(2).run(story, folder, form, "zero3", tmp_path)
+    loaded = quantised_llama(folder, form)
+    dsee_scale.load_adapter(loaded, tmp_path / "adapter")
+    assert evaluate(loaded) == pytest.approx(ranks[0]["losses"][-1], abs=1e-3)
+    dsee_scale.export_model(loaded, tmp_path / "again")
+    there, here = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "again"))
+    assert there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in here)
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])

@@ -1,0 +1,93 @@
+"""Settings that save memory, and what of them does not go together: refused before any work starts."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from dsee_scale.errors import ConfigError
+
+EXTRA = "pip install 'dsee_scale[quant]'"
+MARKS = ("8bit", "paged", "bnb")
+"""Parts of the names of the Trainer's optimizers that bitsandbytes brings."""
+
+
+def quantization_problems(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the arguments of a BitsAndBytesConfig, one sentence each."""
+    from transformers import BitsAndBytesConfig
+
+    known = [name for name in inspect.signature(BitsAndBytesConfig).parameters if name != "kwargs"]
+    found = []
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(known)}"
+            found.append(f"quantization: unknown key {key!r}; {hint}")
+    if bool(values.get("load_in_4bit")) == bool(values.get("load_in_8bit")):
+        found.append("quantization: set one of load_in_4bit and load_in_8bit to true")
+    kind = values.get("bnb_4bit_quant_type", "fp4")
+    if kind not in ("nf4", "fp4"):
+        found.append(f"quantization: bnb_4bit_quant_type {kind!r} is unknown; valid: nf4, fp4")
+    if values.get("llm_int8_has_fp16_weight"):
+        found.append("quantization: llm_int8_has_fp16_weight keeps 16-bit weights; leave it out")
+    if find_spec("bitsandbytes") is None:
+        found.append(f"quantization needs bitsandbytes, which is not installed: {EXTRA}")
+    return found
+
+
+def from_bitsandbytes(optim: str) -> bool:
+    """Whether one of the Trainer's optimizers comes from bitsandbytes."""
+    return any(mark in optim for mark in MARKS)
+
+
+def missing_optimizer(optim: Any) -> str | None:
+    """A sentence if `training.optim` needs bitsandbytes and it is not installed."""
+    if isinstance(optim, str) and from_bitsandbytes(optim) and find_spec("bitsandbytes") is None:
+        return f"optim {optim!r} needs bitsandbytes, which is not installed: {EXTRA}"
+    return None
+
+
+def reject_offload(config: Mapping[str, Any], optim: str, source: str) -> None:
+    """Refuse an offload to NVMe, and an optimizer that the DeepSpeed config would silently replace.
+
+    Args:
+        config: DeepSpeed's JSON as a mapping.
+        optim: name of the Trainer's optimizer.
+        source: where the config came from, for the message.
+
+    Raises:
+        ConfigError: naming the setting and the way out.
+    """
+    zero = config.get("zero_optimization") or {}
+    param, optimizer = (_device(zero, f"offload_{part}") for part in ("param", "optimizer"))
+    problems = []
+    if param == "nvme":
+        problems.append(
+            "offload_param to NVMe is not supported, since masks are written into the stored shards and those "
+            'lie in files then; set "offload_param": {"device": "cpu"}'
+        )
+    if optimizer == "nvme":
+        problems.append(
+            "offload_optimizer to NVMe saves nothing here: the states are those of the adapters, megabytes, and "
+            'could not be saved from there; set "offload_optimizer": {"device": "cpu"} or leave it out'
+        )
+    if from_bitsandbytes(optim):
+        if "optimizer" in config:
+            problems.append(
+                f"section optimizer takes the place of training.optim {optim!r}; remove that section"
+            )
+        elif optimizer != "none":
+            problems.append(
+                f"training.optim {optim!r} does not go with offload_optimizer, which runs DeepSpeed's own "
+                "CPU Adam; leave offload_optimizer out, or set training.optim to adamw_torch"
+            )
+    if problems:
+        raise ConfigError(f"{source}: {'; '.join(problems)}")
+
+
+def _device(zero: Mapping[str, Any], key: str) -> str:
+    section = zero.get(key) or {}
+    return str(section.get("device", "none")).lower()
