@@ -33,6 +33,7 @@ from dsee_scale.checkpoint.stored_form import (
 )
 from dsee_scale.checkpoint.structured import STRUCTURE_FILE, find_structure, smaller_config
 from dsee_scale.checkpoint.tensor_file import ScatteredWriter, TensorWriter
+from dsee_scale.checkpoint.tokenizer_files import save_tokenizer
 from dsee_scale.errors import ConfigError
 from dsee_scale.partition import Partition, open_partition, unwrap
 from dsee_scale.passes.progress import show_progress
@@ -328,7 +329,7 @@ def _write_settings(module: Any, folder: Path, tokenizer: Any, config: Any) -> N
 
             custom_object_save(module, str(folder), config=config)
     if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
+        save_tokenizer(tokenizer, folder)
 
 
 def _write_index(new: NewFolder, plan: ExportPlan, report: ExportReport) -> None:

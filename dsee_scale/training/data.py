@@ -38,6 +38,8 @@ def required_columns(config: DataConfig) -> list[str]:
     """Columns that the task reads."""
     if config.task == "language_modelling":
         return [config.text_column]
+    if config.task == "chat":
+        return [config.messages_column]
     names = template_columns(config.prompt or "") + template_columns(config.completion or "")
     if config.task == "classification":
         names.append(config.label_column)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dsee_scale.errors import ConfigError
+from dsee_scale.training.chat import IGNORED, chat_example, turns
 from dsee_scale.training.sections import DataConfig
 
-IGNORED = -100
+__all__ = ["IGNORED", "Choice", "Encoder", "Generation", "pad"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +55,26 @@ class Encoder:
 
     def training_examples(self, rows: Dataset) -> Dataset:
         """Columns `input_ids` and `labels`; labels are -100 where nothing is learned."""
-        encode = self._blocks if self.config.task == "language_modelling" else self._pairs
+        encode: Callable[..., Any] = self._pairs
+        if self.config.task in ("language_modelling", "chat"):
+            encode = self._blocks if self.config.task == "language_modelling" else self._chats
         workers = self.config.num_workers if self.config.num_workers > 1 else None
         return rows.map(
             encode,
             batched=True,
+            with_indices=self.config.task == "chat",
             batch_size=1000,
             remove_columns=rows.column_names,
             num_proc=workers,
             desc="tokenize",
         )
+
+    def evaluation_examples(self, rows: Dataset) -> list[tuple[list[int], list[int]]]:
+        """Tokens and labels of validation rows; each turn of a chat is an example of its own."""
+        encoded = [(row["input_ids"], row["labels"]) for row in self.training_examples(rows)]
+        if self.config.task != "chat":
+            return encoded
+        return [turn for ids, labels in encoded for turn in turns(ids, labels)]
 
     def choices(self, rows: Dataset) -> list[Choice]:
         """Validation examples of a classification task."""
@@ -105,6 +116,17 @@ class Encoder:
             "labels": [[IGNORED] * len(prompt) + answer for prompt, answer in encoded],
         }
 
+    def _chats(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
+        """Conversations, cut at `max_length`; one of which nothing to learn is left is dropped."""
+        name, size = self.config.messages_column, self.config.max_length
+        found = [
+            chat_example(self.tokenizer, messages, f"column {name!r} in row {index} (counted from 0)")
+            for index, messages in zip(indices, columns[name], strict=True)
+        ]
+        cut = [(ids[:size], labels[:size]) for ids, labels in found]
+        kept = [(ids, labels) for ids, labels in cut if any(label != IGNORED for label in labels)]
+        return {"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]}
+
     def _blocks(self, columns: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         """Texts joined and cut into blocks; a last short block is dropped unless it is the only one."""
         size, separator = self.config.max_length, self.config.separator
@@ -113,7 +135,8 @@ class Encoder:
             if separator is not None:
                 stream += self._ids(text + separator, special=False)
             elif text.strip():
-                stream += [*self._ids(text, special=False), self.tokenizer.eos_token_id]
+                # A document begins as the tokenizer begins a text: Llama's with <s>.
+                stream += [*self._ids(text, special=True), self.tokenizer.eos_token_id]
         blocks = [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
         if not blocks and len(stream) > 1:
             blocks = [stream]

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
@@ -19,18 +18,13 @@ from dsee_scale.errors import ConfigError
 from dsee_scale.partition.quantized import prepare_quantised
 from dsee_scale.training.sections import ModelConfig
 from dsee_scale.training.together import together
+from dsee_scale.training.tokenizer import check_vocabulary, open_tokenizer
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer, with a padding token (the end-of-text token where it has none of its own). Local."""
-    name = config.tokenizer or config.name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **_source(config, own=config.tokenizer is None))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"tokenizer {name!r} does not load: {error}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    own = config.tokenizer is None
+    return open_tokenizer(config.tokenizer or config.name, **_source(config, own=own))
 
 
 def load_model(config: ModelConfig, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
@@ -40,7 +34,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype, tokenizer: PreTrainedTok
     would load the whole model.
 
     Raises:
-        ConfigError: there is no such model, or its vocabulary is smaller than the tokenizer's.
+        ConfigError: there is no such model, or its vocabulary does not fit the tokenizer's.
     """
     # A lazy import of this inside zero.Init fails with torch 2.13 and DeepSpeed 0.19 ("Signature mismatch").
 
@@ -48,12 +42,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype, tokenizer: PreTrainedTok
 
     def read_config() -> Any:
         found = AutoConfig.from_pretrained(config.name, **options)
-        words = found.get_text_config().vocab_size
-        if len(tokenizer) > words:
-            raise ConfigError(
-                f"tokenizer {tokenizer.name_or_path!r} has {len(tokenizer):,} tokens, but the model "
-                f"{config.name!r} knows {words:,}; use the tokenizer that belongs to it"
-            )
+        check_vocabulary(tokenizer, found.get_text_config().vocab_size, config.name)
         return found
 
     found = together(read_config, what=f"reading the config of model {config.name!r}")

@@ -132,8 +132,7 @@ def _encode(recipe: Recipe, encoder: Encoder) -> tuple[Dataset, EvaluationSet]:
     if recipe.data.task == "classification":
         choices = encoder.choices(validation)
     else:
-        encoded = encoder.training_examples(validation)
-        answers = [(row["input_ids"], row["labels"]) for row in encoded]
+        answers = encoder.evaluation_examples(validation)
     if not len(examples) or not (answers or choices):
         raise ConfigError(f"the data hold too little text for a single example of task {recipe.data.task!r}")
     count = recipe.data.generate_samples

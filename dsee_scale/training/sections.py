@@ -14,7 +14,7 @@ from dsee_scale.errors import ConfigError
 from dsee_scale.training.field_types import type_problem
 from dsee_scale.training.memory_check import quantization_problems
 
-Task = Literal["language_modelling", "completion", "classification"]
+Task = Literal["language_modelling", "completion", "classification", "chat"]
 DType = Literal["float32", "bfloat16", "float16"]
 Delta = Literal["separate", "masked", "dense"]
 Format = Literal["dense", "sparse"]
@@ -81,7 +81,8 @@ class DataConfig(CheckedConfig):
     """Where examples come from and how one becomes tokens."""
 
     task: Task
-    """`language_modelling` (text in blocks), `completion` (prompt, then an answer) or `classification`."""
+    """`language_modelling` (text in blocks), `completion` (prompt, then an answer), `classification`, or `chat`
+    (conversations in the tokenizer's chat template; only the assistant's turns are learned)."""
     dataset: str | None = None
     """Hub id or folder for `datasets.load_dataset`; instead of the two files."""
     dataset_config: str | None = None
@@ -100,6 +101,8 @@ class DataConfig(CheckedConfig):
     """Seed of that split and of the subsets below."""
     text_column: str = "text"
     """Column with the text, for `language_modelling`."""
+    messages_column: str = "messages"
+    """Column with a list of `{role, content}`, for `chat`."""
     separator: str | None = None
     """Text between rows of `language_modelling`; when absent the end-of-text token, each row a document."""
     prompt: str | None = None
@@ -111,7 +114,8 @@ class DataConfig(CheckedConfig):
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Class -> the string that the model should answer: `{positive: " positive"}`."""
     max_length: int = 512
-    """Tokens per example; longer prompts lose their beginning. The block size for `language_modelling`."""
+    """Tokens per example; longer prompts lose their beginning, longer chats their end. The block size for
+    `language_modelling`, into which documents are packed one after the other."""
     max_train_samples: int | None = None
     """Use a random subset of this many training rows."""
     max_eval_samples: int | None = None
@@ -130,7 +134,9 @@ class DataConfig(CheckedConfig):
             found.append("name either dataset (hub id) or train_file (local), not both and not neither")
         if self.dataset is not None and self.validation_file is not None:
             found.append("validation_file goes with train_file; use validation_split with dataset")
-        if self.task != "language_modelling" and not self.prompt:
+        if self.task == "chat" and self.prompt:
+            found.append("task 'chat' takes its form from the chat template; leave prompt out")
+        if self.task in ("completion", "classification") and not self.prompt:
             found.append(
                 f'task {self.task!r} needs a prompt template, e.g. prompt: "Review: {{text}}\\nSentiment:"'
             )

@@ -27,7 +27,9 @@ def write_inputs(folder: Path, rows: int = 60) -> None:
         tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
     tokenizer.save_pretrained(folder / "model")
-    build(llama_config(eos_token_id=1, pad_token_id=0, bos_token_id=None)).save_pretrained(folder / "model")  # type: ignore[operator]
+    build(
+        llama_config(vocab_size=len(WORDS), eos_token_id=1, pad_token_id=0, bos_token_id=None)
+    ).save_pretrained(folder / "model")  # type: ignore[operator]
     rng = random.Random(0)
     for name, count in (("train", rows), ("validation", 21)):
         lines = ["text,label"]
