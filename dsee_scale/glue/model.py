@@ -153,7 +153,7 @@ def dsee_config(model: nn.Module, flags: ModelArguments, seed: int) -> DSEEConfi
     third its height would have.
     """
     targets = flags.lora_target_modules or _query_and_value(model)
-    count, slices = (flags.num_sparse or None) if flags.apply_sparse else None, {}
+    count, slices = flags.num_sparse, {}
     if "c_attn" in targets:
         slices = {"c_attn": ("q", "v")}
     elif "in_proj" in targets:
@@ -161,7 +161,7 @@ def dsee_config(model: nn.Module, flags: ModelArguments, seed: int) -> DSEEConfi
     return DSEEConfig(
         rank=flags.lora_r,
         alpha=flags.lora_alpha,
-        num_sparse=count,
+        num_sparse=count if flags.apply_sparse and count else None,
         target_modules=tuple(targets),
         output_slices=slices,
         support=SUPPORTS[flags.sparse_method],  # type: ignore[arg-type]
@@ -233,9 +233,12 @@ def _check_same(settings: GlueSettings, record: AdapterRecord, folder: Path) -> 
         raise ConfigError(f"{folder} holds masks without an adapter; give a folder that this program wrote")
     flags = settings.model
     factor = 2 if "in_proj" in saved.target_modules else 1
-    pairs = {"lora_r": (flags.lora_r, saved.rank), "lora_alpha": (flags.lora_alpha, saved.alpha)}
+    pairs: dict[str, tuple[float, float]] = {
+        "lora_r": (flags.lora_r, saved.rank),
+        "lora_alpha": (flags.lora_alpha, saved.alpha),
+    }
     if flags.apply_sparse:
-        pairs["num_sparse"] = (flags.num_sparse * factor, saved.num_sparse)
+        pairs["num_sparse"] = (flags.num_sparse * factor, saved.num_sparse or 0)
     differing = [
         f"--{name} {ours:g}, there {theirs:g}"
         for name, (ours, theirs) in pairs.items()

@@ -16,7 +16,9 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, de
 from transformers.trainer_utils import get_last_checkpoint
 
 from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.adapters.state import model_state
 from dsee_scale.checkpoint.export import export_model
+from dsee_scale.checkpoint.record import is_adapter_key
 from dsee_scale.errors import ConfigError
 from dsee_scale.glue.arguments import GlueSettings
 from dsee_scale.glue.data import GlueData, encode, load_glue
@@ -31,7 +33,7 @@ from dsee_scale.glue.model import (
     prune_model,
 )
 from dsee_scale.glue.trainer import GlueTrainer
-from dsee_scale.partition import open_partition
+from dsee_scale.partition import open_partition, unwrap
 from dsee_scale.training.arguments import kept_environment, make_arguments
 from dsee_scale.training.journal import count_zeros, sparsity
 from dsee_scale.training.together import together
@@ -173,16 +175,13 @@ def _train(trainer: Trainer, rows: Dataset, checkpoint: Path | None) -> None:
 
 def _counts(model: nn.Module) -> dict[str, int]:
     """Trained values as the paper counts them: of the updates, and of what is trained in full."""
-    partition = open_partition(model)
-    sizes = [
-        ("adapter" if ".dsee_" in name else "head", partition.shape(param).numel())
-        for name, param in model.named_parameters()
-        if param.requires_grad
-    ]
-    return {
-        "trained_in_updates": sum(size for kind, size in sizes if kind == "adapter"),
-        "trained_in_full": sum(size for kind, size in sizes if kind == "head"),
-    }
+    module, partition = unwrap(model), open_partition(model)
+    sizes = {name: partition.shape(p).numel() for name, p in module.named_parameters() if p.requires_grad}
+    layers: list[Any] = list(adapted_layers(module).values())
+    config = model_state(module).config
+    idle = 0 if config is None or config.num_sparse else sum(layer.dsee_rows.numel() for layer in layers)
+    updates = sum(size for name, size in sizes.items() if is_adapter_key(name)) - idle
+    return {"trained_in_updates": updates, "trained_in_full": sum(sizes.values()) - updates - idle}
 
 
 def _evaluate(trainer: Trainer, rows: dict[str, Dataset]) -> None:

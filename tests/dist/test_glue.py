@@ -1,0 +1,87 @@
+"""GLUE runs under real ZeRO-3 and real launchers, against one process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from dsee_scale.glue.arguments import parse_flags
+from dsee_scale.glue.run import run_glue
+from tests.dist.test_examples import free_port
+from tests.glue_inputs import SHORT, deepspeed_file, results, write_encoder, write_files
+
+ROOT = Path(__file__).parents[2]
+STAGE = "--apply_lora --apply_sparse --num_sparse 5"
+PRUNED = f"{STAGE} --prune_mode ABS --pruning_ratio 0.2 --ad_pruning_ratio 0.2 --export_delta masked"
+HEADS = f"{STAGE} --prune_mode ABS --prune_heads_num 3"
+
+
+def both_stages(folder: str, where: str, words: list[str]) -> dict:
+    """Tune, then prune and retune in both ways; the numbers of all three."""
+    base, tuned, found = Path(folder), f"{where}/tuned", {}
+    for name, start, stage in (("tuned", "bert", STAGE), ("pruned", tuned, PRUNED), ("heads", tuned, HEADS)):
+        output = base / where / name
+        flags = f"--model_name_or_path {base / start} --output_dir {output} {SHORT} {stage}".split()
+        run_glue(parse_flags([*flags, "--do_predict", *words]))
+        found[name] = results(output)
+    return found
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("glue")
+    write_encoder(folder / "bert")
+    return folder, ["--task_name", "sst2", *write_files(folder)]
+
+
+def test_two_ranks_under_zero3_do_what_one_process_does(pools, inputs):
+    folder, words = inputs
+    one = both_stages(str(folder), "one", [*words, "--lr_scheduler_type", "constant"])
+    shared = [*words, "--lr_scheduler_type", "constant", *deepspeed_file(folder)]
+    shared += ["--per_device_train_batch_size", "4"]
+    two = pools(2).run(both_stages, str(folder), "two", shared, timeout=240)[0]
+    for name in one:
+        for key in ("trained_in_updates", "trained_in_full", "block_weights_zero", "eval_accuracy"):
+            assert two[name][key] == one[name][key], (name, key)
+        assert two[name]["eval_loss"] == pytest.approx(one[name]["eval_loss"], abs=0.02)
+        files = [(folder / where / name / "predict_results_sst2.txt").read_text() for where in ("one", "two")]
+        assert files[0] == files[1]
+    weights = load_file(folder / "two" / "pruned" / "model" / "model.safetensors")
+    zeros = sum(int((w == 0).sum()) for n, w in weights.items() if "encoder" in n and w.dim() == 2)
+    assert zeros == two["pruned"]["block_weights_zero"] > 0
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_the_program_runs_under(launcher, inputs, tmp_path):
+    folder, words = inputs
+    port = free_port()
+    start = {
+        "deepspeed": f"deepspeed --num_gpus 2 --master_port {port} launch/run_glue.py "
+        "--deepspeed ds_configs/zero3_cpu.json",
+        "torchrun": f"torchrun --nproc_per_node 2 --master_port {port} launch/run_glue.py",
+    }[launcher]
+    flags = f"--model_name_or_path {folder / 'bert'} --output_dir {tmp_path / 'out'} {STAGE} --do_train --do_eval "
+    flags += "--max_steps 2 --per_device_train_batch_size 4 --evaluation_strategy steps --eval_steps 1 --save_steps 1 "
+    flags += "--load_best_model_at_end True --metric_for_best_model eval_accuracy"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [*start.split(), *flags.split(), *words]
+    assert shutil.which(command[0], path=path)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert results(tmp_path / "out")["trained_in_updates"] == 2 * 2 * (4 * (48 + 48) + 5)
+    assert (tmp_path / "out" / "checkpoint-2").is_dir() and (
+        tmp_path / "out" / "model" / "config.json"
+    ).is_file()
