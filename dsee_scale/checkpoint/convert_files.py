@@ -15,11 +15,13 @@ from tqdm.auto import tqdm
 from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER
 from dsee_scale.checkpoint.compressed import STEM as SPARSE
 from dsee_scale.checkpoint.compressed import SparseReader, kept_entries, pays
-from dsee_scale.checkpoint.export import KIND, LOADER, REPORT_FILE, ExportReport
+from dsee_scale.checkpoint.export import KIND, REPORT_FILE, ExportReport
 from dsee_scale.checkpoint.export_sources import base_files
 from dsee_scale.checkpoint.files import MANIFEST, StoredFolder, alike, new_folder, open_folder
 from dsee_scale.checkpoint.stored_form import (
+    COMPRESSED,
     INDEX_FILE,
+    LOADER,
     NOTHING_SPARSE,
     Format,
     StoredForm,
@@ -144,8 +146,11 @@ def _report(
     }
     if stored is not None:
         known |= stored.json(REPORT_FILE)
-    stock = format == "dense" and not (stored is not None and STRUCTURE_FILE in stored.files)
-    known |= {"files": sizes, "format": format, "loads_with": "transformers" if stock else LOADER}
+    reason = COMPRESSED if format == "sparse" else None
+    if format == "dense" and stored is not None and STRUCTURE_FILE in stored.files:
+        reason = "its config cannot say the sizes of its blocks"
+    known |= {"files": sizes, "format": format, "reason": reason}
+    known |= {"loads_with": LOADER if reason else "transformers"}
     return ExportReport(folder=str(folder), seconds=seconds, **known)
 
 

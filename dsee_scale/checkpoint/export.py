@@ -28,6 +28,7 @@ from dsee_scale.checkpoint.stored_form import (
     StoredForm,
     count_kept,
     count_patterns,
+    how_to_load,
     masked_weights,
     weight_writer,
 )
@@ -44,7 +45,6 @@ DeltaForm = Literal["masked", "dense", "separate"]
 KIND = "export"
 REPORT_FILE = "dsee_export.json"
 ADAPTER_FOLDER = "adapter"
-LOADER = "dsee_scale.load_pretrained"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ class ExportReport:
         seconds: time taken.
         format: `dense` or `sparse` files.
         structure: what was cut out, one line; None for nothing.
+        num_removed: entries of all tensors that were cut out with them.
         loads_with: `transformers`, or `dsee_scale.load_pretrained` where stock classes cannot load it.
+        reason: why they cannot; None where they can.
         patterns: pruned weights of each pattern.
         base: what the update was merged into, where the model was trained on a quantised base.
         distance: largest relative distance (Frobenius) of a merged weight to what was trained, W * M + D, for
@@ -79,7 +81,9 @@ class ExportReport:
     seconds: float
     format: str = "dense"
     structure: str | None = None
+    num_removed: int = 0
     loads_with: str = "transformers"
+    reason: str | None = None
     patterns: dict[str, int] = field(default_factory=dict)
     base: str | None = None
     distance: float | None = None
@@ -97,12 +101,12 @@ class ExportReport:
         ]
         if self.structure:
             lines.append(f"  {self.structure}")
-        if self.loads_with != "transformers":
-            lines.append(f"  stock transformers cannot load this folder; {self.loads_with} does")
+        if self.reason:
+            lines.append(f"  stock transformers cannot load it: {self.reason}; {self.loads_with} does")
         if self.base:
             how_far = "not measured" if self.distance is None else f"up to {self.distance:.2g} (relative)"
             lines.append(f"  base: {self.base}; distance of merged weights to what was trained: {how_far}")
-        if self.num_pruned:
+        if self.num_pruned and not (self.structure and self.num_zero < self.num_pruned / 10_000):
             share = 100 * self.num_zero / self.num_pruned
             lines.append(f"  {share:.2f}% of the {self.num_pruned:,} entries of pruned weights are zero")
         return "\n".join(lines)
@@ -159,7 +163,7 @@ def export_model(
                 raise ConfigError(f"{name} {value!r} is unknown; valid: {', '.join(get_args(valid))}")
         reject_unknown_quantisation(module, partition)
         structure = find_structure(module, partition.shape) if delta != "separate" else None
-        config = smaller_config(module, structure, partition.shape) if structure else None
+        config, reason = smaller_config(module, structure, partition.shape) if structure else (None, None)
     num_kept = count_kept(partition, module, delta) if format == "sparse" else {}
     with alike(partition):
         form = StoredForm(structure, num_kept)
@@ -179,13 +183,11 @@ def export_model(
         ) as bar:
             for name, entries in plan.files.items():
                 writer.write_file(name, entries, bar)
-        stock = format == "dense" and (structure is None or config is not None)
         report = dataclasses.replace(
             writer.report(time.perf_counter() - started),
             format=format,
-            structure=structure.summary() if structure else None,
-            loads_with="transformers" if stock else LOADER,
             patterns=count_patterns(model_state(module).pruned),
+            **how_to_load(form, reason),
         )
         with alike(partition):
             if partition.rank == 0:

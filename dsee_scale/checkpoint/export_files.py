@@ -25,7 +25,6 @@ from dsee_scale.checkpoint.compressed import STEM as SPARSE
 from dsee_scale.checkpoint.export import (
     ADAPTER_FOLDER,
     KIND,
-    LOADER,
     REPORT_FILE,
     DeltaForm,
     ExportReport,
@@ -42,6 +41,7 @@ from dsee_scale.checkpoint.stored_form import (
     Format,
     StoredForm,
     count_patterns,
+    how_to_load,
     masked_weights,
     part_names,
     weight_writer,
@@ -71,16 +71,13 @@ class Target:
         delta: as in `export_model`.
         form: what is cut out or compressed, by names in the files.
         config: config values where they differ from the tuned model's; None where they do not.
+        reason: why no config says the smaller shapes; None if one does.
     """
 
     delta: DeltaForm
     form: StoredForm
-    config: dict[str, Any] | None
-
-    @property
-    def stock(self) -> bool:
-        """Whether stock transformers loads the folder."""
-        return not self.form.num_kept and (self.form.structure is None or self.config is not None)
+    config: dict[str, Any] | None = None
+    reason: str | None = None
 
 
 def export_files(
@@ -169,7 +166,6 @@ class _FileWriter:
 
     def report(self, seconds: float) -> ExportReport:
         """Sizes and sparsity."""
-        structure = self.form.structure
         return ExportReport(
             folder=str(self.new.folder),
             delta=self.target.delta,
@@ -180,9 +176,8 @@ class _FileWriter:
             num_parameters=self.num_parameters,
             seconds=seconds,
             format="sparse" if self.form.num_kept else "dense",
-            structure=structure.summary() if structure else None,
-            loads_with="transformers" if self.target.stock else LOADER,
             patterns=count_patterns(self.sources.record.pruned),
+            **how_to_load(self.form, self.target.reason),
             base=f"unquantised, while {format_name(self.quantization)} was trained on"
             if self.quantization
             else None,
@@ -236,14 +231,14 @@ def _target(sources: Sources, delta: DeltaForm, format: Format) -> Target:
     if delta == "separate" or not any(
         kind in how for how in record.pruned.values() for kind in UNIT_PATTERNS
     ):
-        return Target(delta, form, None)
+        return Target(delta, form)
     model = recorded_model(record.base, record.pruned, sources.where)
     structure = find_structure(model, lambda param: param.shape)
     assert structure is not None
-    config = smaller_config(model, structure, lambda param: param.shape)
+    config, reason = smaller_config(model, structure, lambda param: param.shape)
     by_key = {keys[name]: lines for name, lines in structure.kept.items()}
     form = dataclasses.replace(form, structure=dataclasses.replace(structure, kept=by_key))
-    return Target(delta, form, None if config is None else json.loads(config.to_json_string()))
+    return Target(delta, form, config and json.loads(config.to_json_string()), reason)
 
 
 def _copy_settings(base: Path, new: NewFolder, sources: Sources, target: Target) -> None:

@@ -19,9 +19,12 @@ from dsee_scale.checkpoint.convert_files import open_weights
 from dsee_scale.checkpoint.export import KIND as EXPORT
 from dsee_scale.checkpoint.export import REPORT_FILE
 from dsee_scale.checkpoint.files import MANIFEST, StoredFolder, open_folder, read_json
-from dsee_scale.checkpoint.record import AdapterRecord
+from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord
+from dsee_scale.checkpoint.stored_form import patterns_of
+from dsee_scale.checkpoint.structured import find_structure, recorded_model
 from dsee_scale.checkpoint.training_state import KIND as TRAINING_STATE
 from dsee_scale.checkpoint.training_state import STATE_FILE
+from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
 
 PATTERNS = ((1, 4), (2, 4), (4, 8))
@@ -77,7 +80,8 @@ class FolderReport:
         width = max(map(len, self.facts), default=0)
         lines += [f"  {label:<{width}}  {value}" for label, value in self.facts.items()]
         if self.matrices:
-            lines += ["", f"  {'weights':<44} {'shape':>14} {'zeros':>8}  {'pattern':<13}range"]
+            wide = self._pattern_width
+            lines += ["", f"  {'weights':<44} {'shape':>14} {'zeros':>8}  {'pattern':<{wide}}range"]
             lines += [f"  {line}" for line in (self._rows() if each else self._groups())]
         lines += ["", *(f"  {size / 1e6:>10,.3f} MB  {name}" for name, size in self.files.items())]
         lines.append(f"  {sum(self.files.values()) / 1e6:>10,.3f} MB  in all")
@@ -85,6 +89,10 @@ class FolderReport:
 
     def __str__(self) -> str:
         return self.table()
+
+    @property
+    def _pattern_width(self) -> int:
+        return 2 + max(len("unstructured"), *(len(matrix.pattern) for matrix in self.matrices))
 
     def _rows(self) -> Iterable[str]:
         for m in self.matrices:
@@ -101,7 +109,8 @@ class FolderReport:
             label = f"{len(members):4d} x {suffix}"
             pattern = ", ".join(sorted({m.pattern for m in members}))
             spread = f"{100 * low:.2f} to {100 * high:.2f}%"
-            yield f"{label:<44} {_shape(shape):>14} {100 * share:7.2f}%  {pattern:<13}{spread}"
+            wide = self._pattern_width
+            yield f"{label:<44} {_shape(shape):>14} {100 * share:7.2f}%  {pattern:<{wide}}{spread}"
 
 
 def inspect_folder(folder: str | Path, *, verify: bool = False, progress: bool = False) -> FolderReport:
@@ -133,7 +142,9 @@ def inspect_folder(folder: str | Path, *, verify: bool = False, progress: bool =
         if report.get("structure"):
             facts["cut out"] = report["structure"]
         facts["loads with"] = report.get("loads_with", "transformers")
-        return _model_report(path, stored, facts, progress)
+        if report.get("reason"):
+            facts["loads with"] += f" (not in stock transformers: {report['reason']})"
+        return _model_report(path, stored, facts, progress, report.get("num_removed", 0))
     return _adapter_report(stored)
 
 
@@ -152,13 +163,17 @@ def _adapter_report(stored: StoredFolder) -> FolderReport:
     if record.trained:
         facts["trained in full"] = ", ".join(record.trained)
     matrices = tuple(
-        Matrix(name, how["shape"], math.prod(how["shape"]) - how["kept"], str(how.get("pattern", "-")))
+        Matrix(name, how["shape"], math.prod(how["shape"]) - how["kept"], " + ".join(patterns_of(how)))
         for name, how in record.pruned.items()
         if len(how["shape"]) == 2
     )
     if matrices:
-        patterns = sorted({str(how.get("pattern")) for how in record.pruned.values()})
+        patterns = sorted({pattern for how in record.pruned.values() for pattern in patterns_of(how)})
         facts |= {"pattern": ", ".join(patterns), "sparsity": _overall(matrices)}
+        if not set(patterns).isdisjoint(UNIT_PATTERNS):
+            model = recorded_model(record.base, record.pruned, str(stored.path / CONFIG_FILE))
+            structure = find_structure(model, lambda param: param.shape)
+            facts["at export"] = structure.summary() if structure else "-"
     if stored.kind == TRAINING_STATE:
         state = stored.json(STATE_FILE)
         facts |= {
@@ -171,7 +186,7 @@ def _adapter_report(stored: StoredFolder) -> FolderReport:
 
 
 def _model_report(
-    folder: Path, stored: StoredFolder | None, facts: dict[str, Any], progress: bool
+    folder: Path, stored: StoredFolder | None, facts: dict[str, Any], progress: bool, num_removed: int = 0
 ) -> FolderReport:
     reader = open_weights(folder, stored)
     matrices, entries, dtypes = [], 0, set()
@@ -195,7 +210,7 @@ def _model_report(
         **facts,
         "parameters": f"{entries:,} ({', '.join(sorted(dtypes))})",
         "sparsity": _overall(matrices),
-        "deployment": _deployment(matrices, dense_size, sparse_size, facts.get("cut out")),
+        "deployment": _deployment(matrices, dense_size, sparse_size, num_removed, entries),
     }
     sizes = {path.name: path.stat().st_size for path in reader.paths}
     return FolderReport(str(folder), EXPORT if stored else "model", facts, tuple(matrices), sizes)
@@ -209,20 +224,29 @@ def _pattern(tensor: Tensor, kept: int) -> str:
         for transposed in (False, True):
             inputs = tensor.shape[0 if transposed else 1]
             if inputs % m == 0 and groups_hold(tensor, n, m, transposed=transposed):
-                return f"{n}:{m}"
+                return f"{n}:{m}" + (" (I x O)" if transposed else "")
     return "unstructured"
 
 
-def _deployment(matrices: list[Matrix], dense_size: int, sparse_size: int, cut: Any) -> str:
+def _deployment(
+    matrices: list[Matrix], dense_size: int, sparse_size: int, num_removed: int, num_parameters: int
+) -> str:
     """What the zeros and the smaller shapes are worth to whoever runs the model."""
     gains = []
-    if cut:
-        gains.append("smaller matrices, faster on any hardware")
+    if num_removed:
+        share = 100 * num_removed / (num_removed + num_parameters)
+        gains.append(
+            f"{share:.1f}% of the parameters cut out, about {2 * num_removed / 1e6:,.2f} MFLOPs less a token on "
+            "any hardware"
+        )
     semi = sum(matrix.pattern in ("1:4", "2:4") for matrix in matrices)
     if semi:
         gains.append(f"{semi} matrices fit 2:4 kernels (NVIDIA: load_pretrained(..., semi_structured=True))")
     if sparse_size < 0.95 * dense_size:
-        gains.append(f"{sparse_size / 1e6:,.1f} MB as sparse files, {dense_size / 1e6:,.1f} MB as dense ones")
+        share = 100 * sparse_size / dense_size
+        gains.append(
+            f"{share:.0f}% of the size as sparse files ({sparse_size / 1e6:,.3f} of {dense_size / 1e6:,.3f} MB)"
+        )
     return "; ".join(gains) or "that of a dense model"
 
 

@@ -97,7 +97,10 @@ def use_semi_structured(model: nn.Module) -> list[str]:
             raise TargetError(f"{name}.weight is 2:4, but its kernel refuses it: {error}") from error
         converted.append(name)
     if not converted:
-        raise TargetError("no weight is 2:4 along its inputs; prune with PruneConfig(pattern='2:4')")
+        raise TargetError(
+            "no nn.Linear in the blocks is 2:4 along its inputs (a Conv1D, stored I x O, these kernels do not "
+            "run); prune with PruneConfig(pattern='2:4')"
+        )
     return converted
 
 

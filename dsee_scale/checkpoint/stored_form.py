@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -31,6 +32,8 @@ NOTHING_SPARSE = (
     "format 'sparse' needs pruned weights, and no weight of the export is sparse; prune first, use "
     "delta 'masked', or format 'dense'"
 )
+LOADER = "dsee_scale.load_pretrained"
+COMPRESSED = "its weights are compressed"
 INDEX_FILE = "model.safetensors.index.json"
 
 
@@ -124,17 +127,32 @@ def part_names(stem: str, count: int) -> list[str]:
     return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
+def patterns_of(how: Mapping[str, Any]) -> list[str]:
+    """What a record says was done to one weight: the units it lost, and the pattern of its zeros."""
+    units = [kind for kind in UNIT_PATTERNS if kind in how]
+    return list(dict.fromkeys([*units, str(how.get("pattern"))]))
+
+
 def count_patterns(pruned: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     """Number of pruned weights of each pattern, those with heads or neurons removed counted under it too."""
-    found: dict[str, int] = {}
-    for name, how in pruned.items():
-        if name.endswith(".bias"):
-            continue
-        for pattern in dict.fromkeys(
-            [str(how.get("pattern")), *(kind for kind in UNIT_PATTERNS if kind in how)]
-        ):
-            found[pattern] = found.get(pattern, 0) + 1
-    return found
+    weights = [how for name, how in pruned.items() if not name.endswith(".bias")]
+    return dict(collections.Counter(pattern for how in weights for pattern in patterns_of(how)))
+
+
+def how_to_load(form: StoredForm, reason: str | None) -> dict[str, Any]:
+    """Fields of a report: what was cut out, and what loads the folder.
+
+    Args:
+        form: in which the tensors are written.
+        reason: why no config of the stock class has the smaller shapes; None if there is one.
+    """
+    reason = COMPRESSED if form.num_kept else reason
+    return {
+        "structure": form.structure.summary() if form.structure else None,
+        "num_removed": form.structure.num_removed if form.structure else 0,
+        "loads_with": LOADER if reason else "transformers",
+        "reason": reason,
+    }
 
 
 def weight_writer(new: NewFolder, name: str, specs: list[TensorSpec]) -> TensorWriter | ScatteredWriter:

@@ -53,11 +53,13 @@ class Structure:
         blocks: sizes by name of the block.
         whole: sizes of the blocks before anything was removed.
         kept: parameter's name -> (axis, indices that stay), for parameters that get smaller.
+        num_removed: entries of all parameters that are cut out.
     """
 
     blocks: dict[str, BlockSizes]
     whole: dict[str, BlockSizes]
     kept: dict[str, tuple[int, Tensor]]
+    num_removed: int
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """A parameter's shape in the files."""
@@ -86,7 +88,8 @@ class Structure:
             total = sum(sizes.size(what) for sizes in self.whole.values())
             if left < total:
                 parts.append(f"{total - left:,} of {total:,} {what}")
-        return f"{' and '.join(parts)} cut out of {len(self.blocks)} blocks"
+        blocks = f"{len(self.blocks)} blocks"
+        return f"{' and '.join(parts)} cut out of {blocks}: {self.num_removed:,} parameters fewer"
 
 
 def find_structure(model: nn.Module, shape_of: ShapeOf) -> Structure | None:
@@ -98,13 +101,16 @@ def find_structure(model: nn.Module, shape_of: ShapeOf) -> Structure | None:
     if not any(kind in how for how in model_state(model).pruned.values() for kind in UNIT_PATTERNS):
         return None
     kept: dict[str, tuple[int, Tensor]] = {}
+    num_removed = 0
     left: dict[str, dict[str, int]] = {}
     whole: dict[str, dict[str, int]] = {}
     for kind in UNIT_PATTERNS:
         for layer in find_units(model, kind, shape_of):  # type: ignore[arg-type]
             gone = removed_units(model, layer)
             for part in layer.parts if gone.any() else ():
-                kept |= _kept_lines(part, (~gone[part.unit_of]).nonzero().flatten())
+                lines = gone[part.unit_of]
+                kept |= _kept_lines(part, (~lines).nonzero().flatten())
+                num_removed += int(lines.sum()) * (part.storage_shape[1 - part.axis] + part.has_unit_bias)
             for sizes, num_units in ((left, int((~gone).sum())), (whole, layer.num_units)):
                 found = sizes.setdefault(layer.name, {})
                 if kind == "heads":
@@ -116,6 +122,7 @@ def find_structure(model: nn.Module, shape_of: ShapeOf) -> Structure | None:
         {name: BlockSizes(**sizes) for name, sizes in left.items()},
         {name: BlockSizes(**sizes) for name, sizes in whole.items()},
         kept,
+        num_removed,
     )
 
 
@@ -147,30 +154,35 @@ def recorded_model(
     return model
 
 
-def smaller_config(model: Any, structure: Structure, shape_of: ShapeOf) -> Any | None:
-    """A config with which the stock class has exactly the tensors of the files; None if there is none. Local."""
+def smaller_config(model: Any, structure: Structure, shape_of: ShapeOf) -> tuple[Any | None, str | None]:
+    """A config with which the stock class has exactly the tensors of the files. Local.
+
+    Returns:
+        The config and None, or None and why there is none.
+    """
     family = family_of(model)
     sizes = list(structure.blocks.values())
+    kind = type(model.config).__name__
     if any(other != sizes[0] for other in sizes):
-        return None
+        return None, f"its blocks are not alike, which {kind} cannot say"
     values = model.config.to_dict() | {family.neuron_key: sizes[0].neurons}
     if sizes[0].heads != next(iter(structure.whole.values())).heads:
         if not family.head_keys:
-            return None
+            return None, f"{kind} cannot say a number of heads apart from the hidden size"
         values |= {key: sizes[0].size(what) for key, what in family.head_keys.items()}
     try:
         config = type(model.config).from_dict(values)
         with torch.device("meta"):
             stock = type(model)(copy.deepcopy(config))
-    except Exception:  # each config class refuses sizes that it does not know in its own way
-        return None
+    except Exception as error:  # each config class refuses sizes that it does not know in its own way
+        return None, f"{kind}: {str(error.__cause__ or error).strip().splitlines()[-1].strip()}"
     expected = {
         name: structure.shape(name, tuple(shape_of(param)))
         for name, param in model.named_parameters()
         if not is_adapter_key(name)
     }
     found = {name: tuple(param.shape) for name, param in stock.named_parameters()}
-    return config if found == expected else None
+    return (config, None) if found == expected else (None, f"{kind} means other shapes by these sizes")
 
 
 def read_structure(values: Mapping[str, Any], where: str) -> dict[str, BlockSizes]:

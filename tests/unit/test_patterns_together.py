@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +13,9 @@ import dsee_scale
 from dsee_scale import ConfigError, PruneConfig
 from dsee_scale.adapters.targets import linear_kind
 from dsee_scale.algorithms.patterns import groups_hold
+from dsee_scale.checkpoint.adapter import save_adapter
 from dsee_scale.checkpoint.export import export_model
+from dsee_scale.cli import main
 from dsee_scale.passes.pools import block_linears
 from tests.models import build, llama_config
 from tests.unit.test_patterns import adapted, output
@@ -116,3 +122,43 @@ def test_a_later_pruning_that_makes_no_sense_is_refused_before_the_first():
         with pytest.raises(dsee_scale.errors.DSEEError, match=text):
             dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=2, then=(bad,)))
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
+    capsys.readouterr()
+    assert main(["inspect", str(folder), "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert main(["inspect", str(folder)]) == 0
+    return values, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "family, reason",
+    [("llama", None), ("gpt2", "GPT2Config cannot say a number of heads apart from the hidden size")],
+)
+def test_inspect_says_what_was_cut_out_and_what_it_gains(tmp_path, capsys, family, reason):
+    model = adapted(family)
+    base = sum(param.numel() for name, param in model.named_parameters() if "dsee_" not in name)
+    units = PruneConfig(
+        pattern="heads",
+        num_per_layer=2 if family == "llama" else 1,
+        then=(PruneConfig(pattern="neurons", num_per_layer=4), PruneConfig(pattern="2:4")),
+    )
+    dsee_scale.prune(model, units)
+    save_adapter(model, tmp_path / "adapter")
+    report = export_model(model, tmp_path / "out")
+    assert report.num_removed == base - report.num_parameters > 0
+    assert report.reason == reason and (reason or "cut out of 2 blocks") in str(report)
+    values, text = inspected(tmp_path / "out", capsys)
+    share = 100 * report.num_removed / base
+    assert f"{share:.1f}% of the parameters cut out" in text
+    assert (reason or "loads with  transformers") in text
+    semi = "14 matrices fit 2:4 kernels"
+    if family == "llama":
+        assert semi in text and "2:4 (I x O)" not in text
+    else:  # the kernels take no Conv1D, whose weights are stored I x O
+        assert "2:4 kernels" not in text and "2:4 (I x O)" in text
+    values, text = inspected(tmp_path / "adapter", capsys)
+    assert values["at export"] == report.structure and "cut out of 2 blocks" in text
+    found = {row["name"]: row["pattern"] for row in values["matrices"]}
+    assert set(found.values()) == {"heads + 2:4", "neurons + 2:4"}

@@ -99,6 +99,7 @@ def test_a_count_of_heads_that_the_config_class_refuses_goes_through_load_pretra
     dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=1))
     report = export_model(model, tmp_path / "five")
     assert report.loads_with == "dsee_scale.load_pretrained"
+    assert "LlamaConfig: The hidden size (48) is not a multiple" in str(report)
     torch.testing.assert_close(output(dsee_scale.load_pretrained(tmp_path / "five")), output(model))
 
 
