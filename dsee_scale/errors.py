@@ -19,3 +19,11 @@ class PartitionError(DSEEError, RuntimeError):
 
 class FormatError(DSEEError, ValueError):
     """A file is damaged, incomplete, of an unknown version, or belongs to another model."""
+
+
+class RunError(DSEEError, RuntimeError):
+    """Training cannot go on as it is set up: the loss or a trained value is no number any more."""
+
+
+class RunStoppedError(DSEEError, RuntimeError):
+    """A run ended before its last step, by SIGTERM or because a rank was lost; a relaunch can go on."""

@@ -2,15 +2,20 @@
 
 Start it with `deepspeed`, `accelerate launch`, `torchrun`, or plain `python` on one device.
 Every key of the recipe can be overridden: `--training.learning_rate 1e-4`, `--dsee.rank 8`; names of
-TrainingArguments also directly: `--learning_rate 1e-4`. `--resume` goes on from the last checkpoint.
+TrainingArguments also directly: `--learning_rate 1e-4`. `--resume` goes on from the last whole checkpoint,
+`--resume auto` starts afresh where there is none.
+
+Exit codes of a rank: 2, something must be changed first (the message says what); 75, relaunch with --resume.
 """
 
 import logging
 import os
 import sys
 
-from dsee_scale.errors import DSEEError
+from dsee_scale.errors import DSEEError, RunStoppedError
 from dsee_scale.training.demo_inputs import cache_folder
+
+RELAUNCH = 75  # EX_TEMPFAIL: it failed for now, the same command may be tried again
 
 
 def main(words: list[str]) -> int:
@@ -32,7 +37,7 @@ def main(words: list[str]) -> int:
         output = run(load_recipe(path, flags, {"DSEE_SCALE_CACHE": str(cache_folder())}))
     except DSEEError as error:
         logging.getLogger("dsee_scale").error("%s: %s", type(error).__name__, error)
-        return 2
+        return RELAUNCH if isinstance(error, RunStoppedError) else 2
     if rank == 0:
         sys.stdout.write(f"\n{summary_table(output)}\n\nlook at {output / 'report.html'}\n")
     return 0

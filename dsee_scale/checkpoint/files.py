@@ -21,6 +21,7 @@ from dsee_scale.partition.port import Partition
 from dsee_scale.version import __version__
 
 MANIFEST = "dsee_manifest.json"
+OWN_PREFIX = "dsee_"
 FORMAT_VERSION = 1
 _CHUNK = 1 << 22
 
@@ -244,10 +245,10 @@ def check_output(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(f"output folder {folder} is not empty; choose another one or pass overwrite=True")
-    ours = set()
-    if MANIFEST in present:
-        listed = read_json(folder / MANIFEST).get("files", {})
-        ours = {MANIFEST, *(name.split("/")[0] for name in listed)}
+    # By their names too: a damaged manifest must not keep a damaged checkpoint in the way of a new one.
+    ours = {name for name in present if name.startswith(OWN_PREFIX)}
+    with contextlib.suppress(FormatError):
+        ours |= {name.split("/")[0] for name in read_json(folder / MANIFEST).get("files", {})}
     foreign = [name for name in present if name not in ours and not name.startswith(".")]
     if foreign:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""TrainingArguments from a recipe, checked against DeepSpeed's config and the output folder."""
+"""TrainingArguments from a recipe, checked against DeepSpeed's config."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from dsee_scale.errors import ConfigError
 from dsee_scale.training.cpu_processes import start_deepspeed_on_cpu
 from dsee_scale.training.deepspeed_check import check_deepspeed_config
 from dsee_scale.training.recipe import Recipe
-from dsee_scale.training.together import together
 
 
 class RunArguments(TrainingArguments):
@@ -88,32 +86,6 @@ def kept_environment() -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
             del os.environ[name]
         os.environ.update(before)
-
-
-def resume_folder(recipe: Recipe, args: TrainingArguments) -> Path | None:
-    """Collective. The checkpoint to go on from, or None for a fresh run in an empty folder.
-
-    Raises:
-        ConfigError: the output folder is not empty and nothing is resumed, or there is nothing to resume.
-    """
-    wanted = recipe.training.get("resume_from_checkpoint")
-    output = Path(str(args.output_dir))
-
-    def find() -> Path | None:
-        if not wanted:
-            if output.exists() and any(output.iterdir()):
-                raise ConfigError(
-                    f"output folder {output} is not empty; choose another training.output_dir, or --resume"
-                )
-            return None
-        found = get_last_checkpoint(str(output)) if wanted is True and output.is_dir() else wanted
-        if found in (None, True):
-            raise ConfigError(f"nothing to resume: {output} holds no checkpoint-STEP folder")
-        if not Path(str(found)).is_dir():
-            raise ConfigError(f"checkpoint {found} does not exist")
-        return Path(str(found))
-
-    return together(find, what="looking at the output folder")
 
 
 def model_dtype(recipe: Recipe, args: TrainingArguments) -> torch.dtype:

@@ -37,6 +37,10 @@ class Journal:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.doing = "start"
+        """What this rank is doing now, for messages; not one of the numbers."""
+
     def phase(self, name: str) -> dict[str, Any] | None:
         """The entry of a phase, if it has been measured."""
         return next((entry for entry in self.phases if entry["phase"] == name), None)
@@ -49,9 +53,11 @@ class Journal:
     @contextlib.contextmanager
     def timed(self, work: str) -> Iterator[None]:
         """Add the time of the block to `seconds[work]`."""
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self.doing
+        self.doing = work if ", step" not in before else f"{work} after {before}"
         try:
             yield
+            self.doing = before
         finally:
             self.seconds[work] = self.seconds.get(work, 0.0) + time.perf_counter() - started
 

@@ -17,12 +17,7 @@ from dsee_scale.checkpoint.export import export_model
 from dsee_scale.errors import ConfigError
 from dsee_scale.partition import open_partition
 from dsee_scale.passes.inject_model import inject
-from dsee_scale.training.arguments import (
-    kept_environment,
-    model_dtype,
-    resume_folder,
-    training_arguments,
-)
+from dsee_scale.training.arguments import kept_environment, model_dtype, training_arguments
 from dsee_scale.training.collate import Collator
 from dsee_scale.training.data import load_rows
 from dsee_scale.training.encoding import Encoder
@@ -33,7 +28,9 @@ from dsee_scale.training.loading import load_model, load_tokenizer
 from dsee_scale.training.phases import PhaseCallback
 from dsee_scale.training.recipe import Recipe
 from dsee_scale.training.report import METRICS_FILE, write_metrics, write_report
+from dsee_scale.training.resume import resume_folder
 from dsee_scale.training.sections import ExportConfig
+from dsee_scale.training.survival import named_when_lost
 from dsee_scale.training.timeline import build_timeline, steps_per_epoch
 from dsee_scale.training.together import together
 from dsee_scale.training.trainer import DSEETrainer, RunParts, read_record
@@ -53,15 +50,18 @@ def run(recipe: Recipe) -> Path:
 
     Raises:
         DSEEError: bad settings, data or files; the same on every rank, before any training.
+        RunError: the loss is no number; the same on every rank.
+        RunStoppedError: SIGTERM, after a checkpoint; or, on each rank that is left, that another rank is lost.
     """
     with kept_environment():
-        return _run(recipe)
+        args = training_arguments(recipe)
+        journal = Journal()
+        with named_when_lost(journal, args.ddp_timeout):
+            return _run(recipe, args, journal)
 
 
-def _run(recipe: Recipe) -> Path:
-    args = training_arguments(recipe)
+def _run(recipe: Recipe, args: TrainingArguments, journal: Journal) -> Path:
     checkpoint = resume_folder(recipe, args)
-    journal = Journal()
     trainer = build_trainer(recipe, args, checkpoint, journal)
     output = Path(str(args.output_dir))
     main = trainer.is_world_process_zero()

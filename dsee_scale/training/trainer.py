@@ -28,6 +28,7 @@ from dsee_scale.errors import ConfigError
 from dsee_scale.training.evaluation import EvaluationSet, evaluate, generate
 from dsee_scale.training.journal import Journal, plain
 from dsee_scale.training.label_logits import label_loss, logits_at, predicting
+from dsee_scale.training.survival import RunWatch, check_trained_values
 from dsee_scale.training.timeline import Timeline
 
 
@@ -67,8 +68,10 @@ class DSEETrainer(Trainer):
     """
 
     def __init__(self, *, parts: RunParts, **kwargs: Any) -> None:
-        super().__init__(compute_loss_func=self._label_loss, **kwargs)
         self.parts = parts
+        self.watch = RunWatch(parts.timeline, parts.journal)
+        callbacks = [self.watch, *(kwargs.pop("callbacks", None) or [])]
+        super().__init__(compute_loss_func=self._label_loss, callbacks=callbacks, **kwargs)
         self._checkpoint: Path | None = None
         self._random_state: dict[str, Tensor] = {}
 
@@ -118,6 +121,12 @@ class DSEETrainer(Trainer):
         with logits_at(self.module, predicting(inputs["labels"])):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The parent's step; whether the loss is a number is looked at once per optimizer step."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self.watch.saw(loss)
+        return loss
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -164,6 +173,10 @@ class DSEETrainer(Trainer):
                 masks from it already, by `load_adapter`.
             **kwargs: the parent's.
         """
+        with self.watch.obeying_sigterm():
+            return self._train(resume_from_checkpoint, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> TrainOutput:
         if not resume_from_checkpoint:
             return super().train(None, **kwargs)
         self._checkpoint = Path(str(resume_from_checkpoint))
@@ -231,6 +244,7 @@ class DSEETrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Collective. Write `checkpoint-STEP`, then delete old ones beyond `save_total_limit`."""
+        check_trained_values(self.model_wrapped)
         self.store_flos()
         output = str(self.args.output_dir)
         folder = Path(output) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"

@@ -1,0 +1,194 @@
+"""How a run ends before its time: told to stop, without one of its ranks, or with a loss that is no number.
+
+In each case every rank leaves soon, with an error that says what to do, and the last checkpoint is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dsee_scale.checkpoint.files import alike
+from dsee_scale.errors import DSEEError, RunError, RunStoppedError
+from dsee_scale.partition import open_partition, unwrap
+from dsee_scale.partition.ranks import communication_device
+from dsee_scale.training.journal import Journal
+
+if TYPE_CHECKING:
+    from dsee_scale.training.timeline import Timeline
+
+logger = logging.getLogger(__name__)
+
+LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|timeout", re.IGNORECASE)
+"""What messages of failed collectives hold; PyTorch raises many of them as plain RuntimeError."""
+RESUME = "relaunch with --resume to go on from the last checkpoint, on as many ranks as there are"
+
+
+class RunWatch(TrainerCallback):
+    """Ends training in good order.
+
+    After each optimizer step the ranks agree in one message of two numbers: whether the loss was a number
+    everywhere, and whether any rank was told to stop. Put it before callbacks that change the model.
+    """
+
+    def __init__(self, timeline: Timeline, journal: Journal) -> None:
+        self._timeline, self._journal = timeline, journal
+        self._told_to_stop = self._stopping = False
+        self._is_number: Tensor | None = None
+
+    def saw(self, loss: Tensor) -> None:
+        """Take note of one micro-batch's loss; no waiting for the device."""
+        number = torch.isfinite(loss.detach()).all()
+        self._is_number = number if self._is_number is None else self._is_number & number
+
+    @contextlib.contextmanager
+    def obeying_sigterm(self) -> Iterator[None]:
+        """Within the block SIGTERM means: save after the step, and leave. A second one ends at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._note_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Give every process group the run's timeout; DeepSpeed makes its own with a default one."""
+        limit_waiting(args.ddp_timeout)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Note where the run is, for messages."""
+        step = state.global_step
+        self._journal.doing = f"{self._timeline.phase_at(step).name}, step {step + 1}"
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Collective. Raise if a loss was no number; ask for a checkpoint if a rank was told to stop."""
+        is_number = True if self._is_number is None else bool(self._is_number)
+        self._is_number = None
+        bad, stop = _agree(0 if is_number else _rank() + 1, int(self._told_to_stop), device=args.device)
+        if bad:
+            last = state.global_step - 1
+            raise RunError(
+                f"the loss of step {state.global_step} on rank {bad - 1} is not a finite number; nothing was "
+                f"saved of this step. Checkpoints up to step {last} are as they were: lower "
+                "training.learning_rate or training.max_grad_norm, look at the data, and relaunch with --resume"
+            )
+        if stop:
+            self._stopping = control.should_save = True
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Leave once the checkpoint that SIGTERM asked for is there."""
+        if self._stopping:
+            raise RunStoppedError(
+                f"told to stop by SIGTERM; saved at step {state.global_step} of {state.max_steps}: {RESUME}"
+            )
+
+    def _note_signal(self, number: int, frame: Any) -> None:
+        self._told_to_stop = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@torch.no_grad()
+def check_trained_values(model: nn.Module) -> None:
+    """Collective. A gradient that is no number leaves a finite loss, and parameters that must not be saved.
+
+    Raises:
+        RunError: on every rank, naming the first parameter with a value that is not finite.
+    """
+    partition = open_partition(model)
+    with alike(partition):
+        for name, param in unwrap(model).named_parameters():
+            if param.requires_grad and not partition.shard(param).data.isfinite().all():
+                raise RunError(
+                    f"{name} holds values that are not finite, so nothing was saved; earlier checkpoints are "
+                    "as they were: lower training.learning_rate, and relaunch with --resume"
+                )
+
+
+def limit_waiting(seconds: float) -> None:
+    """How long a collective of any process group may wait for the slowest rank. Local."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    world = dist.distributed_c10d
+    for group in list(world._world.pg_map):
+        if dist.get_backend(group) in ("gloo", "nccl"):
+            world._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+@contextlib.contextmanager
+def named_when_lost(journal: Journal, seconds: float) -> Iterator[None]:
+    """A collective that fails inside raises an error that names this rank and what it was doing.
+
+    Args:
+        journal: knows what the run is doing.
+        seconds: the limit on waiting; shortly before it, a rank that still waits says where.
+    """
+    over = threading.Event()
+    reporter = threading.Thread(target=_report_waiting, args=(journal, seconds, over), daemon=True)
+    reporter.start()
+    try:
+        yield
+    except DSEEError:
+        raise
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or LOST.search(str(error))):
+            raise
+        first = re.sub(r"^\[[^\]]*\] ", "", str(error).strip().splitlines()[0])[:120]
+        raise RunStoppedError(
+            f"rank {_rank()} lost another rank during {journal.doing!r}: {first}. If no other rank says why, "
+            f"its machine is gone or it was too slow for training.ddp_timeout ({seconds:g} s); {RESUME}"
+        ) from error
+    finally:
+        over.set()
+
+
+def _report_waiting(journal: Journal, seconds: float, over: threading.Event) -> None:
+    """With NCCL the process is aborted at the limit, and this is the only word about the phase."""
+    doing, since, said = journal.doing, time.monotonic(), False
+    while not over.wait(min(seconds / 20, 10)):
+        if journal.doing != doing:
+            doing, since, said = journal.doing, time.monotonic(), False
+        elif not said and time.monotonic() - since > 0.8 * seconds:
+            said = True
+            waited = time.monotonic() - since
+            logger.warning(
+                "rank %d has been at %r for %.0f s; a collective that waits for training.ddp_timeout (%g s) fails",
+                _rank(),
+                doing,
+                waited,
+                seconds,
+            )
+
+
+def _agree(*flags: int, device: torch.device) -> list[int]:
+    """Collective. The largest value of each flag over all ranks."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return list(flags)
+    values = torch.tensor(flags, dtype=torch.int32, device=communication_device(None, device))
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values.tolist()
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
