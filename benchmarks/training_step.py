@@ -7,7 +7,8 @@ besides. The model has the shape of SmolLM2-135M (30 layers, hidden 576) with ra
 vocabulary, so that the blocks and not the logits are timed. All engines live in the same processes and
 step in turn, so that a busy machine slows them alike.
 
-- time: forward, backward and optimizer step, median over the rounds, slowest rank;
+- time: forward, backward and optimizer step, median over the rounds, slowest rank, for few and for many tokens:
+  the more tokens, the more of a step is the frozen model's arithmetic, which is the same on every side;
 - cpu: processor time of a step on one rank, without waiting for others;
 - memory: the highest sum of allocations while an engine is built and steps, in processes of its own;
 - fetches: modules that ZeRO-3 fetches in a step.
@@ -90,7 +91,7 @@ def build_engine(side: str, targets: tuple[str, ...], arguments: argparse.Namesp
 
     ds_config = {
         "train_micro_batch_size_per_gpu": arguments.batch,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100_000},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": arguments.threshold},
         "bf16": {"enabled": True},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
         "zero_allow_untested_optimizer": True,
@@ -109,17 +110,28 @@ def step(engine: Any, tokens: torch.Tensor) -> float:
 
 
 def time_steps(
-    arguments: argparse.Namespace, targets: tuple[str, ...], tokens: torch.Tensor
+    arguments: argparse.Namespace, targets: tuple[str, ...], batches: dict[int, torch.Tensor]
 ) -> dict[str, Any]:
-    """Seconds of each round's steps for every side, and the fetches of one step."""
+    """By number of tokens: seconds of each round's steps for every side; and the fetches of one step."""
     engines = {side: build_engine(side, targets, arguments) for side in SIDES}
+    longest = batches[max(batches)]
     for engine in engines.values():
         for _ in range(3):
-            step(engine, tokens)
-    fetches = {side: count_fetches(engine, tokens) for side, engine in engines.items()}
+            step(engine, longest)
+    fetches = {side: count_fetches(engine, longest) for side, engine in engines.items()}
+    times = {tokens.numel(): time_rounds(engines, tokens, arguments.rounds) for tokens in batches.values()}
+    return {"times": times, "fetches": fetches}
+
+
+def time_rounds(
+    engines: dict[str, Any], tokens: torch.Tensor, rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Wall and processor seconds of every side's steps, in turn."""
+    for engine in engines.values():
+        step(engine, tokens)
     wall: dict[str, list[float]] = {side: [] for side in SIDES}
     cpu: dict[str, list[float]] = {side: [] for side in SIDES}
-    for k in range(arguments.rounds):
+    for k in range(rounds):
         # The order turns, so that no side always runs after the same one.
         for side in SIDES[k % 3 :] + SIDES[: k % 3]:
             torch.distributed.barrier()
@@ -127,7 +139,7 @@ def time_steps(
             step(engines[side], tokens)
             wall[side].append(time.perf_counter() - start)
             cpu[side].append(time.process_time() - start_cpu)
-    return {"wall": wall, "cpu": cpu, "fetches": fetches}
+    return {"wall": wall, "cpu": cpu}
 
 
 def count_fetches(engine: Any, tokens: torch.Tensor) -> int:
@@ -188,13 +200,17 @@ def worker(arguments: argparse.Namespace) -> None:
     deepspeed.init_distributed("nccl" if on_gpu else "gloo")
     rank = int(os.environ["RANK"])
     generator = torch.Generator().manual_seed(rank)
-    tokens = torch.randint(0, 4096, (arguments.batch, arguments.length), generator=generator)
-    tokens = tokens.cuda() if on_gpu else tokens
+    device = "cuda" if on_gpu else "cpu"
+    batches = {
+        n: torch.randint(0, 4096, (arguments.batch, n), generator=generator).to(device)
+        for n in arguments.lengths
+    }
     targets = TARGETS[arguments.targets]
     if arguments.memory_of:
-        result: Any = peak_memory(arguments, arguments.memory_of, targets, tokens)
+        longest = batches[max(batches)]
+        result: Any = peak_memory(arguments, arguments.memory_of, targets, longest)
     else:
-        result = time_steps(arguments, targets, tokens)
+        result = time_steps(arguments, targets, batches)
     Path(f"{arguments.worker}.{rank}").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
 
@@ -209,8 +225,9 @@ def launch(arguments: argparse.Namespace, targets: str, memory_of: str = "") -> 
         probe.close()
         command = [sys.executable, __file__, "--worker", f"{folder}/result", "--targets", targets]
         command += ["--memory-of", memory_of] if memory_of else []
-        for name in ("hidden", "layers", "batch", "length", "rounds", "threads"):
+        for name in ("hidden", "layers", "batch", "threshold", "rounds", "threads"):
             command += [f"--{name}", str(getattr(arguments, name))]
+        command += ["--lengths", *map(str, arguments.lengths)]
         command += ["--checkpointing"] if arguments.checkpointing else []
         world = str(arguments.processes)
         processes = []
@@ -237,22 +254,22 @@ def launch(arguments: argparse.Namespace, targets: str, memory_of: str = "") -> 
 def report_case(arguments: argparse.Namespace, targets: str, report: Report) -> None:
     """Time, processor time, fetches and memory of one set of targets."""
     ranks = launch(arguments, targets)
-    for metric in ("wall", "cpu"):
-        medians = {}
-        for side in SIDES:
-            rounds = zip(*(rank[metric][side] for rank in ranks), strict=True)
-            medians[side] = statistics.median(max(times) for times in rounds)
-        ours, peft, frozen = medians["ours"], medians["peft"], medians["frozen"]
-        details = {"frozen": frozen, "ours_over_peft": ours / peft, "peft_over_frozen": peft / frozen}
-        name = "step time" if metric == "wall" else "step time, processor"
-        report.add(f"ZeRO-3, {targets}", name, "s", ours, peft, **details)
+    for tokens in ranks[0]["times"]:
+        for metric in ("wall", "cpu"):
+            medians = {}
+            for side in SIDES:
+                rounds = zip(*(rank["times"][tokens][metric][side] for rank in ranks), strict=True)
+                medians[side] = statistics.median(max(times) for times in rounds)
+            ours, peft, frozen = medians["ours"], medians["peft"], medians["frozen"]
+            details = {"frozen": frozen, "peft_over_frozen": peft / frozen}
+            name = "step time" if metric == "wall" else "step time, processor"
+            report.add(f"ZeRO-3, {targets}, {tokens} tokens a rank", name, "s", ours, peft, **details)
     fetches = ranks[0]["fetches"]
     report.add(
         f"ZeRO-3, {targets}", "fetches", "1", fetches["ours"], fetches["peft"], frozen=fetches["frozen"]
     )
     memory = {side: max(launch(arguments, targets, memory_of=side)) for side in ("ours", "peft")}
-    ratio = memory["ours"] / memory["peft"]
-    report.add(f"ZeRO-3, {targets}", "peak memory", "B", memory["ours"], memory["peft"], ours_over_peft=ratio)
+    report.add(f"ZeRO-3, {targets}", "peak memory", "B", memory["ours"], memory["peft"])
 
 
 def main() -> None:
@@ -260,8 +277,11 @@ def main() -> None:
     arguments.add_argument("--hidden", type=int, default=576)
     arguments.add_argument("--layers", type=int, default=30)
     arguments.add_argument("--batch", type=int, default=2, help="sequences per rank")
-    arguments.add_argument("--length", type=int, default=256, help="tokens per sequence")
-    arguments.add_argument("--rounds", type=int, default=12)
+    arguments.add_argument("--lengths", type=int, nargs="+", default=[32, 256], help="tokens per sequence")
+    arguments.add_argument(
+        "--threshold", type=int, default=100_000, help="stage3_param_persistence_threshold"
+    )
+    arguments.add_argument("--rounds", type=int, default=9)
     arguments.add_argument("--threads", type=int, default=1, help="per process, on CPU")
     arguments.add_argument(
         "--processes", type=int, default=max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 2
@@ -274,7 +294,7 @@ def main() -> None:
     if arguments.worker:
         return worker(arguments)
     if arguments.quick:
-        arguments.layers, arguments.length, arguments.rounds = 6, 128, 6
+        arguments.layers, arguments.lengths, arguments.rounds = 4, [32], 5
     report = Report("training_step", arguments.json)
     for targets in [arguments.targets] if arguments.targets else TARGETS:
         report_case(arguments, targets, report)
