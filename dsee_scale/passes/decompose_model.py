@@ -10,9 +10,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dsee_scale.adapters.targets import Target
-from dsee_scale.algorithms.decompose import Support, find_support, has_only_finite
+from dsee_scale.algorithms.decompose import Support, find_support
+from dsee_scale.algorithms.score import all_finite
 from dsee_scale.config import DSEEConfig
-from dsee_scale.errors import DSEEError, PartitionError, TargetError
+from dsee_scale.errors import PartitionError, TargetError
 from dsee_scale.partition import Exchange, Partition
 from dsee_scale.passes.deal import Round, deal, rounds
 from dsee_scale.passes.progress import show_progress
@@ -37,6 +38,7 @@ def decompose_model(
     owners = deal([t.shape[0] * t.shape[1] for t in targets], partition.world_size)
     sizes = [t.shape[0] * t.shape[1] * t.module.weight.element_size() for t in targets]  # type: ignore[operator, union-attr]
     plan = rounds(sizes, owners, partition.world_size, config.decomposition.round_memory_mib << 20)
+    partition.raise_together(_lacking_room(plan, sizes, partition, config))
     supports: dict[int, Support] = {}
     failure: Exception | None = None
     bar = tqdm(
@@ -50,18 +52,40 @@ def decompose_model(
                     index = each.indices[at]
                     whole = partition.decode(targets[index].module.weight, matrix)  # type: ignore[arg-type]
                     supports[index] = _target_support(targets[index], whole, config)
-        except (DSEEError, torch.OutOfMemoryError) as error:
-            failure = _explain(error, config)
+        except Exception as error:  # the other ranks go on to the next round: follow, then fail together
+            failure = failure or _explain(error, config)
         bar.update(len(each.indices))
     bar.close()
     partition.raise_together(failure)
     return [_share(supports.get(i), targets[i], owners[i], partition) for i in range(len(targets))]
 
 
-def seeded(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """A generator that depends on the run's seed and a name alone, so on no rank and no world size."""
+def seeded(seed: int, name: str) -> torch.Generator:
+    """A generator that depends on the run's seed and a name alone: on no rank, no world size and no device."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def _lacking_room(
+    plan: list[Round], sizes: Sequence[int], partition: Partition, config: DSEEConfig
+) -> Exception | None:
+    """Local. The error of a rank without memory for two rounds' transfers, before any rank waits for another."""
+    if partition.world_size == 1:
+        return None
+    sent = [sum(sizes[i] for i in each.indices) // partition.world_size for each in plan]
+    received = [
+        sum(sizes[i] for i, owner in zip(each.indices, each.owners, strict=True) if owner == partition.rank)
+        for each in plan
+    ]
+    try:
+        torch.empty(
+            2 * max(map(sum, zip(sent, received, strict=True)), default=0),
+            dtype=torch.uint8,
+            device=partition.device,
+        )
+    except Exception as error:
+        return _explain(error, config)
+    return None
 
 
 def _transfers(
@@ -80,7 +104,7 @@ def _transfers(
 
 
 def _target_support(target: Target, stored: Tensor, config: DSEEConfig) -> Support:
-    if not has_only_finite(stored):
+    if not all_finite(stored):
         raise TargetError(
             f"{target.name}.weight holds NaN or infinity; expected finite weights: check the checkpoint it came from"
         )
@@ -88,7 +112,7 @@ def _target_support(target: Target, stored: Tensor, config: DSEEConfig) -> Suppo
     method = config.support if config.num_sparse else "random"  # the one entry that stays zero
     parts = []
     for k, (start, stop) in enumerate(target.slices):
-        generator = seeded(config.seed, f"{target.name}:{k}", stored.device)
+        generator = seeded(config.seed, f"{target.name}:{k}")
         part = find_support(weight_OI[start:stop], target.num_sparse, method, config.decomposition, generator)
         parts.append((part.rows + start, part.cols))
     return Support(torch.cat([rows for rows, _ in parts]), torch.cat([cols for _, cols in parts]))
@@ -106,7 +130,8 @@ def _share(support: Support | None, target: Target, owner: int, partition: Parti
 
 
 def _explain(error: Exception, config: DSEEConfig) -> Exception:
-    if isinstance(error, torch.OutOfMemoryError):
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return PartitionError(
             "out of memory while decomposing a round of matrices; lower "
             f"decomposition.round_memory_mib (now {config.decomposition.round_memory_mib}): {error}"

@@ -120,7 +120,7 @@ def apply_adapters(
             cols=support.cols,
             dropout=config.dropout,
             sparse=config.num_sparse is not None,
-            generator=seeded(config.seed, f"{target.name}:A", torch.device("cpu")),
+            generator=seeded(config.seed, f"{target.name}:A"),
             dtype=_adapter_dtype(target.module, partition),
             device=partition.compute_device(weight),
         )

@@ -92,7 +92,7 @@ def test_the_support_of_a_slice_is_that_of_the_slice_alone():
             7,
             "grebsmo",
             FUSED.decomposition,
-            seeded(0, f"transformer.h.0.attn.c_attn:{k}", torch.device("cpu")),
+            seeded(0, f"transformer.h.0.attn.c_attn:{k}"),
         )
         assert torch.equal(layer.dsee_rows[7 * k : 7 * k + 7], expected.rows + start)
         assert torch.equal(layer.dsee_cols[7 * k : 7 * k + 7], expected.cols)
