@@ -66,11 +66,17 @@ def test_the_layout_is_the_one_of_compressed_tensors():
     assert np.array_equal(unpacked, (weight != 0).numpy())
 
 
-def test_the_librarys_own_bit_order():
-    helpers = pytest.importorskip("compressed_tensors.utils.helpers")
-    weight = torch.randn(5, 19) * (torch.rand(5, 19) < 0.5)
-    ours = compressed.compress("w.weight", weight)["w.bitmask"]
-    assert torch.equal(ours, helpers.pack_bitmasks(weight != 0))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_librarys_own_reader_reads_ours_and_writes_the_same(dtype):
+    """Versions up to 0.11 have it; later ones know the format's name alone."""
+    library = pytest.importorskip("compressed_tensors.compressors.sparse_compressors.sparse_bitmask")
+    weight = torch.randn(5, 19).masked_fill(torch.rand(5, 19) < 0.5, 0).to(dtype)
+    ours = suffixed(compressed.compress("w.weight", weight))
+    assert torch.equal(library.BitmaskTensor(**ours).decompress(), weight)
+    theirs = library.BitmaskTensor.from_dense(weight).dict("w")
+    assert {name: value.tolist() for name, value in suffixed(theirs).items()} == {
+        name: value.tolist() for name, value in ours.items()
+    }
 
 
 def test_half_of_a_bfloat16_weight_takes_0_56_of_it():
