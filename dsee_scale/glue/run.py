@@ -119,7 +119,7 @@ def _trainer(
 
     tokenizer, config, rows = together(prepare, what="reading the model's config and the data")
     set_seed(args.seed)
-    model = load_model(settings, source, config, _dtype(args))
+    model = load_model(settings, source, config, dtype_of(args))
     adapt(model, settings, source, args.seed)
     if fresh:
         prune_model(model, settings)
@@ -218,5 +218,6 @@ def _report(trainer: Trainer, split: str, metrics: dict[str, Any]) -> None:
     trainer.save_metrics(split, metrics)
 
 
-def _dtype(args: TrainingArguments) -> torch.dtype:
+def dtype_of(args: TrainingArguments) -> torch.dtype:
+    """How weights are held."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32

@@ -65,7 +65,6 @@ def evaluate(
     return _summed(tally)
 
 
-@torch.no_grad()
 def generate(
     module: nn.Module,
     tokenizer: Any,
@@ -75,29 +74,61 @@ def generate(
     batch_size: int,
     device: torch.device,
 ) -> Tally:
-    """Collective. Complete the prompts; returns texts and references of all ranks.
+    """Collective. Complete the prompts; texts and references in the prompts' order, the same on every rank."""
+    prompts = [item.prompt for item in data.generations]
+    texts = generate_texts(
+        module, tokenizer, prompts, arguments, pad_id=data.pad_id, batch_size=batch_size, device=device
+    )
+    return Tally(hypotheses=texts, references=[item.references for item in data.generations])
+
+
+@torch.no_grad()
+def generate_texts(
+    module: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    arguments: dict[str, Any],
+    *,
+    pad_id: int,
+    batch_size: int,
+    device: torch.device,
+) -> list[str]:
+    """Collective. What the model says after each prompt, in their order, on every rank.
 
     Under ZeRO-3 transformers keeps ranks in step until the longest text is done (`synced_gpus`).
+
+    Args:
+        module: a transformers decoder, not wrapped by an engine.
+        tokenizer: its tokenizer.
+        prompts: tokens, the same on every rank.
+        arguments: of transformers' `generate`; greedy and 64 new tokens where they say nothing.
+        pad_id: token that fills short prompts, on the left.
+        batch_size: prompts per rank and call.
+        device: where inputs go.
     """
     was_training = module.training
     module.eval()
-    tally = Tally()
-    for batch, counted in deal(data.generations, batch_size, key=lambda item: len(item.prompt)):
-        prompts = [item.prompt for item in batch]
-        ids = torch.tensor(pad(prompts, data.pad_id, left=True), device=device)
-        mask = torch.tensor(pad([[1] * len(row) for row in prompts], 0, left=True), device=device)
+    texts: dict[int, str] = {}
+    for batch, counted in deal(list(enumerate(prompts)), batch_size, key=lambda item: len(item[1])):
+        rows = [prompt for _, prompt in batch]
+        ids = torch.tensor(pad(rows, pad_id, left=True), device=device)
+        mask = torch.tensor(pad([[1] * len(row) for row in rows], 0, left=True), device=device)
         settings = {
             "max_new_tokens": 64,
             "do_sample": False,
             "use_cache": True,
-            "pad_token_id": data.pad_id,
+            "pad_token_id": pad_id,
         } | arguments
         found = module.generate(input_ids=ids, attention_mask=mask, **settings)  # type: ignore[operator]
-        texts = tokenizer.batch_decode(found[:counted, ids.shape[1] :], skip_special_tokens=True)
-        tally.hypotheses += [text.strip() for text in texts]
-        tally.references += [item.references for item in batch[:counted]]
+        decoded = tokenizer.batch_decode(found[:counted, ids.shape[1] :], skip_special_tokens=True)
+        texts |= {index: text.strip() for (index, _), text in zip(batch, decoded, strict=False)}
     module.train(was_training)
-    return _summed(tally)
+    parts: list[dict[int, str] | None] = [texts]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, texts)
+    texts = {index: text for part in parts for index, text in (part or {}).items()}
+    return [texts[index] for index in range(len(prompts))]
 
 
 def deal(items: Sequence[T], batch_size: int, key: Any) -> Iterator[tuple[list[T], int]]:
