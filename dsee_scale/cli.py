@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_inspect(commands)
     _add_export(commands)
+    _add_plan(commands)
     return parser
 
 
@@ -89,6 +90,57 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.set_defaults(run=_export)
+
+
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "plan",
+        help="memory, traffic, disk and time of a run, from the model's sizes",
+        description="Print what each phase of a run needs on every GPU and host, and what to choose. Reads the "
+        "model's config alone. Built-in shapes: llama-2-7b, llama-3-8b, llama-2-13b, llama-2-70b, llama-3-70b, "
+        "llama-3.1-405b, mistral-7b.",
+        epilog="example: dsee-scale plan --model llama-3-70b --gpus 8 --gpu-memory 80 --quantize nf4",
+    )
+    command.add_argument(
+        "--model", required=True, metavar="ID_OR_FOLDER", help="hub id, folder, built-in shape"
+    )
+    command.add_argument("--gpus", required=True, type=int, metavar="N", help="number of GPUs")
+    command.add_argument("--gpu-memory", required=True, type=float, metavar="GB", help="GiB of one GPU")
+    command.add_argument("--quantize", choices=("nf4", "fp4", "int8"), help="format of the base")
+    command.add_argument("--offload", action="store_true", help="parameters and optimizer on the host")
+    command.add_argument("--rank", type=int, default=16, help="rank of the adapters (16)")
+    command.add_argument("--num-sparse", type=int, default=64, metavar="N", help="entries of S2 each (64)")
+    command.add_argument("--targets", nargs="+", metavar="NAME", help="adapted layers (q_proj v_proj)")
+    command.add_argument("--batch", type=int, default=1, metavar="N", help="sequences on a GPU (1)")
+    command.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of one (2048)")
+    command.add_argument("--no-checkpointing", action="store_true", help="no activation checkpointing")
+    command.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
+    command.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from dsee_scale.model_shapes import find_shape
+    from dsee_scale.plan_text import plan_dict, plan_text
+    from dsee_scale.planning import GIB, Setting, make_plan
+
+    for name in ("gpus", "gpu_memory", "rank", "batch", "length"):
+        if getattr(args, name) <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be above 0, found {getattr(args, name)}")
+    shape = find_shape(args.model)
+    usual = ("q_proj", "v_proj") if "q_proj" in shape.matrices else tuple(shape.matrices)[:1]
+    setting = Setting(
+        gpus=args.gpus,
+        quantize=args.quantize,
+        offload=args.offload,
+        rank=args.rank,
+        num_sparse=args.num_sparse,
+        targets=tuple(args.targets or usual),
+        batch=args.batch,
+        length=args.length,
+        checkpointing=not args.no_checkpointing,
+    )
+    plan, memory = make_plan(shape, setting), args.gpu_memory * GIB
+    print(json.dumps(plan_dict(plan, memory), indent=2) if args.json else plan_text(plan, memory))
 
 
 def _inspect(args: argparse.Namespace) -> None:

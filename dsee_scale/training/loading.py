@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,8 @@ def load_model(config: ModelConfig, dtype: torch.dtype, tokenizer: PreTrainedTok
     model = AutoModelForCausalLM.from_pretrained(config.name, config=found, dtype=dtype, **options, **extra)
     if getattr(model, "is_quantized", False):
         together(lambda: prepare_quantised(model), what=f"preparing the quantised model {config.name!r}")
+        # bitsandbytes tells at every product that it casts to float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         # The Trainer refuses quantised models unless PEFT's mark says that there are adapters to train.
         model._hf_peft_config_loaded = True
     return model

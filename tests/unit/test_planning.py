@@ -1,0 +1,95 @@
+"""What `dsee-scale plan` says: published sizes, sums that must hold, advice that it can stand by."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dsee_scale.cli import main
+from dsee_scale.errors import ConfigError
+from dsee_scale.model_shapes import BUILT_IN, find_shape, shape_of_config
+from dsee_scale.planning import GIB, Setting, adapter_entries, make_plan
+from tests.models import build, gpt2_config, llama_config
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("llama-2-7b", 6.74), ("llama-3-8b", 8.03), ("llama-3-70b", 70.55), ("llama-3.1-405b", 405.85)],
+)
+def test_built_in_shapes_have_the_published_number_of_parameters(name, billions):
+    assert find_shape(name).parameters / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+@pytest.mark.parametrize("config", [llama_config(), llama_config(tie_word_embeddings=False), gpt2_config()])
+def test_sizes_are_those_of_the_model_itself(config, tmp_path):
+    import dsee_scale
+
+    model = build(config)
+    model.save_pretrained(tmp_path)
+    shape = find_shape(str(tmp_path))
+    linears = [p for n, p in model.named_parameters() if p.dim() == 2 and (".layers." in n or ".h." in n)]
+    assert shape.block_entries == sum(p.numel() for p in linears)
+    # Position embeddings and biases of GPT-2 are left out, a small share of real models.
+    assert shape.parameters == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.1)
+    if "q_proj" in shape.matrices:
+        dsee_scale.inject(model, dsee_scale.DSEEConfig(rank=3, num_sparse=7))
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert adapter_entries(shape, Setting(gpus=1, rank=3, num_sparse=7)) == trained
+
+
+def test_more_gpus_fewer_bits_and_offload_need_less_of_each_gpu():
+    shape = find_shape("llama-3-70b")
+    plans = {gpus: make_plan(shape, Setting(gpus=gpus)) for gpus in (2, 8, 64)}
+    train = [plans[gpus].phases["train"].gpu for gpus in (2, 8, 64)]
+    assert train == sorted(train, reverse=True) and train[0] > shape.parameters  # two bytes on two GPUs
+    offloaded = make_plan(shape, Setting(gpus=8, offload=True)).phases["train"]
+    assert offloaded.gpu < plans[8].phases["train"].gpu
+    assert offloaded.host == pytest.approx(shape.parameters * 2 / 8, rel=0.02)
+    for quantize in ("int8", "nf4"):
+        plan = make_plan(shape, Setting(gpus=8, quantize=quantize))
+        assert plan.phases["train"].gpu < plans[8].phases["train"].gpu
+        assert plan.phases["load"].gpu > plans[8].phases["load"].gpu  # whole on every GPU
+        assert plan.traffic < plans[8].traffic
+
+
+def test_the_command_prints_every_phase_and_advice(capsys):
+    assert main(["plan", "--model", "llama-3-70b", "--gpus", "8", "--gpu-memory", "16"]) == 0
+    text = capsys.readouterr().out
+    for word in ("load", "decompose", "train", "prune", "export", "traffic", "checkpoint", "decomposition"):
+        assert word in text
+    assert "It does not fit" in text and "It would fit with: --offload" in text and "GPUs" in text
+    assert main(["plan", "--model", "llama-3-70b", "--gpus", "8", "--gpu-memory", "80", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["fits"] and values["phases"]["train"]["gpu"] < 80 * GIB
+    assert (
+        main(["plan", "--model", "llama-2-7b", "--gpus", "8", "--gpu-memory", "80", "--quantize", "nf4"]) == 0
+    )
+    assert "So does bf16 without offload: choose that" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "no/such-model"], "has no config that could be read"),
+        (["--model", "EMPTY"], "holds no config.json"),
+        (["--model", "llama-2-7b", "--targets", "c_attn"], "'c_attn' is no layer of llama-2-7b"),
+        (["--model", "llama-2-7b", "--length", "0"], "--length must be above 0"),
+    ],
+)
+def test_what_cannot_be_planned_is_explained(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = [str(tmp_path) if word == "EMPTY" else word for word in words]
+    assert main(["plan", "--gpus", "8", "--gpu-memory", "80", *words]) == 1
+    found = capsys.readouterr().err
+    assert message in found
+    if "config" in message:
+        assert all(name in found for name in BUILT_IN)
+
+
+def test_a_config_without_sizes_or_with_experts_is_refused():
+    with pytest.raises(ConfigError, match=r"has no intermediate_size.*plan knows dense decoders"):
+        shape_of_config({"model_type": "odd", "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+                         "vocab_size": 9})  # fmt: skip
+    with pytest.raises(ConfigError, match="has experts"):
+        shape_of_config({**BUILT_IN["llama-2-7b"], "num_local_experts": 8})
