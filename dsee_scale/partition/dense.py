@@ -51,7 +51,7 @@ class DensePartition(Ranks):
 
     def gather(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
         """The parameters themselves, detached."""
-        return [param.detach() for param in params]
+        return [self.decode(param, param.detach()) for param in params]
 
     def gather_each(self, params: Sequence[nn.Parameter], dst: int = 0) -> Iterator[Tensor | None]:
         """The parameters one by one on rank `dst`, None elsewhere; nothing is sent."""

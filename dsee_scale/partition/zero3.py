@@ -99,7 +99,7 @@ class Zero3Partition(Ranks):
         """Collective. Whole copies on every rank, all in one transfer."""
         managed = [p for p in params if is_partitioned(p)]
         whole = iter(self._all_gather(managed))
-        return [next(whole) if is_partitioned(p) else p.detach() for p in params]
+        return [self.decode(p, next(whole) if is_partitioned(p) else p.detach()) for p in params]
 
     def gather_each(self, params: Sequence[Any], dst: int = 0) -> Iterator[Tensor | None]:
         """Collective. One whole parameter at a time on rank `dst`, None elsewhere."""

@@ -222,3 +222,20 @@ def train(model: torch.nn.Module) -> None:
         model(input_ids=BATCH, labels=BATCH).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_supports_found_in_the_unquantised_base_carry_over(folder, tmp_path):
+    """Decompose first, then quantise: inject into bfloat16, save, load into four bits."""
+    from transformers import AutoModelForCausalLM
+
+    exact = AutoModelForCausalLM.from_pretrained(folder)
+    dsee_scale.inject(exact, DSEE)
+    dsee_scale.save_adapter(exact, tmp_path / "adapter")
+    model = quantised_llama(folder, "nf4")
+    dsee_scale.load_adapter(model, tmp_path / "adapter")
+    for name, layer in adapted_layers(exact).items():
+        there = model.get_submodule(name)
+        assert torch.equal(there.dsee_rows, layer.dsee_rows) and torch.equal(there.dsee_cols, layer.dsee_cols)
+    before = evaluate(model)
+    train(model)
+    assert evaluate(model) < before - 0.05
