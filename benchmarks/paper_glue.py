@@ -2,7 +2,7 @@
 
     python benchmarks/paper_glue.py --model FOLDER --train_file TRAIN.csv --validation_file DEV.csv
 
-Prints accuracy, one column a seed: untuned, LoRA (PEFT), LoRA and DSEE (this package), and DSEE after each
+Prints accuracy, one column a seed: untuned, LoRA by PEFT, DSEE by this package, and DSEE after each
 second stage: 20% + 20% of the weights by ABS, and 3 heads of each layer, both retuned.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -27,7 +26,6 @@ EVALUATE = "--max_steps 1 --learning_rate 1e-12"
 ROWS = {
     "before tuning": ("launch/run_glue.py", None, f"{LORA} {EVALUATE} --export_delta none"),
     "LoRA, rank 16, by PEFT": ("benchmarks/_peft_glue.py", None, LORA),
-    "LoRA, rank 16": ("launch/run_glue.py", None, f"{LORA} --export_delta none"),
     "DSEE, rank 16, N 64": ("launch/run_glue.py", None, f"{DSEE} --export_delta none"),
     "DSEE, 20% + 20% pruned by ABS": ("launch/run_glue.py", "DSEE, rank 16, N 64", UNSTRUCTURED),
     "DSEE, 3 of 12 heads gone": ("launch/run_glue.py", "DSEE, rank 16, N 64", STRUCTURED),
@@ -61,7 +59,8 @@ def measure(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, dict
         output = folder / f"{seed}_{index}"
         begin = str(folder / f"{seed}_{list(ROWS).index(start)}") if start else args.model
         words = ["--model_name_or_path", begin, "--output_dir", str(output), *common.split(), *flags.split()]
-        launch(script, words, args.processes)
+        if not (output / "all_results.json").is_file():
+            launch(script, words, args.processes)
         found[name] = json.loads((output / "all_results.json").read_text())
         print(
             f"seed {seed}: {name}: accuracy {found[name]['eval_accuracy']:.3f}", file=sys.stderr, flush=True
@@ -75,6 +74,7 @@ def main() -> None:
     )
     for name in ("model", "train_file", "validation_file"):
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--output_dir", help="keep the runs here; finished ones are not run again")
     parser.add_argument("--deepspeed", default="ds_configs/zero3_cpu.json")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60, help="of tuning, and of each retuning")
@@ -82,11 +82,8 @@ def main() -> None:
     parser.add_argument("--learning_rate", default="2e-4")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp())
-    try:
-        runs = [measure(args, seed, folder) for seed in args.seeds]
-    finally:
-        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as own:
+        runs = [measure(args, seed, Path(args.output_dir or own)) for seed in args.seeds]
     columns = " | ".join(f"seed {seed}" for seed in args.seeds)
     print(f"| accuracy | {columns} | mean | zeros in blocks | trained in updates |")
     print("| --- |" + " ---: |" * (len(args.seeds) + 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,14 @@ def test_the_readme_command_is_understood():
     assert found.training["load_best_model_at_end"] is True
     assert (found.training["save_total_limit"], found.training["learning_rate"]) == (10, 2e-4)
     assert not found.pruning.prunes
+
+
+def test_every_command_of_the_docs_is_understood():
+    text = (Path(__file__).parents[2] / "docs" / "paper.md").read_text().replace("\\\n", " ")
+    commands = [line for line in text.splitlines() if " launch/run_glue.py " in line and "--do_train" in line]
+    assert len(commands) >= 3
+    stages = [parse_flags(shlex.split(line.split("launch/run_glue.py")[1])) for line in commands]
+    assert [stage.pruning.prunes for stage in stages] == [False, False, True]
 
 
 def test_defaults_are_the_repositorys():
