@@ -10,7 +10,7 @@ step in turn, so that a busy machine slows them alike.
 - time: forward, backward and optimizer step, median over the rounds, slowest rank, for few and for many tokens:
   the more tokens, the more of a step is the frozen model's arithmetic, which is the same on every side;
 - cpu: processor time of a step on one rank, without waiting for others;
-- memory: the highest sum of allocations while an engine is built and steps, in processes of its own;
+- memory: the highest point of a few steps beyond what the libraries take, median of runs in processes of their own;
 - fetches: modules that ZeRO-3 fetches in a step.
 
 The frozen side trains one norm's weight and sends gradients down to the embeddings, so it shows the cost
@@ -30,6 +30,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch._dynamo  # before any zero.Init context; see docs/architecture.md
 from _report import Report, parser
@@ -166,29 +167,27 @@ def count_fetches(engine: Any, tokens: torch.Tensor) -> int:
 def peak_memory(
     arguments: argparse.Namespace, side: str, targets: tuple[str, ...], tokens: torch.Tensor
 ) -> int:
-    """Bytes at the highest point of two training steps, the engine's own included."""
+    """Bytes at the highest point of three training steps, beyond what the libraries take: on a GPU what PyTorch
+    held, on a CPU resident memory."""
+    import peft  # noqa: F401
 
-    def run() -> int:
-        engine = build_engine(side, targets, arguments)
-        start = time.time_ns()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        for _ in range(2):
-            step(engine, tokens)
-        return start
+    import dsee_scale  # noqa: F401
 
     if torch.cuda.is_available():
-        run()
+        torch.cuda.reset_peak_memory_stats()
+        run_steps(build_engine(side, targets, arguments), tokens)
         return torch.cuda.max_memory_allocated()
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        start = run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held) if event.start_ns() >= start else peak
-    return peak
+    before = psutil.Process().memory_info().rss
+    engine = build_engine(side, targets, arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    run_steps(engine, tokens)
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+    return int(peak.split()[1]) * 1024 - before
+
+
+def run_steps(engine: Any, tokens: torch.Tensor) -> None:
+    for _ in range(3):
+        step(engine, tokens)
 
 
 def worker(arguments: argparse.Namespace) -> None:
@@ -239,6 +238,8 @@ def launch(arguments: argparse.Namespace, targets: str, memory_of: str = "") -> 
                 "LOCAL_WORLD_SIZE": world,
             }
             threads = {"OMP_NUM_THREADS": str(arguments.threads)}
+            if memory_of:  # what is freed goes back at once, so that resident memory is what is held
+                threads |= {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0"}
             env = {**os.environ, **address, **ranks, **threads}
             processes.append(
                 subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -268,7 +269,11 @@ def report_case(arguments: argparse.Namespace, targets: str, report: Report) -> 
     report.add(
         f"ZeRO-3, {targets}", "fetches", "1", fetches["ours"], fetches["peft"], frozen=fetches["frozen"]
     )
-    memory = {side: max(launch(arguments, targets, memory_of=side)) for side in ("ours", "peft")}
+    runs = 1 if arguments.quick else 3
+    memory = {
+        side: statistics.median(max(launch(arguments, targets, memory_of=side)) for _ in range(runs))
+        for side in ("ours", "peft")
+    }
     report.add(f"ZeRO-3, {targets}", "peak memory", "B", memory["ours"], memory["peft"])
 
 
