@@ -219,5 +219,7 @@ def _report(trainer: Trainer, split: str, metrics: dict[str, Any]) -> None:
 
 
 def dtype_of(args: TrainingArguments) -> torch.dtype:
-    """How weights are held."""
+    """How weights are held: in half precision only where DeepSpeed keeps float32 masters, else autocast has to do."""
+    if args.deepspeed_plugin is None:
+        return torch.float32
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32

@@ -157,6 +157,15 @@ def test_lora_alone_and_all_weights(inputs, tmp_path):
     assert accuracy_in_stock(tmp_path / "full") == found["eval_accuracy"]
 
 
+def test_mixed_precision_keeps_float32_weights_without_deepspeed(inputs, tmp_path):
+    """Updates of 1e-4 would be lost in bfloat16 weights."""
+    folder, data = inputs
+    found = run(folder / "bert", tmp_path / "out", *data, "--apply_lora", "--bf16", "True")
+    assert found["eval_accuracy"] > 0.9
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model", dtype="auto")
+    assert model.dtype == torch.float32
+
+
 def test_regression_on_json_files(inputs, tmp_path):
     folder, _ = inputs
     data = ["--task_name", "stsb", *write_files(tmp_path, pairs, "json")]
