@@ -32,6 +32,12 @@ def ds_config(engine: str) -> dict[str, Any]:
     config["optimizer"]["params"]["weight_decay"] = 0.0
     if engine == "zero2":
         config["zero_optimization"] = {"stage": 2}
+    if engine == "zero3 offloaded":
+        on_cpu = {"device": "cpu", "pin_memory": False}
+        config["zero_optimization"] |= {"offload_param": on_cpu, "offload_optimizer": on_cpu}
+        del config["optimizer"]["params"]["torch_adam"], config["zero_force_ds_cpu_optimizer"]
+    if engine == "zero3 hpz":
+        config["zero_optimization"]["zero_hpz_partition_size"] = 2
     return config
 
 
@@ -127,8 +133,8 @@ def test_what_zero3_saves_is_what_one_process_loads(pools, folder, tmp_path, for
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
-@pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_ddp_and_zero2_train_and_prune_as_one_process_does(pools, folder, form, engine):
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3 offloaded", "zero3 hpz"])
+def test_other_engines_train_and_prune_as_one_process_does(pools, folder, form, engine):
     alone = story(folder, form, "none")
     ranks = pools(2).run(story, folder, form, engine)
     for rank in ranks:
