@@ -1,4 +1,4 @@
-"""Whether ZeRO-3 keeps the adapters resident, so that a layer costs one fetch: that of its frozen weight.
+"""Whether ZeRO-3 keeps the adapters resident or fetches each with its layer's weight; one fetch a layer either way.
 
 ZeRO-3 leaves a parameter whole on every rank if it has at most `stage3_param_persistence_threshold` elements
 (1e5 unless set); a larger one is gathered before each use and dropped after it. An adapted layer's has
@@ -21,7 +21,7 @@ DEFAULT_THRESHOLD = 100_000
 
 
 def check_persistence(ds_config: Mapping[str, Any], model: nn.Module) -> str | None:
-    """Warning text if some adapter parameters would be fetched at every use, else None. Local.
+    """What to tell the user if some adapters are not resident, else None. Local.
 
     Args:
         ds_config: DeepSpeed's JSON as a mapping; "auto" counts as the Trainer fills it in.
@@ -39,8 +39,9 @@ def check_persistence(ds_config: Mapping[str, Any], model: nn.Module) -> str | N
         return None
     return (
         f"stage3_param_persistence_threshold is {int(threshold)}, and {largest}.{PARAMETER} has {sizes[largest]} "
-        f"elements: ZeRO-3 will gather such adapters at every use. Set it to {sizes[largest]} or more in the "
-        "DeepSpeed config to keep them resident; their memory is that of the adapters, once per rank."
+        "elements: such adapters travel with their layer's weight, in the same message, at every use. Set it to "
+        f"{sizes[largest]} or more in the DeepSpeed config to keep them resident instead: that costs their memory once "
+        "per rank, and one small all-gather each after every optimizer step."
     )
 
 

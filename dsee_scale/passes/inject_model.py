@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dsee_scale.adapters.linear import adapted_layers, attach, is_adapted
+from dsee_scale.adapters.persistence import check_persistence
 from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.targets import Target, find_modules, find_targets
 from dsee_scale.algorithms.decompose import Support
@@ -88,6 +89,11 @@ def inject(model: nn.Module, config: DSEEConfig, *, progress: bool | None = None
     report = _report(model, config, targets, partition, time.perf_counter() - started)
     if partition.rank == 0:
         logger.info("%s", report)
+        from transformers.integrations.deepspeed import deepspeed_config
+
+        not_resident = check_persistence(deepspeed_config() or {}, model)
+        if not_resident:
+            logger.info("%s", not_resident)
     return report
 
 
