@@ -79,7 +79,8 @@ QUICK = list(CASES)[:3]
 def predicted_traffic(sizes: Sizes, setting: Setting, weight_bytes: int = 2) -> dict[str, float]:
     """Bytes that a rank receives in one optimizer step: `weights`, `adapters`, and `between` machines."""
     share = (setting.world - 1) / setting.world
-    gradients = 4 * sizes.trained * setting.micro_steps
+    # ZeRO-2 sums fp32 gradients by all-reduce, ZeRO-3 by reduce-scatter.
+    gradients = (4 if setting.stage == 3 else 8) * sizes.trained * setting.micro_steps
     updated = weight_bytes * sizes.trained
     if setting.stage == 3:
         updated += weight_bytes * sizes.resident
@@ -282,7 +283,7 @@ def worker(setting: Setting, result: str) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     report = Report("traffic", arguments.json)
-    for name in QUICK if arguments.quick else CASES:
+    for name in [name for name in (QUICK if arguments.quick else CASES) if arguments.case in name]:
         setting = CASES[name]
         found = launch(setting)
         sizes, received = Sizes(**found["sizes"]), found["received"]
@@ -297,6 +298,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     arguments_parser = parser(__doc__)
+    arguments_parser.add_argument("--case", default="", help="only cases whose name holds this")
     arguments_parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     parsed = arguments_parser.parse_args()
     if parsed.worker:
