@@ -40,14 +40,13 @@ def build_extensions() -> None:
     _IN_USE.append(file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        pass  # others use the operators right now: a lock file may be one of theirs
+    except BlockingIOError:  # others use the operators right now: a lock file may be one of theirs
+        fcntl.flock(file, fcntl.LOCK_SH)
     else:
         for lock in cache.glob("*/lock"):  # of a build that was killed
             lock.unlink()
-        _build()
-    fcntl.flock(file, fcntl.LOCK_SH)
     _build()
+    fcntl.flock(file, fcntl.LOCK_SH)
 
 
 def _build() -> None:
