@@ -11,6 +11,7 @@ Exit codes of a rank: 2, something must be changed first (the message says what)
 import logging
 import os
 import sys
+import warnings
 
 from dsee_scale.errors import DSEEError, RunStoppedError
 from dsee_scale.training.demo_inputs import cache_folder
@@ -25,6 +26,8 @@ def main(words: list[str]) -> int:
         sys.stdout.write(f"{__doc__}\n{recipe_help()}\n")
         return 0 if words else 2
     rank = int(os.environ.get("RANK", "0"))
+    # DeepSpeed 0.19 calls collectives by the names that torch 2.13 warns about, at every step's first use.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING, format=f"[rank {rank}] %(message)s", force=True
     )
