@@ -53,7 +53,7 @@ def measure(args: argparse.Namespace, seed: int, folder: Path) -> dict[str, dict
     common += (
         f"--train_file {args.train_file} --validation_file {args.validation_file} --overwrite_output_dir "
     )
-    common += f"--deepspeed {args.deepspeed}"
+    common += f"--deepspeed {args.deepspeed} --max_eval_samples {args.eval_samples}"
     found: dict[str, dict[str, float]] = {}
     for index, (name, (script, start, flags)) in enumerate(ROWS.items()):
         output = folder / f"{seed}_{index}"
@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60, help="of tuning, and of each retuning")
     parser.add_argument("--batch_size", type=int, default=8, help="examples of a step and process")
+    parser.add_argument("--eval_samples", type=int, default=1000)
     parser.add_argument("--learning_rate", default="2e-4")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args()
