@@ -89,8 +89,9 @@ class RunWatch(TrainerCallback):
             last = state.global_step - 1
             raise RunError(
                 f"the loss of step {state.global_step} on rank {bad - 1} is not a finite number; nothing was "
-                f"saved of this step. Checkpoints up to step {last} are as they were: lower "
-                "training.learning_rate or training.max_grad_norm, look at the data, and relaunch with --resume"
+                f"saved of this step, checkpoints up to step {last} are as they were. Lower "
+                "training.learning_rate or training.max_grad_norm, look at the data, and relaunch with --resume "
+                "(with --resume FOLDER from an earlier checkpoint if the last one is past saving)"
             )
         if stop:
             self._stopping = control.should_save = True

@@ -1,0 +1,196 @@
+"""Runs that die, are told to stop, stop learning, or find damaged files: nothing is lost but time.
+
+Real launches of `launch/finetune.py` on two ranks under ZeRO-3, hit by real signals. `DSEE_SCALE_FAULTS=20`
+tries as many random moments (they are the same ones each time) as it says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import dsee_scale
+from dsee_scale.checkpoint.files import open_folder
+from dsee_scale.checkpoint.training_state import load_training_state, save_training_state
+from dsee_scale.errors import FormatError, RunError
+from dsee_scale.training.survival import check_trained_values
+from tests.dist import test_checkpoint
+from tests.dist.fresh_ranks import Fault, launch, logs
+from tests.dist.run_inputs import losses, tiny_recipe, write_inputs
+from tests.models import build, llama_config, token_batch
+
+pytestmark = pytest.mark.timeout(900)
+RELAUNCH = 75
+CALLS = {"decompose": 2, "step": 11, "prune": 1, "save": 5}
+"""How often each place is passed on one rank in an undisturbed run."""
+
+
+def random_fault(number: int) -> Fault:
+    """Each place in turn; when exactly, and which rank, by chance."""
+    rng = random.Random(number)
+    place = ["save", "prune", "step", "decompose"][number % 4]
+    return Fault(place, 1 + rng.randrange(CALLS[place]), rng.random() * 0.06, rank=rng.randrange(2))
+
+
+FAULTS = [random_fault(number) for number in range(int(os.environ.get("DSEE_SCALE_FAULTS", "3")))]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+def write_recipe(inputs: Path, folder: Path, **changes: Any) -> Path:
+    """A recipe whose run leaves a checkpoint every second step."""
+    changes = {"training__save_steps": 2, "export": None, "training__ddp_timeout": 100, **changes}
+    values = tiny_recipe(inputs, folder / "run", **changes)
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recipe = write_recipe(inputs, folder)
+    assert launch(recipe) == [0, 0], logs(recipe)
+    return folder / "run"
+
+
+def outcome(run: Path) -> tuple[dict[int, float], dict[str, bytes]]:
+    """Losses of all steps, and the bytes of adapters and masks."""
+    adapter = {path.name: path.read_bytes() for path in sorted((run / "adapter").glob("*.safetensors"))}
+    assert set(adapter) == {"dsee_adapter.safetensors", "dsee_masks.safetensors"}
+    return losses(run), adapter
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.place}-{f.call}-{f.delay:.3f}-rank{f.rank}")
+def test_a_killed_rank_costs_nothing_but_time(inputs, undisturbed, tmp_path, fault):
+    recipe = write_recipe(inputs, tmp_path)
+    codes = launch(recipe, fault=fault)
+    assert codes[fault.rank] == -signal.SIGKILL, logs(recipe)
+    assert codes[1 - fault.rank] == RELAUNCH, logs(recipe)
+    said = Path(f"{recipe}.log.{1 - fault.rank}").read_text()
+    assert f"rank {1 - fault.rank} lost another rank during" in said
+    assert launch(recipe, "--resume", "auto") == [0, 0], logs(recipe)
+    assert outcome(tmp_path / "run") == outcome(undisturbed)
+
+
+def test_sigterm_to_one_rank_saves_on_all_and_leaves_with_a_code_of_its_own(inputs, undisturbed, tmp_path):
+    recipe = write_recipe(inputs, tmp_path)
+    codes = launch(recipe, fault=Fault("step", 5, signal=signal.SIGTERM))
+    assert codes == [RELAUNCH, RELAUNCH], logs(recipe)
+    saved = max(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert saved >= 5
+    for rank in range(2):
+        assert f"saved at step {saved} of 11" in Path(f"{recipe}.log.{rank}").read_text()
+    assert launch(recipe, "--resume") == [0, 0], logs(recipe)
+    assert outcome(tmp_path / "run") == outcome(undisturbed)
+
+
+def test_a_rank_that_hangs_is_named_with_the_phase_once_the_timeout_is_over(inputs, tmp_path):
+    recipe = write_recipe(inputs, tmp_path, training__ddp_timeout=10)
+    codes = launch(recipe, fault=Fault("step", 8, signal=signal.SIGSTOP))
+    assert codes[0] == RELAUNCH, logs(recipe)
+    said = Path(f"{recipe}.log.0").read_text()
+    assert "rank 0 lost another rank during 'retune, step" in said
+    assert "training.ddp_timeout (10 s)" in said
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_good_checkpoints(inputs, tmp_path):
+    recipe = write_recipe(inputs, tmp_path, retune={"max_steps": 6, "learning_rate": 1e30})
+    assert launch(recipe) == [2, 2], logs(recipe)
+    assert "RunError" in logs(recipe)
+    kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    # The rate was that high from step 8 on, whose own loss was still a number.
+    assert kept == [f"checkpoint-{step}" for step in (2, 4, 6, 8)]
+    flags = ["--resume", str(tmp_path / "run" / "checkpoint-6"), "--retune.learning_rate", "1e-3"]
+    assert launch(recipe, *flags) == [0, 0], logs(recipe)
+    assert all(loss == loss for loss in losses(tmp_path / "run").values())
+
+
+def test_damaged_checkpoints_are_passed_over_aloud(inputs, undisturbed, tmp_path):
+    """The newest has half a manifest, the one before it a flipped bit that only a hash can show."""
+    recipe = write_recipe(inputs, tmp_path)
+    for step in (4, 6, 8):
+        shutil.copytree(undisturbed / f"checkpoint-{step}", tmp_path / "run" / f"checkpoint-{step}")
+    manifest = tmp_path / "run" / "checkpoint-8" / "dsee_manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:200])
+    moments = tmp_path / "run" / "checkpoint-6" / "dsee_optimizer-00002-of-00002.safetensors"
+    data = bytearray(moments.read_bytes())
+    data[-100] ^= 16
+    moments.write_bytes(data)
+    assert launch(recipe, "--resume") == [0, 0], logs(recipe)
+    said = Path(f"{recipe}.log.0").read_text()
+    for step, file in ((8, manifest), (6, moments)):
+        assert f"checkpoint-{step} cannot be used" in said and f"{file.name} is damaged" in said
+    assert "checkpoint-4" in said.split("going on from")[1].splitlines()[0]
+    assert outcome(tmp_path / "run") == outcome(undisturbed)
+
+
+def test_without_a_whole_checkpoint_nothing_is_started_over_in_silence(inputs, undisturbed, tmp_path):
+    recipe = write_recipe(inputs, tmp_path)
+    shutil.copytree(undisturbed / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    (tmp_path / "run" / "checkpoint-2" / "dsee_state.json").unlink()
+    assert launch(recipe, "--resume", "auto") == [2, 2], logs(recipe)
+    assert "no checkpoint in" in logs(recipe) and "dsee_state.json is missing" in logs(recipe)
+
+
+def save_on_a_full_disk(folder: str, limit: int | None) -> str:
+    """Save and save again where files may not grow beyond a limit; the error of the second save."""
+    model = test_checkpoint.base_model("llama", "zero3", torch.float32)
+    dsee_scale.inject(model, test_checkpoint.FAMILIES["llama"][1])
+    engine = test_checkpoint.engine_for(model, "zero3", torch.float32)
+    test_checkpoint.train(engine, range(1))
+    save_training_state(engine, folder, extra={"step": 1})
+    test_checkpoint.train(engine, range(1, 2))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if limit is not None and torch.distributed.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        save_training_state(engine, folder, extra={"step": 2}, overwrite=True)
+    except FormatError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    return str(load_training_state(engine, folder)["step"])
+
+
+def test_a_disk_that_fills_up_during_a_save_leaves_the_checkpoint_before_whole(pools, tmp_path):
+    """The operating system refuses the write on one rank; every rank raises the same error."""
+    folder = tmp_path / "state"
+    assert pools(2).run(save_on_a_full_disk, str(folder), None) == ["2", "2"]
+    shutil.rmtree(folder)
+    found = pools(2).run(save_on_a_full_disk, str(folder), 4096)
+    assert found[0] == found[1] and "File too large" in found[0]
+    assert json.loads((folder / "dsee_state.json").read_text())["extra"] == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+    stored = open_folder(folder, ("training_state",))
+    stored.verify(sorted(stored.files))
+
+
+def test_parameters_that_are_no_numbers_are_not_saved():
+    """DeepSpeed skips a step whose gradient is no number; a plain optimizer makes it, and the loss tells later."""
+    model = build(llama_config())
+    dsee_scale.inject(model, test_checkpoint.FAMILIES["llama"][1])
+    parameters = dsee_scale.trainable_parameters(model)
+    optimizer = torch.optim.AdamW(parameters)
+    check_trained_values(model)
+    (model(token_batch(), labels=token_batch()).loss * float("nan")).backward()
+    optimizer.step()
+    with pytest.raises(RunError, match="holds values that are not finite"):
+        check_trained_values(model)
