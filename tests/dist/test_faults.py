@@ -42,7 +42,7 @@ def random_fault(number: int) -> Fault:
     return Fault(place, 1 + rng.randrange(CALLS[place]), rng.random() * 0.06, rank=rng.randrange(2))
 
 
-FAULTS = [random_fault(number) for number in range(int(os.environ.get("DSEE_SCALE_FAULTS", "3")))]
+FAULTS = [random_fault(number) for number in range(int(os.environ.get("DSEE_SCALE_FAULTS", "2")))]
 
 
 @pytest.fixture(scope="module")

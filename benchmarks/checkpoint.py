@@ -1,0 +1,178 @@
+"""Saving and loading a training state, against DeepSpeed's own checkpoint of the same engine.
+
+    python benchmarks/checkpoint.py [--quick] [--json]
+
+One engine under ZeRO-3 on two ranks, tuned and pruned; both ways in turn, in the same processes, on the same
+disk. `without frozen` is DeepSpeed's `exclude_frozen_parameters=True`, from which pruned weights cannot be
+restored. Ours hashes every file and flushes it to the disk; DeepSpeed does neither, and `flushed` adds that to
+its side. Sizes are compared with
+
+    adapter + 4 bytes x (1 + moments) x trained parameters + pruned weights / 8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from _report import Report, parser
+from scale import run_on
+
+RANK, NUM_SPARSE = 16, 64
+MOMENTS = 2
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--model", help="folder of a decoder (default: SmolLM2 as `make demo` fetches it)")
+    arguments.add_argument("--folder", help="where to write (default: the temporary folder)")
+    arguments.add_argument("--rounds", type=int, default=5)
+    args = arguments.parse_args()
+    report = Report("checkpoint", args.json)
+    model, case = choose_model(args)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        ranks = run_on(2, measure, model, folder, 2 if args.quick else args.rounds)
+    seconds = {
+        key: statistics.median(max(r["seconds"][key][i] for r in ranks) for i in range(len(times)))
+        for key, times in ranks[0]["seconds"].items()
+    }
+    sizes, counts = ranks[0]["sizes"], ranks[0]["counts"]
+    for what in ("save", "load"):
+        report.add(case, what, "s", seconds[f"ours {what}"], seconds[f"deepspeed {what}"])
+    report.add(f"{case}, flushed", "save", "s", seconds["ours save"], seconds["deepspeed flushed save"])
+    report.add(f"{case}, without frozen", "save", "s", seconds["ours save"], seconds["without frozen save"])
+    report.add(case, "size", "B", sizes["ours"], sizes["deepspeed"], **counts)
+    report.add(f"{case}, without frozen", "size", "B", sizes["ours"], sizes["without frozen"])
+    report.add(case, "size against the formula", "B", sizes["ours"], predicted_size(**counts))
+    trained = 32 * 2 * (RANK * (4096 + 4096) + NUM_SPARSE)
+    large = predicted_size(trained=trained, pruned=6_476_005_376, sparse=64 * NUM_SPARSE)
+    report.add("Llama-2-7B, q and v, half pruned", "size by the formula", "B", large)
+
+
+def choose_model(args: argparse.Namespace) -> tuple[str, str]:
+    """A folder ("" for a small random Llama) and what to call it."""
+    from dsee_scale.training.demo_inputs import cache_folder
+
+    folder = Path(args.model) if args.model else cache_folder() / "smollm2-135m-instruct"
+    if args.quick and not args.model:
+        return "", "Llama of 6 layers, 2 ranks"
+    if not folder.is_dir():
+        raise SystemExit(
+            f"{folder} does not exist; python -m dsee_scale.training.demo_inputs fetches SmolLM2"
+        )
+    return str(folder), f"{folder.name}, 2 ranks"
+
+
+def predicted_size(*, trained: int, pruned: int, sparse: int, weight_bytes: int = 2) -> int:
+    """Bytes of a training state.
+
+    Args:
+        trained: parameters of adapters.
+        pruned: entries of pruned weights, one bit each.
+        sparse: entries of S2, whose row and column (4 bytes each) are stored besides.
+        weight_bytes: of an adapter's dtype.
+    """
+    return weight_bytes * trained + 8 * sparse + 4 * (1 + MOMENTS) * trained + pruned // 8
+
+
+def measure(model: str, folder: str, rounds: int) -> dict[str, Any]:
+    """Collective. Seconds of every round, bytes on disk, and what they hold."""
+    from dsee_scale.checkpoint.training_state import load_training_state, save_training_state
+
+    engine, counts = build_engine(model)
+    ours, whole, partial = (f"{folder}/{name}" for name in ("ours", "deepspeed", "partial"))
+    ways = {
+        "ours save": lambda: save_training_state(engine, ours, overwrite=True),
+        "ours load": lambda: load_training_state(engine, ours),
+        "deepspeed save": lambda: engine.save_checkpoint(whole, tag="step"),
+        "deepspeed flushed save": lambda: (engine.save_checkpoint(whole, tag="step"), flush(whole)),
+        "deepspeed load": lambda: engine.load_checkpoint(whole, tag="step"),
+        "without frozen save": lambda: engine.save_checkpoint(
+            partial, tag="step", exclude_frozen_parameters=True
+        ),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            with timed(seconds[name], counts=number > 0):
+                way()
+    sizes = {
+        name: folder_size(path)
+        for name, path in zip(("ours", "deepspeed", "without frozen"), (ours, whole, partial), strict=True)
+    }
+    return {"seconds": seconds, "sizes": sizes, "counts": counts}
+
+
+def build_engine(model: str) -> tuple[Any, dict[str, int]]:
+    """Collective. An engine after two steps, half of its block weights zero."""
+    import deepspeed
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers.integrations import HfDeepSpeedConfig
+
+    import dsee_scale
+
+    ds_config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 30_000},
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
+    }
+    if model:
+        keep = HfDeepSpeedConfig(ds_config)
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        del keep
+    else:
+        shape = dict(vocab_size=2048, hidden_size=256, intermediate_size=704, num_hidden_layers=6)
+        config = LlamaConfig(num_attention_heads=4, num_key_value_heads=4, **shape)
+        with deepspeed.zero.Init(config_dict_or_path=ds_config):
+            base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    targets = ("q_proj", "v_proj")
+    settings = dict(rank=RANK, num_sparse=NUM_SPARSE, support="magnitude", target_modules=targets)
+    dsee_scale.inject(base, dsee_scale.DSEEConfig(**settings))
+    parameters = dsee_scale.trainable_parameters(base)
+    engine = deepspeed.initialize(model=base, model_parameters=parameters, config=ds_config)[0]
+    tokens = torch.randint(0, 2048, (1, 16), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        engine.step()
+    pruned = dsee_scale.prune(engine, dsee_scale.PruneConfig(sparsity=0.5))
+    trained = sum(p.ds_numel for p in parameters)
+    num_matrices = sum(name.endswith(("q_proj", "v_proj")) for name, _ in base.named_modules())
+    return engine, {"trained": trained, "pruned": pruned.total, "sparse": num_matrices * NUM_SPARSE}
+
+
+@contextlib.contextmanager
+def timed(into: list[float], *, counts: bool) -> Iterator[None]:
+    """Collective. Seconds from when all ranks begin until this one has ended."""
+    torch.distributed.barrier()
+    started = time.perf_counter()
+    yield
+    if counts:
+        into.append(time.perf_counter() - started)
+
+
+def flush(path: str) -> None:
+    """Collective. Every file below a folder onto the disk, shared by the ranks."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+    for file in files[rank::world_size]:
+        with file.open("rb+") as opened:
+            os.fsync(opened.fileno())
+    torch.distributed.barrier()
+
+
+def folder_size(path: str) -> int:
+    """Bytes of all files below a folder."""
+    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+
+
+if __name__ == "__main__":
+    main()
