@@ -8,14 +8,20 @@ weights), tuned, pruned and retuned with the calls of the library.
     python benchmarks/pruned_forward.py [--json] [--quick] [--model FOLDER --smaller FOLDER]
 
 With --model and --smaller the times are those of two folders instead, such as a base and its export.
-In the `fall` cases ours is the share by which the time falls, peer the share by which the FLOPs fall.
+In the `fall` cases ours is the share by which the time falls, peer the share by which the FLOPs fall; the processor
+time tells it on a machine that others use too. On a GPU
+the models are in bfloat16, and a third one is timed besides: the dense shape with 2:4 weights in PyTorch's
+semi-structured tensors.
 """
 
 from __future__ import annotations
 
+import copy
 import csv
+import statistics
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -30,7 +36,7 @@ from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.training.demo_inputs import Package, cache_folder, fetch, prepare_data
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _report import Report, median_seconds_each, parser
+from _report import Report, parser
 
 REMOVED = PruneConfig(
     pattern="heads",
@@ -63,48 +69,54 @@ def main() -> None:
     arguments.add_argument("--model", type=Path, help="folder of the dense model")
     arguments.add_argument("--smaller", type=Path, help="folder of the exported model")
     arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     chosen = arguments.parse_args()
+    dtype = torch.float32 if chosen.device == "cpu" else torch.bfloat16
     torch.set_num_threads(chosen.threads)
     report = Report("pruned_forward", chosen.json)
     if (chosen.model is None) != (chosen.smaller is None):
         raise SystemExit("--model and --smaller go together")
     if chosen.model is not None:
-        dense = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=torch.float32).eval()
-        small = dsee_scale.load_pretrained(chosen.smaller, dtype=torch.float32)
+        dense = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=dtype).to(chosen.device).eval()
+        small = dsee_scale.load_pretrained(chosen.smaller, dtype=dtype, device=chosen.device)
         compare(report, chosen.model.name, dense, small, repeats=7)
         return
     with tempfile.TemporaryDirectory() as work:
-        dense = decoder(SHAPE | QUICK if chosen.quick else SHAPE)
-        compare(
-            report, f"llama {dense.config.hidden_size}", dense, without_units(dense, Path(work) / "small"), 7
-        )
+        dense = decoder(SHAPE | QUICK if chosen.quick else SHAPE, dtype).to(chosen.device)
+        small = pruned(dense, REMOVED, Path(work) / "small")
+        compare(report, f"llama {dense.config.hidden_size}", dense, small, repeats=7)
+        if chosen.device != "cpu":
+            semi = pruned(dense, PruneConfig(pattern="2:4"), Path(work) / "semi", semi_structured=True)
+            compare(report, f"llama {dense.config.hidden_size}, 2:4", dense, semi, repeats=7, flops=False)
         quality(report, Path(work), steps=8 if chosen.quick else 60, rows=200 if chosen.quick else 1000)
 
 
-def decoder(shape: dict[str, Any]) -> nn.Module:
+def decoder(shape: dict[str, Any], dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=dtype).eval()
 
 
-def without_units(dense: nn.Module, folder: Path) -> nn.Module:
-    """The dense model with units removed and cut out; the dense model itself stays."""
-    import copy
-
+def pruned(dense: nn.Module, config: PruneConfig, folder: Path, semi_structured: bool = False) -> nn.Module:
+    """A pruned model as it is deployed: exported and loaded; the dense model itself stays."""
     zeroed = copy.deepcopy(dense)
-    dsee_scale.prune(zeroed, REMOVED)
+    dsee_scale.prune(zeroed, config)
     dsee_scale.export_model(zeroed, folder)
-    return dsee_scale.load_pretrained(folder)
+    return dsee_scale.load_pretrained(folder, device=dense.device, semi_structured=semi_structured)
 
 
 @torch.no_grad()
-def compare(report: Report, case: str, dense: nn.Module, small: nn.Module, repeats: int) -> None:
-    sizes = [sum(param.numel() for param in model.parameters()) for model in (small, dense)]
-    report.add(case, "parameters", "count", *sizes)
+def compare(
+    report: Report, case: str, dense: nn.Module, small: nn.Module, repeats: int, flops: bool = True
+) -> None:
+    if flops:
+        sizes = [sum(param.numel() for param in model.parameters()) for model in (small, dense)]
+        report.add(case, "parameters", "count", *sizes)
     ids = torch.randint(0, dense.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(dense.device)
     prefill = [lambda model=model: model(ids, use_cache=False, logits_to_keep=1) for model in (small, dense)]
-    measure(report, f"{case}, prefill of {PROMPT}", prefill, repeats)
+    measure(report, f"{case}, prefill of {PROMPT}", prefill, repeats, flops)
     decode = [one_token(model, ids) for model in (small, dense)]
-    measure(report, f"{case}, one token", decode, 4 * repeats)
+    measure(report, f"{case}, one token", decode, 4 * repeats, flops)
 
 
 def one_token(model: nn.Module, ids: torch.Tensor) -> Any:
@@ -113,23 +125,42 @@ def one_token(model: nn.Module, ids: torch.Tensor) -> Any:
 
     def step() -> None:
         model(ids[:, :1], past_key_values=cache, use_cache=True)
-        cache.crop(ids.shape[1])
+        cache.crop(-1)
 
     return step
 
 
-def measure(report: Report, case: str, calls: list[Any], repeats: int) -> None:
-    flops = []
+def measure(report: Report, case: str, calls: list[Any], repeats: int, flops: bool) -> None:
+    for _ in range(2):
+        for call in calls:
+            call()
+    rounds = [[clocks(call) for call in calls] for _ in range(repeats)]
+    seconds, processor = (
+        [statistics.median(row[model][clock] for row in rounds) for model in (0, 1)] for clock in (0, 1)
+    )
+    threads = torch.get_num_threads()
+    report.add(case, "time", "s", *seconds, threads=threads)
+    report.add(case, "processor time", "s", *processor, threads=threads)
+    if not flops:
+        return
+    counts = []
     for call in calls:
         with FlopCounterMode(display=False) as counter:
             call()
-        flops.append(counter.get_total_flops())
-    seconds = median_seconds_each(*calls, repeats=repeats, warmup=2)
-    report.add(case, "FLOPs", "count", *flops)
-    report.add(case, "time", "s", *seconds, threads=torch.get_num_threads())
-    report.add(
-        case, "fall of time and FLOPs", "fraction", 1 - seconds[0] / seconds[1], 1 - flops[0] / flops[1]
-    )
+        counts.append(counter.get_total_flops())
+    fall = 1 - counts[0] / counts[1]
+    report.add(case, "FLOPs", "count", *counts)
+    report.add(case, "fall of time and FLOPs", "fraction", 1 - seconds[0] / seconds[1], fall)
+    report.add(case, "fall of processor time", "fraction", 1 - processor[0] / processor[1], fall)
+
+
+def clocks(call: Any) -> tuple[float, float]:
+    """Wall-clock and processor seconds of one call, until the GPU is done with it where there is one."""
+    start = time.perf_counter(), time.process_time()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
 def quality(report: Report, work: Path, steps: int, rows: int) -> None:
