@@ -13,6 +13,7 @@ import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.partition import open_partition, unwrap
+from tests.dist.run_inputs import tiny_recipe, write_inputs
 from tests.models import build, llama_config, partition, token_batch
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
@@ -236,3 +237,84 @@ def test_after_a_step_adapters_are_whole_and_base_weights_are_shards(pools, name
 
 def test_adapters_are_counted():
     assert len(adapted_layers(Run(None, torch.float32).model)) == 6
+
+
+def optimizer_of(name: str) -> tuple[str, list[int]]:
+    """The class of the optimizer that works behind the engine, and the parameters of each of its groups."""
+    run: Any = Run(engine_config(name, 2, "float32"), torch.float32)
+    run.step(0)
+    return type(run.engine.optimizer.optimizer).__name__, group_sizes(run.engine)
+
+
+def group_sizes(engine: Any) -> list[int]:
+    """Parameters of each group; DeepSpeed hands them to the optimizer only while it steps."""
+    zero = engine.optimizer
+    sizes = [
+        len(group) for group in (zero.fp16_groups if hasattr(zero, "fp16_groups") else zero.bit16_groups)
+    ]
+    assert len(sizes) >= len(zero.optimizer.param_groups)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("zero3_cpu", "AdamW"), ("zero2_bf16", "AdamW"), ("zero3_offload", "DeepSpeedCPUAdam")],
+)
+def test_the_file_chooses_the_optimizer_and_no_group_is_empty(pools, name, expected):
+    for found, groups in pools(2).run(optimizer_of, name):
+        assert found == expected
+        assert groups and all(groups)
+
+
+def test_without_torch_adam_deepspeed_takes_its_own():
+    """FusedAdam needs a GPU; without one only the choice can be seen."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = engine_config("zero3_bf16", 1)
+    del config["optimizer"]["params"]["torch_adam"]
+    parsed = DeepSpeedConfig(config)
+    assert parsed.optimizer_name == "adamw" and "torch_adam" not in parsed.optimizer_params
+    assert not parsed.zero_config.offload_optimizer
+
+
+def train_with(values: dict[str, Any]) -> tuple[str, list[int], list[float]]:
+    """A run through the Trainer: optimizer, parameters of its groups, losses."""
+    from dsee_scale.training.arguments import kept_environment, training_arguments
+    from dsee_scale.training.journal import Journal
+    from dsee_scale.training.recipe import build_recipe
+    from dsee_scale.training.run import build_trainer
+
+    with kept_environment():
+        recipe = build_recipe(values)
+        trainer: Any = build_trainer(recipe, training_arguments(recipe), None, Journal())
+        trainer.train()
+        engine = trainer.model_wrapped
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return type(engine.optimizer.optimizer).__name__, group_sizes(engine), losses
+
+
+@pytest.mark.timeout(600)
+def test_the_trainer_runs_every_optimizer_that_a_config_may_name(pools, tmp_path):
+    """Named in the JSON file, DeepSpeed's own under offload, or left to training.optim: the same losses."""
+    write_inputs(tmp_path)
+    offloaded = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    cases: dict[str, tuple[str, dict[str, Any]]] = {
+        "torch": ("AdamW", {}),
+        "cpu": ("DeepSpeedCPUAdam", offloaded),
+    }
+    cases["recipe"] = ("AdamW", {})
+    losses = {}
+    for case, (expected, zero) in cases.items():
+        values = tiny_recipe(tmp_path, tmp_path / case, training__save_strategy="no", retune={"max_steps": 2})
+        config = values["training"]["deepspeed"]
+        config["zero_optimization"].update(zero)
+        if case == "cpu":
+            del config["optimizer"]["params"]["torch_adam"]
+        if case == "recipe":
+            del config["optimizer"]
+        for found, groups, losses[case] in pools(2).run(train_with, values, timeout=400):
+            assert found == expected, case
+            assert groups and all(groups), case
+    assert len(losses["torch"]) == 8
+    assert losses["cpu"] == pytest.approx(losses["torch"], abs=1e-5)
+    assert losses["recipe"] == pytest.approx(losses["torch"], abs=1e-5)
