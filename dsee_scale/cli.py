@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -16,9 +17,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
+        sys.stdout.flush()
     except DSEEError as error:
         print(f"dsee-scale {args.command}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `dsee-scale inspect FOLDER | head`: what reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         print(
             f"dsee-scale {args.command}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr
