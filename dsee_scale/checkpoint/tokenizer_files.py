@@ -17,8 +17,9 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         folder: an existing folder.
     """
     tokenizer.save_pretrained(str(folder))
-    sources = [getattr(tokenizer, "vocab_file", None), Path(str(tokenizer.name_or_path)) / SENTENCEPIECE_FILE]
-    for source in (Path(str(path)) for path in sources if path):
+    origin = getattr(tokenizer, "name_or_path", None)
+    sources = [getattr(tokenizer, "vocab_file", None), origin and Path(origin) / SENTENCEPIECE_FILE]
+    for source in (Path(path) for path in sources if path):
         if source.name == SENTENCEPIECE_FILE and source.is_file():
             shutil.copyfile(source, folder / SENTENCEPIECE_FILE)
             return

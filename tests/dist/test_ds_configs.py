@@ -230,7 +230,7 @@ def test_after_a_step_adapters_are_whole_and_base_weights_are_shards(pools, name
     for found in pools(2).run(residents, name):
         adapters = {key: value for key, value in found.items() if "dsee_" in key}
         matrices = {key: value for key, value in found.items() if p_is_block_weight(key)}
-        assert len(adapters) == 9 and len(matrices) == 7
+        assert len(adapters) == 3 and len(matrices) == 7
         assert set(adapters.values()) == {(True, True)}
         assert set(matrices.values()) == {(False, False)}
 
