@@ -1,7 +1,7 @@
 """How much memory, traffic, disk and time a run needs, from a model's sizes alone, and what to choose.
 
-The training step is DeepSpeed ZeRO-3's with the settings of `ds_configs/zero3_bf16.json`. Computed, and not yet
-compared with what a step really allocates. Bytes throughout.
+The training step is DeepSpeed ZeRO-3's with the settings of `ds_configs/zero3_bf16.json`. `benchmarks/memory.py`
+prints these figures beside what a step really allocates, and a test compares them. Bytes throughout.
 """
 
 from __future__ import annotations

@@ -1,0 +1,220 @@
+"""Peak memory per rank of a training step: bf16, int8, nf4 and CPU offload, beside PEFT's LoRA of the same rank.
+
+    python benchmarks/memory.py [--json] [--quick]
+
+A Llama shape under ZeRO-3, frozen but for the adapters. On GPUs the peak is what PyTorch's allocator held; on
+CPUs it is counted from the allocations that the profiler sees, weights, engine and optimizer included, so that
+offloaded shards count there too. `peer` is PEFT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # must be imported before any zero.Init context
+from _ranks import launch
+from _report import Report, parser
+from torch import nn
+
+CASES = ("bf16", "int8", "nf4", "bf16, offloaded")
+RANK, NUM_SPARSE = 16, 64
+TARGETS = ("q_proj", "v_proj")
+
+
+def ds_config(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The repository's own configs, without what they leave to the Trainer."""
+    name = "zero3_offload" if "offloaded" in case else "zero3_bf16"
+    config = json.loads((Path(__file__).parents[1] / "ds_configs" / f"{name}.json").read_text())
+    for key in ("train_batch_size", "gradient_accumulation_steps", "gradient_clipping"):
+        config.pop(key)
+    config["train_micro_batch_size_per_gpu"] = arguments.batch
+    config["optimizer"]["params"] = {
+        key: 1e-4 if key == "lr" else value
+        for key, value in config["optimizer"]["params"].items()
+        if key == "lr" or value != "auto"
+    }
+    if not torch.cuda.is_available():
+        for section in config["zero_optimization"].values():
+            if isinstance(section, dict):
+                section["pin_memory"] = False
+    return config
+
+
+def llama_config(arguments: argparse.Namespace) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=4096,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.hidden * 8 // 3,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.hidden // 64,
+        num_key_value_heads=max(1, arguments.hidden // 192),
+        use_cache=False,
+        tie_word_embeddings=True,
+    )
+
+
+def build_model(case: str, arguments: argparse.Namespace) -> nn.Module:
+    """Partitioned while it is made; a quantised one whole, as transformers loads it."""
+    import deepspeed
+    from transformers import AutoModelForCausalLM
+
+    config = llama_config(arguments)
+    torch.manual_seed(0)
+    if case in ("int8", "nf4"):
+        return quantise(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), case)
+    with deepspeed.zero.Init(config_dict_or_path=ds_config(case, arguments)):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def quantise(model: nn.Module, case: str) -> nn.Module:
+    """The linear layers of the blocks, in bitsandbytes' format."""
+    import bitsandbytes as bnb
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.Linear) or ".layers." not in name:
+            continue
+        sizes = (layer.in_features, layer.out_features)
+        new: Any = (
+            bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+            if case == "int8"
+            else bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+        )
+        kind = bnb.nn.Int8Params if case == "int8" else bnb.nn.Params4bit
+        options = {} if case == "int8" else {"quant_type": "nf4", "module": new}
+        new.weight = kind(layer.weight.data, requires_grad=False, **options)
+        model.set_submodule(name, new.to(device))
+    setattr(model, f"is_loaded_in_{'8' if case == 'int8' else '4'}bit", True)
+    return model
+
+
+def adapt(model: nn.Module, side: str) -> nn.Module:
+    if side == "peft":
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(TARGETS), lora_dropout=0.0)
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+    import dsee_scale
+
+    settings = dict(rank=RANK, alpha=2 * RANK, num_sparse=NUM_SPARSE, target_modules=TARGETS)
+    dsee_scale.inject(model, dsee_scale.DSEEConfig(support="random", **settings), progress=False)
+    return model
+
+
+def run_steps(case: str, side: str, arguments: argparse.Namespace) -> int:
+    """Two training steps; returns when they began."""
+    import deepspeed
+
+    model = adapt(build_model(case, arguments), side)
+    if arguments.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    config = ds_config(case, arguments)
+    engine = deepspeed.initialize(model=model.train(), model_parameters=trained, config=config)[0]
+    generator = torch.Generator().manual_seed(int(os.environ["RANK"]))
+    tokens = torch.randint(0, 4096, (arguments.batch, arguments.length), generator=generator).to(
+        engine.device
+    )
+    start = time.time_ns()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+    return start
+
+
+def peak_memory(case: str, side: str, arguments: argparse.Namespace) -> int:
+    """Bytes at the highest point of the two steps."""
+    if torch.cuda.is_available():
+        run_steps(case, side, arguments)
+        return torch.cuda.max_memory_allocated()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        start = run_steps(case, side, arguments)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held) if event.start_ns() >= start else peak
+    return peak
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    """One rank."""
+    import deepspeed
+
+    torch.set_num_threads(arguments.threads)
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
+    found = peak_memory(arguments.case, arguments.side, arguments)
+    Path(f"{arguments.worker}.{os.environ['RANK']}").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def planned(case: str, arguments: argparse.Namespace) -> int:
+    """What `dsee-scale plan` says for the same step."""
+    from dsee_scale.model_shapes import shape_of_config
+    from dsee_scale.planning import Setting, training_memory
+
+    setting = Setting(
+        gpus=arguments.processes,
+        quantize=case if case in ("int8", "nf4") else None,
+        offload="offloaded" in case,
+        rank=RANK,
+        num_sparse=NUM_SPARSE,
+        targets=TARGETS,
+        batch=arguments.batch,
+        length=arguments.length,
+        checkpointing=arguments.checkpointing,
+    )
+    memory = training_memory(shape_of_config(llama_config(arguments).to_dict()), setting)
+    return memory.gpu if torch.cuda.is_available() else memory.gpu + memory.host
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    on_gpu = torch.cuda.is_available()
+    arguments.add_argument("--hidden", type=int, default=576)
+    arguments.add_argument("--layers", type=int, default=30)
+    arguments.add_argument("--batch", type=int, default=1, help="sequences per rank")
+    arguments.add_argument("--length", type=int, default=256, help="tokens per sequence")
+    arguments.add_argument("--threads", type=int, default=1, help="per process, on CPU")
+    arguments.add_argument("--processes", type=int, default=torch.cuda.device_count() if on_gpu else 2)
+    arguments.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
+    arguments.add_argument("--case", choices=CASES, help="only this")
+    arguments.add_argument("--ours-only", action="store_true", help="without PEFT")
+    arguments.add_argument("--side", choices=("ours", "peft"), help=argparse.SUPPRESS)
+    arguments.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = arguments.parse_args()
+    if arguments.worker:
+        return worker(arguments)
+    if arguments.quick:
+        arguments.layers, arguments.length = 6, 128
+    report = Report("memory", arguments.json)
+    for case in [arguments.case] if arguments.case else CASES:
+        peaks = {}
+        for side in ("ours",) if arguments.ours_only else ("ours", "peft"):
+            words = ["--case", case, "--side", side]
+            for name in ("hidden", "layers", "batch", "length", "threads", "processes"):
+                words += [f"--{name}", str(getattr(arguments, name))]
+            words += ["--checkpointing"] if arguments.checkpointing else []
+            peaks[side] = max(launch(__file__, words, arguments.processes, arguments.threads))
+        plan = planned(case, arguments)
+        share = plan / peaks["ours"]
+        report.add(
+            case, "peak memory", "B", peaks["ours"], peaks["peft"], plan=plan, plan_over_measured=share
+        )
+    return None
+
+
+if __name__ == "__main__":
+    main()
