@@ -1,4 +1,4 @@
-"""Run a benchmark's own file once per rank, and read back what the ranks wrote."""
+"""Run a benchmark's own file once per rank, read back what the ranks wrote, and measure a rank's memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def launch(script: str, words: Sequence[str], processes: int, threads: int) -> list[Any]:
-    """Start `script --worker FILE WORDS` on every rank; the JSON that each wrote to `FILE.RANK`."""
+def launch(
+    script: str, words: Sequence[str], processes: int, threads: int, *, for_memory: bool = False
+) -> list[Any]:
+    """Start `script --worker FILE WORDS` on every rank; the JSON that each wrote to `FILE.RANK`.
+
+    With `for_memory` what is allocated is touched and what is freed goes back to the system at once, so that resident
+    memory is what is held.
+    """
     with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -22,6 +28,12 @@ def launch(script: str, words: Sequence[str], processes: int, threads: int) -> l
         command = [sys.executable, script, "--worker", f"{folder}/result", *words]
         world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": str(threads), **world}
+        if for_memory:
+            shared |= {
+                "MALLOC_MMAP_THRESHOLD_": "16384",
+                "MALLOC_TRIM_THRESHOLD_": "0",
+                "MALLOC_PERTURB_": "1",
+            }
         running = [
             subprocess.Popen(
                 command,
@@ -35,3 +47,24 @@ def launch(script: str, words: Sequence[str], processes: int, threads: int) -> l
         if any(process.returncode for process in running):
             raise SystemExit("\n".join(error.decode()[-2000:] for error in errors))
         return [json.loads(Path(f"{folder}/result.{rank}").read_text()) for rank in range(processes)]
+
+
+def peak_memory(build: Callable[[], Any], run: Callable[[Any], Any]) -> int:
+    """Bytes at the highest point of `run(build())`, beyond what there was before.
+
+    On a GPU what PyTorch held, on a CPU resident memory (of a process that `launch` started `for_memory`). The
+    profiler does not do here: it misses what the threads of gloo free.
+    """
+    import psutil
+    import torch
+
+    before = psutil.Process().memory_info().rss
+    built = build()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        run(built)
+        return torch.cuda.max_memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    run(built)
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+    return int(peak.split()[1]) * 1024 - before

@@ -22,17 +22,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch._dynamo  # before any zero.Init context; see docs/architecture.md
+from _ranks import launch, peak_memory
 from _report import Report, parser
 from torch import nn
 
@@ -164,27 +161,6 @@ def count_fetches(engine: Any, tokens: torch.Tensor) -> int:
     return count
 
 
-def peak_memory(
-    arguments: argparse.Namespace, side: str, targets: tuple[str, ...], tokens: torch.Tensor
-) -> int:
-    """Bytes at the highest point of three training steps, beyond what the libraries take: on a GPU what PyTorch
-    held, on a CPU resident memory."""
-    import peft  # noqa: F401
-
-    import dsee_scale  # noqa: F401
-
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        run_steps(build_engine(side, targets, arguments), tokens)
-        return torch.cuda.max_memory_allocated()
-    before = psutil.Process().memory_info().rss
-    engine = build_engine(side, targets, arguments)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    run_steps(engine, tokens)
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
-    return int(peak.split()[1]) * 1024 - before
-
-
 def run_steps(engine: Any, tokens: torch.Tensor) -> None:
     for _ in range(3):
         step(engine, tokens)
@@ -206,55 +182,33 @@ def worker(arguments: argparse.Namespace) -> None:
     }
     targets = TARGETS[arguments.targets]
     if arguments.memory_of:
-        longest = batches[max(batches)]
-        result: Any = peak_memory(arguments, arguments.memory_of, targets, longest)
+        import peft  # noqa: F401  # both, so that neither side's library counts
+
+        import dsee_scale  # noqa: F401
+
+        result: Any = peak_memory(
+            lambda: build_engine(arguments.memory_of, targets, arguments),
+            lambda engine: run_steps(engine, batches[max(batches)]),
+        )
     else:
         result = time_steps(arguments, targets, batches)
     Path(f"{arguments.worker}.{rank}").write_text(json.dumps(result))
     torch.distributed.destroy_process_group()
 
 
-def launch(arguments: argparse.Namespace, targets: str, memory_of: str = "") -> list[Any]:
-    """Run this file once per rank and return what the ranks wrote."""
-    import tempfile
-
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-        probe.close()
-        command = [sys.executable, __file__, "--worker", f"{folder}/result", "--targets", targets]
-        command += ["--memory-of", memory_of] if memory_of else []
-        for name in ("hidden", "layers", "batch", "threshold", "rounds", "threads"):
-            command += [f"--{name}", str(getattr(arguments, name))]
-        command += ["--lengths", *map(str, arguments.lengths)]
-        command += ["--checkpointing"] if arguments.checkpointing else []
-        world = str(arguments.processes)
-        processes = []
-        for rank in range(arguments.processes):
-            ranks = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": world,
-                "LOCAL_WORLD_SIZE": world,
-            }
-            threads = {"OMP_NUM_THREADS": str(arguments.threads)}
-            if memory_of:  # what is freed goes back at once, so that resident memory is what is held
-                threads |= {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0"}
-            env = {**os.environ, **address, **ranks, **threads}
-            processes.append(
-                subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            )
-        errors = [process.communicate()[1] for process in processes]
-        if any(process.returncode for process in processes):
-            raise SystemExit("\n".join(error.decode()[-2000:] for error in errors))
-        return [
-            json.loads(Path(f"{folder}/result.{rank}").read_text()) for rank in range(arguments.processes)
-        ]
+def launch_ranks(arguments: argparse.Namespace, targets: str, memory_of: str = "") -> list[Any]:
+    """This file once per rank."""
+    words = ["--targets", targets, *(["--memory-of", memory_of] if memory_of else [])]
+    for name in ("hidden", "layers", "batch", "threshold", "rounds", "threads"):
+        words += [f"--{name}", str(getattr(arguments, name))]
+    words += ["--lengths", *map(str, arguments.lengths)]
+    words += ["--checkpointing"] if arguments.checkpointing else []
+    return launch(__file__, words, arguments.processes, arguments.threads, for_memory=bool(memory_of))
 
 
 def report_case(arguments: argparse.Namespace, targets: str, report: Report) -> None:
     """Time, processor time, fetches and memory of one set of targets."""
-    ranks = launch(arguments, targets)
+    ranks = launch_ranks(arguments, targets)
     for tokens in ranks[0]["times"]:
         for metric in ("wall", "cpu"):
             medians = {}
@@ -271,7 +225,7 @@ def report_case(arguments: argparse.Namespace, targets: str, report: Report) -> 
     )
     runs = 1 if arguments.quick else 3
     memory = {
-        side: statistics.median(max(launch(arguments, targets, memory_of=side)) for _ in range(runs))
+        side: statistics.median(max(launch_ranks(arguments, targets, memory_of=side)) for _ in range(runs))
         for side in ("ours", "peft")
     }
     report.add(f"ZeRO-3, {targets}", "peak memory", "B", memory["ours"], memory["peft"])

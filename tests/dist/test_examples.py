@@ -32,7 +32,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text(TEXT)
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=97, special_tokens=["<unk>", "</s>"]))
+    tokenizer.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=97, special_tokens=["<unk>", "</s>"])
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
     fast.save_pretrained(folder / "model")
     config = llama_config(hidden_size=64, head_dim=16, num_attention_heads=4, num_key_value_heads=4)
