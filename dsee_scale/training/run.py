@@ -30,7 +30,7 @@ from dsee_scale.training.recipe import Recipe
 from dsee_scale.training.report import METRICS_FILE, write_metrics, write_report
 from dsee_scale.training.resume import resume_folder
 from dsee_scale.training.sections import ExportConfig
-from dsee_scale.training.survival import named_when_lost
+from dsee_scale.training.survival import limited_waiting, named_when_lost
 from dsee_scale.training.timeline import build_timeline, steps_per_epoch
 from dsee_scale.training.together import together
 from dsee_scale.training.trainer import DSEETrainer, RunParts, read_record
@@ -56,7 +56,7 @@ def run(recipe: Recipe) -> Path:
     with kept_environment():
         args = training_arguments(recipe)
         journal = Journal()
-        with named_when_lost(journal, args.ddp_timeout):
+        with limited_waiting(args.ddp_timeout), named_when_lost(journal, args.ddp_timeout):
             return _run(recipe, args, journal)
 
 

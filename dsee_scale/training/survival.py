@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out|timeout", re.IGNORECASE)
 """What messages of failed collectives hold; PyTorch raises many of them as plain RuntimeError."""
+DEFAULT_TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")
+"""Of torch.distributed.distributed_c10d, read whenever a group is made."""
 RESUME = "relaunch with --resume to go on from the last checkpoint, on as many ranks as there are"
 
 
@@ -64,12 +66,6 @@ class RunWatch(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Give every process group the run's timeout; DeepSpeed makes its own with a default one."""
-        limit_waiting(args.ddp_timeout)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -127,14 +123,28 @@ def check_trained_values(model: nn.Module) -> None:
                 )
 
 
-def limit_waiting(seconds: float) -> None:
-    """How long a collective of any process group may wait for the slowest rank. Local."""
+@contextlib.contextmanager
+def limited_waiting(seconds: float) -> Iterator[None]:
+    """How long a collective may wait for the slowest rank, in process groups that exist and those made inside. Local.
+
+    DeepSpeed makes its groups without naming a timeout, and making one waits for all ranks, so PyTorch's defaults
+    are set besides.
+    """
     if not (dist.is_available() and dist.is_initialized()):
+        yield
         return
-    world = dist.distributed_c10d
+    world, limit = dist.distributed_c10d, timedelta(seconds=seconds)
+    before = {name: getattr(world, name) for name in DEFAULT_TIMEOUTS}
+    for name in DEFAULT_TIMEOUTS:
+        setattr(world, name, limit)
     for group in list(world._world.pg_map):
         if dist.get_backend(group) in ("gloo", "nccl"):
-            world._set_pg_timeout(timedelta(seconds=seconds), group)
+            world._set_pg_timeout(limit, group)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(world, name, value)
 
 
 @contextlib.contextmanager
