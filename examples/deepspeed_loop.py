@@ -96,3 +96,4 @@ def train(engine: deepspeed.DeepSpeedEngine, blocks: torch.Tensor, steps: int) -
 
 if __name__ == "__main__":
     main()
+    torch.distributed.destroy_process_group()

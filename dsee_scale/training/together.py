@@ -42,3 +42,10 @@ def together(work: Callable[[], T], *, what: str) -> T:
             where = f"rank {rank}: " if len(problems) > 1 and not all(p == found for p in problems) else ""
             raise getattr(errors, found[0])(where + found[1])
     return result  # type: ignore[return-value]
+
+
+def part_ways() -> None:
+    """Collective. End the process groups when every rank is done: an exiting interpreter may abort in their threads."""
+    together(lambda: None, what="finishing")
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
