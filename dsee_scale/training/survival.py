@@ -172,6 +172,7 @@ def named_when_lost(journal: Journal, seconds: float) -> Iterator[None]:
         ) from error
     finally:
         over.set()
+        reporter.join()  # a thread that wakes while the interpreter ends aborts the process
 
 
 def _report_waiting(journal: Journal, seconds: float, over: threading.Event) -> None:
