@@ -34,7 +34,6 @@ def main(words: list[str]) -> int:
     from dsee_scale.training.recipe import load_recipe
     from dsee_scale.training.report import summary_table
     from dsee_scale.training.run import run
-    from dsee_scale.training.together import part_ways
 
     path, *flags = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
     try:
@@ -44,9 +43,10 @@ def main(words: list[str]) -> int:
         return RELAUNCH if isinstance(error, RunStoppedError) else 2
     if rank == 0:
         sys.stdout.write(f"\n{summary_table(output)}\n\nlook at {output / 'report.html'}\n")
-    part_ways()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from dsee_scale.training.together import leave
+
+    leave(main(sys.argv[1:]))

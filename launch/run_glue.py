@@ -20,16 +20,16 @@ def main(words: list[str]) -> int:
     )
     from dsee_scale.glue.arguments import parse_flags
     from dsee_scale.glue.run import run_glue
-    from dsee_scale.training.together import part_ways
 
     try:
         run_glue(parse_flags(words))
     except DSEEError as error:
         logging.getLogger("dsee_scale").error("%s: %s", type(error).__name__, error)
         return 2
-    part_ways()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from dsee_scale.training.together import leave
+
+    leave(main(sys.argv[1:]))
