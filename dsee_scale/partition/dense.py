@@ -63,7 +63,13 @@ class DensePartition(Ranks):
         for param, value in zip(params, values, strict=True):
             param.data.copy_(value)
 
-    def start_exchange(self, params: Sequence[nn.Parameter], owners: Sequence[int]) -> Owned:
+    def exchange_bytes(self, params: Sequence[nn.Parameter], owners: Sequence[int]) -> int:
+        """None: nothing travels."""
+        return 0
+
+    def start_exchange(
+        self, params: Sequence[nn.Parameter], owners: Sequence[int], workspace: Tensor
+    ) -> Owned:
         """The owned matrices are already here."""
         return Owned({i: params[i].detach() for i, owner in enumerate(owners) if owner == self.rank})
 

@@ -100,11 +100,18 @@ class Partition(Protocol):
     def assign(self, params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
         """Collective. Set (small) trainable parameters from whole values that every rank holds."""
 
-    def start_exchange(self, params: Sequence[nn.Parameter], owners: Sequence[int]) -> Exchange:
+    def exchange_bytes(self, params: Sequence[nn.Parameter], owners: Sequence[int]) -> int:
+        """Size of the workspace that `start_exchange` needs on this rank. Local."""
+
+    def start_exchange(
+        self, params: Sequence[nn.Parameter], owners: Sequence[int], workspace: Tensor
+    ) -> Exchange:
         """Collective. Begin to send each matrix to the rank that owns it; nobody else gets it.
 
-        Extra memory on a rank: the matrices that it owns in this call, and one copy of the shards sent.
-        Quantised matrices arrive as they are stored; `decode` makes entries of one.
+        `workspace` (uint8, at least `exchange_bytes`, on `device`) holds what is sent and received, so that
+        a rank without memory finds out before any rank waits for it. It is free again once the matrices
+        that `wait` returned are: they may be views of it. Quantised matrices arrive as they are stored;
+        `decode` makes entries of one.
         """
 
     def decode(self, param: nn.Parameter, stored: Tensor) -> Tensor:

@@ -121,9 +121,15 @@ class Zero3Partition(Ranks):
                 shard.data.copy_(flat[shard.start : shard.start + shard.data.numel()])
         self.written(params)
 
-    def start_exchange(self, params: Sequence[Any], owners: Sequence[int]) -> AllToAll:
+    def exchange_bytes(self, params: Sequence[Any], owners: Sequence[int]) -> int:
+        """This rank's shards of all matrices, and every rank's shards of the matrices it owns."""
+        sizes = [_shard_bytes(p) for p in params]
+        owned = sum(size for size, owner in zip(sizes, owners, strict=True) if owner == self.rank)
+        return sum(sizes) + self.world_size * owned
+
+    def start_exchange(self, params: Sequence[Any], owners: Sequence[int], workspace: Tensor) -> AllToAll:
         """Collective. Begin one all-to-all in which each owner gets its matrices' shards."""
-        return AllToAll(self, params, owners)
+        return AllToAll(self, params, owners, workspace)
 
     def sum_over_shards(self, tensor: Tensor) -> Tensor:
         """Collective. In-place sum over all ranks."""
@@ -167,22 +173,29 @@ class Zero3Partition(Ranks):
 class AllToAll:
     """Matrices on their way to their owners: one `all_to_all_single` of bytes."""
 
-    def __init__(self, partition: Zero3Partition, params: Sequence[Any], owners: Sequence[int]) -> None:
+    def __init__(
+        self, partition: Zero3Partition, params: Sequence[Any], owners: Sequence[int], workspace: Tensor
+    ) -> None:
         self.partition, self.params = partition, params
         self.mine = [i for i, owner in enumerate(owners) if owner == partition.rank]
-        by_owner = [[i for i, owner in enumerate(owners) if owner == r] for r in range(partition.world_size)]
-        sent = [params[i].ds_tensor.numel() * params[i].element_size() for i in range(len(params))]
-        sizes = [sum(sent[i] for i in indices) for indices in by_owner]
-        order = [i for indices in by_owner for i in indices]
-        pieces = [partition._sendable(params[i]).view(torch.uint8) for i in order]
-        self.outgoing = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.uint8)
-        received = sizes[partition.rank]
-        self.incoming = self.outgoing.new_empty(partition.world_size, received)
+        order = sorted(range(len(params)), key=lambda i: owners[i])
+        sent = [0] * partition.world_size
+        at = 0
+        for i in order:
+            shard = params[i].ds_tensor.detach().view(-1).view(torch.uint8)
+            workspace[at : at + shard.numel()].copy_(shard)
+            at += shard.numel()
+            sent[owners[i]] += shard.numel()
+        self.outgoing = workspace[:at]
+        received = sent[partition.rank]
+        self.incoming = workspace[at : at + partition.world_size * received].view(
+            partition.world_size, received
+        )
         self.work = dist.all_to_all_single(
             self.incoming.view(-1),
             self.outgoing,
             [received] * partition.world_size,
-            sizes,
+            sent,
             group=partition.group,
             async_op=True,
         )
@@ -190,7 +203,9 @@ class AllToAll:
     def wait(self) -> dict[int, Tensor]:
         """The owned matrices, in their true shapes, by index."""
         self.work.wait()
-        del self.outgoing
         whole = self.partition._assemble(self.incoming, [self.params[i] for i in self.mine])
-        del self.incoming
         return dict(zip(self.mine, whole, strict=True))
+
+
+def _shard_bytes(param: Any) -> int:
+    return int(param.ds_tensor.numel() * param.ds_tensor.element_size())

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dsee_scale.adapters.targets import Target
@@ -38,13 +38,14 @@ def decompose_model(
     owners = deal([t.shape[0] * t.shape[1] for t in targets], partition.world_size)
     sizes = [t.shape[0] * t.shape[1] * t.module.weight.element_size() for t in targets]  # type: ignore[operator, union-attr]
     plan = rounds(sizes, owners, partition.world_size, config.decomposition.round_memory_mib << 20)
-    partition.raise_together(_lacking_room(plan, sizes, partition, config))
+    workspaces, lacking = _reserve(plan, targets, partition, config)
+    partition.raise_together(lacking)
     supports: dict[int, Support] = {}
     failure: Exception | None = None
     bar = tqdm(
         total=len(targets), desc="decompose", unit="matrix", disable=not show_progress(partition, progress)
     )
-    for each, exchange in _transfers(plan, targets, partition):
+    for each, exchange in _transfers(plan, targets, partition, workspaces):
         try:
             mine = exchange.wait()
             if failure is None:
@@ -66,41 +67,36 @@ def seeded(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def _lacking_room(
-    plan: list[Round], sizes: Sequence[int], partition: Partition, config: DSEEConfig
-) -> Exception | None:
-    """Local. The error of a rank without memory for two rounds' transfers, before any rank waits for another."""
-    if partition.world_size == 1:
-        return None
-    sent = [sum(sizes[i] for i in each.indices) // partition.world_size for each in plan]
-    received = [
-        sum(sizes[i] for i, owner in zip(each.indices, each.owners, strict=True) if owner == partition.rank)
-        for each in plan
-    ]
+def _reserve(
+    plan: list[Round], targets: Sequence[Target], partition: Partition, config: DSEEConfig
+) -> tuple[list[Tensor], Exception | None]:
+    """Local. Memory for the transfers of two rounds, or the error of a rank that has not got it."""
+    size = max((partition.exchange_bytes(_weights(each, targets), each.owners) for each in plan), default=0)
     try:
-        torch.empty(
-            2 * max(map(sum, zip(sent, received, strict=True)), default=0),
-            dtype=torch.uint8,
-            device=partition.device,
-        )
+        return [torch.empty(size, dtype=torch.uint8, device=partition.device) for _ in range(2)], None
     except Exception as error:
-        return _explain(error, config)
-    return None
+        return [], _explain(error, config)
 
 
 def _transfers(
-    plan: list[Round], targets: Sequence[Target], partition: Partition
+    plan: list[Round], targets: Sequence[Target], partition: Partition, workspaces: Sequence[Tensor]
 ) -> Iterator[tuple[Round, Exchange]]:
     """The rounds with their exchanges; the next round's transfer is under way while one is worked on."""
 
-    def start(each: Round) -> Exchange:
-        return partition.start_exchange([targets[i].module.weight for i in each.indices], each.owners)  # type: ignore[misc]
+    def start(at: int) -> Exchange | None:
+        if at == len(plan):
+            return None
+        return partition.start_exchange(_weights(plan[at], targets), plan[at].owners, workspaces[at % 2])
 
-    ahead = start(plan[0]) if plan else None
+    ahead = start(0)
     for at, each in enumerate(plan):
-        current, ahead = ahead, start(plan[at + 1]) if at + 1 < len(plan) else None
+        current, ahead = ahead, start(at + 1)
         assert current is not None
         yield each, current
+
+
+def _weights(each: Round, targets: Sequence[Target]) -> list[nn.Parameter]:
+    return [targets[i].module.weight for i in each.indices]  # type: ignore[misc]
 
 
 def _target_support(target: Target, stored: Tensor, config: DSEEConfig) -> Support:

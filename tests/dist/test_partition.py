@@ -28,7 +28,8 @@ def read_everything(dtype: torch.dtype, zero: dict) -> None:
         assert (value is not None) == (port.rank == port.world_size - 1)
         assert value is None or torch.equal(value, whole[name]), name
     owners = [i % port.world_size for i in range(len(params))]
-    mine = port.start_exchange(params, owners).wait()
+    workspace = torch.empty(port.exchange_bytes(params, owners), dtype=torch.uint8)
+    mine = port.start_exchange(params, owners, workspace).wait()
     assert sorted(mine) == [i for i, o in enumerate(owners) if o == port.rank]
     for i, value in mine.items():
         assert torch.equal(value, whole[list(named)[i]])

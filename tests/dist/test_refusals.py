@@ -11,7 +11,7 @@ import torch
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.config import DecompositionConfig
-from dsee_scale.partition import open_partition
+from dsee_scale.partition import open_partition, zero3
 from tests.models import build, llama_config, partition, zero3_config
 
 
@@ -46,28 +46,67 @@ def test_storage_that_cannot_be_edited_is_refused_by_name(pools, attribute, name
         raise AssertionError(texts[0])
 
 
-def short_of_memory(rank: int, mib: int) -> str:
-    """A rank that cannot get `mib` MiB more, while matrices of 16 MiB go round."""
+def wide_model() -> torch.nn.Module:
+    """Targets of 16 MiB, partitioned."""
     shape = dict(
         hidden_size=2048, intermediate_size=2048, num_attention_heads=8, num_key_value_heads=8, head_dim=256
     )
-    model = partition(build(llama_config(**shape)), zero3_config())
-    config = DSEEConfig(rank=3, num_sparse=7, decomposition=DecompositionConfig(round_memory_mib=16))
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    if torch.distributed.get_rank() == rank:
-        resource.setrlimit(resource.RLIMIT_AS, (held + (mib << 20), limits[1]))
+    return partition(build(llama_config(**shape)), zero3_config())
+
+
+def injected(model: torch.nn.Module, round_memory_mib: int) -> str:
+    config = DSEEConfig(
+        rank=3, num_sparse=7, decomposition=DecompositionConfig(round_memory_mib=round_memory_mib)
+    )
     try:
         dsee_scale.inject(model, config)
     except dsee_scale.PartitionError as error:
         return str(error)
+    return "no error"
+
+
+def short_of_memory(rank: int) -> str:
+    """A rank without memory for a round's transfer: 64 MiB, more than a heap serves from what it has kept."""
+    model = wide_model()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    if torch.distributed.get_rank() == rank:
+        resource.setrlimit(resource.RLIMIT_AS, (held, limits[1]))
+    try:
+        return injected(model, round_memory_mib=64)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
-    return "no error"
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_without_memory_for_a_round_names_the_setting_on_every_rank(pools, rank):
-    texts = pools(2).run(short_of_memory, rank, 8)
+    texts = pools(2).run(short_of_memory, rank)
     assert len(set(texts)) == 1
-    assert "lower decomposition.round_memory_mib (now 16)" in texts[0]
+    assert "lower decomposition.round_memory_mib (now 64)" in texts[0]
+
+
+def short_in_the_first_of_two_rounds(rank: int) -> tuple[str, int]:
+    """A rank whose memory ends while it puts its first matrix together: the others are a round ahead."""
+    rounds = 0
+    together = zero3.AllToAll.wait
+
+    def wait(exchange: zero3.AllToAll) -> dict[int, torch.Tensor]:
+        nonlocal rounds
+        rounds += 1
+        whole = together(exchange)
+        if rounds == 1 and torch.distributed.get_rank() == rank:
+            raise MemoryError("no room for the first round's matrix")
+        return whole
+
+    model = wide_model()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero3.AllToAll, "wait", wait)
+        return injected(model, round_memory_mib=16), rounds
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_runs_out_of_memory_within_a_round_is_followed_to_the_end(pools, rank):
+    (text, rounds), (other, _) = pools(2).run(short_in_the_first_of_two_rounds, rank)
+    assert rounds > 1
+    assert text == other
+    assert "lower decomposition.round_memory_mib (now 16)" in text
