@@ -1,4 +1,4 @@
-"""Run a benchmark's own file once per rank, read back what the ranks wrote, and measure a rank's memory."""
+"""What benchmarks on several ranks share: starting them, their results and memory, and a decoder for them."""
 
 from __future__ import annotations
 
@@ -68,3 +68,19 @@ def peak_memory(build: Callable[[], Any], run: Callable[[Any], Any]) -> int:
     run(built)
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
     return int(peak.split()[1]) * 1024 - before
+
+
+def small_llama(hidden: int, layers: int) -> Any:
+    """Config of a Llama with heads of 64, three query heads to a key/value group, and a small vocabulary."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=4096,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 192),
+        use_cache=False,
+        tie_word_embeddings=True,
+    )

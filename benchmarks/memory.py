@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch._dynamo  # must be imported before any zero.Init context
-from _ranks import launch, peak_memory
+from _ranks import launch, peak_memory, small_llama
 from _report import Report, parser
 from torch import nn
 
@@ -45,27 +45,12 @@ def ds_config(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
-def llama_config(arguments: argparse.Namespace) -> Any:
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        vocab_size=4096,
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.hidden * 8 // 3,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.hidden // 64,
-        num_key_value_heads=max(1, arguments.hidden // 192),
-        use_cache=False,
-        tie_word_embeddings=True,
-    )
-
-
 def build_model(case: str, arguments: argparse.Namespace) -> nn.Module:
     """Partitioned while it is made; a quantised one whole, as transformers loads it."""
     import deepspeed
     from transformers import AutoModelForCausalLM
 
-    config = llama_config(arguments)
+    config = small_llama(arguments.hidden, arguments.layers)
     torch.manual_seed(0)
     if case in ("int8", "nf4"):
         return quantise(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), case)
@@ -168,7 +153,9 @@ def planned(case: str, arguments: argparse.Namespace) -> int:
         length=arguments.length,
         checkpointing=arguments.checkpointing,
     )
-    memory = training_memory(shape_of_config(llama_config(arguments).to_dict()), setting)
+    memory = training_memory(
+        shape_of_config(small_llama(arguments.hidden, arguments.layers).to_dict()), setting
+    )
     return memory.gpu if torch.cuda.is_available() else memory.gpu + memory.host
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import torch._dynamo  # before any zero.Init context; see docs/architecture.md
-from _ranks import launch, peak_memory
+from _ranks import launch, peak_memory, small_llama
 from _report import Report, parser
 from torch import nn
 
@@ -44,18 +44,9 @@ RANK, NUM_SPARSE = 16, 64
 def build_model(arguments: argparse.Namespace, ds_config: dict[str, Any]) -> nn.Module:
     """A Llama whose weights are partitioned while it is made."""
     import deepspeed
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.hidden * 8 // 3,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.hidden // 64,
-        num_key_value_heads=max(1, arguments.hidden // 192),
-        use_cache=False,
-        tie_word_embeddings=True,
-    )
+    config = small_llama(arguments.hidden, arguments.layers)
     torch.manual_seed(0)
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -199,6 +199,23 @@ def attach(
     Raises:
         TargetError: the layer is adapted already, or slices and support do not fit the shape.
     """
+    slices = tuple((int(start), int(stop)) for start, stop in slices)
+    _check_attachable(module, shape, slices, rows, cols)
+    flat = _initial(shape, slices, rank, rows.numel(), generator)
+    module.dsee_flat = nn.Parameter(flat.to(device=device, dtype=dtype))
+    module.register_buffer("dsee_rows", rows.to(device=device, dtype=torch.int32, copy=True))
+    module.register_buffer("dsee_cols", cols.to(device=device, dtype=torch.int32, copy=True))
+    true_shape = (int(shape[0]), int(shape[1]))
+    settings = (rank, slices, float(scaling), float(dropout), sparse, true_shape, bool(transposed))
+    for name, value in zip(ATTRIBUTES, settings, strict=True):
+        setattr(module, name, value)
+    module.__class__ = adapted_class(type(module))
+    module.dsee_prepare()  # type: ignore[operator]
+
+
+def _check_attachable(
+    module: nn.Module, shape: tuple[int, int], slices: tuple[tuple[int, int], ...], rows: Tensor, cols: Tensor
+) -> None:
     if is_adapted(module):
         raise TargetError(f"{type(module).__name__} is adapted already; detach it before adapting it again")
     if "forward" in vars(module):
@@ -206,30 +223,23 @@ def attach(
             f"the forward of this {type(module).__name__} was replaced on the instance, which would hide the "
             "adapter's (accelerate does so for a device_map over several devices); load it without that"
         )
-    slices = tuple((int(start), int(stop)) for start, stop in slices)
     _check_support(shape, slices, rows, cols)
-    source_device = generator.device if generator is not None else torch.device("cpu")
-    a = torch.empty(len(slices) * rank, shape[1], device=source_device, dtype=torch.float32)
-    a.normal_(std=A_STD, generator=generator)
-    covered = sum(stop - start for start, stop in slices)
-    flat = torch.zeros(a.numel() + covered * rank + rows.numel(), device=device, dtype=dtype)
-    flat[: a.numel()].copy_(a.view(-1))
-    module.dsee_flat = nn.Parameter(flat)
-    module.register_buffer("dsee_rows", rows.to(device=device, dtype=torch.int32, copy=True))
-    module.register_buffer("dsee_cols", cols.to(device=device, dtype=torch.int32, copy=True))
-    settings = (
-        rank,
-        slices,
-        float(scaling),
-        float(dropout),
-        sparse,
-        (int(shape[0]), int(shape[1])),
-        bool(transposed),
-    )
-    for name, value in zip(ATTRIBUTES, settings, strict=True):
-        setattr(module, name, value)
-    module.__class__ = adapted_class(type(module))
-    module.dsee_prepare()  # type: ignore[operator]
+
+
+def _initial(
+    shape: tuple[int, int],
+    slices: Sequence[tuple[int, int]],
+    rank: int,
+    num_values: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Random A, zero B and zero values in one float32 vector, on the generator's device."""
+    num_a = len(slices) * rank * shape[1]
+    num_b = sum(stop - start for start, stop in slices) * rank
+    device = generator.device if generator is not None else torch.device("cpu")
+    flat = torch.zeros(num_a + num_b + num_values, device=device, dtype=torch.float32)
+    flat[:num_a].normal_(std=A_STD, generator=generator)
+    return flat
 
 
 def detach(module: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import time
 from dataclasses import dataclass, field
@@ -158,9 +157,7 @@ def export_model(
     started = time.perf_counter()
     module, partition = unwrap(model), open_partition(model)
     with alike(partition):
-        for name, value, valid in (("delta", delta, DeltaForm), ("format", format, Format)):
-            if value not in get_args(valid):
-                raise ConfigError(f"{name} {value!r} is unknown; valid: {', '.join(get_args(valid))}")
+        _check_settings(delta, format)
         reject_unknown_quantisation(module, partition)
         structure = find_structure(module, partition.shape) if delta != "separate" else None
         config, reason = smaller_config(module, structure, partition.shape) if structure else (None, None)
@@ -178,23 +175,20 @@ def export_model(
             with new_folder(partition, new.partial / ADAPTER_FOLDER, kind=ADAPTER, overwrite=False) as inner:
                 write_adapter(partition, module, inner)
         writer = _ExportWriter(partition, module, new, plan, delta, form)
-        with tqdm(
-            total=plan.num_entries, desc="export", disable=not show_progress(partition, progress)
-        ) as bar:
-            for name, entries in plan.files.items():
-                writer.write_file(name, entries, bar)
-        report = dataclasses.replace(
-            writer.report(time.perf_counter() - started),
-            format=format,
-            patterns=count_patterns(model_state(module).pruned),
-            **how_to_load(form, reason),
-        )
+        writer.write_files(show_progress(partition, progress))
+        report = writer.report(started, format, reason)
         with alike(partition):
             if partition.rank == 0:
                 _write_index(new, plan, report)
     if partition.rank == 0:
         logger.info("%s", report)
     return report
+
+
+def _check_settings(delta: str, format: str) -> None:
+    for name, value, valid in (("delta", delta, DeltaForm), ("format", format, Format)):
+        if value not in get_args(valid):
+            raise ConfigError(f"{name} {value!r} is unknown; valid: {', '.join(get_args(valid))}")
 
 
 class _ExportWriter:
@@ -216,6 +210,12 @@ class _ExportWriter:
         self.zeros = dict.fromkeys(sorted(model_state(module).pruned), 0)
         self.sizes = dict.fromkeys(plan.files, 0)
         self.distance = 0.0
+
+    def write_files(self, show: bool) -> None:
+        """Collective. Every weight file of the plan, with a progress bar where one is shown."""
+        with tqdm(total=self.plan.num_entries, desc="export", disable=not show) as bar:
+            for name, entries in self.plan.files.items():
+                self.write_file(name, entries, bar)
 
     def write_file(self, name: str, entries: list[Entry], bar: Any) -> None:
         """Collective. One weight file; an error on rank 0 is raised on every rank when the file ends."""
@@ -242,8 +242,8 @@ class _ExportWriter:
                 writer.close()
                 self.sizes[name] = writer.size
 
-    def report(self, seconds: float) -> ExportReport:
-        """Collective. Rank 0's counts on every rank."""
+    def report(self, started: float, format: Format, reason: str | None) -> ExportReport:
+        """Collective. Rank 0's counts on every rank; `reason` is why stock classes cannot load the folder."""
         counts = torch.tensor([*self.zeros.values(), *self.sizes.values()], dtype=torch.int64)
         known = self.partition.broadcast(counts.to(self.partition.device), src=0).tolist()
         far = torch.tensor([self.distance], dtype=torch.float32, device=self.partition.device)
@@ -259,9 +259,12 @@ class _ExportWriter:
             num_pruned=sum(numel.values()),
             num_zero=sum(zeros.values()),
             num_parameters=sum(entry.numel for entry in entries.values()),
-            seconds=seconds,
+            seconds=time.perf_counter() - started,
             base=decoded_base(self.partition),
             distance=distance,
+            format=format,
+            patterns=count_patterns(model_state(self.module).pruned),
+            **how_to_load(self.form, reason),
         )
 
     def _gather_updates(self, entries: list[Entry]) -> dict[str, Tensor]:

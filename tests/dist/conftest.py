@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.dist.extensions import build_extensions
 from tests.dist.pool import WorkerPool
+from tests.dist.run_inputs import write_inputs
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +23,14 @@ def pools() -> Iterator[Callable[[int], WorkerPool]]:
     yield pool
     for each in running.values():
         each.stop()
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small decoder with its tokenizer and labelled sentences."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,7 +26,7 @@ from dsee_scale.errors import FormatError, RunError
 from dsee_scale.training.survival import check_trained_values
 from tests.dist import test_checkpoint
 from tests.dist.fresh_ranks import Fault, launch, logs
-from tests.dist.run_inputs import losses, tiny_recipe, write_inputs
+from tests.dist.run_inputs import losses, tiny_recipe
 from tests.models import build, llama_config, token_batch
 
 pytestmark = pytest.mark.timeout(900)
@@ -43,13 +43,6 @@ def random_fault(number: int) -> Fault:
 
 
 FAULTS = [random_fault(number) for number in range(int(os.environ.get("DSEE_SCALE_FAULTS", "2")))]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 def write_recipe(inputs: Path, folder: Path, **changes: Any) -> Path:

@@ -215,14 +215,18 @@ def losses_after_prune(ds_config: dict[str, Any]) -> list[float]:
     return losses + train(engine, 2)
 
 
-def test_pruning_reaches_the_secondary_shards_of_hierarchical_partitioning(pools):
+def check_hierarchical(pools, losses_around_a_prune) -> None:
     """Told by the losses: a gather shows the edit even when training goes on with the old weights."""
-    plain = pools(2).run(losses_after_prune, zero3_config())
+    plain = pools(2).run(losses_around_a_prune, zero3_config())
     pools(2).stop()  # DeepSpeed's hierarchical groups are global to a process
-    hierarchical = pools(2).run(losses_after_prune, zero3_config(zero_hpz_partition_size=2))
+    hierarchical = pools(2).run(losses_around_a_prune, zero3_config(zero_hpz_partition_size=2))
     pools(2).stop()
     assert hierarchical[0] == pytest.approx(plain[0], abs=1e-6)
     assert abs(plain[0][2] - plain[0][1]) > 1e-4
+
+
+def test_pruning_reaches_the_secondary_shards_of_hierarchical_partitioning(pools):
+    check_hierarchical(pools, losses_after_prune)
 
 
 def gathered_during_prune() -> int:

@@ -11,20 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.dist.run_inputs import DEEPSPEED, losses, tiny_recipe, write_inputs, zero_share
+from tests.dist.run_inputs import DEEPSPEED, losses, tiny_recipe, zero_share
 from tests.dist.test_run import LONG, run_recipe
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.timeout(900)
 
 ON_CPU = {"device": "cpu", "pin_memory": False}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 def nf4_with_8_bit_adam(inputs: Path, output: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.dist.run_inputs import losses, tiny_recipe, write_inputs, zero_share
+from tests.dist.run_inputs import losses, tiny_recipe, zero_share
 from tests.dist.test_run import LONG, run_recipe
 from tests.dist.two_hosts import INTERFACE, NAMES, TwoHosts, clean_environment, free_port, two_hosts, why_not
 
@@ -36,13 +36,6 @@ def hosts(tmp_path_factory):
         pytest.skip(reason)
     with two_hosts(tmp_path_factory.mktemp("hosts")) as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from dsee_scale.errors import ConfigError, DSEEError
-from tests.dist.run_inputs import losses, tiny_recipe, write_inputs, zero_share
+from tests.dist.run_inputs import losses, tiny_recipe, zero_share
 
 # The first run of a process imports transformers' Trainer and all that hangs on it.
 LONG = 400.0
@@ -37,13 +37,6 @@ def run_and_tell(values: dict[str, Any]) -> tuple[str, str]:
     except DSEEError as error:
         return type(error).__name__, str(error)
     return "", ""
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
