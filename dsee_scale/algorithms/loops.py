@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from dsee_scale.algorithms import compiled
+from dsee_scale.algorithms.bits import CPU_CHUNK, INTEGERS
 
 BINS = 2**16
-CPU_CHUNK = 2**17
 DEVICE_CHUNK = 2**24
-
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Loops(Protocol):

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsee_scale.algorithms.bits import INTEGERS
 from dsee_scale.algorithms.delta import Delta, delta_block, flat_blocks, low_rank_block
 from dsee_scale.config import Score
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -109,14 +109,12 @@ def write_adapter(partition: Partition, module: nn.Module, new: NewFolder, *, ma
                 f"pruned weight {missing[0]} is gone from the model; save before changing its modules"
             )
     pruned = {name: params[name] for name in model_state(module).pruned}
-    kept = _count_kept(partition, pruned)
+    kept = save_masks(partition, new, pruned, min(mask_files, partition.world_size)) if pruned else {}
     with alike(partition):
         record = describe(partition, module, kept)
         if partition.rank == 0:
             new.write_json(CONFIG_FILE, record.to_dict())
     _stream_adapter(partition, module, new)
-    if pruned:
-        save_masks(partition, new, pruned, min(mask_files, partition.world_size))
 
 
 def open_adapter(stored: StoredFolder, record: AdapterRecord) -> TensorReader:
@@ -195,12 +193,6 @@ def _gathered(
         keys = (*TRAINED_KEYS, *BUFFERS)
         whole.update({f"{owner}.{key}": tensor for key, tensor in zip(keys, tensors, strict=True)})
     return whole
-
-
-def _count_kept(partition: Partition, pruned: dict[str, nn.Parameter]) -> dict[str, int]:
-    counts = [int(torch.count_nonzero(partition.shard(param).data)) for param in pruned.values()]
-    total = partition.sum_over_shards(torch.tensor(counts, dtype=torch.int64, device=partition.device))
-    return dict(zip(pruned, total.tolist(), strict=True))
 
 
 def _reject_unready(model: nn.Module) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsee_scale.algorithms.loops import INTEGERS
+from dsee_scale.algorithms.bits import INTEGERS
 from dsee_scale.checkpoint.files import StoredFolder
 from dsee_scale.checkpoint.tensor_file import TensorReader, TensorSpec
 from dsee_scale.errors import FormatError

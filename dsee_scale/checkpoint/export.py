@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from dsee_scale.adapters.linear import adapted_layers, delta_record
 from dsee_scale.adapters.state import model_state
+from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.delta import Delta, Form, combine, delta_block, flat_blocks
 from dsee_scale.checkpoint.adapter import KIND as ADAPTER
 from dsee_scale.checkpoint.adapter import write_adapter
@@ -292,7 +293,7 @@ class _ExportWriter:
         if entry.name in self.zeros:
             structure = self.form.structure
             left = structure.shrink(entry.name, value) if structure else value
-            self.zeros[entry.name] = left.numel() - int(torch.count_nonzero(left))
+            self.zeros[entry.name] = left.numel() - count_nonzero(left)
         stored = entry.stored(self.module, self.form, value, weight)
         for spec in entry.outputs:
             writer.write(spec.name, stored[spec.name])

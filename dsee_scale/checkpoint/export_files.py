@@ -13,10 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.delta import Delta, Form
 from dsee_scale.checkpoint.adapter import KIND as ADAPTER
 from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER
@@ -203,7 +203,7 @@ class _FileWriter:
             self._note_distance(weight, update, value, pruned=name in self.masked)
         if name in self.zeros:
             self.numel[name] = math.prod(self.form.dense_shape(spec))
-            self.zeros[name] = self.numel[name] - int(torch.count_nonzero(value))
+            self.zeros[name] = self.numel[name] - count_nonzero(value)
         return value, weight
 
     def _note_distance(self, weight: Tensor, update: Delta, value: Tensor, *, pruned: bool) -> None:

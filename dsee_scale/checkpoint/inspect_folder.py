@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.patterns import groups_hold
 from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER
 from dsee_scale.checkpoint.compressed import compressed_specs, pays
@@ -200,7 +200,7 @@ def _model_report(
             sparse_size += spec.nbytes
             continue
         tensor = reader.read(name)
-        kept = int(torch.count_nonzero(tensor))
+        kept = count_nonzero(tensor)
         matrices.append(Matrix(name, spec.shape, tensor.numel() - kept, _pattern(tensor, kept)))
         compressed = sum(part.nbytes for part in compressed_specs(spec, kept))
         sparse_size += compressed if pays(spec, kept) else spec.nbytes

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dsee_scale.algorithms.bits import CPU_CHUNK, INTEGERS, count_nonzero, nonzero
 from dsee_scale.checkpoint.dealt_files import write_dealt
 from dsee_scale.checkpoint.files import NewFolder, StoredFolder
 from dsee_scale.checkpoint.tensor_file import TensorReader, TensorSpec
@@ -23,7 +24,7 @@ from dsee_scale.partition.port import Partition
 STEM = "dsee_masks"
 KIND = "masks"
 _BLOCK = 1 << 25
-"""Entries handled at once; a multiple of 8."""
+"""Entries read from a file, or packed on an accelerator, at once; a multiple of 8."""
 
 
 def packed_size(numel: int) -> int:
@@ -31,59 +32,99 @@ def packed_size(numel: int) -> int:
     return (numel + 7) // 8
 
 
-def pack_stretch(data: Tensor, start: int, into: np.ndarray) -> None:
+def pack_stretch(data: Tensor, start: int, into: np.ndarray) -> int:
     """Set the bits of entries that are not zero.
 
     Args:
         data: (n,) a stretch of a weight.
         start: position of `data[0]` in the weight's flat order.
         into: (packed_size,) uint8, whose bits of this stretch are still 0.
+
+    Returns:
+        How many they are.
     """
-    at = 0
+    at, kept, most = 0, 0, CPU_CHUNK if data.device.type == "cpu" else _BLOCK
     while at < data.numel():
         first = start + at
-        count = min(_BLOCK - first % 8, data.numel() - at)
-        bits = (data[at : at + count] != 0).cpu().numpy()
-        packed = np.packbits(np.concatenate([np.zeros(first % 8, bool), bits]) if first % 8 else bits)
+        count = min(most - first % 8, data.numel() - at)
+        bits = nonzero(data[at : at + count])
+        packed = pack_bits(bits, first % 8).cpu().numpy()
         into[first // 8 : first // 8 + packed.size] |= packed
+        kept += count_nonzero(bits)
         at += count
+    return kept
 
 
-def unpack_stretch(packed: np.ndarray, skip: int, count: int) -> Tensor:
-    """`count` bits after the first `skip` ones, as booleans."""
-    return torch.from_numpy(np.unpackbits(packed, count=skip + count)[skip:].view(np.bool_))
+def pack_bits(bits: Tensor, skip: int = 0) -> Tensor:
+    """Booleans as `numpy.packbits` packs them, after `skip` zeros; on their device."""
+    if skip:
+        bits = torch.cat([bits.new_zeros(skip), bits])
+    if bits.device.type == "cpu":
+        return torch.from_numpy(np.packbits(bits.numpy()))
+    return pack_with_torch(bits)
 
 
-def pack_masks(partition: Partition, weights: Sequence[nn.Parameter]) -> list[Tensor]:
+def unpack_bits(packed: Tensor, skip: int, count: int) -> Tensor:
+    """`count` bits after the first `skip` ones, as booleans; on their device."""
+    if packed.device.type == "cpu":
+        bits = np.unpackbits(packed.numpy(), count=skip + count)
+        return torch.from_numpy(bits[skip:].view(np.bool_))
+    return unpack_with_torch(packed)[skip : skip + count]
+
+
+def pack_with_torch(bits: Tensor) -> Tensor:
+    """`numpy.packbits` on any device."""
+    whole = nn.functional.pad(bits, (0, -bits.numel() % 8)).view(-1, 8)
+    return (whole * _places(bits.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_with_torch(packed: Tensor) -> Tensor:
+    """`numpy.unpackbits` on any device, as booleans."""
+    return (packed[:, None] & _places(packed.device)).view(-1) != 0
+
+
+def _places(device: torch.device) -> Tensor:
+    """Value of each bit of a byte, the first one highest."""
+    return torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=device)
+
+
+def pack_masks(partition: Partition, weights: Sequence[nn.Parameter]) -> tuple[list[Tensor], list[int]]:
     """Collective. The bits of weights, whole on every rank, in one transfer.
 
     Extra memory: numel / 8 bytes of each, and one block of a shard.
 
     Returns:
-        (packed_size,) uint8 of each weight, on the CPU.
+        (packed_size,) uint8 of each weight, on the CPU, and how many entries this rank's shards keep.
     """
     sizes = [packed_size(math.prod(partition.shape(param))) for param in weights]
     bits = np.zeros(sum(sizes), dtype=np.uint8)
+    kept = []
     for param, part in zip(weights, np.split(bits, np.cumsum(sizes)[:-1]), strict=True):
         shard = partition.shard(param)
-        pack_stretch(shard.data, shard.start, part)
+        kept.append(pack_stretch(shard.data, shard.start, part))
     together = partition.sum_over_shards(torch.from_numpy(bits).to(partition.device))
-    return list(together.cpu().split(sizes))
+    return list(together.cpu().split(sizes)), kept
 
 
 def save_masks(
     partition: Partition, folder: NewFolder, weights: Mapping[str, nn.Parameter], files: int
-) -> None:
-    """Collective. Write the masks of weights into `files` files, each by one rank."""
+) -> dict[str, int]:
+    """Collective. Write the masks of weights into `files` files, each by one rank; how many entries each keeps."""
     specs = [
         TensorSpec(name, torch.uint8, (packed_size(math.prod(partition.shape(param))),))
         for name, param in weights.items()
     ]
 
+    kept: list[int] = []
+
     def produce(names: list[str]) -> list[Tensor]:
-        return pack_masks(partition, [weights[name] for name in names])
+        masks, counts = pack_masks(partition, [weights[name] for name in names])
+        kept.extend(counts)
+        return masks
 
     write_dealt(partition, folder, STEM, specs, produce, files=files, kind=KIND)
+    total = partition.sum_over_shards(torch.tensor(kept, dtype=torch.int64, device=partition.device))
+    return dict(zip(weights, total.tolist(), strict=True))
 
 
 def check_masks(reader: TensorReader, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -107,9 +148,10 @@ def apply_mask(partition: Partition, param: nn.Parameter, reader: TensorReader, 
     Call `partition.written` afterwards.
     """
     for shard in [partition.shard(param), *partition.copies(param)]:
-        for at, keep in _keep_blocks(reader, name, shard.start, shard.data.numel()):
-            block = shard.data[at : at + keep.numel()]
-            block.masked_fill_(~keep.to(block.device), 0)
+        # By integers of the same width: 0 x NaN is 0, and several times as fast as masked_fill_ on the CPU.
+        words = shard.data.view(INTEGERS[shard.data.element_size()])
+        for at, keep in _keep_blocks(reader, name, shard.start, words.numel(), words.device):
+            words[at : at + keep.numel()].mul_(keep)
         shard.commit()
 
 
@@ -119,18 +161,25 @@ def count_kept(reader: TensorReader, name: str, numel: int) -> int:
     Raises:
         FormatError: bits are set beyond the last entry.
     """
-    kept = sum(int(keep.sum()) for _, keep in _keep_blocks(reader, name, 0, numel))
+    blocks = _keep_blocks(reader, name, 0, numel, torch.device("cpu"))
+    kept = sum(count_nonzero(keep) for _, keep in blocks)
     last = reader.read_range(name, packed_size(numel) - 1, packed_size(numel))
     if numel % 8 and int(last[0]) & (0xFF >> numel % 8):
         raise FormatError(f"{reader.where(name)}: mask {name} has bits beyond its {numel} entries")
     return kept
 
 
-def _keep_blocks(reader: TensorReader, name: str, start: int, length: int) -> Iterator[tuple[int, Tensor]]:
+def _keep_blocks(
+    reader: TensorReader, name: str, start: int, length: int, device: torch.device
+) -> Iterator[tuple[int, Tensor]]:
+    """(offset, kept) over entries start : start + length, as many at once as suit the device."""
+    most = CPU_CHUNK if device.type == "cpu" else _BLOCK
     at = 0
     while at < length:
         first = start + at
         count = min(_BLOCK - first % 8, length - at)
-        packed = reader.read_range(name, first // 8, packed_size(first + count))
-        yield at, unpack_stretch(packed.numpy(), first % 8, count)
+        packed = reader.read_range(name, first // 8, packed_size(first + count)).to(device)
+        for begin in range(0, count, most):
+            skip = first % 8 + begin
+            yield at + begin, unpack_bits(packed[skip // 8 :], skip % 8, min(most, count - begin))
         at += count

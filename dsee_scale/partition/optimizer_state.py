@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsee_scale.errors import PartitionError, TargetError
-from dsee_scale.partition import is_engine, open_partition, unwrap
+from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.eight_bit_moments import is_eight_bit, make_state, read_moment, write_moment
 from dsee_scale.partition.ranks import communication_device
 
@@ -177,9 +177,13 @@ class Zero3State(OptimizerState):
     """DeepSpeed ZeRO-3, offloaded to CPU or not."""
 
     def __init__(
-        self, engine_optimizer: Any, named: Mapping[str, nn.Parameter], sizes: Mapping[str, int]
+        self,
+        engine_optimizer: Any,
+        named: Mapping[str, nn.Parameter],
+        sizes: Mapping[str, int],
+        partition: Partition,
     ) -> None:
-        self.zero = engine_optimizer
+        self.zero, self.partition, self.params = engine_optimizer, partition, list(named.values())
         stretches = {}
         for name, param in named.items():
             group, offset, stored = self.zero.grad_position[self.zero.get_param_id(param)]
@@ -201,11 +205,16 @@ class Zero3State(OptimizerState):
         super().__init__(stretches, sizes, keepers, group=process_group, sharded=True, device=device)
 
     def refresh(self) -> None:
-        """Collective. Masters to shards; then parameters that stay resident are gathered again."""
-        self.zero.checkpoint_event_prologue()
+        """Collective. Masters to shards, and from there to trained parameters that are resident, in one transfer.
+
+        DeepSpeed's own way (`checkpoint_event_epilogue`) gathers every resident parameter, frozen ones too.
+        """
         for index in range(len(self.zero.fp32_partitioned_groups_flat)):
             self.zero._reassign_or_swap_out_partitioned_parameters(index)
-        self.zero.checkpoint_event_epilogue()
+        self.zero.invalidate_secondary_tensor()
+        resident = [param for param in self.params if param.data.numel()]
+        for param, value in zip(resident, self.partition.gather(resident), strict=True):
+            param.data.copy_(value)
 
     def _keeper(self, group: int) -> Any:
         where = getattr(self.zero, "subgroup_to_device", {}).get(group, "cpu")
@@ -216,7 +225,11 @@ class FlatGroupsState(OptimizerState):
     """DeepSpeed ZeRO-1, ZeRO-2 and the bf16 optimizer: one long flat tensor per group, cut at any place."""
 
     def __init__(
-        self, engine_optimizer: Any, named: Mapping[str, nn.Parameter], sizes: Mapping[str, int]
+        self,
+        engine_optimizer: Any,
+        named: Mapping[str, nn.Parameter],
+        sizes: Mapping[str, int],
+        partition: Partition,
     ) -> None:
         self.zero = engine_optimizer
         flats = getattr(self.zero, "single_partition_of_fp32_groups", None)
@@ -269,7 +282,7 @@ def open_optimizer(model: nn.Module, optimizer: Any = None) -> OptimizerState:
         _reject_unreachable(optimizer)
         _reject_unknown(optimizer, named)
         kind = Zero3State if hasattr(optimizer, "fp32_partitioned_groups_flat") else FlatGroupsState
-        return kind(optimizer, named, sizes)
+        return kind(optimizer, named, sizes, partition)
     return _plain_state(named, sizes, optimizer)
 
 

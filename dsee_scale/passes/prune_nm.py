@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dsee_scale.adapters.targets import linear_kind
+from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.patterns import key_blocks, lowest_in_groups, whole_slabs
 from dsee_scale.algorithms.score import Ranking
 from dsee_scale.errors import ConfigError
@@ -118,7 +119,7 @@ def remove_n_of_m(
             _apply(stored, how, ranking, gone)
             stored.commit()
         shard = partition.shard(member.param).data
-        zeros[index] = shard.numel() - torch.count_nonzero(shard)
+        zeros[index] = shard.numel() - count_nonzero(shard)
     partition.written([member.param for member in members])
     counts = partition.sum_over_shards(zeros).tolist()
     return {member.name: (count, member.numel) for member, count in zip(members, counts, strict=True)}

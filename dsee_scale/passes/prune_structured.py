@@ -20,6 +20,7 @@ from dsee_scale.adapters.families import Kind, Part, UnitLayer, find_units
 from dsee_scale.adapters.linear import PARAMETER, flat_shapes, is_adapted
 from dsee_scale.adapters.removed_units import record_removed, removed_units
 from dsee_scale.adapters.state import model_state
+from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.patterns import (
     EXPONENTS,
     add_along_axis,
@@ -112,7 +113,7 @@ def remove_units(
     for layer, units in chosen:
         record_removed(module, layer, units)
     shards = [partition.shard(member.param).data for member in plan.pool.members]
-    zeros = torch.tensor([shard.numel() - int(torch.count_nonzero(shard)) for shard in shards])
+    zeros = torch.tensor([shard.numel() - count_nonzero(shard) for shard in shards])
     counts = zip(plan.pool.members, partition.sum_over_shards(zeros).tolist(), strict=True)
     layers = {
         f"{layer.name} {layer.kind}": (int(units.sum()) * layer.unit_size, layer.size)

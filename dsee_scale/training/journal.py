@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.partition import open_partition, unwrap
 from dsee_scale.passes.pools import block_linears
 
@@ -90,7 +91,8 @@ def count_zeros(model: nn.Module) -> dict[str, list[int]]:
     partition = open_partition(model)
     layers = block_linears(unwrap(model))
     weights: list[nn.Parameter] = [layer.weight for layer in layers.values()]  # type: ignore[misc]
-    zeros = [int((partition.shard(weight).data == 0).sum()) for weight in weights]
+    shards = [partition.shard(weight).data for weight in weights]
+    zeros = [shard.numel() - count_nonzero(shard) for shard in shards]
     total = partition.sum_over_shards(
         torch.tensor(zeros, dtype=torch.int64, device=partition.device)
     ).tolist()

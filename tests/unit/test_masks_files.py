@@ -20,9 +20,11 @@ from dsee_scale.checkpoint.masks import (
     count_kept,
     open_masks,
     pack_stretch,
+    pack_with_torch,
     packed_size,
     save_masks,
-    unpack_stretch,
+    unpack_bits,
+    unpack_with_torch,
 )
 from dsee_scale.checkpoint.tensor_file import TensorReader, write_tensors
 from dsee_scale.errors import ConfigError, FormatError
@@ -42,7 +44,7 @@ def save(folder, tensors, *, overwrite=False, before_commit=lambda new: None):
 @pytest.mark.parametrize("block", [8, 16, 1 << 25])
 @pytest.mark.parametrize("bounds", [(0, 41), (0, 1, 7, 8, 8, 17, 40, 41), (0, 20, 41), (0, 14, 28, 41)])
 def test_stretches_packed_apart_equal_numpys_packbits_of_the_whole(bounds, block, monkeypatch):
-    monkeypatch.setattr(masks_module, "_BLOCK", block)
+    monkeypatch.setattr(masks_module, "CPU_CHUNK", block)
     data = torch.randn(41, generator=torch.Generator().manual_seed(0))
     data[torch.rand(41, generator=torch.Generator().manual_seed(1)) < 0.5] = 0
     data[40] = -0.0
@@ -54,8 +56,16 @@ def test_stretches_packed_apart_equal_numpys_packbits_of_the_whole(bounds, block
     together = np.sum(parts, axis=0, dtype=np.uint8)
     assert np.array_equal(together, np.packbits((data != 0).numpy()))
     for start, stop in itertools.pairwise(bounds):
-        packed = together[start // 8 : packed_size(stop)]
-        assert torch.equal(unpack_stretch(packed, start % 8, stop - start), data[start:stop] != 0)
+        packed = torch.from_numpy(together[start // 8 : packed_size(stop)])
+        assert torch.equal(unpack_bits(packed, start % 8, stop - start), data[start:stop] != 0)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 4096])
+def test_bits_packed_on_an_accelerator_are_numpys(count):
+    bits = torch.rand(count, generator=torch.Generator().manual_seed(0)) < 0.5
+    packed = pack_with_torch(bits)
+    assert np.array_equal(packed.numpy(), np.packbits(bits.numpy()))
+    assert torch.equal(unpack_with_torch(packed)[:count], bits)
 
 
 def test_nan_counts_as_kept():
@@ -64,8 +74,11 @@ def test_nan_counts_as_kept():
     assert bits[0] == 0b01100000
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_saved_mask_zeroes_the_same_entries_of_another_weight(tmp_path, dtype):
+@pytest.mark.parametrize("blocks", [(1 << 25, 1 << 17), (16, 8), (32, 24), (8, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_saved_mask_zeroes_the_same_entries_of_another_weight(tmp_path, dtype, blocks, monkeypatch):
+    monkeypatch.setattr(masks_module, "_BLOCK", blocks[0])
+    monkeypatch.setattr(masks_module, "CPU_CHUNK", blocks[1])
     model = nn.Linear(13, 7, dtype=dtype)
     with torch.no_grad():
         model.weight[torch.rand(7, 13) < 0.4] = 0
@@ -77,6 +90,9 @@ def test_a_saved_mask_zeroes_the_same_entries_of_another_weight(tmp_path, dtype)
     assert count_kept(reader, "weight", 91) == int((model.weight != 0).sum())
     other = nn.Linear(13, 7, dtype=dtype)
     expected = other.weight.detach().clone() * (model.weight != 0)
+    with torch.no_grad():
+        removed = torch.nonzero(model.weight == 0)[0]
+        other.weight[tuple(removed)] = float("nan")
     apply_mask(open_partition(other), other.weight, reader, "weight")
     assert torch.equal(other.weight, expected)
 
