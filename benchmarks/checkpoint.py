@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 from _report import Report, parser
-from scale import run_on
+from scale import SHAPES, run_on
+from scale import build as build_random
 
 RANK, NUM_SPARSE = 16, 64
 MOMENTS = 2
@@ -32,7 +33,10 @@ MOMENTS = 2
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("--model", help="folder of a decoder (default: SmolLM2 as `make demo` fetches it)")
+    arguments.add_argument(
+        "--model",
+        help="folder of a decoder, or a random Llama (7b, 1b, small); default: SmolLM2 as `make demo` fetches it",
+    )
     arguments.add_argument("--folder", help="where to write (default: the temporary folder)")
     arguments.add_argument("--rounds", type=int, default=5)
     args = arguments.parse_args()
@@ -61,6 +65,8 @@ def choose_model(args: argparse.Namespace) -> tuple[str, str]:
     """A folder ("" for a small random Llama) and what to call it."""
     from dsee_scale.training.demo_inputs import cache_folder
 
+    if args.model in SHAPES:
+        return args.model, f"random Llama, {args.model}, 2 ranks"
     folder = Path(args.model) if args.model else cache_folder() / "smollm2-135m-instruct"
     if args.quick and not args.model:
         return "", "Llama of 6 layers, 2 ranks"
@@ -125,7 +131,9 @@ def build_engine(model: str) -> tuple[Any, dict[str, int]]:
         "bf16": {"enabled": True},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
     }
-    if model:
+    if model in SHAPES:
+        base = build_random(model)
+    elif model:
         keep = HfDeepSpeedConfig(ds_config)
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
         del keep
