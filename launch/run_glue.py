@@ -10,7 +10,9 @@ import logging
 import os
 import sys
 
-from dsee_scale.errors import DSEEError
+from dsee_scale.errors import DSEEError, RunStoppedError
+
+RELAUNCH = 75  # as launch/finetune.py
 
 
 def main(words: list[str]) -> int:
@@ -25,7 +27,7 @@ def main(words: list[str]) -> int:
         run_glue(parse_flags(words))
     except DSEEError as error:
         logging.getLogger("dsee_scale").error("%s: %s", type(error).__name__, error)
-        return 2
+        return RELAUNCH if isinstance(error, RunStoppedError) else 2
     return 0
 
 

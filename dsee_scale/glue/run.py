@@ -35,12 +35,14 @@ from dsee_scale.glue.model import (
 from dsee_scale.glue.trainer import GlueTrainer
 from dsee_scale.partition import open_partition, unwrap
 from dsee_scale.training.arguments import kept_environment, make_arguments
-from dsee_scale.training.journal import count_zeros, sparsity
+from dsee_scale.training.journal import Journal, count_zeros, sparsity
+from dsee_scale.training.survival import limited_waiting, named_when_lost
 from dsee_scale.training.together import together
 
 logger = logging.getLogger(__name__)
 
 MODEL_FOLDER = "model"
+RESUME = "the same command without --overwrite_output_dir goes on from the last checkpoint"
 NEEDED = {"do_train": "train", "do_eval": "validation", "do_predict": "test"}
 
 
@@ -53,23 +55,29 @@ def run_glue(settings: GlueSettings) -> Path:
 
     Raises:
         DSEEError: bad flags, data or files; the same on every rank, before any training.
+        RunStoppedError: on each rank that is left, that another rank is lost.
     """
-    with kept_environment():
-        return _run(settings)
-
-
-def _run(settings: GlueSettings) -> Path:
     values = dict(settings.training)
     asked = values.pop("resume_from_checkpoint", None)
-    args = make_arguments(values)
+    with kept_environment():
+        args, journal = make_arguments(values), Journal()
+        lost = named_when_lost(journal, args.ddp_timeout, RESUME)
+        with limited_waiting(args.ddp_timeout), lost:
+            return _run(settings, args, asked, journal)
+
+
+def _run(settings: GlueSettings, args: TrainingArguments, asked: str | None, journal: Journal) -> Path:
     output = Path(str(args.output_dir))
     checkpoint = together(lambda: _checkpoint(settings, args, asked), what="looking at the output folder")
     source = together(lambda: find_source(settings, checkpoint), what="reading the tuned model")
     wanted = [part for flag, part in NEEDED.items() if getattr(args, flag)]
     data = together(lambda: load_glue(settings.data, wanted, source.classes), what="reading the data")
+    journal.doing = "loading"
     trainer, rows = _trainer(settings, args, source, data, fresh=checkpoint is None)
     if args.do_train:
+        journal.doing = "training"
         _train(trainer, rows["train"], checkpoint)
+        journal.doing = "export"
         if isinstance(trainer, GlueTrainer) and settings.pruning.export_delta != "none":
             export_model(
                 trainer.model_wrapped,
@@ -79,8 +87,10 @@ def _run(settings: GlueSettings) -> Path:
                 overwrite=True,
             )
     if args.do_eval:
+        journal.doing = "evaluation"
         _evaluate(trainer, rows)
     if args.do_predict:
+        journal.doing = "prediction"
         _predict(trainer, rows, data, output)
     together(lambda: None, what="finishing")
     return output

@@ -148,12 +148,13 @@ def limited_waiting(seconds: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def named_when_lost(journal: Journal, seconds: float) -> Iterator[None]:
+def named_when_lost(journal: Journal, seconds: float, resume: str = RESUME) -> Iterator[None]:
     """A collective that fails inside raises an error that names this rank and what it was doing.
 
     Args:
         journal: knows what the run is doing.
         seconds: the limit on waiting; shortly before it, a rank that still waits says where.
+        resume: how to go on, for the message.
     """
     over = threading.Event()
     reporter = threading.Thread(target=_report_waiting, args=(journal, seconds, over), daemon=True)
@@ -168,7 +169,7 @@ def named_when_lost(journal: Journal, seconds: float) -> Iterator[None]:
         first = re.sub(r"^\[[^\]]*\] ", "", str(error).strip().splitlines()[0])[:120]
         raise RunStoppedError(
             f"rank {_rank()} lost another rank during {journal.doing!r}: {first}. If no other rank says why, "
-            f"its machine is gone or it was too slow for training.ddp_timeout ({seconds:g} s); {RESUME}"
+            f"its machine is gone or it was too slow for ddp_timeout ({seconds:g} s); {resume}"
         ) from error
     finally:
         over.set()
@@ -185,7 +186,7 @@ def _report_waiting(journal: Journal, seconds: float, over: threading.Event) -> 
             said = True
             waited = time.monotonic() - since
             logger.warning(
-                "rank %d has been at %r for %.0f s; a collective that waits for training.ddp_timeout (%g s) fails",
+                "rank %d has been at %r for %.0f s; a collective that waits for ddp_timeout (%g s) fails",
                 _rank(),
                 doing,
                 waited,

@@ -99,7 +99,7 @@ def test_a_rank_that_hangs_is_named_with_the_phase_once_the_timeout_is_over(inpu
     assert codes[0] == RELAUNCH, logs(recipe)
     said = Path(f"{recipe}.log.0").read_text()
     assert "rank 0 lost another rank during 'retune, step" in said
-    assert "training.ddp_timeout (10 s)" in said
+    assert "ddp_timeout (10 s)" in said
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_good_checkpoints(inputs, tmp_path):

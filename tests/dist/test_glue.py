@@ -6,11 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import Trainer
 
+from dsee_scale.errors import RunStoppedError
 from dsee_scale.glue.arguments import parse_flags
 from dsee_scale.glue.run import run_glue
 from tests.dist.test_examples import free_port
@@ -55,6 +59,35 @@ def test_two_ranks_under_zero3_do_what_one_process_does(pools, inputs):
     weights = load_file(folder / "two" / "pruned" / "model" / "model.safetensors")
     zeros = sum(int((w == 0).sum()) for n, w in weights.items() if "encoder" in n and w.dim() == 2)
     assert zeros == two["pruned"]["block_weights_zero"] > 0
+
+
+def left_alone(folder: str, words: list[str]) -> str:
+    """Rank 1 sleeps through a training step; what the others say."""
+    step = Trainer.training_step
+
+    def late_step(*args, **kwargs):
+        if torch.distributed.get_rank() == 1:
+            time.sleep(12)
+        return step(*args, **kwargs)
+
+    flags = f"--model_name_or_path {folder}/bert --output_dir {folder}/alone {SHORT} {STAGE} --ddp_timeout 4"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "training_step", late_step)
+        try:
+            run_glue(parse_flags([*flags.split(), *words]))
+        except RunStoppedError as error:
+            return str(error)
+    return "no error"
+
+
+def test_a_rank_that_is_lost_is_noticed_and_the_error_names_the_phase(pools, inputs):
+    folder, words = inputs
+    try:
+        said = pools(2).run(left_alone, str(folder), [*words, *deepspeed_file(folder)])
+    finally:
+        pools(2).stop()  # its process groups are broken
+    assert "rank 0 lost another rank during 'training'" in said[0]
+    assert "ddp_timeout (4 s); the same command without --overwrite_output_dir goes on" in said[0]
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
