@@ -71,7 +71,7 @@ def short_of_memory(rank: int) -> str:
     limits = resource.getrlimit(resource.RLIMIT_AS)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     if torch.distributed.get_rank() == rank:
-        resource.setrlimit(resource.RLIMIT_AS, (held, limits[1]))
+        resource.setrlimit(resource.RLIMIT_AS, (held + (16 << 20), limits[1]))
     try:
         return injected(model, round_memory_mib=64)
     finally:
