@@ -58,18 +58,20 @@ def start_with_pdsh(hosts: TwoHosts, words: list[str], folder: Path) -> list[sub
     return [hosts.start(0, command, folder / "log", cwd=folder, env=clean_environment(env))]
 
 
-def start_with_accelerate(hosts: TwoHosts, words: list[str], folder: Path) -> list[subprocess.Popen[bytes]]:
+def start_with_accelerate(
+    hosts: TwoHosts, words: list[str], folder: Path, machines: int = 2
+) -> list[subprocess.Popen[bytes]]:
     """The same command on each host; the DeepSpeed config comes with accelerate's file."""
     config = yaml.safe_load((ROOT / "ds_configs/accelerate_multi_node.yaml").read_text())
     recipe = yaml.safe_load(Path(words[1]).read_text())
     (folder / "deepspeed.json").write_text(json.dumps(recipe["training"]["deepspeed"]))
     config["deepspeed_config"]["deepspeed_config_file"] = str(folder / "deepspeed.json")
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
-    env = {"PATH": hosts.path, "NUM_MACHINES": "2", "NUM_PROCESSES": "1", "MASTER_ADDR": hosts.addresses[0]}
+    env = {"PATH": hosts.path, "NUM_MACHINES": str(machines), "NUM_PROCESSES": "1", "MASTER_ADDR": hosts.addresses[0]}
     env |= {"MASTER_PORT": str(free_port()), "ACCELERATE_CONFIG": str(folder / "accelerate.yaml"), **PER_HOST}
     command = [str(ROOT / "launch/accelerate_each_node.sh"), *words, "--deepspeed", "null"]
     started = []
-    for host in (0, 1):
+    for host in range(machines):
         own = clean_environment({**env, "MACHINE_RANK": str(host)})
         started.append(hosts.start(host, command, folder / f"log{host}", cwd=folder, env=own))
     return started
@@ -108,3 +110,32 @@ def test_two_hosts_train_prune_save_and_export_what_one_host_does(hosts, inputs,
             ours, theirs = load_file(output / name), load_file(one_host / name)
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+
+
+def test_a_host_that_is_cut_off_is_noticed_on_both_and_the_one_that_is_left_goes_on(hosts, inputs, tmp_path):
+    output = tmp_path / "run"
+    quick = {**QUICK, "training__save_strategy": "steps", "training__save_steps": 2, "training__max_steps": 60}
+    recipe = tiny_recipe(inputs, output, **{**quick, "training__ddp_timeout": 8})
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    words = [str(ROOT / "launch/finetune.py"), str(tmp_path / "recipe.yaml")]
+    started = start_with_accelerate(hosts, words, tmp_path)
+    reached = output / "checkpoint-4"
+    while not reached.is_dir() and all(process.poll() is None for process in started):
+        time.sleep(0.02)
+    hosts.set_link("down")
+    try:
+        codes = [process.wait(timeout=120) for process in started]
+    finally:
+        hosts.set_link("up")
+    said = [(tmp_path / f"log{host}").read_text() for host in (0, 1)]
+    assert all(codes), said
+    for rank in (0, 1):
+        assert f"rank {rank} lost another rank during 'tune" in said[rank], said[rank][-5000:]
+    # One process takes the two micro-batches of a step one after the other.
+    words += ["--resume", "--gradient_accumulation_steps", "2"]
+    wait_for(start_with_accelerate(hosts, words, tmp_path, machines=1), tmp_path, seconds=250)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["run"]["world_size"] == 1
+    assert list(losses(output)) == list(range(1, 66))
+    zeros, total = zero_share(output / "model")
+    assert zeros == total // 2

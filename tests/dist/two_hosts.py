@@ -79,6 +79,12 @@ class TwoHosts:
         self.started.append(process)
         return process
 
+    def set_link(self, state: str) -> None:
+        """Plug the cable between the hosts in (`up`), or pull it out (`down`)."""
+        for name in self.namespaces:
+            command = [str(find("ip")), "-n", name, "link", "set", INTERFACE, state]
+            subprocess.run(command, check=True)
+
     def processes(self) -> list[int]:
         """Ids of all that runs on the two hosts."""
         listed = [
