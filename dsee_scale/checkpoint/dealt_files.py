@@ -18,7 +18,7 @@ def write_dealt(
     folder: NewFolder,
     stem: str,
     specs: Sequence[TensorSpec],
-    produce: Callable[[list[str]], list[Tensor]],
+    produce: Callable[[list[list[str]]], list[Tensor]],
     *,
     files: int,
     kind: str,
@@ -32,25 +32,26 @@ def write_dealt(
         folder: where to.
         stem: the files are `stem.safetensors`, or `stem-00001-of-00002.safetensors` and so on.
         specs: what to write; each tensor ends up in one file.
-        produce: collective; whole tensors by name on every rank.
+        produce: collective; for the names of one batch by file, the whole tensors of this rank's file.
         files: number of files, at most the number of ranks.
         kind: noted in the files.
     """
     names = [[spec.name for spec in batch] for batch in batches(specs)]
     sizes = {spec.name: spec.nbytes for spec in specs}
     shares = [runs({name: sizes[name] for name in batch}, files) for batch in names]
-    mine = [set(share[partition.rank]) if partition.rank < files else set() for share in shares]
+    mine = [share[partition.rank] if partition.rank < files else [] for share in shares]
     writer: TensorWriter | None = None
     with alike(partition):
         if any(mine):
-            own = [spec for spec in specs if any(spec.name in share for share in mine)]
+            names_here = {name for share in mine for name in share}
+            own = [spec for spec in specs if spec.name in names_here]
             writer = TensorWriter(folder, part_name(stem, partition.rank, files), own, file_metadata(kind))
     error: Exception | None = None
-    for batch, share in zip(names, mine, strict=True):
-        tensors = produce(batch)
+    for share, own_names in zip(shares, mine, strict=True):
+        tensors = produce(share)
         try:
-            for name, tensor in zip(batch, tensors, strict=True):
-                if name in share and writer is not None and error is None:
+            for name, tensor in zip(own_names, tensors, strict=True):
+                if writer is not None and error is None:
                     writer.write(name, tensor)
         except Exception as caught:  # the other ranks go on to the next batch: follow, then fail together
             error = caught

@@ -1,8 +1,8 @@
 """Masks as packed bits: one bit per entry of a weight, 1 where the entry is kept (W != 0).
 
 The bits stand in the weight's flat order, the first one highest in its byte, as `numpy.packbits` has it. A
-shard may start within a byte: every rank packs its own stretch into a blank array, and the arrays are
-summed, since each bit is set by one rank at most. Only bits travel between ranks.
+shard may start within a byte: every rank packs its own stretch and sends it to the one rank that writes the
+weight's mask, which puts the stretches together. Each bit travels once at most, however many ranks there are.
 """
 
 from __future__ import annotations
@@ -88,22 +88,46 @@ def _places(device: torch.device) -> Tensor:
     return torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=device)
 
 
-def pack_masks(partition: Partition, weights: Sequence[nn.Parameter]) -> tuple[list[Tensor], list[int]]:
-    """Collective. The bits of weights, whole on every rank, in one transfer.
+def deal_masks(
+    partition: Partition, shares: Sequence[Sequence[nn.Parameter]]
+) -> tuple[list[Tensor], list[int]]:
+    """Collective. The bits of weights, each on the one rank that writes them.
 
-    Extra memory: numel / 8 bytes of each, and one block of a shard.
+    Every rank packs its own stretches; nothing else travels. Extra memory: the bits of this rank's stretches, and of
+    the weights that it gets.
+
+    Args:
+        partition: the ranks.
+        shares: the weights that rank 0, rank 1, ... gets; further ranks get none.
 
     Returns:
-        (packed_size,) uint8 of each weight, on the CPU, and how many entries this rank's shards keep.
+        (packed_size,) uint8 of each weight of this rank's share, on the CPU; and for every weight of all shares, in
+        order, how many entries this rank's stretch of it keeps.
     """
-    sizes = [packed_size(math.prod(partition.shape(param))) for param in weights]
-    bits = np.zeros(sum(sizes), dtype=np.uint8)
-    kept = []
-    for param, part in zip(weights, np.split(bits, np.cumsum(sizes)[:-1]), strict=True):
+    kept: list[int] = []
+    pieces = [_packed_stretches(partition, share, kept) for share in shares]
+    pieces += [torch.empty(0, dtype=torch.uint8)] * (partition.world_size - len(pieces))
+    own = shares[partition.rank] if partition.rank < len(shares) else []
+    masks = [np.zeros(packed_size(math.prod(partition.shape(param))), dtype=np.uint8) for param in own]
+    for piece in partition.deal(pieces):
+        at, stretches = 0, piece.numpy()
+        for mask in masks:
+            first, size = stretches[at : at + 16].view(np.int64)
+            mask[first : first + size] |= stretches[at + 16 : at + 16 + size]
+            at += 16 + size
+    return [torch.from_numpy(mask) for mask in masks], kept
+
+
+def _packed_stretches(partition: Partition, weights: Sequence[nn.Parameter], kept: list[int]) -> Tensor:
+    """Local. Of each weight: index of the first byte and number of bytes (int64), and the bytes."""
+    parts = []
+    for param in weights:
         shard = partition.shard(param)
-        kept.append(pack_stretch(shard.data, shard.start, part))
-    together = partition.sum_over_shards(torch.from_numpy(bits).to(partition.device))
-    return list(together.cpu().split(sizes)), kept
+        first = shard.start // 8
+        bits = np.zeros(packed_size(shard.start + shard.data.numel()) - first, dtype=np.uint8)
+        kept.append(pack_stretch(shard.data, shard.start % 8, bits))
+        parts += [np.array([first, bits.size]).view(np.uint8), bits]
+    return torch.from_numpy(np.concatenate(parts)) if parts else torch.empty(0, dtype=torch.uint8)
 
 
 def save_masks(
@@ -114,11 +138,10 @@ def save_masks(
         TensorSpec(name, torch.uint8, (packed_size(math.prod(partition.shape(param))),))
         for name, param in weights.items()
     ]
-
     kept: list[int] = []
 
-    def produce(names: list[str]) -> list[Tensor]:
-        masks, counts = pack_masks(partition, [weights[name] for name in names])
+    def produce(shares: list[list[str]]) -> list[Tensor]:
+        masks, counts = deal_masks(partition, [[weights[name] for name in share] for share in shares])
         kept.extend(counts)
         return masks
 

@@ -78,8 +78,10 @@ def save_training_state(
         items = {f"{name}/{key}": (name, key) for name in state.sizes for key in keys}
         specs = [TensorSpec(i, torch.float32, (state.sizes[name],)) for i, (name, _) in items.items()]
 
-        def produce(names: list[str]) -> list[Tensor]:
-            return state.gather([items[name] for name in names])
+        def produce(shares: list[list[str]]) -> list[Tensor]:
+            whole = state.gather([items[name] for share in shares for name in share])
+            before = sum(map(len, shares[: partition.rank]))
+            return whole[before : before + len(shares[partition.rank])]
 
         write_dealt(partition, new, OPTIMIZER, specs, produce, files=partition.world_size, kind=KIND)
         with alike(partition):

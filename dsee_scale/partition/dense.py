@@ -73,6 +73,10 @@ class DensePartition(Ranks):
         """The owned matrices are already here."""
         return Owned({i: params[i].detach() for i, owner in enumerate(owners) if owner == self.rank})
 
+    def deal(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's own piece alone: the other ranks would send the same."""
+        return [pieces[self.rank]]
+
     def sum_over_shards(self, tensor: Tensor) -> Tensor:
         """Identity: every rank has counted every weight."""
         return tensor

@@ -120,6 +120,16 @@ class Partition(Protocol):
     def sum_over_shards(self, tensor: Tensor) -> Tensor:
         """Collective. In-place sum over the ranks whose shards are different; identity on replicas."""
 
+    def deal(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """Collective. Send piece r, made from this rank's shards, to rank r.
+
+        Args:
+            pieces: for each rank, (n,) uint8 on the CPU.
+
+        Returns:
+            On the CPU, what came from the ranks whose shards are different, in their order.
+        """
+
     def broadcast(self, tensor: Tensor, src: int) -> Tensor:
         """Collective. In-place broadcast of `tensor` from rank `src` to all ranks."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,18 @@ class Ranks:
         if self.world_size > 1:
             dist.broadcast(tensor, self.global_rank(src), group=self.group)
         return tensor
+
+    def deal(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """Collective. One all-to-all of bytes whose sizes the ranks tell each other first."""
+        if self.world_size == 1:
+            return list(pieces)
+        sizes = torch.tensor([piece.numel() for piece in pieces], device=self.device)
+        coming = torch.empty_like(sizes)
+        dist.all_to_all_single(coming, sizes, group=self.group)
+        sent = torch.cat(list(pieces)).to(self.device)
+        received = sent.new_empty(int(coming.sum()))
+        dist.all_to_all_single(received, sent, coming.tolist(), sizes.tolist(), group=self.group)
+        return list(received.cpu().split(coming.tolist()))
 
     def barrier(self) -> None:
         """Collective. Wait for every rank."""
