@@ -16,30 +16,46 @@ def is_eight_bit(state: dict[str, Any], key: str) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.uint8 and f"absmax{key[-1]}" in state
 
 
-def read_moment(state: dict[str, Any], key: str) -> Tensor | None:
-    """A moment's values: a decoded float32 copy of one in 8 bits, else the tensor itself. Local."""
+def read_moment(state: dict[str, Any], key: str, start: int, length: int) -> Tensor | None:
+    """Entries start : start + length, flat; a decoded float32 copy of a moment in 8 bits, else a view. Local."""
+    if state.get(key) is None:
+        return None
     if not is_eight_bit(state, key):
-        return state.get(key)
-    from bitsandbytes.functional import dequantize_blockwise
-
-    n = key[-1]
-    codes = state[key].detach().contiguous().view(-1)
-    values = dequantize_blockwise(codes, absmax=state[f"absmax{n}"], code=state[f"qmap{n}"], blocksize=BLOCK)
-    return values.view(state[key].shape)
+        return state[key].detach().view(-1)[start : start + length]
+    first = start // BLOCK * BLOCK
+    return _decode(state, key, first, start + length)[start - first :]
 
 
-def write_moment(state: dict[str, Any], key: str, values: Tensor) -> None:
-    """Keep new values of a moment in 8 bits. Local.
+def write_moment(state: dict[str, Any], key: str, start: int, values: Tensor) -> None:
+    """Set entries of a moment in 8 bits from `start` on. Local.
 
-    They are rounded to 8 bits once more: what was decoded comes back within a step of the code.
+    They are rounded to 8 bits once more: what was decoded comes back within a step of the code. So are the entries
+    that share a block of 256 with them, and no others.
     """
     from bitsandbytes.functional import quantize_blockwise
 
-    n, flat = key[-1], values.contiguous().view(-1)
+    n, first = key[-1], start // BLOCK * BLOCK
+    stop = min(-(-(start + values.numel()) // BLOCK) * BLOCK, state[key].numel())
+    flat = _decode(state, key, first, stop)
+    flat[start - first : start - first + values.numel()] = values
     codes, how = quantize_blockwise(flat, code=state[f"qmap{n}"], blocksize=BLOCK)
     codes[flat == 0] = int(state[f"qmap{n}"].abs().argmin())  # bitsandbytes 0.50 takes a neighbour on the CPU
-    state[key].view(-1).copy_(codes)
-    state[f"absmax{n}"].copy_(how.absmax)
+    state[key].view(-1)[first:stop].copy_(codes)
+    state[f"absmax{n}"][_blocks(first, stop)].copy_(how.absmax)
+
+
+def _decode(state: dict[str, Any], key: str, first: int, stop: int) -> Tensor:
+    """Entries first:stop as float32; `first` begins a block."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    n = key[-1]
+    codes = state[key].detach().contiguous().view(-1)[first:stop]
+    scales = state[f"absmax{n}"][_blocks(first, stop)]
+    return dequantize_blockwise(codes, absmax=scales, code=state[f"qmap{n}"], blocksize=BLOCK)
+
+
+def _blocks(first: int, stop: int) -> slice:
+    return slice(first // BLOCK, -(-stop // BLOCK))
 
 
 def make_state(optimizer: Any, tensor: Any) -> None:

@@ -48,6 +48,19 @@ class Stretch:
         """The optimizer's state of `flat`; empty before the first step."""
         return self.optimizer.state[self.flat]
 
+    def read(self, key: str) -> Tensor | None:
+        """Values under `MASTER` or a moment's name, flat: a view, or a decoded copy of a moment in 8 bits."""
+        if key == MASTER:
+            return self.view(self.flat)
+        return read_moment(self.state, key, self.offset, self.length)
+
+    def write(self, key: str, values: Tensor) -> None:
+        """Set the values under `MASTER` or a moment's name."""
+        if key != MASTER and is_eight_bit(self.state, key):
+            write_moment(self.state, key, self.offset, values.to(self.state[key].device))
+        else:
+            self.view(self.flat if key == MASTER else self.state[key]).copy_(values)
+
 
 class OptimizerState:
     """Master values and moments of trained parameters, by parameter name.
@@ -97,9 +110,9 @@ class OptimizerState:
         whole = torch.zeros(sum(sizes), dtype=torch.float32)
         for (name, key), target in zip(items, whole.split(sizes), strict=True):
             stretch = self.stretches.get(name)
-            source = None if stretch is None else self._tensor(stretch, key)
+            source = None if stretch is None else stretch.read(key)
             if stretch is not None and source is not None:
-                target[stretch.start : stretch.start + stretch.length] = stretch.view(source).float().cpu()
+                target[stretch.start : stretch.start + stretch.length] = source.float().cpu()
         return list(self._sum(whole).split(sizes))
 
     def steps(self) -> dict[str, int]:
@@ -126,12 +139,8 @@ class OptimizerState:
                 stretch.state[key] = torch.zeros_like(
                     stretch.flat, dtype=_moment_dtype(stretch), requires_grad=False
                 )
-        target = self._tensor(stretch, key)
-        assert target is not None
         with torch.no_grad():
-            stretch.view(target).copy_(values)
-            if key != MASTER and is_eight_bit(stretch.state, key):
-                write_moment(stretch.state, key, target)
+            stretch.write(key, values)
 
     def put_steps(self, steps: Mapping[str, int]) -> None:
         """Set the number of updates, as the optimizer in use keeps it. Local. Zero clears a state."""
@@ -160,9 +169,6 @@ class OptimizerState:
 
     def _groups(self) -> list[dict[str, Any]]:
         return self._keepers[0].param_groups
-
-    def _tensor(self, stretch: Stretch, key: str) -> Tensor | None:
-        return stretch.flat if key == MASTER else read_moment(stretch.state, key)
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """Sum of what is zero on all ranks but one, as integers: every bit survives, -0.0 and NaN too."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dsee_scale.algorithms.patterns import zero_along_axis_
 from dsee_scale.errors import PartitionError
 from dsee_scale.partition import Partition, is_engine, unwrap
-from dsee_scale.partition.eight_bit_moments import is_eight_bit, read_moment, write_moment
-from dsee_scale.partition.optimizer_state import open_optimizer
+from dsee_scale.partition.eight_bit_moments import is_eight_bit
+from dsee_scale.partition.optimizer_state import Stretch, open_optimizer
 
 _HOOKS: list[Any] = []
 _WAITING: Any = WeakTensorKeyDictionary()
@@ -99,18 +99,18 @@ def _clear_engine_state(model: nn.Module, lines: Sequence[Lines]) -> None:
         if stretch is None:
             continue
         one.clear(stretch.view(stretch.flat), stretch.start)
-        _clear_moments(stretch.state, stretch.flat, lambda m, s=stretch, o=one: o.clear(s.view(m), s.start))  # type: ignore[misc]
+        _clear_moments(stretch, one)
 
 
-def _clear_moments(state: dict[str, Any], like: Tensor, clear: Callable[[Tensor], None]) -> None:
-    """Apply `clear` to the values of every moment of a tensor, those in 8 bits included."""
-    names = [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == like.shape]
-    for key in names:
-        moment = read_moment(state, key)
+def _clear_moments(stretch: Stretch, lines: Lines) -> None:
+    """Zero the lines in every moment of a stretch, those in 8 bits included."""
+    like = stretch.flat.shape
+    for key in [k for k, value in stretch.state.items() if isinstance(value, Tensor) and value.shape == like]:
+        moment = stretch.read(key)
         assert moment is not None
-        clear(moment)
-        if is_eight_bit(state, key):
-            write_moment(state, key, moment)
+        lines.clear(moment, stretch.start)
+        if is_eight_bit(stretch.state, key):
+            stretch.write(key, moment)
 
 
 @torch.no_grad()
@@ -121,11 +121,7 @@ def _clear_before_step(optimizer: Any, *_: Any) -> None:
             lines = Lines(param, *one)
             if param.grad is not None:
                 lines.clear(param.grad.view(-1), 0)
-            _clear_moments(
-                optimizer.state.get(param, {}),
-                param,
-                lambda m, lines=lines: lines.clear(m.view(-1), 0),  # type: ignore[misc]
-            )
+            _clear_moments(Stretch(0, param.numel(), param, 0, optimizer, 0), lines)
 
 
 def _trains(optimizer: Any, param: Tensor) -> bool:
