@@ -21,8 +21,6 @@ REDUCE_BUCKET = 20_000_000
 PREFETCH_BUCKET = 50_000_000
 REUSE_DISTANCE = 1_000_000_000
 """Elements within which ZeRO-3 keeps a weight that it needs again (`stage3_max_reuse_distance`)."""
-PERSISTENT = 1_000_000
-"""Parameters up to this size stay whole on every GPU (`stage3_param_persistence_threshold`)."""
 DECOMPOSED_PER_SECOND = 22e6
 """Entries that one CPU core decomposes in a second: 14336 x 4096 in 2.6 s (docs/decomposition.md)."""
 RESERVED = 0.08
@@ -151,7 +149,7 @@ def training_memory(shape: ModelShape, setting: Setting) -> Memory:
     base = _stored_base(shape, setting) / setting.gpus
     # Float32 master values, two moments, the gradient of the step; gradients kept in float32.
     optimizer = share * (4 + 4 + 4 + 4 + 4)
-    # Adapters are small enough to stay whole; their shards, too; their gradients when backward is done.
+    # Adapters count as whole on every GPU; their shards, too; their gradients when backward is done.
     resident = trainable * 2 + share * 2 + trainable * 2
     gpu = resident + _scales(shape, setting) + REDUCE_BUCKET * 4
     gpu += _live_weights(shape, setting) + _activations(shape, setting) + _decoded(shape, setting)
@@ -171,15 +169,15 @@ def load_memory(shape: ModelShape, setting: Setting) -> Memory:
 
 
 def decompose_memory(shape: ModelShape, setting: Setting) -> Memory:
-    """The base, two rounds of 64 MiB or two matrices, and one matrix's workspace in float32."""
+    """The base, what two rounds of 64 MiB (or a matrix) send and receive, and one matrix's workspace in float32."""
     stored = _stored_base(shape, setting)
     largest = max(shape.matrices[name][0] * shape.matrices[name][1] for name in setting.targets)
-    received = 2 * max(64 * 2**20, largest * bytes_per_entry(setting.quantize))
+    travels = 4 * max(64 * 2**20, largest * bytes_per_entry(setting.quantize))
     work = 4 * 4.0 * largest
     if setting.quantize is not None:  # not partitioned before the engine is made
         return Memory(stored + _scales(shape, setting) + work)
     base = stored / setting.gpus
-    return Memory(received + work, base) if setting.offload else Memory(base + received + work)
+    return Memory(travels + work, base) if setting.offload else Memory(base + travels + work)
 
 
 def prune_memory(shape: ModelShape, setting: Setting) -> Memory:

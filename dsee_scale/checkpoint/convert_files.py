@@ -16,6 +16,7 @@ from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER
 from dsee_scale.checkpoint.compressed import STEM as SPARSE
 from dsee_scale.checkpoint.compressed import SparseReader, kept_entries, pays
 from dsee_scale.checkpoint.export import KIND, REPORT_FILE, ExportReport
+from dsee_scale.checkpoint.export_files import WEIGHT_ENDINGS
 from dsee_scale.checkpoint.export_sources import base_files
 from dsee_scale.checkpoint.files import MANIFEST, StoredFolder, alike, new_folder, open_folder
 from dsee_scale.checkpoint.stored_form import (
@@ -155,11 +156,12 @@ def _report(
 
 
 def _copy_others(source: Path, folder: Path) -> None:
-    """Everything but weights, their index, and what is written anew."""
+    """Everything but weights in any format, their index, and what is written anew."""
     ours = (MANIFEST, REPORT_FILE, INDEX_FILE)
+    weights = shutil.ignore_patterns(*(f"*{ending}" for ending in WEIGHT_ENDINGS))
     for path in sorted(source.iterdir()):
-        if path.name not in ours and path.suffix != ".safetensors" and path.name[0] != ".":
+        if path.name not in ours and not path.name.endswith(WEIGHT_ENDINGS) and path.name[0] != ".":
             if path.is_dir():
-                shutil.copytree(path, folder / path.name)
+                shutil.copytree(path, folder / path.name, ignore=weights)
             else:
                 shutil.copyfile(path, folder / path.name)

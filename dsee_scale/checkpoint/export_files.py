@@ -60,7 +60,7 @@ from dsee_scale.partition import Partition, open_partition
 from dsee_scale.partition.quantized import as_stored, format_name
 from dsee_scale.passes.progress import show_progress
 
-_WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _target(sources: Sources, delta: DeltaForm, format: Format) -> Target:
 def _copy_settings(base: Path, new: NewFolder, sources: Sources, target: Target) -> None:
     for path in sorted(base.iterdir()):
         ours = path.name.startswith("dsee_")
-        if path.is_file() and not path.name.endswith(_WEIGHT_ENDINGS) and not ours and path.name[0] != ".":
+        if path.is_file() and not path.name.endswith(WEIGHT_ENDINGS) and not ours and path.name[0] != ".":
             shutil.copyfile(path, new.partial / path.name)
     identity = sources.record.base
     if identity.get("full_config") is not None:

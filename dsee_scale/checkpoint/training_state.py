@@ -193,9 +193,7 @@ def _check_parameters(
     state: OptimizerState, values: dict[str, Any], tensors: TensorReader, stored: StoredFolder
 ) -> None:
     where = stored.path / STATE_FILE
-    missing = [
-        key for key in ("parameters", "moments", "steps", "groups", "counters", "extra") if key not in values
-    ]
+    missing = [key for key in REQUIRED if key not in values]
     if missing:
         raise FormatError(f"{where} is damaged: key {missing[0]!r} is missing; use another checkpoint")
     if values["parameters"] != state.sizes:

@@ -24,8 +24,9 @@ def decompose_model(
 ) -> list[Support]:
     """Collective. The support of each target, equal on all ranks.
 
-    A matrix is received whole by its owner alone. Peak extra memory per rank: the matrices it owns in two
-    neighbouring rounds (`decomposition.round_memory_mib` each) plus the decomposition's workspace for one.
+    A matrix is received whole by its owner alone. Peak extra memory per rank: what it sends and receives in two
+    neighbouring rounds (up to `decomposition.round_memory_mib` each way, or one matrix, whichever is larger) plus
+    the decomposition's workspace for one matrix.
 
     Returns:
         One `Support` per target, in order: rows (K*N,) and cols (K*N,) in the full matrix's coordinates,

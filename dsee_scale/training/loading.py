@@ -37,8 +37,6 @@ def load_model(config: ModelConfig, dtype: torch.dtype, tokenizer: PreTrainedTok
     Raises:
         ConfigError: there is no such model, or its vocabulary does not fit the tokenizer's.
     """
-    # A lazy import of this inside zero.Init fails with torch 2.13 and DeepSpeed 0.19 ("Signature mismatch").
-
     options = _source(config, own=True)
 
     def read_config() -> Any:

@@ -11,8 +11,10 @@ from typing import Any
 from dsee_scale.errors import ConfigError
 
 EXTRA = "pip install 'dsee_scale[quant]'"
-MARKS = ("8bit", "paged", "bnb")
-"""Parts of the names of the Trainer's optimizers that bitsandbytes brings."""
+MARKS = ("8bit", "paged", "bnb", "lion", "ademamix")
+"""Parts of the names of the Trainer's optimizers that bitsandbytes brings, ..."""
+OTHERS = ("torch", "galore")
+"""... and of optimizers that are called like them but come from elsewhere."""
 
 
 def quantization_problems(values: Mapping[str, Any]) -> list[str]:
@@ -40,7 +42,7 @@ def quantization_problems(values: Mapping[str, Any]) -> list[str]:
 
 def from_bitsandbytes(optim: str) -> bool:
     """Whether one of the Trainer's optimizers comes from bitsandbytes."""
-    return any(mark in optim for mark in MARKS)
+    return any(mark in optim for mark in MARKS) and not any(other in optim for other in OTHERS)
 
 
 def missing_optimizer(optim: Any) -> str | None:

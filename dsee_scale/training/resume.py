@@ -36,7 +36,7 @@ def resume_folder(recipe: Recipe, args: TrainingArguments) -> Path | None:
     what = "looking at the output folder"
     if wanted and wanted not in (True, AUTO):
         return together(lambda: _existing(Path(str(wanted))), what=what)
-    found = _same_everywhere(together(lambda: _newest_first(output), what=what))
+    found = _same_everywhere(together(lambda: newest_first(output), what=what))
     if not wanted:
         together(lambda: _check_empty(output), what=what)
         return None
@@ -79,12 +79,13 @@ def _check_empty(output: Path) -> None:
         )
 
 
-def _newest_first(output: Path) -> list[Path]:
-    """Checkpoints by step. Local."""
+def newest_first(output: Path) -> list[Path]:
+    """Checkpoints `checkpoint-STEP` of a run, the last step first; folders with more in their name are not. Local."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
     steps = {
-        int(path.name.split("-")[1]): path
-        for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.is_dir() and path.name.split("-")[1].isdecimal()
+        int(step): path
+        for path in output.glob(f"{prefix}*")
+        if path.is_dir() and (step := path.name.removeprefix(prefix)).isdecimal()
     }
     return [steps[step] for step in sorted(steps, reverse=True)]
 

@@ -28,7 +28,7 @@ from dsee_scale.training.loading import load_model, load_tokenizer
 from dsee_scale.training.phases import PhaseCallback
 from dsee_scale.training.recipe import Recipe
 from dsee_scale.training.report import METRICS_FILE, write_metrics, write_report
-from dsee_scale.training.resume import resume_folder
+from dsee_scale.training.resume import newest_first, resume_folder
 from dsee_scale.training.sections import ExportConfig
 from dsee_scale.training.survival import limited_waiting, named_when_lost
 from dsee_scale.training.timeline import build_timeline, steps_per_epoch
@@ -65,23 +65,29 @@ def _run(recipe: Recipe, args: TrainingArguments, journal: Journal) -> Path:
     trainer = build_trainer(recipe, args, checkpoint, journal)
     output = Path(str(args.output_dir))
     main = trainer.is_world_process_zero()
-    if main:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    together(lambda: _write_recipe(recipe, output) if main else None, what="writing the recipe")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     with journal.timed("save"):
         save_adapter(trainer.model_wrapped, output / "adapter", overwrite=True)
     if recipe.export is not None:
         _export(recipe.export, trainer, output / "model")
-    if main:
-        journal.sizes |= _sizes(output)
-        write_metrics(output, journal, trainer.state.log_history)
-        try:
-            write_report(output)
-        except ConfigError as error:
-            logger.warning("%s holds all numbers, but %s", output / METRICS_FILE, error)
-    together(lambda: None, what="finishing")
+    history = trainer.state.log_history
+    together(lambda: _write_numbers(output, journal, history) if main else None, what="writing the report")
     return output
+
+
+def _write_recipe(recipe: Recipe, output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+
+
+def _write_numbers(output: Path, journal: Journal, history: list[dict[str, float]]) -> None:
+    journal.sizes |= _sizes(output)
+    write_metrics(output, journal, history)
+    try:
+        write_report(output)
+    except ConfigError as error:
+        logger.warning("%s holds all numbers, but %s", output / METRICS_FILE, error)
 
 
 def build_trainer(
@@ -216,12 +222,12 @@ def _description(recipe: Recipe, args: TrainingArguments, model: nn.Module) -> d
 
 def _sizes(output: Path) -> dict[str, int]:
     """Bytes of what the run left. Local, rank 0."""
-    checkpoints = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
+    checkpoints = newest_first(output)
     groups = {
         "adapter": (output / "adapter").glob("dsee_adapter*.safetensors"),
         "masks": (output / "adapter").glob("dsee_masks*.safetensors"),
         "exported weights": (output / "model").glob("*.safetensors"),
-        "last checkpoint": checkpoints[-1].rglob("*") if checkpoints else (),
+        "last checkpoint": checkpoints[0].rglob("*") if checkpoints else (),
     }
     sizes = {
         name: sum(path.stat().st_size for path in paths if path.is_file()) for name, paths in groups.items()

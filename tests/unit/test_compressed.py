@@ -178,7 +178,13 @@ def test_a_plain_folder_of_zeros_converts(tmp_path):
     tensors = {"a.weight": torch.eye(64), "b.weight": torch.ones(64, 64), "c.bias": torch.zeros(64)}
     (tmp_path / "plain").mkdir()
     save_file(tensors, tmp_path / "plain" / "model.safetensors")
+    (tmp_path / "plain" / "onnx").mkdir()
+    for name in ("pytorch_model.bin", "tokenizer.json", "onnx/model.onnx", "onnx/notes.txt"):
+        (tmp_path / "plain" / name).write_bytes(b"{}")
     convert_folder(tmp_path / "plain", tmp_path / "sparse", format="sparse")
+    copied = {path.relative_to(tmp_path / "sparse").as_posix() for path in (tmp_path / "sparse").rglob("*.*")}
+    assert {"tokenizer.json", "onnx/notes.txt"} <= copied
+    assert not copied & {"pytorch_model.bin", "onnx/model.onnx"}
     found = weights(tmp_path / "sparse")
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     stored = compressed.SparseReader.of(open_folder(tmp_path / "sparse", (KIND,)))

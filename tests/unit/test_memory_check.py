@@ -8,7 +8,7 @@ import torch
 from dsee_scale import ConfigError
 from dsee_scale.training import memory_check
 from dsee_scale.training.loading import quantization_config
-from dsee_scale.training.memory_check import reject_offload
+from dsee_scale.training.memory_check import from_bitsandbytes, reject_offload
 from dsee_scale.training.recipe import build_recipe
 from dsee_scale.training.sections import ModelConfig
 
@@ -69,3 +69,15 @@ def test_an_optimizer_that_deepspeed_would_replace_is_refused(optim):
         reject_offload({"zero_optimization": {}, "optimizer": {"type": "AdamW"}}, optim, "ds.json")
     reject_offload({"zero_optimization": {"stage": 3}}, optim, "ds.json")
     reject_offload({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "adamw_torch", "ds.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw_bnb_8bit", "lion_32bit", "ademamix", "rmsprop_bnb", "paged_adamw_32bit"]
+)
+def test_bitsandbytes_optimizers_are_known_by_name(name):
+    assert from_bitsandbytes(name)
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_8bit", "galore_adamw_8bit", "adafactor", "sgd"])
+def test_optimizers_from_elsewhere_are_not_taken_for_theirs(name):
+    assert not from_bitsandbytes(name)
