@@ -84,7 +84,6 @@ def encode(
         length: tokens of an example at most.
         pad: fill every example to that length.
     """
-    numbers = _numbering(data, classes)
     encoded = {}
     for name, rows in data.parts.items():
 
@@ -95,6 +94,7 @@ def encode(
 
         found = rows.map(tokens, batched=True, remove_columns=rows.column_names, desc="tokenize")
         if not name.startswith("test"):
+            numbers = _numbering(data, rows, classes)
             found = found.add_column("labels", _label_numbers(rows, numbers, data, data.sources[name]))  # type: ignore[call-arg]
         encoded[name] = found
     return encoded
@@ -187,17 +187,18 @@ def _labels(
     return False, tuple(map(str, sorted(set(source[LABEL]))))
 
 
-def _numbering(data: GlueData, classes: Sequence[str]) -> dict[str, int]:
-    """Class as it stands in the data -> the model's number. A task's classes may stand there as numbers too."""
+def _numbering(data: GlueData, rows: Dataset, classes: Sequence[str]) -> dict[str, int]:
+    """Class as it stands in the rows -> the model's number.
+
+    A ClassLabel stands there as its place, whatever the names look like; a task's classes as names or places.
+    """
     if data.regression:
         return {}
     number = {name: index for index, name in enumerate(classes)}
     by_place = {str(index): number[name] for index, name in enumerate(data.classes)}
-    return {**(by_place if data.task or _has_names(data) else {}), **number}
-
-
-def _has_names(data: GlueData) -> bool:
-    return any(isinstance(rows.features.get(LABEL), ClassLabel) for rows in data.parts.values())
+    if isinstance(rows.features[LABEL], ClassLabel):
+        return by_place
+    return {**by_place, **number} if data.task else number
 
 
 def _label_numbers(rows: Dataset, numbers: Mapping[str, int], data: GlueData, source: str) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,9 @@ def accuracy(predicted: np.ndarray, expected: np.ndarray) -> dict[str, float]:
     return {"accuracy": float(_sklearn().accuracy_score(expected, predicted))}
 
 
-def accuracy_and_f1(predicted: np.ndarray, expected: np.ndarray) -> dict[str, float]:
-    """Accuracy, and F1 of class 1."""
-    f1 = float(_sklearn().f1_score(expected, predicted, pos_label=1, zero_division=0))
+def accuracy_and_f1(predicted: np.ndarray, expected: np.ndarray, positive: int = 1) -> dict[str, float]:
+    """Accuracy, and F1 of the positive class."""
+    f1 = float(_sklearn().f1_score(expected, predicted, pos_label=positive, zero_division=0))
     return combined({**accuracy(predicted, expected), "f1": f1})
 
 
@@ -78,10 +79,17 @@ TASKS: dict[str, Task] = {
 }
 
 
-def metric_of(task_name: str | None, *, regression: bool) -> Metric:
-    """The metric of a task, or of data without one."""
+def metric_of(task_name: str | None, *, regression: bool, positive: int = 1) -> Metric:
+    """The metric of a task, or of data without one.
+
+    Args:
+        task_name: GLUE task, or None.
+        regression: whether labels are numbers on a scale.
+        positive: the model's number for the task's second class, whose F1 it is.
+    """
     if task_name is not None:
-        return TASKS[task_name].metric
+        metric = TASKS[task_name].metric
+        return partial(metric, positive=positive) if metric is accuracy_and_f1 else metric
     return mean_squared_error if regression else accuracy
 
 

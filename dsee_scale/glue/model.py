@@ -20,7 +20,7 @@ from transformers import (
 
 from dsee_scale.adapters.targets import linear_kind
 from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER, load_adapter
-from dsee_scale.checkpoint.files import open_folder
+from dsee_scale.checkpoint.files import MANIFEST, open_folder
 from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord
 from dsee_scale.config import DecompositionConfig, DSEEConfig, Pool, PruneConfig
 from dsee_scale.errors import ConfigError
@@ -64,11 +64,15 @@ def find_source(settings: GlueSettings, checkpoint: Path | None) -> Source:
     """Read where to start from. Local.
 
     Raises:
-        ConfigError: flags that do not fit the tuned model.
+        ConfigError: flags that do not fit the tuned model, or a checkpoint without adapter to evaluate.
         FormatError: a damaged adapter.
     """
     model = settings.model
     folder = checkpoint or _adapter_folder(model)
+    if checkpoint is not None and is_plain(settings, checkpoint):
+        if not settings.training.get("do_train"):
+            raise ConfigError(f"{checkpoint} holds no adapter; evaluate it as --model_name_or_path")
+        folder = None
     if folder is None:
         if settings.pruning.prunes and needs_update(settings.pruning.prune_mode):
             raise ConfigError(
@@ -88,6 +92,12 @@ def find_source(settings: GlueSettings, checkpoint: Path | None) -> Source:
     if not base:
         raise ConfigError(f"{folder} does not say which model it belongs to: give --base_model_name_or_path")
     return Source(str(base), folder, record)
+
+
+def is_plain(settings: GlueSettings, checkpoint: Path) -> bool:
+    """Whether a checkpoint is the Trainer's own, of a run that trains all weights without an adapter. Local."""
+    adapted = settings.model.apply_lora or _adapter_folder(settings.model) is not None
+    return not adapted and not (checkpoint / MANIFEST).is_file()
 
 
 def load_tokenizer(settings: GlueSettings, source: Source) -> PreTrainedTokenizerBase:

@@ -117,5 +117,9 @@ def _words_of_file(path: Path) -> list[str]:
         word
         for name, value in found.items()
         if value is not None
-        for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
+        for word in (f"--{name}", *map(_word, value if isinstance(value, list) else [value]))
     ]
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

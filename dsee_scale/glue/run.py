@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, default_data_collator, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.adapters.state import model_state
 from dsee_scale.checkpoint.export import export_model
 from dsee_scale.checkpoint.record import is_adapter_key
-from dsee_scale.errors import ConfigError
+from dsee_scale.errors import ConfigError, DSEEError, FormatError
 from dsee_scale.glue.arguments import GlueSettings
 from dsee_scale.glue.data import GlueData, encode, load_glue
 from dsee_scale.glue.metrics import compute_metrics, decide, metric_of
@@ -27,15 +28,17 @@ from dsee_scale.glue.model import (
     Source,
     adapt,
     find_source,
+    is_plain,
     load_config,
     load_model,
     load_tokenizer,
     prune_model,
 )
-from dsee_scale.glue.trainer import GlueTrainer
+from dsee_scale.glue.trainer import GlueTrainer, Progress
 from dsee_scale.partition import open_partition, unwrap
 from dsee_scale.training.arguments import kept_environment, make_arguments
 from dsee_scale.training.journal import Journal, count_zeros, sparsity
+from dsee_scale.training.resume import _existing, _same_everywhere, _say, _verify_share, newest_first
 from dsee_scale.training.survival import limited_waiting, named_when_lost
 from dsee_scale.training.together import together
 
@@ -68,12 +71,12 @@ def run_glue(settings: GlueSettings) -> Path:
 
 def _run(settings: GlueSettings, args: TrainingArguments, asked: str | None, journal: Journal) -> Path:
     output = Path(str(args.output_dir))
-    checkpoint = together(lambda: _checkpoint(settings, args, asked), what="looking at the output folder")
+    checkpoint = _checkpoint(settings, args, asked)
     source = together(lambda: find_source(settings, checkpoint), what="reading the tuned model")
     wanted = [part for flag, part in NEEDED.items() if getattr(args, flag)]
     data = together(lambda: load_glue(settings.data, wanted, source.classes), what="reading the data")
     journal.doing = "loading"
-    trainer, rows = _trainer(settings, args, source, data, fresh=checkpoint is None)
+    trainer, rows = _trainer(settings, args, source, data, journal, fresh=checkpoint is None)
     if args.do_train:
         journal.doing = "training"
         _train(trainer, rows["train"], checkpoint)
@@ -97,22 +100,60 @@ def _run(settings: GlueSettings, args: TrainingArguments, asked: str | None, jou
 
 
 def _checkpoint(settings: GlueSettings, args: TrainingArguments, asked: str | None) -> Path | None:
-    """Where to go on: what is asked for, or the last checkpoint in the output folder. Local."""
-    output = Path(str(args.output_dir))
-    if settings.data.overwrite_output_dir or not args.do_train or not output.is_dir():
-        return Path(asked) if asked else None
-    found = asked or get_last_checkpoint(str(output))
-    if found is None and any(output.iterdir()):
+    """Collective. Where to go on: what is asked for, or the newest whole checkpoint of those that rank 0 sees."""
+    output, what = Path(str(args.output_dir)), "looking at the output folder"
+    if asked:
+        return together(lambda: _existing(Path(asked)), what=what)
+    if settings.data.overwrite_output_dir or not args.do_train:
+        return None
+    found = _same_everywhere(together(lambda: newest_first(output), what=what))
+    if found:
+        return _newest_whole(settings, found)
+    together(lambda: _check_empty(output), what=what)
+    return None
+
+
+def _newest_whole(settings: GlueSettings, found: list[Path]) -> Path:
+    """Collective. The first of these checkpoints that is whole on every rank."""
+    problem: DSEEError | None = None
+    for folder in found:
+        try:
+            together(lambda folder=folder: _verify(settings, folder), what=f"reading {folder}")  # type: ignore[misc]
+        except DSEEError as error:
+            _say("%s cannot be used: %s; trying the one before", folder, error)
+            problem = problem or error
+        else:
+            _say("going on from %s; --overwrite_output_dir would start afresh", folder)
+            return folder
+    raise FormatError(
+        f"no checkpoint in {found[0].parent} is whole, and --overwrite_output_dir would start afresh; the newest "
+        f"one: {problem}"
+    )
+
+
+def _verify(settings: GlueSettings, folder: Path) -> None:
+    """Local. The Trainer's own checkpoints have no hashes; the file that it writes last says that they are whole."""
+    if not is_plain(settings, folder):
+        _verify_share(folder)
+    elif not (folder / TRAINER_STATE_NAME).is_file():
+        raise FormatError(f"{folder} holds no {TRAINER_STATE_NAME}; it was cut off while it was written")
+
+
+def _check_empty(output: Path) -> None:
+    if output.is_dir() and any(output.iterdir()):
         raise ConfigError(
             f"output folder {output} is not empty; choose another --output_dir, or --overwrite_output_dir"
         )
-    if found is not None and not asked:
-        logger.info("going on from %s; --overwrite_output_dir would start afresh", found)
-    return None if found is None else Path(found)
 
 
 def _trainer(
-    settings: GlueSettings, args: TrainingArguments, source: Source, data: GlueData, *, fresh: bool
+    settings: GlueSettings,
+    args: TrainingArguments,
+    source: Source,
+    data: GlueData,
+    journal: Journal,
+    *,
+    fresh: bool,
 ) -> tuple[Trainer, dict[str, Dataset]]:
     """Collective. Everything that stands before training, and the encoded rows."""
 
@@ -138,8 +179,9 @@ def _trainer(
         collator: Any = default_data_collator
     else:
         collator = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if args.fp16 else None)
-    kind = GlueTrainer if adapted_layers(model) else Trainer
-    metric = metric_of(data.task, regression=data.regression)
+    kind = partial(GlueTrainer, journal=journal) if adapted_layers(model) else Trainer
+    positive = config.label2id[data.classes[1]] if len(data.classes) > 1 else 1
+    metric = metric_of(data.task, regression=data.regression, positive=positive)
     trainer = kind(
         model=model,  # type: ignore[arg-type]
         args=args,
@@ -148,6 +190,7 @@ def _trainer(
         compute_metrics=compute_metrics(metric, regression=data.regression),
         processing_class=tokenizer,
         data_collator=collator,
+        callbacks=[Progress(journal)],
     )
     return trainer, rows
 

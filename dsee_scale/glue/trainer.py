@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dsee_scale.checkpoint.adapter import save_adapter
 from dsee_scale.errors import ConfigError
@@ -17,15 +17,47 @@ from dsee_scale.training.timeline import Phase, Timeline, steps_per_epoch
 from dsee_scale.training.trainer import DSEETrainer, RunParts
 
 
+class Progress(TrainerCallback):
+    """Notes in the journal which step, and which batch of an evaluation, a rank is at."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal, self._batch = journal, 0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Name the step that begins."""
+        self._journal.doing = f"training, step {state.global_step + 1}"
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        """Count a batch of an evaluation or a prediction."""
+        self._batch += 1
+        self._journal.doing = f"{self._work}, batch {self._batch}"
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        """Name again what was done before."""
+        self._journal.doing, self._batch = self._work, 0
+
+    def on_predict(self, *_: Any, **__: Any) -> None:
+        """Name again what was done before."""
+        self._journal.doing, self._batch = self._work, 0
+
+    @property
+    def _work(self) -> str:
+        return self._journal.doing.partition(", batch ")[0]
+
+
 class GlueTrainer(DSEETrainer):
     """Checkpoints, optimizer and resuming are its parent's; loss, evaluation and prediction are transformers' own."""
 
-    def __init__(self, *, args: TrainingArguments, train_dataset: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, args: TrainingArguments, journal: Journal, train_dataset: Any = None, **kwargs: Any
+    ) -> None:
         parts = RunParts(
             timeline=_one_phase(args, len(train_dataset) if train_dataset is not None else 0),
             evaluation=EvaluationSet(),
             generation={},
-            journal=Journal(),
+            journal=journal,
         )
         super().__init__(parts=parts, args=args, train_dataset=train_dataset, **kwargs)
         # The model's loss is a mean over the batch, which the Trainer divides by the accumulated batches.

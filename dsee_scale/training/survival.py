@@ -158,7 +158,9 @@ def named_when_lost(journal: Journal, seconds: float, resume: str = RESUME) -> I
     """
     over = threading.Event()
     reporter = threading.Thread(target=_report_waiting, args=(journal, seconds, over), daemon=True)
-    reporter.start()
+    waits = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if waits:
+        reporter.start()
     try:
         yield
     except DSEEError:
@@ -173,7 +175,8 @@ def named_when_lost(journal: Journal, seconds: float, resume: str = RESUME) -> I
         ) from error
     finally:
         over.set()
-        reporter.join()  # a thread that wakes while the interpreter ends aborts the process
+        if waits:
+            reporter.join()  # a thread that wakes while the interpreter ends aborts the process
 
 
 def _report_waiting(journal: Journal, seconds: float, over: threading.Event) -> None:

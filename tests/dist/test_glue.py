@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers import Trainer
 
 from dsee_scale.errors import RunStoppedError
 from dsee_scale.glue.arguments import parse_flags
-from dsee_scale.glue.run import run_glue
+from dsee_scale.glue.run import _checkpoint, run_glue
 from tests.dist.test_examples import free_port
 from tests.glue_inputs import SHORT, deepspeed_file, results, write_encoder, write_files
 
@@ -86,8 +87,28 @@ def test_a_rank_that_is_lost_is_noticed_and_the_error_names_the_phase(pools, inp
         said = pools(2).run(left_alone, str(folder), [*words, *deepspeed_file(folder)])
     finally:
         pools(2).stop()  # its process groups are broken
-    assert "rank 0 lost another rank during 'training'" in said[0]
+    assert "rank 0 lost another rank during 'training, step 1'" in said[0]
     assert "ddp_timeout (4 s); the same command without --overwrite_output_dir goes on" in said[0]
+
+
+def chosen(folders: list[str]) -> str:
+    """What this rank goes on from, where each rank sees another output folder."""
+    output = folders[torch.distributed.get_rank()]
+    settings = parse_flags(
+        f"--model_name_or_path m --task_name sst2 --do_train --output_dir {output}".split()
+    )
+    return str(_checkpoint(settings, SimpleNamespace(do_train=True, output_dir=output), None))  # type: ignore
+
+
+def test_all_ranks_go_on_from_the_checkpoint_that_rank_0_sees(pools, tmp_path):
+    newest, empty = tmp_path / "full" / "checkpoint-20", tmp_path / "empty"
+    empty.mkdir()
+    for folder in (newest, tmp_path / "full" / "checkpoint-3"):
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text("{}")
+    folders = [str(newest.parent), str(empty)]
+    assert pools(2).run(chosen, folders) == [str(newest)] * 2
+    assert pools(2).run(chosen, [str(empty), str(empty)]) == ["None"] * 2
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])

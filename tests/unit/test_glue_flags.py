@@ -80,6 +80,13 @@ def test_flags_may_come_from_a_json_file(tmp_path):
     assert words == ["--model_name_or_path", "m", "--eval_strategy", "no", "--do_train", "true"]
 
 
+def test_a_list_in_a_json_file_becomes_one_word_for_each_element(tmp_path):
+    path = tmp_path / "flags.json"
+    flags = {"model_name_or_path": "m", "task_name": "sst2", "output_dir": "o", "do_train": True}
+    path.write_text(json.dumps({**flags, "lora_target_modules": ["query", "value"]}))
+    assert parse_flags([str(path)]).model.lora_target_modules == ["query", "value"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

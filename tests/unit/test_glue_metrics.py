@@ -38,6 +38,14 @@ def test_values_by_hand():
     assert found["combined_score"] == pytest.approx((covariance + 0.8) / 2)
 
 
+def test_f1_is_of_the_positive_class_wherever_the_model_has_it():
+    swapped = metric_of("mrpc", regression=False, positive=0)(1 - PREDICTED, 1 - EXPECTED)
+    assert swapped == metric_of("mrpc", regression=False)(PREDICTED, EXPECTED)
+    assert metric_of("cola", regression=False, positive=0)(PREDICTED, EXPECTED).keys() == {
+        "matthews_correlation"
+    }
+
+
 def test_a_constant_prediction_correlates_with_nothing():
     assert metric_of("stsb", regression=True)(np.ones(4), np.arange(4.0))["combined_score"] == 0.0
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer
 
+import dsee_scale.glue.run as glue_run
 from dsee_scale import load_pretrained
-from dsee_scale.errors import ConfigError, TargetError
+from dsee_scale.errors import ConfigError, FormatError, TargetError
 from dsee_scale.glue.arguments import parse_flags
 from dsee_scale.glue.run import run_glue
+from dsee_scale.training.journal import Journal
+from dsee_scale.training.survival import named_when_lost
 from tests.glue_inputs import (
     ENCODERS,
     SHORT,
@@ -206,6 +210,59 @@ def test_a_stopped_run_goes_on_and_an_overwritten_one_starts_afresh(inputs, tmp_
     assert gone_on["eval_loss"] == same["eval_loss"]
     again = run(folder / "bert", tmp_path / "cut", *data, *lora, "--overwrite_output_dir")
     assert again["eval_loss"] == whole["eval_loss"]
+
+
+def test_a_stopped_run_of_all_weights_goes_on_past_a_checkpoint_that_was_cut_off(inputs, tmp_path):
+    folder, data = inputs
+    flags = (
+        "--do_train --do_eval --save_steps 2 --per_device_train_batch_size 8 --disable_tqdm True --seed 1 "
+    )
+    flags += "--lr_scheduler_type constant --max_steps "
+    same = run(folder / "bert", tmp_path / "same", *data, flags=flags + "4")
+    run(folder / "bert", tmp_path / "cut", *data, flags=flags + "2")
+    (tmp_path / "cut" / "checkpoint-3").mkdir()
+    written = (tmp_path / "cut" / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns
+    gone_on = run(folder / "bert", tmp_path / "cut", *data, flags=flags + "4")
+    assert gone_on["eval_loss"] == same["eval_loss"]
+    assert (tmp_path / "cut" / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns == written
+    words = f"--resume_from_checkpoint {tmp_path}/cut/checkpoint-4"
+    with pytest.raises(ConfigError, match="holds no adapter.*--model_name_or_path"):
+        run(folder / "bert", tmp_path / "out", *data, flags=f"--do_eval {words}")
+    with pytest.raises(FormatError, match=r"dsee_manifest\.json"):
+        run(folder / "bert", tmp_path / "out", *data, flags=f"--do_train --apply_lora {words}")
+
+
+@pytest.mark.parametrize("adapters", [["--apply_lora"], []])
+def test_messages_know_the_step_of_a_healthy_run(adapters, inputs, tmp_path, monkeypatch):
+    folder, data = inputs
+    journal, step, said = Journal(), Trainer.training_step, []
+
+    def noted(*args, **kwargs):
+        said.append(journal.doing)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(glue_run, "Journal", lambda: journal)
+    monkeypatch.setattr(Trainer, "training_step", noted)
+    flags = "--do_train --do_eval --max_steps 2 --save_steps 2 --eval_strategy steps --eval_steps 1"
+    run(folder / "bert", tmp_path / "out", *data, *adapters, flags=flags)
+    assert said == ["training, step 1", "training, step 2"]
+
+
+def test_evaluation_and_prediction_are_followed_too(inputs, tmp_path):
+    journal = Journal()
+    progress = glue_run.Progress(journal)
+    journal.doing = "evaluation"
+    for batch in (1, 2):
+        progress.on_prediction_step(None, None, None)
+        assert journal.doing == f"evaluation, batch {batch}"
+    progress.on_evaluate(None, None, None)
+    assert journal.doing == "evaluation"
+
+
+def test_one_process_waits_for_none_and_needs_no_reporter():
+    threads = threading.active_count()
+    with named_when_lost(Journal(), 10.0):
+        assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize(
