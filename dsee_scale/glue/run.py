@@ -38,7 +38,7 @@ from dsee_scale.glue.trainer import GlueTrainer, Progress
 from dsee_scale.partition import open_partition, unwrap
 from dsee_scale.training.arguments import kept_environment, make_arguments
 from dsee_scale.training.journal import Journal, count_zeros, sparsity
-from dsee_scale.training.resume import _existing, _same_everywhere, _say, _verify_share, newest_first
+from dsee_scale.training.resume import existing, newest_first, same_everywhere, say, verify_share
 from dsee_scale.training.survival import limited_waiting, named_when_lost
 from dsee_scale.training.together import together
 
@@ -103,10 +103,10 @@ def _checkpoint(settings: GlueSettings, args: TrainingArguments, asked: str | No
     """Collective. Where to go on: what is asked for, or the newest whole checkpoint of those that rank 0 sees."""
     output, what = Path(str(args.output_dir)), "looking at the output folder"
     if asked:
-        return together(lambda: _existing(Path(asked)), what=what)
+        return together(lambda: existing(Path(asked)), what=what)
     if settings.data.overwrite_output_dir or not args.do_train:
         return None
-    found = _same_everywhere(together(lambda: newest_first(output), what=what))
+    found = same_everywhere(together(lambda: newest_first(output), what=what))
     if found:
         return _newest_whole(settings, found)
     together(lambda: _check_empty(output), what=what)
@@ -120,10 +120,10 @@ def _newest_whole(settings: GlueSettings, found: list[Path]) -> Path:
         try:
             together(lambda folder=folder: _verify(settings, folder), what=f"reading {folder}")  # type: ignore[misc]
         except DSEEError as error:
-            _say("%s cannot be used: %s; trying the one before", folder, error)
+            say("%s cannot be used: %s; trying the one before", folder, error)
             problem = problem or error
         else:
-            _say("going on from %s; --overwrite_output_dir would start afresh", folder)
+            say("going on from %s; --overwrite_output_dir would start afresh", folder)
             return folder
     raise FormatError(
         f"no checkpoint in {found[0].parent} is whole, and --overwrite_output_dir would start afresh; the newest "
@@ -134,7 +134,7 @@ def _newest_whole(settings: GlueSettings, found: list[Path]) -> Path:
 def _verify(settings: GlueSettings, folder: Path) -> None:
     """Local. The Trainer's own checkpoints have no hashes; the file that it writes last says that they are whole."""
     if not is_plain(settings, folder):
-        _verify_share(folder)
+        verify_share(folder)
     elif not (folder / TRAINER_STATE_NAME).is_file():
         raise FormatError(f"{folder} holds no {TRAINER_STATE_NAME}; it was cut off while it was written")
 

@@ -11,9 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from dsee_scale.adapters.linear import adapted_layers, delta_record, is_adapted
-from dsee_scale.adapters.removed_units import removed_inputs
-from dsee_scale.adapters.state import model_state
+from dsee_scale.adapters.linear import delta_record, is_adapted
 from dsee_scale.algorithms.score import Ranking, all_finite, key_bits, ranked_blocks
 from dsee_scale.algorithms.select import Cut, CutSearch, apply_cut_
 from dsee_scale.config import SCORES_WITHOUT_ADAPTER, PruneConfig
@@ -21,8 +19,9 @@ from dsee_scale.errors import TargetError
 from dsee_scale.partition import Partition, Shard, open_partition, unwrap
 from dsee_scale.passes.pools import Member, WeightPool, find_pools
 from dsee_scale.passes.progress import show_progress
-from dsee_scale.passes.prune_nm import check_divisible, remove_n_of_m
-from dsee_scale.passes.prune_structured import UnitPlan, plan_units, remove_units
+from dsee_scale.passes.prune_checks import check_in_order, check_pruning, note_pattern
+from dsee_scale.passes.prune_nm import remove_n_of_m
+from dsee_scale.passes.prune_structured import remove_units
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +91,8 @@ def prune(model: nn.Module, config: PruneConfig, *, progress: bool | None = None
     Exactly round(sparsity * entries) weights of each pool are zero afterwards, ties included, the same ones
     on any number of ranks. Weights that are zero already count as removed first, so pruning again to a higher
     sparsity keeps earlier zeros. Masks need no memory: W is frozen, so its zeros stay. The patterns N:M,
-    heads and neurons are described in `prune_nm` and `prune_structured`.
+    heads and neurons are described in `prune_nm` and `prune_structured`. What follows under `then` is checked
+    before anything is removed.
 
     Peak extra memory per rank: whole copies of the adapters in float32, and a few blocks of 2 MiB.
 
@@ -109,12 +109,24 @@ def prune(model: nn.Module, config: PruneConfig, *, progress: bool | None = None
         ConfigError: pools that are empty or overlap, groups or counts that do not fit the shapes.
         PartitionError: weights stored where an edit would not last (NVMe, quantised by DeepSpeed).
     """
-    for further in config.then:
-        _plan(unwrap(model), further)
+    if config.then:
+        _check_all(model, config)
     report = _prune_once(model, config, progress)
     for further in config.then:
         report = report.followed_by(_prune_once(model, further, progress))
     return report
+
+
+def _check_all(model: nn.Module, config: PruneConfig) -> None:
+    """Collective. Refuse the first or a later pruning on every rank, before the first is written.
+
+    The weights and adapters that the first one reads are left to its own checks, which come before it writes.
+    """
+    partition = open_partition(unwrap(model))
+    later = check_in_order(model, (config, *config.then))[1:]
+    for further, checked in zip(config.then, later, strict=True):
+        _rankings(checked.pools, further, partition)
+        _reject_not_finite(checked.pools, partition)
 
 
 def _prune_once(model: nn.Module, config: PruneConfig, progress: bool | None) -> PruneReport:
@@ -122,54 +134,23 @@ def _prune_once(model: nn.Module, config: PruneConfig, progress: bool | None) ->
     started = time.perf_counter()
     module = unwrap(model)
     partition = open_partition(module)
-    plan, pools = _plan(module, config)
-    removed = removed_inputs(module, partition.shape) if config.n_of_m else {}
-    if config.n_of_m:
-        check_divisible(pools, config.n_of_m[1], removed)
-    _reject_unready(model, module, pools, config, partition)
+    checked = check_pruning(model, config, partition)
+    plan, pools = checked.plan, checked.pools
     rankings = _rankings(pools, config, partition)
     _reject_not_finite(pools, partition)
     units: dict[str, tuple[int, int]] = {}
     if plan:
         matrices, units = remove_units(model, module, plan, rankings, partition)
     elif config.n_of_m:
-        matrices = remove_n_of_m(pools, rankings, config.n_of_m, partition, removed)
+        matrices = remove_n_of_m(pools, rankings, config.n_of_m, partition, checked.removed)
     else:
         matrices = _remove_lowest(pools, rankings, partition, hidden=not show_progress(partition, progress))
     if not plan:
-        pruned = model_state(module).pruned
-        for name in matrices:
-            pruned[f"{name}.weight"] = {**pruned.get(f"{name}.weight", {}), "pattern": config.pattern}
+        note_pattern(module, matrices, config.pattern)
     report = PruneReport(matrices, time.perf_counter() - started, units)
     if partition.rank == 0:
         logger.info("%s", report)
     return report
-
-
-def _plan(module: nn.Module, config: PruneConfig) -> tuple[UnitPlan | None, list[WeightPool]]:
-    """What a pruning means, from names, shapes and settings; refuses what makes no sense. Local."""
-    shape_of = open_partition(module).shape
-    plan = plan_units(module, config, shape_of) if config.removes_units else None
-    return plan, [plan.pool] if plan else find_pools(module, config, shape_of)
-
-
-def _reject_unready(
-    model: nn.Module, module: nn.Module, pools: list[WeightPool], config: PruneConfig, partition: Partition
-) -> None:
-    if config.score not in SCORES_WITHOUT_ADAPTER and not adapted_layers(module):
-        raise TargetError(
-            f"score {config.score!r} needs adapters and the model has none; call dsee_scale.inject(model, ...) "
-            "first, or choose score='W'"
-        )
-    for pool in pools:
-        for member in pool.members:
-            name = f"{member.name}.weight"
-            partition.writable(name, member.param)
-            if model is not module and member.param.requires_grad:
-                raise TargetError(
-                    f"{name} is being trained, so its zeros would not stay; expected frozen weights: call "
-                    "dsee_scale.inject(model, ...) before the engine is made, or leave this module out of the pruning"
-                )
 
 
 def _rankings(pools: list[WeightPool], config: PruneConfig, partition: Partition) -> dict[str, Ranking]:

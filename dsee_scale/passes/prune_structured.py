@@ -94,6 +94,11 @@ def plan_units(
     )
 
 
+def check_units_reachable(model: nn.Module, plan: UnitPlan) -> None:
+    """Refuse units with optimizer state that could not be zeroed; see `check_reachable`. Local."""
+    check_reachable(model, [p for layer in plan.layers for part in layer.parts for p in _touched(part)])
+
+
 @torch.no_grad()
 def remove_units(
     model: nn.Module,
@@ -106,7 +111,6 @@ def remove_units(
 
     Peak extra memory per rank: a few blocks, and one int64 for each row or column of one matrix.
     """
-    check_reachable(model, [p for layer in plan.layers for part in layer.parts for p in _touched(part)])
     gone = _choose(plan, _unit_scores(plan, rankings, partition))
     chosen = list(zip(plan.layers, gone, strict=True))
     zero_lines(model, partition, [one for layer, units in chosen for one in _lines(layer, units)])

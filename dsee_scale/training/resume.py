@@ -35,38 +35,39 @@ def resume_folder(recipe: Recipe, args: TrainingArguments) -> Path | None:
     output = Path(str(args.output_dir))
     what = "looking at the output folder"
     if wanted and wanted not in (True, AUTO):
-        return together(lambda: _existing(Path(str(wanted))), what=what)
-    found = _same_everywhere(together(lambda: newest_first(output), what=what))
+        return together(lambda: existing(Path(str(wanted))), what=what)
+    found = same_everywhere(together(lambda: newest_first(output), what=what))
     if not wanted:
         together(lambda: _check_empty(output), what=what)
         return None
     problem: DSEEError | None = None
     for folder in found:
         try:
-            together(lambda folder=folder: _verify_share(folder), what=f"reading {folder}")  # type: ignore[misc]
+            together(lambda folder=folder: verify_share(folder), what=f"reading {folder}")  # type: ignore[misc]
         except DSEEError as error:
-            _say("%s cannot be used: %s; trying the one before", folder, error)
+            say("%s cannot be used: %s; trying the one before", folder, error)
             problem = problem or error
         else:
-            _say("going on from %s", folder)
+            say("going on from %s", folder)
             return folder
     if problem is not None:
         raise FormatError(f"no checkpoint in {output} is whole; the newest one: {problem}")
     if wanted == AUTO:
-        _say("%s holds no checkpoint: starting from the beginning", output)
+        say("%s holds no checkpoint: starting from the beginning", output)
         return None
     raise ConfigError(
         f"nothing to resume: {output} holds no checkpoint-STEP folder (--resume {AUTO} starts afresh then)"
     )
 
 
-def _say(text: str, *values: object) -> None:
+def say(text: str, *values: object) -> None:
     """On one rank: all of them see the same."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         logger.warning(text, *values)
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
+    """The folder, if there is one. Local."""
     if not folder.is_dir():
         raise ConfigError(f"checkpoint {folder} does not exist")
     return folder
@@ -90,7 +91,7 @@ def newest_first(output: Path) -> list[Path]:
     return [steps[step] for step in sorted(steps, reverse=True)]
 
 
-def _same_everywhere(folders: list[Path]) -> list[Path]:
+def same_everywhere(folders: list[Path]) -> list[Path]:
     """Collective. What rank 0 sees: file systems may show new folders to others later."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         box = [folders]
@@ -99,7 +100,7 @@ def _same_everywhere(folders: list[Path]) -> list[Path]:
     return folders
 
 
-def _verify_share(folder: Path) -> None:
+def verify_share(folder: Path) -> None:
     """Compare the hashes of this rank's share of the files. Local."""
     stored = open_folder(folder, (KIND,))
     several = dist.is_available() and dist.is_initialized()

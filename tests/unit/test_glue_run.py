@@ -226,7 +226,7 @@ def test_a_stopped_run_of_all_weights_goes_on_past_a_checkpoint_that_was_cut_off
     assert gone_on["eval_loss"] == same["eval_loss"]
     assert (tmp_path / "cut" / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns == written
     words = f"--resume_from_checkpoint {tmp_path}/cut/checkpoint-4"
-    with pytest.raises(ConfigError, match="holds no adapter.*--model_name_or_path"):
+    with pytest.raises(ConfigError, match=r"holds no adapter.*--model_name_or_path"):
         run(folder / "bert", tmp_path / "out", *data, flags=f"--do_eval {words}")
     with pytest.raises(FormatError, match=r"dsee_manifest\.json"):
         run(folder / "bert", tmp_path / "out", *data, flags=f"--do_train --apply_lora {words}")

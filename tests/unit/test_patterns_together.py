@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 import dsee_scale
 from dsee_scale import ConfigError, PruneConfig
+from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.targets import linear_kind
 from dsee_scale.algorithms.patterns import groups_hold
 from dsee_scale.checkpoint.adapter import save_adapter
@@ -122,6 +124,82 @@ def test_a_later_pruning_that_makes_no_sense_is_refused_before_the_first():
         with pytest.raises(dsee_scale.errors.DSEEError, match=text):
             dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=2, then=(bad,)))
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+TWO_OF_FOUR = PruneConfig(pattern="2:4")
+NEURONS_ANYWHERE = PruneConfig(pattern="neurons", sparsity=0.25)
+
+
+@pytest.mark.parametrize(
+    "first, later, text",
+    [
+        (PruneConfig(pattern="neurons", num_per_layer=2), [TWO_OF_FOUR], r"down_proj has 50 inputs left"),
+        (TWO_OF_FOUR, [PruneConfig(pattern="neurons", num_per_layer=4)], r"down_proj is 2:4.*neurons first"),
+        (NEURONS_ANYWHERE, [TWO_OF_FOUR], r"then.*down_proj.*global.*multiple of 4.*num_per_layer.*apart"),
+        (
+            NEURONS_ANYWHERE,
+            [PruneConfig(pattern="neurons", num_per_layer=16), TWO_OF_FOUR],
+            r"then.*down_proj.*global",
+        ),
+        (
+            PruneConfig(pattern="heads", num_per_layer=2),
+            [PruneConfig(pattern="neurons", num_per_layer=3), TWO_OF_FOUR],
+            r"down_proj has 49 inputs left",
+        ),
+    ],
+)
+def test_a_step_that_an_earlier_one_makes_impossible_is_refused_before_the_first(first, later, text):
+    model = adapted("llama")
+    before = [param.clone() for param in model.parameters()]
+    with pytest.raises(ConfigError, match=text):
+        dsee_scale.prune(model, dataclasses.replace(first, then=tuple(later)))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert not model_state(model).pruned
+
+
+@pytest.mark.parametrize("spoilt", ["weight", "adapter"])
+def test_what_only_a_later_step_reads_is_checked_before_the_first(spoilt):
+    model = adapted("llama")
+    mlp = model.model.layers[1].mlp
+    (mlp.down_proj.weight if spoilt == "weight" else mlp.up_proj.dsee_flat).data.view(-1)[0] = torch.nan
+    before = [param.clone() for param in model.parameters()]
+    later = PruneConfig(pattern="neurons", num_per_layer=4, score="ABS")
+    with pytest.raises(dsee_scale.TargetError, match="NaN"):
+        dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=2, then=(later,)))
+    for a, b in zip(before, model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_later_score_without_adapters_is_refused_before_the_first():
+    model = build(llama_config())
+    before = [param.clone() for param in model.parameters()]
+    with pytest.raises(dsee_scale.TargetError, match="needs adapters"):
+        dsee_scale.prune(model, PruneConfig(then=(PruneConfig(score="WABS"),)))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        PruneConfig(pattern="heads", sparsity=0.34),  # whole groups of 4, wherever they go
+        PruneConfig(pattern="neurons", sparsity=0.3, scope="matrix"),  # 16 of 52 in each layer
+    ],
+)
+def test_units_without_num_per_layer_go_before_n_of_m_where_their_number_fits(first):
+    model = adapted("llama")
+    modules = ("o_proj", "down_proj")
+    dsee_scale.prune(model, dataclasses.replace(first, then=(PruneConfig(pattern="2:4", modules=modules),)))
+    patterns = {
+        name: how["pattern"] for name, how in model_state(model).pruned.items() if "down_proj" in name
+    }
+    assert set(patterns.values()) == {"2:4"}
+
+
+def test_a_later_step_counts_what_an_earlier_call_removed():
+    """36 neurons are left before and after the second `num_per_layer`, which is less than what is gone."""
+    model = adapted("llama")
+    dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=16))
+    dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=3, then=(TWO_OF_FOUR,)))
 
 
 def inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:

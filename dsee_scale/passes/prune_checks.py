@@ -1,0 +1,140 @@
+"""What a pruning means and whether it can be done, from names, shapes, settings and the record: nothing is scored.
+
+Prunings that follow under `then` are checked before the first one writes: the record of what is removed, which
+all of these checks read, pretends meanwhile that the earlier prunings are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.adapters.removed_units import record_removed, removed_inputs
+from dsee_scale.adapters.state import model_state
+from dsee_scale.config import SCORES_WITHOUT_ADAPTER, PruneConfig
+from dsee_scale.errors import ConfigError, TargetError
+from dsee_scale.partition import Partition, open_partition, unwrap
+from dsee_scale.passes.pools import WeightPool, find_pools
+from dsee_scale.passes.prune_nm import check_divisible
+from dsee_scale.passes.prune_structured import UnitPlan, check_units_reachable, plan_units
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One pruning that can be done.
+
+    Attributes:
+        plan: the heads or neurons, for these patterns.
+        pools: the weights.
+        removed: for N:M, the inputs that went with heads or neurons before, as `removed_inputs` gives them.
+    """
+
+    plan: UnitPlan | None
+    pools: list[WeightPool]
+    removed: dict[str, Tensor]
+
+
+def check_pruning(
+    model: nn.Module,
+    config: PruneConfig,
+    partition: Partition,
+    uncounted: Mapping[str, tuple[str, int]] | None = None,
+) -> Checked:
+    """Refuse a pruning that makes no sense on the model as its record says it is. Local, alike on all ranks.
+
+    Args:
+        model: what `prune` was given.
+        config: one pruning; its `then` is not looked at.
+        partition: port to the weights.
+        uncounted: matrices that lose a number of inputs which only scores will tell: module name -> heads or
+            neurons, inputs of one unit.
+    """
+    module = unwrap(model)
+    plan = plan_units(module, config, partition.shape) if config.removes_units else None
+    pools = [plan.pool] if plan else find_pools(module, config, partition.shape)
+    removed: dict[str, Tensor] = {}
+    if config.n_of_m:
+        _reject_uncounted(pools, config.pattern, config.n_of_m[1], uncounted or {})
+        removed = removed_inputs(module, partition.shape)
+        check_divisible(pools, config.n_of_m[1], removed)
+    _reject_unready(model, module, pools, config, partition)
+    if plan:
+        check_units_reachable(model, plan)
+    return Checked(plan, pools, removed)
+
+
+def check_in_order(model: nn.Module, configs: Sequence[PruneConfig]) -> list[Checked]:
+    """Check prunings as if those before each were done already; the record is put back. Local, alike on all ranks."""
+    module = unwrap(model)
+    partition, state = open_partition(module), model_state(module)
+    uncounted: dict[str, tuple[str, int]] = {}
+    actual, state.pruned = state.pruned, dict(state.pruned)
+    try:
+        found = []
+        for config in configs:
+            found.append(check_pruning(model, config, partition, uncounted))
+            _pretend(module, config, found[-1], uncounted)
+        return found
+    finally:
+        state.pruned = actual
+
+
+def note_pattern(module: nn.Module, names: Iterable[str], pattern: str) -> None:
+    """Record the pattern within weights, given their modules' names."""
+    pruned = model_state(module).pruned
+    for name in names:
+        pruned[f"{name}.weight"] = {**pruned.get(f"{name}.weight", {}), "pattern": pattern}
+
+
+def _pretend(
+    module: nn.Module, config: PruneConfig, checked: Checked, uncounted: dict[str, tuple[str, int]]
+) -> None:
+    """Record as many units as will be gone, whichever they are: the checks only count. Else note the matrices."""
+    plan = checked.plan
+    if plan is None:
+        note_pattern(
+            module, (member.name for pool in checked.pools for member in pool.members), config.pattern
+        )
+    elif len(plan.budget) == len(plan.layers):
+        for layer, gone, budget in zip(plan.layers, plan.gone, plan.budget, strict=True):
+            record_removed(module, layer, torch.arange(layer.num_units) < max(budget, int(gone.sum())))
+    else:
+        for layer in plan.layers:
+            after = (layer.kind, layer.unit_size * layer.head_size)
+            uncounted.update({part.name: after for part in layer.parts if part.side == "inputs"})
+
+
+def _reject_uncounted(
+    pools: Sequence[WeightPool], pattern: str, m: int, uncounted: Mapping[str, tuple[str, int]]
+) -> None:
+    for name in (member.name for pool in pools for member in pool.members):
+        kind, inputs = uncounted.get(name, ("", 0))
+        if inputs % m:
+            raise ConfigError(
+                f"PruneConfig.then makes {name} {pattern}, and how many of its inputs are left after {kind} with "
+                f"scope 'global' is known only once they are gone; expected a multiple of {m}. Give the {kind} "
+                f"num_per_layer or scope='matrix', or call prune for {pattern} apart, after them. Nothing was removed"
+            )
+
+
+def _reject_unready(
+    model: nn.Module, module: nn.Module, pools: list[WeightPool], config: PruneConfig, partition: Partition
+) -> None:
+    if config.score not in SCORES_WITHOUT_ADAPTER and not adapted_layers(module):
+        raise TargetError(
+            f"score {config.score!r} needs adapters and the model has none; call dsee_scale.inject(model, ...) "
+            "first, or choose score='W'"
+        )
+    for pool in pools:
+        for member in pool.members:
+            name = f"{member.name}.weight"
+            partition.writable(name, member.param)
+            if model is not module and member.param.requires_grad:
+                raise TargetError(
+                    f"{name} is being trained, so its zeros would not stay; expected frozen weights: call "
+                    "dsee_scale.inject(model, ...) before the engine is made, or leave this module out of the pruning"
+                )
