@@ -17,7 +17,7 @@ from dsee_scale.algorithms.select import Cut, CutSearch, apply_cut_
 from dsee_scale.config import SCORES_WITHOUT_ADAPTER, PruneConfig
 from dsee_scale.errors import TargetError
 from dsee_scale.partition import Partition, Shard, open_partition, unwrap
-from dsee_scale.passes.pools import Member, WeightPool, find_pools
+from dsee_scale.passes.pools import Member, WeightPool
 from dsee_scale.passes.progress import show_progress
 from dsee_scale.passes.prune_checks import check_in_order, check_pruning, note_pattern
 from dsee_scale.passes.prune_nm import remove_n_of_m
