@@ -27,7 +27,7 @@ test: setup  ## All tests, real DeepSpeed in 1, 2 and 3 processes included
 	$(BIN)/python -m pytest
 
 test-fast: setup  ## Unit tests only
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/unit tests/paper
 
 check: setup  ## Lint, format and types
 	$(BIN)/ruff check .
@@ -39,7 +39,7 @@ format: setup  ## Fix lint and format
 	$(BIN)/ruff format .
 
 demo: setup  ## Tune, prune, retune and export a real decoder under ZeRO-3
-	$(BIN)/python -m dsee_scale.training.demo_inputs
+	$(BIN)/python examples/demo/demo_inputs.py
 	PATH="$(BIN):$$PATH" launch/single_node.sh launch/finetune.py recipes/sentiment.yaml --output_dir $(OUTPUT)
 
 bench: setup  ## Every benchmark, quickly

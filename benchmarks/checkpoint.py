@@ -63,7 +63,7 @@ def main() -> None:
 
 def choose_model(args: argparse.Namespace) -> tuple[str, str]:
     """A folder ("" for a small random Llama) and what to call it."""
-    from dsee_scale.training.demo_inputs import cache_folder
+    from dsee_scale.recipe.parsing import cache_folder
 
     if args.model in SHAPES:
         return args.model, f"random Llama, {args.model}, 2 ranks"
@@ -71,9 +71,7 @@ def choose_model(args: argparse.Namespace) -> tuple[str, str]:
     if args.quick and not args.model:
         return "", "Llama of 6 layers, 2 ranks"
     if not folder.is_dir():
-        raise SystemExit(
-            f"{folder} does not exist; python -m dsee_scale.training.demo_inputs fetches SmolLM2"
-        )
+        raise SystemExit(f"{folder} does not exist; python examples/demo/demo_inputs.py fetches SmolLM2")
     return str(folder), f"{folder.name}, 2 ranks"
 
 

@@ -139,8 +139,8 @@ def worker(arguments: argparse.Namespace) -> None:
 
 def planned(case: str, arguments: argparse.Namespace) -> int:
     """What `dsee-scale plan` says for the same step."""
-    from dsee_scale.model_shapes import shape_of_config
-    from dsee_scale.planning import Setting, training_memory
+    from dsee_scale.planning.plan import Setting, training_memory
+    from dsee_scale.planning.shapes import shape_of_config
 
     setting = Setting(
         gpus=arguments.processes,

@@ -33,10 +33,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
-from dsee_scale.training.demo_inputs import Package, cache_folder, fetch, prepare_data
+from dsee_scale.recipe.parsing import cache_folder
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
 sys.path.insert(0, str(Path(__file__).parent))
 from _report import Report, parser
+from demo_inputs import Package, fetch, prepare_data
 
 REMOVED = PruneConfig(
     pattern="heads",

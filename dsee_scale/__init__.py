@@ -1,14 +1,14 @@
 """DSEE for large decoders: tune through a low-rank update plus a sparse residual, prune, export."""
 
 from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
-from dsee_scale.checkpoint.export import export_model
-from dsee_scale.checkpoint.load import load_pretrained
 from dsee_scale.config import DecompositionConfig, DSEEConfig, Pool, PruneConfig
 from dsee_scale.errors import ConfigError as ConfigError
 from dsee_scale.errors import DSEEError as DSEEError
 from dsee_scale.errors import FormatError as FormatError
 from dsee_scale.errors import PartitionError as PartitionError
 from dsee_scale.errors import TargetError as TargetError
+from dsee_scale.export.export import export_model
+from dsee_scale.export.load import load_pretrained
 from dsee_scale.passes.inject_model import inject, trainable_parameters
 from dsee_scale.passes.prune_model import prune
 from dsee_scale.passes.schedule import CubicSchedule

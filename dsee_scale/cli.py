@@ -124,9 +124,9 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from dsee_scale.model_shapes import find_shape
-    from dsee_scale.plan_text import plan_dict, plan_text
-    from dsee_scale.planning import GIB, Setting, make_plan
+    from dsee_scale.planning.plan import GIB, Setting, make_plan
+    from dsee_scale.planning.shapes import find_shape
+    from dsee_scale.planning.text import plan_dict, plan_text
 
     for name in ("gpus", "gpu_memory", "rank", "batch", "length"):
         if getattr(args, name) <= 0:
@@ -149,15 +149,15 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from dsee_scale.checkpoint.inspect_folder import inspect_folder
+    from dsee_scale.export.folder_report import inspect_folder
 
     report = inspect_folder(args.folder, verify=args.verify, progress=sys.stderr.isatty())
     print(json.dumps(report.to_dict(), indent=2) if args.json else report.table(each=args.each))
 
 
 def _export(args: argparse.Namespace) -> None:
-    from dsee_scale.checkpoint.convert_files import convert_folder
-    from dsee_scale.checkpoint.export_files import export_files
+    from dsee_scale.export.convert import convert_folder
+    from dsee_scale.export.from_files import export_files
 
     if args.base is None and args.delta is not None:
         raise ConfigError(

@@ -14,14 +14,14 @@ import sys
 import warnings
 
 from dsee_scale.errors import DSEEError, RunStoppedError
-from dsee_scale.training.demo_inputs import cache_folder
+from dsee_scale.recipe.parsing import cache_folder
 
 RELAUNCH = 75  # EX_TEMPFAIL: it failed for now, the same command may be tried again
 
 
 def main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
-        from dsee_scale.training.help_text import recipe_help
+        from dsee_scale.recipe.help import recipe_help
 
         sys.stdout.write(f"{__doc__}\n{recipe_help()}\n")
         return 0 if words else 2
@@ -31,7 +31,7 @@ def main(words: list[str]) -> int:
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING, format=f"[rank {rank}] %(message)s", force=True
     )
-    from dsee_scale.training.recipe import load_recipe
+    from dsee_scale.recipe.recipe import load_recipe
     from dsee_scale.training.report import summary_table
     from dsee_scale.training.run import run
 
@@ -47,6 +47,6 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from dsee_scale.training.together import leave
+    from dsee_scale.distributed import leave
 
     leave(main(sys.argv[1:]))

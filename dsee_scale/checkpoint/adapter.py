@@ -16,20 +16,27 @@ from dsee_scale.adapters.linear import BUFFERS, adapted_layers, flat_shapes, is_
 from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.targets import Target, linear_kind
 from dsee_scale.algorithms.decompose import Support
-from dsee_scale.checkpoint.base_model import base_identity, check_base
-from dsee_scale.checkpoint.dealt_files import batches
-from dsee_scale.checkpoint.files import NewFolder, StoredFolder, alike, new_folder, open_folder
+from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, alike, new_folder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import apply_mask, check_masks, open_masks, save_masks
 from dsee_scale.checkpoint.record import (
     CONFIG_FILE,
     AdapterRecord,
     ModuleRecord,
+    base_identity,
+    check_base,
     describe,
     trained_in_full,
     trained_modules,
 )
-from dsee_scale.checkpoint.tensor_file import TensorReader, TensorSpec, TensorWriter, aligned, file_metadata
+from dsee_scale.checkpoint.tensors import (
+    TensorReader,
+    TensorSpec,
+    TensorWriter,
+    aligned,
+    batches,
+    file_metadata,
+)
 from dsee_scale.errors import DSEEError, FormatError, TargetError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.quantized import prepare_quantised

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.algorithms.bits import CPU_CHUNK, INTEGERS, count_nonzero, nonzero
-from dsee_scale.checkpoint.dealt_files import write_dealt
-from dsee_scale.checkpoint.files import NewFolder, StoredFolder
-from dsee_scale.checkpoint.tensor_file import TensorReader, TensorSpec
+from dsee_scale.checkpoint.folder import NewFolder, StoredFolder
+from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec, write_dealt
 from dsee_scale.errors import FormatError
 from dsee_scale.partition.port import Partition
 

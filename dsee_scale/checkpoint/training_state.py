@@ -11,23 +11,22 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.checkpoint.adapter import STEM as ADAPTER
 from dsee_scale.checkpoint.adapter import apply_masks, open_adapter, write_adapter
-from dsee_scale.checkpoint.base_model import base_identity, check_base
-from dsee_scale.checkpoint.dealt_files import part_name, write_dealt
-from dsee_scale.checkpoint.files import StoredFolder, alike, new_folder, open_folder
+from dsee_scale.checkpoint.folder import StoredFolder, alike, new_folder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import open_masks
-from dsee_scale.checkpoint.random_state import random_state, set_random_state
-from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord
-from dsee_scale.checkpoint.tensor_file import TensorReader, TensorSpec, write_tensors
+from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord, base_identity, check_base
+from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec, part_name, write_dealt, write_tensors
 from dsee_scale.errors import ConfigError, FormatError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.optimizer_state import MASTER, OptimizerState, open_optimizer
@@ -267,3 +266,41 @@ def _plain(value: dict[str, Any] | None) -> dict[str, Any] | None:
         return json.loads(json.dumps(value))
     except TypeError:
         return None
+
+
+def random_state() -> dict[str, Tensor]:
+    """The states of PyTorch's (CPU and current CUDA device), NumPy's and Python's global generators."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": _text([str(kind), np.asarray(keys).tolist(), *rest]),
+        "python": _text(random.getstate()),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], *, shift: int = 0) -> None:
+    """Restore what `random_state` gave.
+
+    Args:
+        state: of this rank, or of another one where this rank had none.
+        shift: 0 to go on exactly; another number seeds apart from it, the same way every time.
+    """
+    torch.set_rng_state(state["torch"])
+    kind, keys, *rest = json.loads(bytes(state["numpy"].numpy()))
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    version, internal, gauss = json.loads(bytes(state["python"].numpy()))
+    random.setstate((version, tuple(internal), gauss))
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+    if shift:
+        seed = int(torch.randint(2**31, (1,))) + shift
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+
+
+def _text(value: object) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

@@ -13,26 +13,29 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
-from dsee_scale.checkpoint.export import export_model
+from dsee_scale.data.encoding import Collator, Encoder
+from dsee_scale.data.rows import load_rows
+from dsee_scale.distributed import together
 from dsee_scale.errors import ConfigError
+from dsee_scale.evaluation.evaluate import EvaluationSet
+from dsee_scale.evaluation.export_check import check_export
+from dsee_scale.export.export import export_model
 from dsee_scale.partition import open_partition
 from dsee_scale.passes.inject_model import inject
-from dsee_scale.training.arguments import kept_environment, model_dtype, training_arguments
-from dsee_scale.training.collate import Collator
-from dsee_scale.training.data import load_rows
-from dsee_scale.training.encoding import Encoder
-from dsee_scale.training.evaluation import EvaluationSet
-from dsee_scale.training.export_check import check_export
+from dsee_scale.recipe.recipe import Recipe
+from dsee_scale.recipe.sections import ExportConfig
 from dsee_scale.training.journal import Journal, count_zeros, peak_memory
-from dsee_scale.training.loading import load_model, load_tokenizer
 from dsee_scale.training.phases import PhaseCallback
-from dsee_scale.training.recipe import Recipe
 from dsee_scale.training.report import METRICS_FILE, write_metrics, write_report
-from dsee_scale.training.resume import newest_first, resume_folder
-from dsee_scale.training.sections import ExportConfig
-from dsee_scale.training.survival import limited_waiting, named_when_lost
+from dsee_scale.training.setup import (
+    kept_environment,
+    load_model,
+    load_tokenizer,
+    model_dtype,
+    training_arguments,
+)
+from dsee_scale.training.survival import limited_waiting, named_when_lost, newest_first, resume_folder
 from dsee_scale.training.timeline import build_timeline, steps_per_epoch
-from dsee_scale.training.together import together
 from dsee_scale.training.trainer import DSEETrainer, RunParts, read_record
 from dsee_scale.version import __version__
 

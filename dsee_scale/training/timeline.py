@@ -18,8 +18,8 @@ from transformers import TrainingArguments, get_scheduler
 from dsee_scale.config import PruneConfig
 from dsee_scale.errors import ConfigError
 from dsee_scale.passes.schedule import CubicSchedule
-from dsee_scale.training.recipe import Recipe
-from dsee_scale.training.sections import GradualConfig, RetuneConfig
+from dsee_scale.recipe.recipe import Recipe
+from dsee_scale.recipe.sections import GradualConfig, RetuneConfig
 
 PhaseName = Literal["tune", "retune"]
 

@@ -16,18 +16,19 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
 from dsee_scale.adapters.state import model_state
-from dsee_scale.checkpoint.files import open_folder
-from dsee_scale.checkpoint.random_state import random_state, set_random_state
+from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.checkpoint.training_state import (
     KIND,
     STATE_FILE,
     load_training_state,
+    random_state,
     save_training_state,
+    set_random_state,
 )
 from dsee_scale.errors import ConfigError
-from dsee_scale.training.evaluation import EvaluationSet, evaluate, generate
+from dsee_scale.evaluation.evaluate import EvaluationSet, evaluate, generate
+from dsee_scale.evaluation.label_logits import label_loss, logits_at, predicting
 from dsee_scale.training.journal import Journal, plain
-from dsee_scale.training.label_logits import label_loss, logits_at, predicting
 from dsee_scale.training.survival import RunWatch, check_trained_values
 from dsee_scale.training.timeline import Timeline
 

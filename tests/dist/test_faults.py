@@ -20,7 +20,7 @@ import torch
 import yaml
 
 import dsee_scale
-from dsee_scale.checkpoint.files import open_folder
+from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.checkpoint.training_state import load_training_state, save_training_state
 from dsee_scale.errors import FormatError, RunError
 from dsee_scale.training.survival import check_trained_values

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from dsee_scale.errors import RunStoppedError
-from dsee_scale.glue.arguments import parse_flags
-from dsee_scale.glue.run import _checkpoint, run_glue
+from paper.glue.arguments import parse_flags
+from paper.glue.run import _checkpoint, run_glue
 from tests.dist.test_examples import free_port
-from tests.glue_inputs import SHORT, deepspeed_file, results, write_encoder, write_files
+from tests.paper.glue_inputs import SHORT, deepspeed_file, results, write_encoder, write_files
 
 ROOT = Path(__file__).parents[2]
 STAGE = "--apply_lora --apply_sparse --num_sparse 5"
@@ -116,9 +116,9 @@ def test_the_program_runs_under(launcher, inputs, tmp_path):
     folder, words = inputs
     port = free_port()
     start = {
-        "deepspeed": f"deepspeed --num_gpus 2 --master_port {port} launch/run_glue.py "
+        "deepspeed": f"deepspeed --num_gpus 2 --master_port {port} paper/run_glue.py "
         "--deepspeed ds_configs/zero3_cpu.json",
-        "torchrun": f"torchrun --nproc_per_node 2 --master_port {port} launch/run_glue.py",
+        "torchrun": f"torchrun --nproc_per_node 2 --master_port {port} paper/run_glue.py",
     }[launcher]
     flags = f"--model_name_or_path {folder / 'bert'} --output_dir {tmp_path / 'out'} {STAGE} --do_train --do_eval "
     flags += "--max_steps 2 --per_device_train_batch_size 4 --evaluation_strategy steps --eval_steps 1 --save_steps 1 "

@@ -13,9 +13,9 @@ import dsee_scale
 from dsee_scale import PruneConfig
 from dsee_scale.algorithms.patterns import groups_hold
 from dsee_scale.checkpoint.adapter import save_adapter
-from dsee_scale.checkpoint.convert_files import convert_folder
-from dsee_scale.checkpoint.export import export_model
-from dsee_scale.checkpoint.export_files import export_files
+from dsee_scale.export.convert import convert_folder
+from dsee_scale.export.export import export_model
+from dsee_scale.export.from_files import export_files
 from tests.dist.test_checkpoint import contents
 from tests.dist.test_inject_prune import engine_for, train
 from tests.dist.test_patterns import make

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(900)
 
 def run_recipe(values: dict[str, Any]) -> None:
     """One run on a pool's rank."""
-    from dsee_scale.training.recipe import build_recipe
+    from dsee_scale.recipe.recipe import build_recipe
     from dsee_scale.training.run import run
 
     try:

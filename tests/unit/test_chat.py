@@ -7,11 +7,11 @@ import re
 
 import pytest
 
+from dsee_scale.data.chat import IGNORED, turns
+from dsee_scale.data.encoding import Encoder
+from dsee_scale.data.rows import load_rows
 from dsee_scale.errors import ConfigError
-from dsee_scale.training.chat import IGNORED, turns
-from dsee_scale.training.data import load_rows
-from dsee_scale.training.encoding import Encoder
-from dsee_scale.training.sections import DataConfig
+from dsee_scale.recipe.sections import DataConfig
 from tests.unit.test_data import ids as words_to_ids
 from tests.unit.test_data import tokenizer as plain_tokenizer  # noqa: F401 (a fixture)
 

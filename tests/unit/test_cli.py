@@ -16,9 +16,9 @@ import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.checkpoint.adapter import save_adapter
-from dsee_scale.checkpoint.export import export_model
 from dsee_scale.checkpoint.training_state import save_training_state
 from dsee_scale.cli import main
+from dsee_scale.export.export import export_model
 from tests.models import build, gpt2_config, llama_config, token_batch
 
 CONFIGS = {

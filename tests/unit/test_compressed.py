@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 import dsee_scale
 from dsee_scale import PruneConfig
-from dsee_scale.checkpoint import compressed
-from dsee_scale.checkpoint.convert_files import convert_folder
-from dsee_scale.checkpoint.export import KIND, export_model
-from dsee_scale.checkpoint.files import MANIFEST, open_folder, sha256
-from dsee_scale.checkpoint.tensor_file import TensorSpec
+from dsee_scale.checkpoint.folder import MANIFEST, open_folder, sha256
+from dsee_scale.checkpoint.tensors import TensorSpec
 from dsee_scale.cli import main
 from dsee_scale.errors import ConfigError, FormatError
+from dsee_scale.export import sparse as compressed
+from dsee_scale.export.convert import convert_folder
+from dsee_scale.export.export import KIND, export_model
 from tests.models import gpt2_config, llama_config, token_batch
 from tests.unit.test_export import tuned
 

@@ -6,10 +6,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dsee_scale.data.encoding import IGNORED, Encoder
+from dsee_scale.data.rows import load_rows, required_columns, template_columns
 from dsee_scale.errors import ConfigError
-from dsee_scale.training.data import load_rows, required_columns, template_columns
-from dsee_scale.training.encoding import IGNORED, Encoder
-from dsee_scale.training.sections import DataConfig
+from dsee_scale.recipe.sections import DataConfig
 
 pytestmark = pytest.mark.unit
 

@@ -23,9 +23,9 @@ import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.checkpoint.adapter import load_adapter
-from dsee_scale.checkpoint.export import INDEX_FILE, export_model
-from dsee_scale.checkpoint.export_plan import parse_size
 from dsee_scale.errors import ConfigError, FormatError, TargetError
+from dsee_scale.export.export import INDEX_FILE, export_model
+from dsee_scale.export.plan import parse_size
 from tests.models import build, gpt2_config, llama_config, token_batch
 
 SIZES = dict(vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3)
@@ -228,7 +228,7 @@ def test_bad_input_is_refused_and_leaves_nothing(tmp_path):
 
 
 def test_a_disk_that_fills_up_leaves_the_previous_export(tmp_path, monkeypatch):
-    from dsee_scale.checkpoint import files
+    from dsee_scale.checkpoint import folder as files
 
     model = tuned(llama_config())
     export_model(model, tmp_path / "out")

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dsee_scale.checkpoint import masks as masks_module
-from dsee_scale.checkpoint.dealt_files import runs
-from dsee_scale.checkpoint.files import MANIFEST, HashedFile, new_folder, open_folder
+from dsee_scale.checkpoint.folder import MANIFEST, HashedFile, new_folder, open_folder
 from dsee_scale.checkpoint.masks import (
     apply_mask,
     count_kept,
@@ -26,7 +25,7 @@ from dsee_scale.checkpoint.masks import (
     unpack_bits,
     unpack_with_torch,
 )
-from dsee_scale.checkpoint.tensor_file import TensorReader, write_tensors
+from dsee_scale.checkpoint.tensors import TensorReader, runs, write_tensors
 from dsee_scale.errors import ConfigError, FormatError
 from dsee_scale.partition import open_partition
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from dsee_scale import ConfigError
-from dsee_scale.training import memory_check
-from dsee_scale.training.loading import quantization_config
-from dsee_scale.training.memory_check import from_bitsandbytes, reject_offload
-from dsee_scale.training.recipe import build_recipe
-from dsee_scale.training.sections import ModelConfig
+from dsee_scale.recipe import checks as memory_check
+from dsee_scale.recipe.checks import from_bitsandbytes, reject_offload
+from dsee_scale.recipe.recipe import build_recipe
+from dsee_scale.recipe.sections import ModelConfig
+from dsee_scale.training.setup import quantization_config
 
 DATA = {"task": "language_modelling", "train_file": "text.txt"}
 

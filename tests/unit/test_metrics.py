@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 
-from dsee_scale.training.encoding import IGNORED, Choice
-from dsee_scale.training.evaluation import EvaluationSet, deal, evaluate
-from dsee_scale.training.label_logits import label_loss, logits_at, predicting, select_logits
-from dsee_scale.training.metrics import Tally, class_metrics, corpus_bleu
+from dsee_scale.data.encoding import IGNORED, Choice
+from dsee_scale.evaluation.evaluate import EvaluationSet, Tally, class_metrics, corpus_bleu, deal, evaluate
+from dsee_scale.evaluation.label_logits import label_loss, logits_at, predicting, select_logits
 from tests.models import build, gpt2_config, llama_config
 
 pytestmark = pytest.mark.unit
@@ -120,7 +119,7 @@ def test_answer_loss_is_that_of_unpadded_sequences(model):
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("count", [1, 5, 12])
 def test_examples_are_dealt_once_in_equally_many_batches(monkeypatch, world, count):
-    import dsee_scale.training.evaluation as module
+    import dsee_scale.evaluation.evaluate as module
 
     seen, batches = [], set()
     for rank in range(world):

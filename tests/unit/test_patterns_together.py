@@ -16,8 +16,8 @@ from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.targets import linear_kind
 from dsee_scale.algorithms.patterns import groups_hold
 from dsee_scale.checkpoint.adapter import save_adapter
-from dsee_scale.checkpoint.export import export_model
 from dsee_scale.cli import main
+from dsee_scale.export.export import export_model
 from dsee_scale.passes.pools import block_linears
 from tests.models import build, llama_config
 from tests.unit.test_patterns import adapted, output

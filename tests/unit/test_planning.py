@@ -8,8 +8,8 @@ import pytest
 
 from dsee_scale.cli import main
 from dsee_scale.errors import ConfigError
-from dsee_scale.model_shapes import BUILT_IN, find_shape, shape_of_config
-from dsee_scale.planning import GIB, Setting, adapter_entries, make_plan
+from dsee_scale.planning.plan import GIB, Setting, adapter_entries, make_plan
+from dsee_scale.planning.shapes import BUILT_IN, find_shape, shape_of_config
 from tests.models import build, gpt2_config, llama_config
 
 

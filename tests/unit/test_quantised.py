@@ -203,7 +203,7 @@ def test_export_is_the_decoded_masked_model_in_stock_transformers(folder, form, 
 
 
 def test_merging_into_the_unquantised_base_says_how_far_that_is(folder, tmp_path):
-    from dsee_scale.checkpoint.export_files import export_files
+    from dsee_scale.export.from_files import export_files
 
     model = injected_llama(folder, "nf4")
     train(model)

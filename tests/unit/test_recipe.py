@@ -8,9 +8,9 @@ from transformers import TrainingArguments
 
 from dsee_scale.config import DSEEConfig, PruneConfig
 from dsee_scale.errors import ConfigError
-from dsee_scale.training.overrides import parse_command_line, parse_value
-from dsee_scale.training.recipe import build_recipe, load_recipe
-from dsee_scale.training.sections import DataConfig, RetuneConfig
+from dsee_scale.recipe.parsing import parse_command_line, parse_value
+from dsee_scale.recipe.recipe import build_recipe, load_recipe
+from dsee_scale.recipe.sections import DataConfig, RetuneConfig
 
 pytestmark = pytest.mark.unit
 
@@ -144,7 +144,7 @@ def test_command_line_words():
 def test_every_field_has_its_line_of_documentation():
     import inspect
 
-    from dsee_scale.training import sections
+    from dsee_scale.recipe import sections
 
     for name, cls in vars(sections).items():
         if dataclasses.is_dataclass(cls) and cls.__module__ == sections.__name__:
@@ -164,7 +164,7 @@ def test_training_accepts_exactly_the_trainers_names():
 
 
 def test_every_shipped_recipe_loads_and_names_an_existing_deepspeed_config():
-    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+    recipes = sorted(Path(__file__).parents[2].glob("**/recipes/*.yaml"))
     assert {path.stem for path in recipes} >= {"sentiment", "e2e", "wikitext"}
     for path in recipes:
         recipe = load_recipe(path, variables={"DSEE_SCALE_CACHE": "/cache"})
@@ -173,8 +173,8 @@ def test_every_shipped_recipe_loads_and_names_an_existing_deepspeed_config():
 
 
 def test_help_names_every_key():
-    from dsee_scale.training.help_text import recipe_help
-    from dsee_scale.training.recipe import SECTIONS
+    from dsee_scale.recipe.help import recipe_help
+    from dsee_scale.recipe.recipe import SECTIONS
 
     text = recipe_help()
     for section, cls in SECTIONS.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsee_scale.training.resume import newest_first
+from dsee_scale.training.survival import newest_first
 
 
 def test_checkpoints_are_found_by_step_and_copies_of_them_are_not(tmp_path):

@@ -1,4 +1,4 @@
-"""SmolLM2 itself made smaller, where its weights are (`python -m dsee_scale.training.demo_inputs`)."""
+"""SmolLM2 itself made smaller, where its weights are (`python examples/demo/demo_inputs.py`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import dsee_scale
 from dsee_scale import PruneConfig
-from dsee_scale.training.demo_inputs import cache_folder
+from dsee_scale.recipe.parsing import cache_folder
 
 FOLDER = cache_folder() / "smollm2-135m-instruct"
 STOCK = """

@@ -17,10 +17,10 @@ import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.adapters.families import find_units
 from dsee_scale.adapters.state import model_state
-from dsee_scale.checkpoint.export import export_model
-from dsee_scale.checkpoint.structured import STRUCTURE_FILE
 from dsee_scale.cli import main
 from dsee_scale.errors import FormatError, TargetError
+from dsee_scale.export.export import export_model
+from dsee_scale.export.structure import STRUCTURE_FILE
 from dsee_scale.partition import open_partition
 from tests.models import build, llama_config
 from tests.unit.test_patterns import GROUPED, MODELS, adapted, output

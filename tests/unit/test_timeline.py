@@ -8,8 +8,8 @@ from transformers import TrainingArguments, get_scheduler
 
 from dsee_scale.config import PruneConfig
 from dsee_scale.errors import ConfigError
-from dsee_scale.training.deepspeed_check import check_deepspeed_config
-from dsee_scale.training.recipe import build_recipe
+from dsee_scale.recipe.checks import check_deepspeed_config
+from dsee_scale.recipe.recipe import build_recipe
 from dsee_scale.training.timeline import build_timeline, steps_per_epoch
 
 pytestmark = pytest.mark.unit

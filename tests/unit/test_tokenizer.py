@@ -13,12 +13,12 @@ import torch
 from transformers import AutoTokenizer, LlamaTokenizer
 
 import dsee_scale
-from dsee_scale.checkpoint.tokenizer_files import save_tokenizer
+from dsee_scale.data import tokenizer as module
+from dsee_scale.data.tokenizer import check_vocabulary, open_tokenizer
 from dsee_scale.errors import ConfigError
-from dsee_scale.training import tokenizer as module
-from dsee_scale.training.loading import load_model, load_tokenizer
-from dsee_scale.training.sections import ModelConfig
-from dsee_scale.training.tokenizer import check_vocabulary, open_tokenizer
+from dsee_scale.export.tokenizer import save_tokenizer
+from dsee_scale.recipe.sections import ModelConfig
+from dsee_scale.training.setup import load_model, load_tokenizer
 from tests.models import build, llama_config
 
 spm = pytest.importorskip("sentencepiece")

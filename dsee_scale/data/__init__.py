@@ -1,0 +1,1 @@
+"""Rows, tokenizer, encoding, chat."""

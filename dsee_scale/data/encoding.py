@@ -1,0 +1,188 @@
+"""Rows to tokens: blocks of text, prompts with completions, prompts with label strings.
+
+An encoded example is a prompt, of which nothing is learned, and an answer, which is learned. Plain text is an
+answer without a prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dsee_scale.data.chat import IGNORED, chat_example, turns
+from dsee_scale.errors import ConfigError
+from dsee_scale.recipe.sections import DataConfig
+
+__all__ = ["IGNORED", "Choice", "Encoder", "Generation", "pad"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A prompt with several possible answers, one of them right.
+
+    Attributes:
+        prompt: its tokens.
+        answers: tokens of each label string, in the order of `DataConfig.labels`.
+        label: index of the right one.
+    """
+
+    prompt: list[int]
+    answers: list[list[int]]
+    label: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A prompt to complete, with every reference that the validation rows have for it."""
+
+    prompt: list[int]
+    references: list[str]
+
+
+class Encoder:
+    """A tokenizer together with the data section of a recipe."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token")
+        self.tokenizer = tokenizer
+        self.config = config
+
+    def training_examples(self, rows: Dataset) -> Dataset:
+        """Columns `input_ids` and `labels`; labels are -100 where nothing is learned."""
+        encode: Callable[..., Any] = self._pairs
+        if self.config.task in ("language_modelling", "chat"):
+            encode = self._blocks if self.config.task == "language_modelling" else self._chats
+        workers = self.config.num_workers if self.config.num_workers > 1 else None
+        return rows.map(
+            encode,
+            batched=True,
+            with_indices=self.config.task == "chat",
+            batch_size=1000,
+            remove_columns=rows.column_names,
+            num_proc=workers,
+            desc="tokenize",
+        )
+
+    def evaluation_examples(self, rows: Dataset) -> list[tuple[list[int], list[int]]]:
+        """Tokens and labels of validation rows; each turn of a chat is an example of its own."""
+        encoded = [(row["input_ids"], row["labels"]) for row in self.training_examples(rows)]
+        if self.config.task != "chat":
+            return encoded
+        return [turn for ids, labels in encoded for turn in turns(ids, labels)]
+
+    def choices(self, rows: Dataset) -> list[Choice]:
+        """Validation examples of a classification task."""
+        classes = [str(key) for key in self.config.labels]
+        examples = []
+        for row in rows:
+            pairs = [self._split(row, answer) for answer in self.config.labels.values()]
+            right = classes.index(str(row[self.config.label_column]))
+            # Tokenizers may merge a prompt's end into the answer; the shortest prompt is common to all.
+            prompt = min((p for p, _ in pairs), key=len)
+            answers = [(p + a)[len(prompt) :] for p, a in pairs]
+            examples.append(Choice(prompt, answers, right))
+        return examples
+
+    def generations(self, rows: Dataset, limit: int) -> list[Generation]:
+        """Up to `limit` different prompts of a completion task, with their references."""
+        references: dict[str, list[str]] = {}
+        for row in rows:
+            text = (self.config.prompt or "").format(**row)
+            references.setdefault(text, []).append((self.config.completion or "").format(**row).strip())
+        chosen = itertools.islice(references.items(), limit)
+        room = self.config.max_length
+        return [Generation(self._ids(text, special=True)[-room:], found) for text, found in chosen]
+
+    def answer_text(self, row: dict[str, Any]) -> str:
+        """What the model should say after a row's prompt."""
+        if self.config.task == "classification":
+            return {str(k): v for k, v in self.config.labels.items()}[str(row[self.config.label_column])]
+        return (self.config.completion or "").format(**row)
+
+    def _pairs(self, columns: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        names = list(columns)
+        encoded = []
+        for values in zip(*columns.values(), strict=True):
+            row = dict(zip(names, values, strict=True))
+            encoded.append(self._split(row, self.answer_text(row)))
+        return {
+            "input_ids": [prompt + answer for prompt, answer in encoded],
+            "labels": [[IGNORED] * len(prompt) + answer for prompt, answer in encoded],
+        }
+
+    def _chats(self, columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[list[int]]]:
+        """Conversations, cut at `max_length`; one of which nothing to learn is left is dropped."""
+        name, size = self.config.messages_column, self.config.max_length
+        found = [
+            chat_example(self.tokenizer, messages, f"column {name!r} in row {index} (counted from 0)")
+            for index, messages in zip(indices, columns[name], strict=True)
+        ]
+        cut = [(ids[:size], labels[:size]) for ids, labels in found]
+        kept = [(ids, labels) for ids, labels in cut if any(label != IGNORED for label in labels)]
+        return {"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]}
+
+    def _blocks(self, columns: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        """Texts joined and cut into blocks; a last short block is dropped unless it is the only one."""
+        size, separator = self.config.max_length, self.config.separator
+        stream: list[int] = []
+        for text in columns[self.config.text_column]:
+            if separator is not None:
+                stream += self._ids(text + separator, special=False)
+            elif text.strip():
+                # A document begins as the tokenizer begins a text: Llama's with <s>.
+                stream += [*self._ids(text, special=True), self.tokenizer.eos_token_id]
+        blocks = [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
+        if not blocks and len(stream) > 1:
+            blocks = [stream]
+        return {"input_ids": blocks, "labels": [[IGNORED, *block[1:]] for block in blocks]}
+
+    def _split(self, row: dict[str, Any], answer: str) -> tuple[list[int], list[int]]:
+        """Tokens of prompt and answer, at most `max_length` together; the prompt loses its beginning."""
+        prompt_text = (self.config.prompt or "").format(**row)
+        prompt = self._ids(prompt_text, special=True)
+        whole = self._ids(prompt_text + answer, special=True)
+        joined = whole[: len(prompt)] == prompt
+        answer_ids = whole[len(prompt) :] if joined else self._ids(answer, special=False)
+        if self.config.task == "completion":
+            answer_ids = [*answer_ids, self.tokenizer.eos_token_id]
+        answer_ids = answer_ids[: self.config.max_length - 1]
+        return prompt[-(self.config.max_length - len(answer_ids)) :], answer_ids
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        """Tokens of a text. `special` adds what belongs before a text, never what belongs after it."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]  # type: ignore[assignment]
+        if special and ids and ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id):
+            ids = ids[:-1]
+        return ids
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> list[list[int]]:
+    """Rows of equal length."""
+    width = max(len(row) for row in rows)
+    gaps = [[value] * (width - len(row)) for row in rows]
+    return [[*gap, *row] if left else [*row, *gap] for row, gap in zip(rows, gaps, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collator:
+    """Pads on the right, where causal attention never looks, so that positions need no correction."""
+
+    pad_id: int
+    """Token that fills short rows; it is masked and has no label."""
+
+    def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+        """Tensors `input_ids`, `attention_mask` and `labels`, each (batch, longest)."""
+        ids = [row["input_ids"] for row in rows]
+        return {
+            "input_ids": torch.tensor(pad(ids, self.pad_id)),
+            "attention_mask": torch.tensor(pad([[1] * len(row) for row in ids], 0)),
+            "labels": torch.tensor(pad([row["labels"] for row in rows], IGNORED)),
+        }

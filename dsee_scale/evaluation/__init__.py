@@ -1,0 +1,1 @@
+"""Metrics, generation, and the check of what was exported."""

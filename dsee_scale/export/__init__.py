@@ -1,0 +1,1 @@
+"""Plain Hugging Face folders from live engines and from files."""

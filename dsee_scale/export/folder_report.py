@@ -1,0 +1,264 @@
+"""What a folder holds: adapter, training state, exported or plain model. Reads files one tensor at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dsee_scale.algorithms.bits import count_nonzero
+from dsee_scale.algorithms.patterns import groups_hold
+from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER
+from dsee_scale.checkpoint.folder import MANIFEST, StoredFolder, open_folder, read_json
+from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord
+from dsee_scale.checkpoint.training_state import KIND as TRAINING_STATE
+from dsee_scale.checkpoint.training_state import STATE_FILE
+from dsee_scale.config import UNIT_PATTERNS
+from dsee_scale.errors import FormatError
+from dsee_scale.export.convert import open_weights
+from dsee_scale.export.export import KIND as EXPORT
+from dsee_scale.export.export import REPORT_FILE
+from dsee_scale.export.plan import patterns_of
+from dsee_scale.export.sparse import compressed_specs, pays
+from dsee_scale.export.structure import find_structure, recorded_model
+
+PATTERNS = ((1, 4), (2, 4), (4, 8))
+"""N:M patterns that are recognised in files, the strictest first."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight and its zeros."""
+
+    name: str
+    shape: tuple[int, ...]
+    zeros: int
+    pattern: str = "-"
+
+    @property
+    def numel(self) -> int:
+        """Entries."""
+        return math.prod(self.shape)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of entries that are zero."""
+        return self.zeros / self.numel
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """What was found; `str()` is a table for people, `to_dict()` plain values.
+
+    Attributes:
+        folder: where.
+        kind: `adapter`, `training_state`, `export` or `model`.
+        facts: settings and totals, label -> value.
+        matrices: weights with their zeros: the pruned ones of an adapter, all matrices of a model.
+        files: sizes in bytes.
+    """
+
+    folder: str
+    kind: str
+    facts: dict[str, Any]
+    matrices: tuple[Matrix, ...]
+    files: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        rows = [{**asdict(m), "sparsity": m.sparsity} for m in self.matrices]
+        return {"folder": self.folder, "kind": self.kind, **self.facts, "matrices": rows, "files": self.files}
+
+    def table(self, *, each: bool = False) -> str:
+        """Text for people; `each` lists every matrix in place of groups of equal name and shape."""
+        lines = [f"{self.folder}: {self.kind.replace('_', ' ')}"]
+        width = max(map(len, self.facts), default=0)
+        lines += [f"  {label:<{width}}  {value}" for label, value in self.facts.items()]
+        if self.matrices:
+            wide = self._pattern_width
+            lines += ["", f"  {'weights':<44} {'shape':>14} {'zeros':>8}  {'pattern':<{wide}}range"]
+            lines += [f"  {line}" for line in (self._rows() if each else self._groups())]
+        lines += ["", *(f"  {size / 1e6:>10,.3f} MB  {name}" for name, size in self.files.items())]
+        lines.append(f"  {sum(self.files.values()) / 1e6:>10,.3f} MB  in all")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    @property
+    def _pattern_width(self) -> int:
+        return 2 + max(len("unstructured"), *(len(matrix.pattern) for matrix in self.matrices))
+
+    def _rows(self) -> Iterable[str]:
+        for m in self.matrices:
+            yield f"{m.name:<44} {_shape(m.shape):>14} {100 * m.sparsity:7.2f}%  {m.pattern}"
+
+    def _groups(self) -> Iterable[str]:
+        groups: dict[tuple[str, tuple[int, ...]], list[Matrix]] = {}
+        for m in self.matrices:
+            parts = [part for part in m.name.split(".") if not part.isdigit()]
+            groups.setdefault((".".join(parts[-3:]), m.shape), []).append(m)
+        for (suffix, shape), members in groups.items():
+            share = sum(m.zeros for m in members) / sum(m.numel for m in members)
+            low, high = (f(m.sparsity for m in members) for f in (min, max))
+            label = f"{len(members):4d} x {suffix}"
+            pattern = ", ".join(sorted({m.pattern for m in members}))
+            spread = f"{100 * low:.2f} to {100 * high:.2f}%"
+            wide = self._pattern_width
+            yield f"{label:<44} {_shape(shape):>14} {100 * share:7.2f}%  {pattern:<{wide}}{spread}"
+
+
+def inspect_folder(folder: str | Path, *, verify: bool = False, progress: bool = False) -> FolderReport:
+    """Read what a folder says about itself, and count the zeros of a model's matrices.
+
+    Args:
+        folder: an adapter, a training state, an exported model, or any model folder with safetensors files.
+        verify: compare every file with its hash (folders that dsee_scale saved).
+        progress: show a bar while a model's weights are read.
+
+    Raises:
+        FormatError: a file is damaged or missing.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise FormatError(f"{path} is no folder")
+    if not (path / MANIFEST).is_file():
+        return _model_report(path, None, {}, progress)
+    stored = open_folder(path, (*KINDS_WITH_ADAPTER, EXPORT))
+    if verify:
+        stored.verify(list(stored.files))
+    if stored.kind == EXPORT:
+        report = stored.json(REPORT_FILE)
+        share = 100 * report["num_zero"] / max(report["num_pruned"], 1)
+        facts = {
+            "delta": report["delta"],
+            "pruned": f"{share:.2f}% of {report['num_pruned']:,} entries are zero",
+        }
+        if report.get("structure"):
+            facts["cut out"] = report["structure"]
+        facts["loads with"] = report.get("loads_with", "transformers")
+        if report.get("reason"):
+            facts["loads with"] += f" (not in stock transformers: {report['reason']})"
+        return _model_report(path, stored, facts, progress, report.get("num_removed", 0))
+    return _adapter_report(stored)
+
+
+def _adapter_report(stored: StoredFolder) -> FolderReport:
+    record = AdapterRecord.read(stored)
+    config = record.config
+    facts: dict[str, Any] = {"base": record.base.get("id") or "-", "class": record.base.get("class")}
+    if config is not None:
+        slices = f", output slices {config.output_slices}" if config.output_slices else ""
+        facts |= {
+            "adapter": f"rank {config.rank}, alpha {config.alpha:g}, {config.num_sparse} sparse entries per matrix "
+            f"({config.support})",
+            "modules": f"{len(record.modules)} ({', '.join(_suffixes(record.modules))}){slices}",
+            "trainable": f"{record.num_trainable:,} parameters",
+        }
+    if record.trained:
+        facts["trained in full"] = ", ".join(record.trained)
+    matrices = tuple(
+        Matrix(name, how["shape"], math.prod(how["shape"]) - how["kept"], " + ".join(patterns_of(how)))
+        for name, how in record.pruned.items()
+        if len(how["shape"]) == 2
+    )
+    if matrices:
+        patterns = sorted({pattern for how in record.pruned.values() for pattern in patterns_of(how)})
+        facts |= {"pattern": ", ".join(patterns), "sparsity": _overall(matrices)}
+        if not set(patterns).isdisjoint(UNIT_PATTERNS):
+            model = recorded_model(record.base, record.pruned, str(stored.path / CONFIG_FILE))
+            structure = find_structure(model, lambda param: param.shape)
+            facts["at export"] = structure.summary() if structure else "-"
+    if stored.kind == TRAINING_STATE:
+        state = stored.json(STATE_FILE)
+        facts |= {
+            "updates": max(state["steps"].values(), default=0),
+            "ranks": state["world_size"],
+            "extra": ", ".join(state["extra"]) or "-",
+        }
+    sizes = {name: record["size"] for name, record in stored.files.items()}
+    return FolderReport(str(stored.path), stored.kind, facts, matrices, sizes)
+
+
+def _model_report(
+    folder: Path, stored: StoredFolder | None, facts: dict[str, Any], progress: bool, num_removed: int = 0
+) -> FolderReport:
+    reader = open_weights(folder, stored)
+    matrices, entries, dtypes = [], 0, set()
+    dense_size = sparse_size = 0
+    for name in tqdm(reader.names(), desc="read", disable=not progress):
+        spec = reader.spec(name)
+        entries += math.prod(spec.shape)
+        dtypes.add(str(spec.dtype).removeprefix("torch."))
+        dense_size += spec.nbytes
+        if len(spec.shape) != 2 or not spec.dtype.is_floating_point:
+            sparse_size += spec.nbytes
+            continue
+        tensor = reader.read(name)
+        kept = count_nonzero(tensor)
+        matrices.append(Matrix(name, spec.shape, tensor.numel() - kept, _pattern(tensor, kept)))
+        compressed = sum(part.nbytes for part in compressed_specs(spec, kept))
+        sparse_size += compressed if pays(spec, kept) else spec.nbytes
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    facts = {
+        "class": ", ".join(config.get("architectures") or ["-"]),
+        **facts,
+        "parameters": f"{entries:,} ({', '.join(sorted(dtypes))})",
+        "sparsity": _overall(matrices),
+        "deployment": _deployment(matrices, dense_size, sparse_size, num_removed, entries),
+    }
+    sizes = {path.name: path.stat().st_size for path in reader.paths}
+    return FolderReport(str(folder), EXPORT if stored else "model", facts, tuple(matrices), sizes)
+
+
+def _pattern(tensor: Tensor, kept: int) -> str:
+    """What the zeros of a matrix look like; its orientation is not known from the file."""
+    if tensor.numel() - kept < tensor.numel() / 100:
+        return "-"
+    for n, m in PATTERNS:
+        for transposed in (False, True):
+            inputs = tensor.shape[0 if transposed else 1]
+            if inputs % m == 0 and groups_hold(tensor, n, m, transposed=transposed):
+                return f"{n}:{m}" + (" (I x O)" if transposed else "")
+    return "unstructured"
+
+
+def _deployment(
+    matrices: list[Matrix], dense_size: int, sparse_size: int, num_removed: int, num_parameters: int
+) -> str:
+    """What the zeros and the smaller shapes are worth to whoever runs the model."""
+    gains = []
+    if num_removed:
+        share = 100 * num_removed / (num_removed + num_parameters)
+        gains.append(
+            f"{share:.1f}% of the parameters cut out, about {2 * num_removed / 1e6:,.2f} MFLOPs less a token on "
+            "any hardware"
+        )
+    semi = sum(matrix.pattern in ("1:4", "2:4") for matrix in matrices)
+    if semi:
+        gains.append(f"{semi} matrices fit 2:4 kernels (NVIDIA: load_pretrained(..., semi_structured=True))")
+    if sparse_size < 0.95 * dense_size:
+        share = 100 * sparse_size / dense_size
+        gains.append(
+            f"{share:.0f}% of the size as sparse files ({sparse_size / 1e6:,.3f} of {dense_size / 1e6:,.3f} MB)"
+        )
+    return "; ".join(gains) or "that of a dense model"
+
+
+def _overall(matrices: Iterable[Matrix]) -> str:
+    members = list(matrices)
+    zeros, numel = sum(m.zeros for m in members), sum(m.numel for m in members)
+    return f"{100 * zeros / max(numel, 1):.2f}% ({zeros:,} of {numel:,} entries in {len(members)} matrices)"
+
+
+def _suffixes(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

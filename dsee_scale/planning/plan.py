@@ -1,0 +1,259 @@
+"""How much memory, traffic, disk and time a run needs, from a model's sizes alone, and what to choose.
+
+The training step is DeepSpeed ZeRO-3's with the settings of `ds_configs/zero3_bf16.json`. `benchmarks/memory.py`
+prints these figures beside what a step really allocates, and a test compares them. Bytes throughout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from dsee_scale.errors import ConfigError
+from dsee_scale.planning.shapes import ModelShape
+
+Quantize = Literal["nf4", "fp4", "int8"]
+GIB = 2**30
+REDUCE_BUCKET = 20_000_000
+"""Elements of the buffer in which gradients are gathered (`reduce_bucket_size`)."""
+PREFETCH_BUCKET = 50_000_000
+REUSE_DISTANCE = 1_000_000_000
+"""Elements within which ZeRO-3 keeps a weight that it needs again (`stage3_max_reuse_distance`)."""
+DECOMPOSED_PER_SECOND = 22e6
+"""Entries that one CPU core decomposes in a second: 14336 x 4096 in 2.6 s (docs/decomposition.md)."""
+RESERVED = 0.08
+"""Share of a GPU's memory left to the CUDA context, workspaces and fragmentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is planned.
+
+    Attributes:
+        gpus: processes.
+        quantize: format of the base's linear layers; None for bfloat16.
+        offload: parameters and optimizer on the host.
+        rank, num_sparse, targets: the adapters.
+        batch: sequences per GPU.
+        length: tokens per sequence.
+        checkpointing: activation checkpointing.
+        labels: share of tokens that have a label; only these reach the output layer. 1 for all.
+    """
+
+    gpus: int
+    quantize: Quantize | None = None
+    offload: bool = False
+    rank: int = 16
+    num_sparse: int = 64
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    batch: int = 1
+    length: int = 2048
+    checkpointing: bool = True
+    labels: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens on a GPU in one step."""
+        return self.batch * self.length
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each GPU and, for each GPU, on its host."""
+
+    gpu: float
+    host: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `dsee-scale plan` prints.
+
+    Attributes:
+        phases: peak memory of each phase.
+        traffic: bytes that each GPU receives in one training step.
+        checkpoint: bytes of a checkpoint.
+        export: bytes of the exported model.
+        decomposition: seconds on one CPU core for each process.
+        trainable: entries that are trained.
+    """
+
+    shape: ModelShape
+    setting: Setting
+    phases: dict[str, Memory]
+    traffic: float
+    checkpoint: float
+    export: float
+    decomposition: float
+    trainable: int
+
+    @property
+    def peak(self) -> Memory:
+        """The largest of all phases."""
+        return Memory(max(m.gpu for m in self.phases.values()), max(m.host for m in self.phases.values()))
+
+
+def bytes_per_entry(quantize: Quantize | None) -> float:
+    """Bytes of one entry's code."""
+    return {None: 2.0, "int8": 1.0, "nf4": 0.5, "fp4": 0.5}[quantize]
+
+
+def make_plan(shape: ModelShape, setting: Setting) -> Plan:
+    """All figures for one setting.
+
+    Raises:
+        ConfigError: the setting names no layer of the model.
+    """
+    trainable = adapter_entries(shape, setting)
+    masks = shape.block_entries / 8
+    return Plan(
+        shape=shape,
+        setting=setting,
+        phases={
+            "load": load_memory(shape, setting),
+            "decompose": decompose_memory(shape, setting),
+            "train": training_memory(shape, setting),
+            "prune": prune_memory(shape, setting),
+            "export": export_memory(shape, setting),
+        },
+        traffic=_traffic(shape, setting),
+        # Master values and two moments in float32; the adapters themselves; a bit for each prunable entry.
+        checkpoint=trainable * 14 + masks,
+        export=2.0 * shape.parameters,
+        decomposition=_decomposed_entries(shape, setting) / DECOMPOSED_PER_SECOND / setting.gpus,
+        trainable=trainable,
+    )
+
+
+def adapter_entries(shape: ModelShape, setting: Setting) -> int:
+    """Entries of A, B and S2 over all targets.
+
+    Raises:
+        ConfigError: a target is no layer of the model.
+    """
+    unknown = [name for name in setting.targets if name not in shape.matrices]
+    if unknown:
+        raise ConfigError(
+            f"target {unknown[0]!r} is no layer of {shape.name}; its layers: {', '.join(shape.matrices)}"
+        )
+    sizes = [shape.matrices[name] for name in setting.targets]
+    return shape.layers * sum(setting.rank * (o + i) + setting.num_sparse for o, i in sizes)
+
+
+def training_memory(shape: ModelShape, setting: Setting) -> Memory:
+    """The peak of one training step."""
+    trainable = adapter_entries(shape, setting)
+    share = trainable / setting.gpus
+    base = _stored_base(shape, setting) / setting.gpus
+    # Float32 master values, two moments, the gradient of the step; gradients kept in float32.
+    optimizer = share * (4 + 4 + 4 + 4 + 4)
+    # Adapters count as whole on every GPU; their shards, too; their gradients when backward is done.
+    resident = trainable * 2 + share * 2 + trainable * 2
+    gpu = resident + _scales(shape, setting) + REDUCE_BUCKET * 4
+    gpu += _live_weights(shape, setting) + _activations(shape, setting) + _decoded(shape, setting)
+    if setting.offload:
+        return Memory(gpu, base + optimizer)
+    return Memory(gpu + base + optimizer)
+
+
+def load_memory(shape: ModelShape, setting: Setting) -> Memory:
+    """bfloat16 is partitioned while it loads; transformers loads a quantised base whole on every GPU."""
+    stored, one = _stored_base(shape, setting), 2.0 * max(shape.largest, shape.vocab * shape.hidden)
+    if setting.quantize is not None:
+        return Memory(stored + _scales(shape, setting) + 2.0 * shape.largest)
+    if setting.offload:
+        return Memory(one, stored / setting.gpus + one)
+    return Memory(stored / setting.gpus + one, one)
+
+
+def decompose_memory(shape: ModelShape, setting: Setting) -> Memory:
+    """The base, what two rounds of 64 MiB (or a matrix) send and receive, and one matrix's workspace in float32."""
+    stored = _stored_base(shape, setting)
+    largest = max(shape.matrices[name][0] * shape.matrices[name][1] for name in setting.targets)
+    travels = 4 * max(64 * 2**20, largest * bytes_per_entry(setting.quantize))
+    work = 4 * 4.0 * largest
+    if setting.quantize is not None:  # not partitioned before the engine is made
+        return Memory(stored + _scales(shape, setting) + work)
+    base = stored / setting.gpus
+    return Memory(travels + work, base) if setting.offload else Memory(base + travels + work)
+
+
+def prune_memory(shape: ModelShape, setting: Setting) -> Memory:
+    """The training state, adapters in float32, and a shard of one weight decoded."""
+    trainable = adapter_entries(shape, setting)
+    base = _stored_base(shape, setting) / setting.gpus
+    optimizer = trainable / setting.gpus * 20
+    extra = trainable * (2 + 4) + _scales(shape, setting) + 16 * 2**20
+    if setting.quantize is not None:
+        extra += 2.0 * shape.largest / setting.gpus
+    return Memory(extra, base + optimizer) if setting.offload else Memory(base + optimizer + extra)
+
+
+def export_memory(shape: ModelShape, setting: Setting) -> Memory:
+    """On rank 0: the training state and one weight whole, decoded."""
+    prune = prune_memory(shape, setting)
+    one = max(shape.largest, shape.vocab * shape.hidden) * 2.0
+    return dataclasses.replace(prune, gpu=prune.gpu + one, host=prune.host + one)
+
+
+def _stored_base(shape: ModelShape, setting: Setting) -> float:
+    """Bytes of all base weights, without the scales of quantised ones."""
+    return shape.block_entries * bytes_per_entry(setting.quantize) + shape.other_entries * 2.0
+
+
+def _scales(shape: ModelShape, setting: Setting) -> float:
+    """Scales of quantised weights, which every GPU keeps."""
+    if setting.quantize is None:
+        return 0.0
+    if setting.quantize == "int8":
+        return 4.0 * shape.layers * sum(o for o, _ in shape.matrices.values())
+    return 4.0 * shape.block_entries / 64
+
+
+def _live_weights(shape: ModelShape, setting: Setting) -> float:
+    """Whole weights at once: ZeRO-3 keeps those of the last blocks between forward and backward.
+
+    Stored elements are counted: four-bit codes lie two in an element.
+    """
+    width = bytes_per_entry(setting.quantize)
+    stored = shape.block_entries * (width if setting.quantize else 1.0)
+    per_element = 1.0 if setting.quantize else 2.0
+    elements = stored + shape.vocab * shape.hidden * (1 if shape.tied else 2)
+    kept = min(elements, REUSE_DISTANCE / 2 + PREFETCH_BUCKET)
+    from_blocks = max(0.0, kept - shape.vocab * shape.hidden)
+    return from_blocks * per_element + min(kept, shape.vocab * shape.hidden) * 2.0
+
+
+def _decoded(shape: ModelShape, setting: Setting) -> float:
+    """The largest weight decoded for its product."""
+    return 0.0 if setting.quantize is None else 2.0 * shape.largest
+
+
+def _activations(shape: ModelShape, setting: Setting) -> float:
+    """What backward needs of the forward pass, and the logits with their gradients."""
+    tokens, hidden = setting.tokens, shape.hidden
+    inner = max(shape.matrices.items(), key=lambda item: item[1][0] * item[1][1])[1]
+    width = max(inner)
+    attention = 2 * (shape.repeated * 4)  # q, repeated k and v, and the output
+    norms = 2 * 4 * hidden
+    feed_forward = (6 if shape.gated else 8) * width
+    adapters = 2 * hidden * bool(setting.targets)
+    inputs = 2 * (3 * hidden + width) if setting.quantize == "int8" else 0  # its backward keeps every input
+    block = tokens * (attention + norms + feed_forward + adapters + inputs)
+    logits = setting.labels * tokens * shape.vocab * (2 + 4 + 4 + 4)
+    if setting.checkpointing:
+        return shape.layers * tokens * hidden * 2 + max(2 * block, logits)
+    return shape.layers * block + logits
+
+
+def _traffic(shape: ModelShape, setting: Setting) -> float:
+    """Bytes that a GPU receives in a step: weights for forward and backward, gradients once."""
+    others = (setting.gpus - 1) / setting.gpus
+    weights = _stored_base(shape, setting) * (3 if setting.checkpointing else 2)
+    return others * (weights + 4.0 * adapter_entries(shape, setting))
+
+
+def _decomposed_entries(shape: ModelShape, setting: Setting) -> int:
+    return shape.layers * sum(math.prod(shape.matrices[name]) for name in setting.targets)

@@ -1,0 +1,1 @@
+"""One YAML file that describes a run."""

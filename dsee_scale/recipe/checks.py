@@ -1,0 +1,159 @@
+"""A DeepSpeed config that says something else than the recipe is an error, never a silent winner."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from transformers import TrainingArguments
+
+from dsee_scale.errors import ConfigError
+
+
+def check_deepspeed_config(config: Mapping[str, Any], args: TrainingArguments, source: str) -> None:
+    """Compare a DeepSpeed config with the recipe's TrainingArguments; `"auto"` agrees with everything.
+
+    Args:
+        config: the parsed JSON.
+        args: the recipe's arguments.
+        source: where the config came from, for the message.
+
+    Raises:
+        ConfigError: naming every key on both sides.
+    """
+    problems = [
+        f"{key} is {found!r}, but training.{name} is {expected!r}"
+        for key, name, expected in _expected_values(args)
+        if (found := _look_up(config, key)) not in (None, "auto") and not _same(found, expected)
+    ]
+    if "scheduler" in config:
+        problems.append(
+            "section scheduler knows no phases; remove it and set training.lr_scheduler_type and "
+            "training.warmup_steps, which start afresh in retune"
+        )
+    for mode in ("bf16", "fp16"):
+        if getattr(args, mode) and _look_up(config, f"{mode}.enabled") is None:
+            problems.append(f"{mode}.enabled is absent, but training.{mode} is True")
+    reject_offload(config, str(getattr(args.optim, "value", args.optim)), source)
+    if problems:
+        hint = 'write "auto" there to take the recipe\'s value'
+        raise ConfigError(f"{source} contradicts the recipe: {'; '.join(problems)} ({hint})")
+
+
+def _expected_values(args: TrainingArguments) -> Iterator[tuple[str, str, Any]]:
+    """(key in the DeepSpeed config, name of the argument, its value)."""
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    product = "per_device_train_batch_size * gradient_accumulation_steps * world size"
+    yield "train_micro_batch_size_per_gpu", "per_device_train_batch_size", micro
+    yield "gradient_accumulation_steps", "gradient_accumulation_steps", accumulation
+    yield "train_batch_size", product, micro * accumulation * args.world_size
+    yield "gradient_clipping", "max_grad_norm", args.max_grad_norm
+    yield "bf16.enabled", "bf16", args.bf16
+    yield "fp16.enabled", "fp16", args.fp16
+    yield "optimizer.params.lr", "learning_rate", args.learning_rate
+    yield "optimizer.params.betas", "adam_beta1, adam_beta2", [args.adam_beta1, args.adam_beta2]
+    yield "optimizer.params.eps", "adam_epsilon", args.adam_epsilon
+    yield "optimizer.params.weight_decay", "weight_decay", args.weight_decay
+
+
+def _look_up(config: Mapping[str, Any], dotted: str) -> Any:
+    node: Any = config
+    for key in dotted.split("."):
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node
+
+
+def _same(found: Any, expected: Any) -> bool:
+    try:
+        pairs = zip(found, expected, strict=True) if isinstance(expected, list) else [(found, expected)]
+        return all(float(a) == float(b) for a, b in pairs)
+    except (TypeError, ValueError):
+        return False
+
+
+EXTRA = "pip install 'dsee_scale[quant]'"
+MARKS = ("8bit", "paged", "bnb", "lion", "ademamix")
+"""Parts of the names of the Trainer's optimizers that bitsandbytes brings, ..."""
+OTHERS = ("torch", "galore")
+"""... and of optimizers that are called like them but come from elsewhere."""
+
+
+def quantization_problems(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the arguments of a BitsAndBytesConfig, one sentence each."""
+    from transformers import BitsAndBytesConfig
+
+    known = [name for name in inspect.signature(BitsAndBytesConfig).parameters if name != "kwargs"]
+    found = []
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(known)}"
+            found.append(f"quantization: unknown key {key!r}; {hint}")
+    if bool(values.get("load_in_4bit")) == bool(values.get("load_in_8bit")):
+        found.append("quantization: set one of load_in_4bit and load_in_8bit to true")
+    kind = values.get("bnb_4bit_quant_type", "fp4")
+    if kind not in ("nf4", "fp4"):
+        found.append(f"quantization: bnb_4bit_quant_type {kind!r} is unknown; valid: nf4, fp4")
+    if values.get("llm_int8_has_fp16_weight"):
+        found.append("quantization: llm_int8_has_fp16_weight keeps 16-bit weights; leave it out")
+    if find_spec("bitsandbytes") is None:
+        found.append(f"quantization needs bitsandbytes, which is not installed: {EXTRA}")
+    return found
+
+
+def from_bitsandbytes(optim: str) -> bool:
+    """Whether one of the Trainer's optimizers comes from bitsandbytes."""
+    return any(mark in optim for mark in MARKS) and not any(other in optim for other in OTHERS)
+
+
+def missing_optimizer(optim: Any) -> str | None:
+    """A sentence if `training.optim` needs bitsandbytes and it is not installed."""
+    if isinstance(optim, str) and from_bitsandbytes(optim) and find_spec("bitsandbytes") is None:
+        return f"optim {optim!r} needs bitsandbytes, which is not installed: {EXTRA}"
+    return None
+
+
+def reject_offload(config: Mapping[str, Any], optim: str, source: str) -> None:
+    """Refuse an offload to NVMe, and an optimizer that the DeepSpeed config would silently replace.
+
+    Args:
+        config: DeepSpeed's JSON as a mapping.
+        optim: name of the Trainer's optimizer.
+        source: where the config came from, for the message.
+
+    Raises:
+        ConfigError: naming the setting and the way out.
+    """
+    zero = config.get("zero_optimization") or {}
+    param, optimizer = (_device(zero, f"offload_{part}") for part in ("param", "optimizer"))
+    problems = []
+    if param == "nvme":
+        problems.append(
+            "offload_param to NVMe is not supported, since masks are written into the stored shards and those "
+            'lie in files then; set "offload_param": {"device": "cpu"}'
+        )
+    if optimizer == "nvme":
+        problems.append(
+            "offload_optimizer to NVMe saves nothing here: the states are those of the adapters, megabytes, and "
+            'could not be saved from there; set "offload_optimizer": {"device": "cpu"} or leave it out'
+        )
+    if from_bitsandbytes(optim):
+        if "optimizer" in config:
+            problems.append(
+                f"section optimizer takes the place of training.optim {optim!r}; remove that section"
+            )
+        elif optimizer != "none":
+            problems.append(
+                f"training.optim {optim!r} does not go with offload_optimizer, which runs DeepSpeed's own "
+                "CPU Adam; leave offload_optimizer out, or set training.optim to adamw_torch"
+            )
+    if problems:
+        raise ConfigError(f"{source}: {'; '.join(problems)}")
+
+
+def _device(zero: Mapping[str, Any], key: str) -> str:
+    section = zero.get(key) or {}
+    return str(section.get("device", "none")).lower()

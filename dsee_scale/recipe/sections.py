@@ -1,0 +1,212 @@
+"""The sections of a recipe beside DSEEConfig, PruneConfig and TrainingArguments.
+
+The line under each field is its only documentation; `--help` and the docs are made from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, get_type_hints
+
+from dsee_scale.config import JsonConfig
+from dsee_scale.errors import ConfigError
+from dsee_scale.recipe.checks import quantization_problems
+from dsee_scale.recipe.parsing import type_problem
+
+Task = Literal["language_modelling", "completion", "classification", "chat"]
+DType = Literal["float32", "bfloat16", "float16"]
+Delta = Literal["separate", "masked", "dense"]
+Format = Literal["dense", "sparse"]
+
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckedConfig(JsonConfig):
+    """A section whose values must have the types that its fields declare."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        problems = [
+            type_problem(f.name, getattr(self, f.name), hints[f.name]) for f in dataclasses.fields(self)
+        ]
+        found = [p for p in problems if p] or self.problems()
+        if found:
+            raise ConfigError(f"{type(self).__name__}: " + "; ".join(found))
+
+    def problems(self) -> list[str]:
+        """What is wrong across fields, one sentence each."""
+        return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(CheckedConfig):
+    """The pretrained decoder."""
+
+    name: str
+    """Hub id, or folder with a `config.json`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer; the model's own when absent."""
+    dtype: DType | None = None
+    """How base weights are held; when absent it follows `training.bf16` and `training.fp16`, else float32."""
+    attn_implementation: str | None = None
+    """`sdpa`, `eager`, `flash_attention_2`, ...; transformers' choice when absent."""
+    trust_remote_code: bool = False
+    """Whether code that comes with the model may run."""
+    quantization: Mapping[str, Any] | None = None
+    """Arguments of transformers' BitsAndBytesConfig: `{load_in_4bit: true, bnb_4bit_quant_type: nf4}` or
+    `{load_in_8bit: true}`; the compute dtype follows the model's when absent."""
+
+    def problems(self) -> list[str]:
+        """What is wrong across fields."""
+        return [] if self.quantization is None else quantization_problems(self.quantization)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(CheckedConfig):
+    """Where examples come from and how one becomes tokens."""
+
+    task: Task
+    """`language_modelling` (text in blocks), `completion` (prompt, then an answer), `classification`, or `chat`
+    (conversations in the tokenizer's chat template; only the assistant's turns are learned)."""
+    dataset: str | None = None
+    """Hub id or folder for `datasets.load_dataset`; instead of the two files."""
+    dataset_config: str | None = None
+    """Name of the dataset's configuration, e.g. `wikitext-2-raw-v1`."""
+    train_split: str = "train"
+    """Split of `dataset` to train on."""
+    validation_split: str | None = "validation"
+    """Split of `dataset` to evaluate on; null takes `validation_fraction` of the training split."""
+    train_file: str | None = None
+    """Local .csv, .tsv, .json, .jsonl, .parquet or .txt file."""
+    validation_file: str | None = None
+    """The same for evaluation; when absent `validation_fraction` of the training file."""
+    validation_fraction: float = 0.1
+    """Share of the training rows held out when no validation rows are named, in (0, 1)."""
+    split_seed: int = 0
+    """Seed of that split and of the subsets below."""
+    text_column: str = "text"
+    """Column with the text, for `language_modelling`."""
+    messages_column: str = "messages"
+    """Column with a list of `{role, content}`, for `chat`."""
+    separator: str | None = None
+    """Text between rows of `language_modelling`; when absent the end-of-text token, each row a document."""
+    prompt: str | None = None
+    """Template of the prompt, columns in braces: `"Review: {text}\\nSentiment:"`."""
+    completion: str | None = None
+    """Template of the text to learn, for `completion`: `" {ref}"`."""
+    label_column: str = "label"
+    """Column with the class, for `classification`."""
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Class -> the string that the model should answer: `{positive: " positive"}`."""
+    max_length: int = 512
+    """Tokens per example; longer prompts lose their beginning, longer chats their end. The block size for
+    `language_modelling`, into which documents are packed one after the other."""
+    max_train_samples: int | None = None
+    """Use a random subset of this many training rows."""
+    max_eval_samples: int | None = None
+    """Use a random subset of this many validation rows."""
+    num_workers: int = 1
+    """Processes that tokenize."""
+    generate_samples: int = 0
+    """Prompts to complete in each evaluation, scored by BLEU against their references; 0 for none."""
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Arguments of `generate`, e.g. `{max_new_tokens: 64, num_beams: 4}`."""
+
+    def problems(self) -> list[str]:
+        """What is wrong across fields."""
+        found = []
+        if (self.dataset is None) == (self.train_file is None):
+            found.append("name either dataset (hub id) or train_file (local), not both and not neither")
+        if self.dataset is not None and self.validation_file is not None:
+            found.append("validation_file goes with train_file; use validation_split with dataset")
+        if self.task == "chat" and self.prompt:
+            found.append("task 'chat' takes its form from the chat template; leave prompt out")
+        if self.task in ("completion", "classification") and not self.prompt:
+            found.append(
+                f'task {self.task!r} needs a prompt template, e.g. prompt: "Review: {{text}}\\nSentiment:"'
+            )
+        if (self.task == "completion") != bool(self.completion):
+            found.append("completion goes with task 'completion', and only with it")
+        if (self.task == "classification") != bool(self.labels):
+            found.append(
+                "labels go with task 'classification', and only with it: {negative: \" negative\", ...}"
+            )
+        if len(self.labels) == 1 or len(set(self.labels.values())) != len(self.labels):
+            found.append(f"labels need at least two different strings, found {dict(self.labels)}")
+        if self.generate_samples and self.task != "completion":
+            found.append("generate_samples goes with task 'completion'")
+        if not 0 < self.validation_fraction < 1:
+            found.append(f"validation_fraction must lie in (0, 1), found {self.validation_fraction!r}")
+        for name in ("max_length", "max_train_samples", "max_eval_samples", "num_workers"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < (2 if name == "max_length" else 1):
+                found.append(f"{name} is too small: {value}")
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RetuneConfig(CheckedConfig):
+    """Training after pruning; what is absent stays as in `training`."""
+
+    max_steps: int | None = None
+    """Optimizer steps; or give epochs."""
+    num_train_epochs: float | None = None
+    """Passes over the training rows; used when max_steps is absent."""
+    learning_rate: float | None = None
+    """Peak learning rate of this phase."""
+    warmup_steps: float | None = None
+    """Warm-up steps of this phase; below 1, a fraction of it."""
+    lr_scheduler_type: str | None = None
+    """Name of the decay, as in TrainingArguments."""
+    lr_scheduler_kwargs: Mapping[str, Any] | None = None
+    """Its further arguments, as in TrainingArguments."""
+
+    def problems(self) -> list[str]:
+        """What is wrong across fields."""
+        length = self.max_steps if self.max_steps is not None else self.num_train_epochs
+        if length is None or length <= 0:
+            return ["give max_steps or num_train_epochs above 0, or leave the section out"]
+        if self.lr_scheduler_type is not None and self.lr_scheduler_type not in SCHEDULES:
+            return [
+                f"lr_scheduler_type {self.lr_scheduler_type!r} is unknown here; valid: {', '.join(SCHEDULES)}"
+            ]
+        return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradualConfig(CheckedConfig):
+    """Pruning in small cuts from the end of tune on, by a cubic schedule (see CubicSchedule)."""
+
+    num_steps: int
+    """Steps from the first cut to the final sparsity; they belong to retune."""
+    every: int = 1
+    """Cut once in so many steps."""
+    initial_sparsity: float = 0.0
+    """Sparsity of the first cut, in [0, 1)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig(CheckedConfig):
+    """The Hugging Face folder that the run leaves."""
+
+    delta: Delta = "masked"
+    """`masked`: (W + D) * M, as sparse as W; `dense`: W * M + D; `separate`: sparse W, adapter beside it."""
+    format: Format = "dense"
+    """`dense`: plain safetensors; `sparse`: a bit per entry and the kept values, for `load_pretrained`."""
+    check: bool = True
+    """Reload the folder in stock transformers, without dsee_scale, and compare quality and logits."""

@@ -1,0 +1,227 @@
+"""TrainingArguments from a recipe, checked against DeepSpeed's config."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import patch_environment
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from dsee_scale.data.tokenizer import check_vocabulary, open_tokenizer
+from dsee_scale.distributed import together
+from dsee_scale.errors import ConfigError
+from dsee_scale.partition.quantized import prepare_quantised
+from dsee_scale.recipe.checks import check_deepspeed_config
+from dsee_scale.recipe.recipe import Recipe
+from dsee_scale.recipe.sections import ModelConfig
+
+
+class RunArguments(TrainingArguments):
+    """TrainingArguments that let bf16 run under DeepSpeed on the CPU.
+
+    transformers 5.23 wants `use_cpu` for bf16 without a GPU, and `use_cpu` keeps DeepSpeed away.
+    """
+
+    def _validate_args(self) -> None:
+        bf16 = self.bf16
+        self.bf16 = bf16 and torch.cuda.is_available()
+        super()._validate_args()
+        self.bf16 = bf16
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """The recipe's arguments; see `make_arguments`."""
+    return make_arguments(dict(recipe.training))
+
+
+def make_arguments(values: dict[str, Any]) -> TrainingArguments:
+    """TrainingArguments from plain values; making them starts the process group.
+
+    Keep the result alive: it holds the DeepSpeed config by which `from_pretrained` partitions weights while
+    it loads them.
+
+    Args:
+        values: arguments that were given; changed in place.
+
+    Raises:
+        ConfigError: arguments that contradict each other or the DeepSpeed config.
+    """
+    if not values.get("output_dir"):
+        raise ConfigError("training.output_dir is missing; name the run's folder, e.g. runs/sentiment")
+    values.pop("resume_from_checkpoint", None)
+    values.setdefault("remove_unused_columns", False)
+    with_deepspeed = _reject_two_configs(values)
+    if not torch.cuda.is_available():
+        if with_deepspeed:
+            start_deepspeed_on_cpu(values)
+        else:
+            values.setdefault("use_cpu", True)
+    try:
+        args = RunArguments(**values)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"training: {error}") from error
+    if args.learning_rate <= 0:
+        raise ConfigError(f"training.learning_rate must be positive, found {args.learning_rate}")
+    plugin = args.deepspeed_plugin
+    if plugin is not None:
+        source = args.deepspeed if isinstance(args.deepspeed, str) else "the DeepSpeed config"
+        given = _read_config(args.deepspeed) if args.deepspeed else plugin.hf_ds_config.config
+        check_deepspeed_config(given, args, f"{source} (DeepSpeed)")
+    return args
+
+
+@contextlib.contextmanager
+def kept_environment() -> Iterator[None]:
+    """Restore accelerate's variables at the end.
+
+    Accelerate notes what it was told in ACCELERATE_* variables and leaves them there; the next run in this
+    process would take them for a launcher's.
+    """
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def model_dtype(recipe: Recipe, args: TrainingArguments) -> torch.dtype:
+    """How base weights are held."""
+    named = recipe.model.dtype or ("bfloat16" if args.bf16 else "float16" if args.fp16 else "float32")
+    return getattr(torch, named)
+
+
+def _reject_two_configs(values: dict[str, Any]) -> bool:
+    """Whether DeepSpeed runs. What `accelerate launch` brings must be the recipe's config, if it has one."""
+    named = values.get("deepspeed")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return named is not None
+    brought = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    values.pop("deepspeed", None)
+    if named is not None and brought.lower() == "none":
+        raise ConfigError(
+            f"training.deepspeed names {named}, but accelerate's config sets DeepSpeed up by itself; "
+            "give it a deepspeed_config_file with that path, or pass --deepspeed null"
+        )
+    if named is not None and _read_config(named) != _read_config(brought):
+        raise ConfigError(
+            f"training.deepspeed names {named}, but accelerate's config names {brought}, which says "
+            "something else; pass --deepspeed null to use accelerate's"
+        )
+    return True
+
+
+def _read_config(source: Any) -> dict[str, Any]:
+    if isinstance(source, dict):
+        return source
+    try:
+        config = json.loads(Path(source).read_text())
+    except OSError as error:
+        raise ConfigError(f"DeepSpeed config {source} cannot be read: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"DeepSpeed config {source} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"DeepSpeed config {source} holds a {type(config).__name__}, expected a JSON object"
+        )
+    return config
+
+
+def start_deepspeed_on_cpu(values: dict[str, Any]) -> None:
+    """Collective. Start the process group and say so in TrainingArguments' `accelerator_config`.
+
+    Args:
+        values: arguments of TrainingArguments, changed in place.
+
+    Raises:
+        ConfigError: no launcher started this process.
+    """
+    assert not torch.cuda.is_available()
+    if values.get("use_cpu"):
+        raise ConfigError("training.use_cpu keeps DeepSpeed away; leave it out, or pass --deepspeed null")
+    if "LOCAL_RANK" not in os.environ:
+        raise ConfigError(
+            "training.deepspeed needs a launcher: start with deepspeed, accelerate launch or torchrun, "
+            "or pass --deepspeed null to run in this one process"
+        )
+    AcceleratorState._reset_state(reset_partial_state=True)  # type: ignore[no-untyped-call]
+    with patch_environment(ACCELERATE_USE_DEEPSPEED="true"):
+        PartialState(backend="gloo", timeout=timedelta(seconds=values.get("ddp_timeout", 1800)))
+    own = values.get("accelerator_config") or {}
+    if not isinstance(own, dict):
+        raise ConfigError("training.accelerator_config must be written out in the recipe to run on the CPU")
+    values["accelerator_config"] = {**own, "use_configured_state": True}
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token (the end-of-text token where it has none of its own). Local."""
+    own = config.tokenizer is None
+    return open_tokenizer(config.tokenizer or config.name, **_source(config, own=own))
+
+
+def load_model(config: ModelConfig, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """Collective under ZeRO-3. The decoder with its pretrained weights.
+
+    The DeepSpeed config must be known to transformers by now (TrainingArguments make it so), or every rank
+    would load the whole model.
+
+    Raises:
+        ConfigError: there is no such model, or its vocabulary does not fit the tokenizer's.
+    """
+    options = _source(config, own=True)
+
+    def read_config() -> Any:
+        found = AutoConfig.from_pretrained(config.name, **options)
+        check_vocabulary(tokenizer, found.get_text_config().vocab_size, config.name)
+        return found
+
+    found = together(read_config, what=f"reading the config of model {config.name!r}")
+    extra: dict[str, Any] = (
+        {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
+    )
+    if config.quantization is not None:
+        extra["quantization_config"] = quantization_config(config.quantization, dtype)
+    model = AutoModelForCausalLM.from_pretrained(config.name, config=found, dtype=dtype, **options, **extra)
+    if getattr(model, "is_quantized", False):
+        together(lambda: prepare_quantised(model), what=f"preparing the quantised model {config.name!r}")
+        # bitsandbytes tells at every product that it casts to float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        # The Trainer refuses quantised models unless PEFT's mark says that there are adapters to train.
+        model._hf_peft_config_loaded = True
+    return model
+
+
+def quantization_config(values: Mapping[str, Any], dtype: torch.dtype) -> BitsAndBytesConfig:
+    """transformers' config from the recipe's values; 4-bit layers compute in the model's dtype by default."""
+    settings = dict(values)
+    if settings.get("load_in_4bit"):
+        settings.setdefault("bnb_4bit_compute_dtype", dtype)
+    try:
+        return BitsAndBytesConfig(**settings)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"model.quantization: {error}") from error
+
+
+def _source(config: ModelConfig, *, own: bool) -> dict[str, Any]:
+    return {
+        "revision": (config.revision or "main") if own else "main",
+        "trust_remote_code": config.trust_remote_code,
+    }

@@ -1,0 +1,1 @@
+"""What exists only to repeat the paper; not part of the package."""
