@@ -65,32 +65,20 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "export",
-        help="merge an adapter into its base model's files, or convert a model's files",
+        help="merge an adapter into its base model's files",
         description="Write a Hugging Face model from an adapter (or a training checkpoint) and its base model's "
-        "safetensors files; or, without --base, write a model's folder again with dense or sparse files. "
-        "Tensors are streamed: memory stays at about one weight.",
-        epilog="examples: dsee-scale export out/adapter --base models/llama --output out/model --delta masked; "
-        "dsee-scale export out/model --output out/small --format sparse",
+        "safetensors files. Tensors are streamed: memory stays at about one weight.",
+        epilog="example: dsee-scale export out/adapter --base models/llama --output out/model --delta masked",
     )
-    command.add_argument(
-        "folder",
-        metavar="FOLDER",
-        help="what save_adapter or a training run wrote; without --base, a model's folder",
-    )
-    command.add_argument("--base", metavar="FOLDER", help="folder of the base model")
+    command.add_argument("folder", metavar="FOLDER", help="what save_adapter or a training run wrote")
+    command.add_argument("--base", required=True, metavar="FOLDER", help="folder of the base model")
     command.add_argument("--output", required=True, metavar="FOLDER", help="where the model goes")
     command.add_argument(
         "--delta",
         choices=("masked", "dense", "separate"),
+        default="masked",
         help="masked: (W + D) * M, as sparse as W (default); dense: W * M + D; separate: W * M with the "
         "adapter beside it",
-    )
-    command.add_argument(
-        "--format",
-        choices=("dense", "sparse"),
-        default="dense",
-        help="dense: plain safetensors (default); sparse: a bit for each entry of a pruned weight and the kept "
-        "values, for dsee_scale.load_pretrained",
     )
     command.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -156,24 +144,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from dsee_scale.export.convert import convert_folder
     from dsee_scale.export.from_files import export_files
 
-    if args.base is None and args.delta is not None:
-        raise ConfigError(
-            "--delta goes with an adapter and --base FOLDER; a model's folder has no update left"
-        )
-    if args.base is None:
-        report = convert_folder(args.folder, args.output, format=args.format, overwrite=args.overwrite)
-    else:
-        report = export_files(
-            args.folder,
-            args.base,
-            args.output,
-            delta=args.delta or "masked",
-            format=args.format,
-            overwrite=args.overwrite,
-        )
+    report = export_files(args.folder, args.base, args.output, delta=args.delta, overwrite=args.overwrite)
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
 
 

@@ -53,16 +53,14 @@ def aligned(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
     return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
 
 
-def file_header(
-    name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]
-) -> tuple[bytes, list[int]]:
-    """What a safetensors file begins with, and where each tensor begins in it.
+def file_header(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with.
 
     Raises:
         FormatError: a dtype that the format does not know.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    starts, offset = [], 0
+    offset = 0
     for spec in specs:
         if spec.dtype not in DTYPE_NAMES:
             raise FormatError(f"{name}: tensor {spec.name} is {spec.dtype}, which safetensors cannot hold")
@@ -71,12 +69,10 @@ def file_header(
             "shape": list(spec.shape),
             "data_offsets": [offset, offset + spec.nbytes],
         }
-        starts.append(offset)
         offset += spec.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    begin = len(text).to_bytes(8, "little") + text
-    return begin, [len(begin) + start for start in starts]
+    return len(text).to_bytes(8, "little") + text
 
 
 class TensorWriter:
@@ -86,7 +82,7 @@ class TensorWriter:
         self, folder: NewFolder, name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]
     ) -> None:
         self.folder, self.specs, self._next = folder, list(specs), 0
-        header, _ = file_header(name, specs, metadata)
+        header = file_header(name, specs, metadata)
         self.file: HashedFile = folder.create(name)
         self.file.write(header)
 
@@ -111,46 +107,6 @@ class TensorWriter:
         if self._next != len(self.specs):
             raise FormatError(f"{self.file.path.name}: {self.specs[self._next].name} was not written")
         self.folder.add(self.file)
-
-
-class ScatteredWriter:
-    """Writes a safetensors file whose tensors come in any order, each to its place."""
-
-    def __init__(
-        self, folder: NewFolder, name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]
-    ) -> None:
-        self.specs = {spec.name: spec for spec in specs}
-        header, starts = file_header(name, specs, metadata)
-        self._starts = dict(zip(self.specs, starts, strict=True))
-        self.size = len(header) + sum(spec.nbytes for spec in specs)
-        self.path = folder.partial / name
-        self._missing = set(self.specs)
-        self._file = self.path.open("xb")
-        self._put(0, header)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, as announced."""
-        spec = self.specs[name]
-        if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
-            raise FormatError(
-                f"{self.path.name}: tensor {name} is {tensor.dtype}, {tuple(tensor.shape)}, expected "
-                f"{spec.dtype}, {spec.shape}"
-            )
-        self._put(self._starts[name], tensor_bytes(tensor))
-        self._missing.discard(name)
-
-    def close(self) -> None:
-        """Finish the file. `NewFolder.adopt` reads it back for its hash and takes it into the manifest."""
-        self._file.close()
-        if self._missing:
-            raise FormatError(f"{self.path.name}: {sorted(self._missing)[0]} was not written")
-
-    def _put(self, at: int, data: bytes | memoryview) -> None:
-        try:
-            self._file.seek(at)
-            self._file.write(data)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -16,15 +16,14 @@ from dsee_scale.algorithms.patterns import groups_hold
 from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER
 from dsee_scale.checkpoint.folder import MANIFEST, StoredFolder, open_folder, read_json
 from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord
+from dsee_scale.checkpoint.tensors import TensorReader
 from dsee_scale.checkpoint.training_state import KIND as TRAINING_STATE
 from dsee_scale.checkpoint.training_state import STATE_FILE
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
-from dsee_scale.export.convert import open_weights
-from dsee_scale.export.export import KIND as EXPORT
-from dsee_scale.export.export import REPORT_FILE
-from dsee_scale.export.plan import patterns_of
-from dsee_scale.export.sparse import compressed_specs, pays
+from dsee_scale.export.from_files import base_files
+from dsee_scale.export.report import KIND as EXPORT
+from dsee_scale.export.report import REPORT_FILE, patterns_of
 from dsee_scale.export.structure import find_structure, recorded_model
 
 PATTERNS = ((1, 4), (2, 4), (4, 8))
@@ -188,29 +187,24 @@ def _adapter_report(stored: StoredFolder) -> FolderReport:
 def _model_report(
     folder: Path, stored: StoredFolder | None, facts: dict[str, Any], progress: bool, num_removed: int = 0
 ) -> FolderReport:
-    reader = open_weights(folder, stored)
+    reader = TensorReader(base_files(folder))
     matrices, entries, dtypes = [], 0, set()
-    dense_size = sparse_size = 0
     for name in tqdm(reader.names(), desc="read", disable=not progress):
         spec = reader.spec(name)
         entries += math.prod(spec.shape)
         dtypes.add(str(spec.dtype).removeprefix("torch."))
-        dense_size += spec.nbytes
         if len(spec.shape) != 2 or not spec.dtype.is_floating_point:
-            sparse_size += spec.nbytes
             continue
         tensor = reader.read(name)
         kept = count_nonzero(tensor)
         matrices.append(Matrix(name, spec.shape, tensor.numel() - kept, _pattern(tensor, kept)))
-        compressed = sum(part.nbytes for part in compressed_specs(spec, kept))
-        sparse_size += compressed if pays(spec, kept) else spec.nbytes
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     facts = {
         "class": ", ".join(config.get("architectures") or ["-"]),
         **facts,
         "parameters": f"{entries:,} ({', '.join(sorted(dtypes))})",
         "sparsity": _overall(matrices),
-        "deployment": _deployment(matrices, dense_size, sparse_size, num_removed, entries),
+        "deployment": _deployment(matrices, num_removed, entries),
     }
     sizes = {path.name: path.stat().st_size for path in reader.paths}
     return FolderReport(str(folder), EXPORT if stored else "model", facts, tuple(matrices), sizes)
@@ -228,9 +222,7 @@ def _pattern(tensor: Tensor, kept: int) -> str:
     return "unstructured"
 
 
-def _deployment(
-    matrices: list[Matrix], dense_size: int, sparse_size: int, num_removed: int, num_parameters: int
-) -> str:
+def _deployment(matrices: list[Matrix], num_removed: int, num_parameters: int) -> str:
     """What the zeros and the smaller shapes are worth to whoever runs the model."""
     gains = []
     if num_removed:
@@ -242,11 +234,6 @@ def _deployment(
     semi = sum(matrix.pattern in ("1:4", "2:4") for matrix in matrices)
     if semi:
         gains.append(f"{semi} matrices fit 2:4 kernels (NVIDIA: load_pretrained(..., semi_structured=True))")
-    if sparse_size < 0.95 * dense_size:
-        share = 100 * sparse_size / dense_size
-        gains.append(
-            f"{share:.0f}% of the size as sparse files ({sparse_size / 1e6:,.3f} of {dense_size / 1e6:,.3f} MB)"
-        )
     return "; ".join(gains) or "that of a dense model"
 
 

@@ -2,82 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
 import shutil
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from dsee_scale.algorithms.bits import count_nonzero
-from dsee_scale.algorithms.delta import Delta, Form
-from dsee_scale.checkpoint.adapter import KIND as ADAPTER
-from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER
+from dsee_scale.algorithms.delta import Delta
+from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER, open_adapter
 from dsee_scale.checkpoint.adapter import STEM as ADAPTER_STEM
-from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, alike, new_folder, open_folder
+from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, open_folder, read_json
 from dsee_scale.checkpoint.masks import STEM as MASKS
-from dsee_scale.checkpoint.masks import apply_mask
-from dsee_scale.checkpoint.record import CONFIG_FILE
-from dsee_scale.checkpoint.tensors import TensorSpec
+from dsee_scale.checkpoint.masks import apply_mask, open_masks
+from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord, check_base, config_hash, lasting_config
+from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec
 from dsee_scale.config import UNIT_PATTERNS
-from dsee_scale.errors import ConfigError
-from dsee_scale.export.export import (
-    ADAPTER_FOLDER,
-    KIND,
-    REPORT_FILE,
-    DeltaForm,
-    ExportReport,
-    merged_weight,
-)
-from dsee_scale.export.plan import (
-    NOTHING_SPARSE,
-    Format,
-    StoredForm,
-    count_patterns,
-    how_to_load,
-    masked_weights,
-    part_names,
-    weight_writer,
-    write_index,
-)
-from dsee_scale.export.quantised import distance_to
-from dsee_scale.export.sources import Sources, open_sources, planned_files, recorded_update
-from dsee_scale.export.sparse import STEM as SPARSE
-from dsee_scale.export.structure import (
-    STRUCTURE_FILE,
-    find_structure,
-    recorded_model,
-    smaller_config,
-)
-from dsee_scale.partition import Partition, open_partition
+from dsee_scale.errors import FormatError
+from dsee_scale.export.plan import Entry, ExportPlan
+from dsee_scale.export.report import INDEX_FILE, ExportReport
+from dsee_scale.export.structure import Structure, find_structure, recorded_model, smaller_config
+from dsee_scale.export.writer import DeltaForm, check_delta, write_model
+from dsee_scale.partition import open_partition
 from dsee_scale.partition.quantized import as_stored, format_name
-from dsee_scale.passes.progress import show_progress
 
+WEIGHTS_FILE = "model.safetensors"
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
-
-
-@dataclass(frozen=True)
-class Target:
-    """The form in which the tensors are written.
-
-    Attributes:
-        delta: as in `export_model`.
-        form: what is cut out or compressed, by names in the files.
-        config: config values where they differ from the tuned model's; None where they do not.
-        reason: why no config says the smaller shapes; None if one does.
-    """
-
-    delta: DeltaForm
-    form: StoredForm
-    config: dict[str, Any] | None = None
-    reason: str | None = None
 
 
 def export_files(
@@ -86,7 +39,6 @@ def export_files(
     output: str | Path,
     *,
     delta: DeltaForm = "masked",
-    format: Format = "dense",
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> ExportReport:
@@ -100,7 +52,6 @@ def export_files(
         base: folder of the base model with safetensors files.
         output: output folder.
         delta: as in `export_model`.
-        format: as in `export_model`.
         overwrite: replace an earlier export.
         progress: show a progress bar; None shows it if a person watches.
 
@@ -108,155 +59,185 @@ def export_files(
         ConfigError: the output folder is not empty, or a setting is unknown.
         FormatError: a file is damaged or missing, or adapter and base do not fit.
     """
-    started = time.perf_counter()
-    for name, value, valid in (("delta", delta, DeltaForm), ("format", format, Format)):
-        if value not in get_args(valid):
-            raise ConfigError(f"{name} {value!r} is unknown; valid: {', '.join(get_args(valid))}")
-    partition = open_partition(nn.Module())
+    check_delta(delta)
     stored = open_folder(adapter, KINDS_WITH_ADAPTER)
     stored.verify(stored.names(ADAPTER_STEM) + stored.names(MASKS))
-    sources = open_sources(stored, Path(base))
-    target = _target(sources, delta, format)
-    with new_folder(partition, output, kind=KIND, overwrite=overwrite) as new, alike(partition):
-        _copy_settings(Path(base), new, sources, target)
-        if delta == "separate":
-            _copy_adapter(partition, stored, new)
-        writer = _FileWriter(new, sources, target)
-        files = planned_files(sources)
-        if format == "sparse":
-            files = dict(zip(part_names(SPARSE, len(files)), files.values(), strict=True))
-        shown = show_progress(partition, progress)
-        with tqdm(total=sum(map(len, files.values())), desc="export", disable=not shown) as bar:
-            for name, specs in files.items():
-                writer.write_file(name, specs, bar)
-        report = writer.report(time.perf_counter() - started)
-        write_index(new, writer.written, report.num_parameters)
-        new.write_json(REPORT_FILE, report.to_dict())
-        new.adopt()
-    return report
+    source = StoredModel(stored, Path(base), cut=delta != "separate")
+    return write_model(source, output, delta, overwrite=overwrite, progress=progress)
 
 
-class _FileWriter:
-    """Writes weight files tensor by tensor and counts zeros."""
+class StoredModel:
+    """An adapter's files and its base's, checked to fit, as the source of an export.
 
-    def __init__(self, new: NewFolder, sources: Sources, target: Target) -> None:
-        self.new, self.sources, self.target, self.form = new, sources, target, target.form
-        self.names = {key: name for name, key in sources.keys.items()}
-        self.masked = masked_weights(sources.record.pruned)
-        self.zeros = dict.fromkeys(sources.record.pruned, 0)
-        self.numel = dict.fromkeys(sources.record.pruned, 0)
-        self.sizes: dict[str, int] = {}
-        self.written: dict[str, list[TensorSpec]] = {}
-        self.num_parameters = 0
+    Raises:
+        FormatError: naming the file and what does not fit.
+    """
+
+    def __init__(self, stored: StoredFolder, base: Path, *, cut: bool) -> None:
         self.partition = open_partition(nn.Module())
-        self.quantization = sources.record.base.get("quantization") if target.delta != "separate" else None
-        self.distance: float | None = None
+        self.folder, self.base_folder = stored, base
+        self.record = AdapterRecord.read(stored)
+        self.pruned: Mapping[str, Mapping[str, Any]] = self.record.pruned
+        self._where = str(stored.path / CONFIG_FILE)
+        if not base.is_dir():
+            name = self.record.base.get("id") or "the base model"
+            raise FormatError(f"base {base} is no folder; give the folder of {name}")
+        self._weights = TensorReader(base_files(base))
+        _check_config(self.record, base, self._where)
+        self._keys = _base_keys(self.record, self._weights, base)
+        self._adapter, self._masks = open_adapter(stored, self.record), open_masks(stored)
+        self._dtype: torch.dtype = getattr(torch, str(self.record.base.get("dtype", "float32")))
+        self.structure, self.config, self.reason = self._smaller() if cut else (None, None, None)
+        self.plan = self._plan()
+        quantization = self.record.base.get("quantization") if cut else None
+        self.base = f"unquantised, while {format_name(quantization)} was trained on" if quantization else None
+        self.as_trained: Callable[[Tensor], Tensor] | None = None
+        if quantization and find_spec("bitsandbytes"):
+            self.as_trained = lambda w: as_stored(w, quantization).float().masked_fill(w == 0, 0)
 
-    def write_file(self, filename: str, specs: Sequence[TensorSpec], bar: Any) -> None:
-        """One weight file."""
-        self.written[filename] = [part for spec in specs for part in self.form.specs(spec)]
-        writer = weight_writer(self.new, filename, self.written[filename])
-        for spec in specs:
-            for name, tensor in self.form.tensors(spec.name, *self._tensor(spec)).items():
-                writer.write(name, tensor)
-            self.num_parameters += math.prod(self.form.dense_shape(spec))
-            bar.update()
-        writer.close()
-        self.sizes[filename] = writer.size
+    def read(self, entries: list[Entry], *, updates: bool) -> Iterator[tuple[Tensor, Delta | None] | None]:
+        """Each tensor in the tuned model's dtype, zeros where it is pruned, and its update."""
+        for entry in entries:
+            key = self._keys.get(entry.name, entry.name)
+            if entry.name in self.record.trained:
+                yield self._adapter.read(entry.name).to(entry.outputs[0].dtype), None
+                continue
+            weight = self._weights.read(key).to(entry.outputs[0].dtype)
+            if entry.name in self.pruned:
+                param = nn.Parameter(weight.contiguous(), requires_grad=False)
+                apply_mask(self.partition, param, self._masks, entry.name)
+                weight = param.data
+            module = entry.name.removesuffix(".weight")
+            yield weight, self._update(module) if updates and module in self.record.modules else None
 
-    def report(self, seconds: float) -> ExportReport:
-        """Sizes and sparsity."""
-        return ExportReport(
-            folder=str(self.new.folder),
-            delta=self.target.delta,
-            files=self.sizes,
-            sparsity={name: self.zeros[name] / self.numel[name] for name in self.numel},
-            num_pruned=sum(self.numel.values()),
-            num_zero=sum(self.zeros.values()),
-            num_parameters=self.num_parameters,
-            seconds=seconds,
-            format="sparse" if self.form.num_kept else "dense",
-            patterns=count_patterns(self.sources.record.pruned),
-            **how_to_load(self.form, self.target.reason),
-            base=f"unquantised, while {format_name(self.quantization)} was trained on"
-            if self.quantization
-            else None,
-            distance=self.distance,
+    def stored(self, entry: Entry, value: Tensor) -> Mapping[str, Tensor]:
+        """A tensor under the base's name for it."""
+        return {entry.outputs[0].name: value}
+
+    def write_adapter(self, new: NewFolder) -> None:
+        """A copy of the adapter's files."""
+        for name in [CONFIG_FILE, *self.folder.names(ADAPTER_STEM), *self.folder.names(MASKS)]:
+            shutil.copyfile(self.folder.path / name, new.partial / name)
+        new.adopt()
+
+    def write_settings(self, new: NewFolder) -> None:
+        """The base's files that are no weights, and the tuned model's config."""
+        for path in sorted(self.base_folder.iterdir()):
+            ours = path.name.startswith(("dsee_", "."))
+            if path.is_file() and not path.name.endswith(WEIGHT_ENDINGS) and not ours:
+                shutil.copyfile(path, new.partial / path.name)
+        identity = self.record.base
+        if identity.get("full_config") is not None:
+            own = {"architectures": [identity["class"]], "dtype": identity["dtype"]}
+            config = {**(self.config or identity["full_config"]), **own}
+            (new.partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    def _update(self, name: str) -> Delta:
+        """D of one module, from the adapter's tensors."""
+        module = self.record.modules[name]
+        parts = ("A", "B", "values", "rows", "cols")
+        a, b, values, rows, cols = (self._adapter.read(f"{name}.dsee_{key}") for key in parts)
+        return Delta(
+            a=a,
+            b=b,
+            values=values,
+            rows=rows,
+            cols=cols,
+            slices=module.slices,
+            scaling=module.scaling,
+            shape=module.shape,
+            transposed=module.transposed,
         )
 
-    def _tensor(self, spec: TensorSpec) -> tuple[Tensor, Tensor]:
-        """What a parameter is to be, and the weight whose bits tell what is kept of it."""
-        record, name = self.sources.record, self.names.get(spec.name, spec.name)
-        if name in record.trained:
-            value = self.sources.adapter.read(name).to(spec.dtype)
-            return value, value
-        weight = self.sources.base.read(spec.name).to(spec.dtype)
-        if name in record.pruned:
-            param = nn.Parameter(weight.contiguous(), requires_grad=False)
-            apply_mask(self.partition, param, self.sources.masks, name)
-            weight = param.data
-        value = weight
-        if name.removesuffix(".weight") in record.modules and self.target.delta != "separate":
-            update = recorded_update(self.sources, name.removesuffix(".weight"))
-            form: Form = "masked" if self.target.delta == "masked" else "dense"
-            value = merged_weight(weight, update, pruned=name in self.masked, form=form)
-            self._note_distance(weight, update, value, pruned=name in self.masked)
-        if name in self.zeros:
-            self.numel[name] = math.prod(self.form.dense_shape(spec))
-            self.zeros[name] = self.numel[name] - count_nonzero(value)
-        return value, weight
+    def _smaller(self) -> tuple[Structure | None, dict[str, Any] | None, str | None]:
+        """What is cut out, the config that says so, and why there is none, from the record alone."""
+        if not any(kind in info for info in self.pruned.values() for kind in UNIT_PATTERNS):
+            return None, None, None
+        model = recorded_model(self.record.base, self.record.pruned, self._where)
+        structure = find_structure(model, lambda param: param.shape)
+        assert structure is not None
+        config, reason = smaller_config(model, structure, lambda param: param.shape)
+        return structure, config and json.loads(config.to_json_string()), reason
 
-    def _note_distance(self, weight: Tensor, update: Delta, value: Tensor, *, pruned: bool) -> None:
-        """How far a merged weight is from what was trained on a quantised base; needs bitsandbytes."""
-        if self.quantization is None or find_spec("bitsandbytes") is None:
-            return
-        stored = as_stored(weight, self.quantization).float()
-        trained = merged_weight(stored.masked_fill(weight == 0, 0), update, pruned=pruned, form="dense")
-        self.distance = max(self.distance or 0.0, distance_to(trained, value))
+    def _plan(self) -> ExportPlan:
+        """The base's files in the tuned model's dtype, and parameters that only the tuned model has."""
+        names = {key: name for name, key in self._keys.items()}
+        files: dict[str, list[Entry]] = {path.name: [] for path in self._weights.paths}
+        for key in self._weights.names():
+            spec, name = self._weights.spec(key), names.get(key, key)
+            shape = self.record.trained.get(name, spec.shape)
+            shape = self.structure.shape(name, shape) if self.structure else shape
+            dtype = self._dtype if spec.dtype.is_floating_point else spec.dtype
+            files[self._weights.where(key).name].append(Entry(name, (TensorSpec(key, dtype, shape),)))
+        last = next(reversed(files))
+        for name, shape in self.record.trained.items():
+            if name not in self._keys:
+                files[last].append(Entry(name, (TensorSpec(name, self._dtype, shape),)))
+        return ExportPlan(files)
 
 
-def _target(sources: Sources, delta: DeltaForm, format: Format) -> Target:
-    """What is cut out and what is compressed, from the record alone."""
-    record, keys, masked = sources.record, sources.keys, masked_weights(sources.record.pruned)
-    num_kept = {
-        keys[name]: int(how["kept"])
-        for name, how in record.pruned.items()
-        if name in masked
-        and len(how["shape"]) == 2
-        and not (delta == "dense" and name.removesuffix(".weight") in record.modules)
-    }
-    if format == "sparse" and not num_kept:
-        raise ConfigError(NOTHING_SPARSE)
-    form = StoredForm(None, num_kept if format == "sparse" else {})
-    if delta == "separate" or not any(
-        kind in how for how in record.pruned.values() for kind in UNIT_PATTERNS
-    ):
-        return Target(delta, form)
-    model = recorded_model(record.base, record.pruned, sources.where)
-    structure = find_structure(model, lambda param: param.shape)
-    assert structure is not None
-    config, reason = smaller_config(model, structure, lambda param: param.shape)
-    by_key = {keys[name]: lines for name, lines in structure.kept.items()}
-    form = dataclasses.replace(form, structure=dataclasses.replace(structure, kept=by_key))
-    return Target(delta, form, config and json.loads(config.to_json_string()), reason)
+def base_files(folder: Path) -> list[Path]:
+    """A model folder's safetensors files, by its index where it has one.
+
+    Raises:
+        FormatError: there are none, or one is missing.
+    """
+    if (folder / INDEX_FILE).is_file():
+        names = sorted(set(read_json(folder / INDEX_FILE).get("weight_map", {}).values()))
+    else:
+        names = [WEIGHTS_FILE]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
+        raise FormatError(
+            f"{folder} holds no {missing[0] if missing else WEIGHTS_FILE}; expected a model folder with safetensors "
+            "weights (load the model with transformers and call save_pretrained to convert it)"
+        )
+    return [folder / name for name in names]
 
 
-def _copy_settings(base: Path, new: NewFolder, sources: Sources, target: Target) -> None:
-    for path in sorted(base.iterdir()):
-        ours = path.name.startswith("dsee_")
-        if path.is_file() and not path.name.endswith(WEIGHT_ENDINGS) and not ours and path.name[0] != ".":
-            shutil.copyfile(path, new.partial / path.name)
-    identity = sources.record.base
-    if identity.get("full_config") is not None:
-        own = {"architectures": [identity["class"]], "dtype": identity["dtype"]}
-        config = {**(target.config or identity["full_config"]), **own}
-        (new.partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    if target.form.structure and target.config is None:
-        new.write_json(STRUCTURE_FILE, target.form.structure.to_dict())
+def _base_keys(record: AdapterRecord, reader: TensorReader, base: Path) -> dict[str, str]:
+    """Names in the model -> names in the base's files, for weights that the adapter changes; shapes are checked."""
+    shapes = {name: tuple(info["shape"]) for name, info in record.pruned.items()}
+    for name, module in record.modules.items():
+        shapes[f"{name}.weight"] = module.shape[::-1] if module.transposed else module.shape
+    keys = {name: _base_key(reader, name, base) for name in shapes}
+    for name, shape in shapes.items():
+        reader.expect(keys[name], shape)
+        if not reader.spec(keys[name]).dtype.is_floating_point:
+            where = reader.where(keys[name])
+            raise FormatError(f"{where}: {keys[name]} is quantised; give an unquantised base")
+    return keys | _trained_keys(reader, record, keys)
 
 
-def _copy_adapter(partition: Partition, stored: StoredFolder, new: NewFolder) -> None:
-    with new_folder(partition, new.partial / ADAPTER_FOLDER, kind=ADAPTER, overwrite=False) as inner:
-        for name in [CONFIG_FILE, *stored.names(ADAPTER_STEM), *stored.names(MASKS)]:
-            shutil.copyfile(stored.path / name, inner.partial / name)
-        inner.adopt()
+def _base_key(reader: TensorReader, name: str, base: Path) -> str:
+    """The name in the files: the parameter's own, or apart from the model's prefix."""
+    found = [key for key in reader.names() if key.endswith("." + name) or name.endswith("." + key)]
+    found = [name] if name in reader else found
+    if len(found) != 1:
+        raise FormatError(
+            f"{base}: {name} is {'ambiguous' if found else 'missing'} in the base's weight files, which name or lay "
+            "out their tensors otherwise than the model; load the base with transformers, then load_adapter and "
+            "export_model"
+        )
+    return found[0]
+
+
+def _trained_keys(reader: TensorReader, record: AdapterRecord, keys: dict[str, str]) -> dict[str, str]:
+    """Names in files of parameters trained in full, where the base has them: as the other weights are named."""
+    name, key = next(iter(keys.items()), ("", ""))
+    extra = name.removesuffix(key)  # the model says `transformer.h.0`, the files `h.0`
+    lacking = key.removesuffix(name)  # the files say `model.h.0`, the model `h.0`
+    named = {trained: lacking + trained.removeprefix(extra) for trained in record.trained}
+    return {trained: key for trained, key in named.items() if key in reader}
+
+
+def _check_config(record: AdapterRecord, base: Path, where: str) -> None:
+    if record.base.get("config") is None or not (base / "config.json").is_file():
+        return
+    from transformers import AutoConfig
+
+    try:
+        values = lasting_config(AutoConfig.from_pretrained(str(base)))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{base / 'config.json'} cannot be read: {error}") from error
+    check_base(record.base, {"id": str(base), "config": values, "config_sha256": config_hash(values)}, where)

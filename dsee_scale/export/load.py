@@ -1,4 +1,4 @@
-"""Load any exported folder, those included that stock transformers cannot: unequal layers, compressed weights."""
+"""Load any exported folder, those included that stock transformers cannot: unequal layers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.algorithms.patterns import groups_hold
-from dsee_scale.checkpoint.folder import MANIFEST, StoredFolder, open_folder, read_json
-from dsee_scale.checkpoint.tensors import DTYPE_NAMES
+from dsee_scale.checkpoint.folder import MANIFEST, open_folder, read_json
 from dsee_scale.errors import FormatError, TargetError
-from dsee_scale.export.export import KIND
-from dsee_scale.export.sparse import STEM as SPARSE
-from dsee_scale.export.sparse import SparseReader
+from dsee_scale.export.report import KIND
 from dsee_scale.export.structure import STRUCTURE_FILE, BlockSizes, read_structure, resize_blocks
 from dsee_scale.passes.pools import block_linears
 
@@ -28,9 +25,7 @@ def load_pretrained(
     semi_structured: bool = False,
     verify: bool = True,
 ) -> Any:
-    """Load a model that `export_model` wrote, of any pattern and format; a plain model folder works too.
-
-    Weights are read one at a time; memory is that of the dense model.
+    """Load a model that `export_model` wrote, of any pattern; a plain model folder works too.
 
     Args:
         folder: the exported folder.
@@ -56,15 +51,9 @@ def load_pretrained(
     if (path / STRUCTURE_FILE).is_file():
         values = stored.json(STRUCTURE_FILE) if stored else read_json(path / STRUCTURE_FILE)
         blocks = read_structure(values, str(path / STRUCTURE_FILE))
-    sparse = stored is not None and bool(stored.names(SPARSE))
-    if blocks or sparse:
         _reject_partitioned_load()
     cls = stock if blocks is None else _resized_class(stock, blocks, str(path / STRUCTURE_FILE))
-    if sparse:
-        assert stored is not None
-        model = _from_sparse(cls, config, stored, dtype or config.dtype)
-    else:
-        model = cls.from_pretrained(path, config=config, dtype=dtype or "auto")
+    model = cls.from_pretrained(path, config=config, dtype=dtype or "auto")
     model.__class__ = stock
     if device is not None:
         model.to(device)
@@ -133,38 +122,11 @@ def _resized_class(stock: Any, blocks: Mapping[str, BlockSizes], where: str) -> 
     return type(stock.__name__, (stock,), {"__init__": init, "__module__": stock.__module__})
 
 
-def _from_sparse(cls: Any, config: Any, stored: StoredFolder, dtype: Any) -> Any:
-    from transformers import GenerationConfig
-
-    reader = SparseReader.of(stored)
-    weights = {name: _LazyWeight(reader, name) for name in reader.names()}
-    model = cls.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
-    if (stored.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(stored.path)
-    return model
-
-
-class _LazyWeight:
-    """What transformers reads from a safetensors file: a slice that becomes a tensor when it is asked for."""
-
-    def __init__(self, reader: SparseReader, name: str) -> None:
-        self._reader, self._name = reader, name
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self._reader.read(self._name)[index]
-
-    def get_shape(self) -> list[int]:
-        return list(self._reader.spec(self._name).shape)
-
-    def get_dtype(self) -> str:
-        return DTYPE_NAMES[self._reader.spec(self._name).dtype]
-
-
 def _reject_partitioned_load() -> None:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     if is_deepspeed_zero3_enabled():
         raise TargetError(
-            "a folder of unequal layers or compressed weights cannot be loaded into ZeRO-3 partitions; load "
-            "it before the HfDeepSpeedConfig is made, or export with format='dense' and equal layers"
+            "a folder of unequal layers cannot be loaded into ZeRO-3 partitions; load it before the "
+            "HfDeepSpeedConfig is made, or prune every layer by the same number"
         )

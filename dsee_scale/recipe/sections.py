@@ -17,7 +17,6 @@ from dsee_scale.recipe.parsing import type_problem
 Task = Literal["language_modelling", "completion", "classification", "chat"]
 DType = Literal["float32", "bfloat16", "float16"]
 Delta = Literal["separate", "masked", "dense"]
-Format = Literal["dense", "sparse"]
 
 SCHEDULES = (
     "linear",
@@ -206,7 +205,5 @@ class ExportConfig(CheckedConfig):
 
     delta: Delta = "masked"
     """`masked`: (W + D) * M, as sparse as W; `dense`: W * M + D; `separate`: sparse W, adapter beside it."""
-    format: Format = "dense"
-    """`dense`: plain safetensors; `sparse`: a bit per entry and the kept values, for `load_pretrained`."""
     check: bool = True
     """Reload the folder in stock transformers, without dsee_scale, and compare quality and logits."""

@@ -173,7 +173,6 @@ def _export(config: ExportConfig, trainer: DSEETrainer, folder: Path) -> None:
             live,
             folder,
             delta=config.delta,
-            format=config.format,
             tokenizer=trainer.processing_class,
             overwrite=True,
         )

@@ -170,6 +170,15 @@ def flip(path):
     path.write_bytes(data)
 
 
+def test_inspect_names_the_pattern_and_what_it_gains(tmp_path, capsys):
+    model = build(llama_config())
+    dsee_scale.prune(model, PruneConfig(pattern="2:4", modules=("q_proj", "k_proj", "v_proj")))
+    export_model(model, tmp_path / "out")
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "2:4" in text and "fit 2:4 kernels" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -24,8 +24,8 @@ from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.checkpoint.adapter import load_adapter
 from dsee_scale.errors import ConfigError, FormatError, TargetError
-from dsee_scale.export.export import INDEX_FILE, export_model
-from dsee_scale.export.plan import parse_size
+from dsee_scale.export.export import export_model
+from dsee_scale.export.report import INDEX_FILE
 from tests.models import build, gpt2_config, llama_config, token_batch
 
 SIZES = dict(vocab_size=97, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3)
@@ -249,7 +249,14 @@ def test_a_disk_that_fills_up_leaves_the_previous_export(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_sizes_are_read_as_people_write_them():
-    assert parse_size("2GB") == 2_000_000_000
-    assert parse_size("1.5 MiB") == 1_572_864
-    assert parse_size(77) == 77
+def test_load_pretrained_refuses_a_damaged_file(tmp_path):
+    export_model(tuned(llama_config()), tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=r"model\.safetensors is damaged"):
+        dsee_scale.load_pretrained(tmp_path / "out")
+    path.write_bytes(content[:-1])
+    with pytest.raises(FormatError, match=r"model\.safetensors is \d+ bytes long"):
+        dsee_scale.load_pretrained(tmp_path / "out")

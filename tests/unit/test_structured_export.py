@@ -155,16 +155,6 @@ def test_an_adapter_folder_remembers_what_was_removed(tmp_path, family, kinds):
             torch.testing.assert_close(found[name], live[name], atol=1e-6, rtol=1e-6)
 
 
-def test_sparse_files_of_a_smaller_model(tmp_path):
-    model = smaller("gpt2", "heads", "neurons")
-    dsee_scale.prune(model, PruneConfig(sparsity=0.7))
-    export_model(model, tmp_path / "dense")
-    export_model(model, tmp_path / "sparse", format="sparse")
-    loaded = [dsee_scale.load_pretrained(tmp_path / kind) for kind in ("dense", "sparse")]
-    assert torch.equal(output(loaded[0]), output(loaded[1]))
-    assert num_parameters(loaded[1]) < num_parameters(model)
-
-
 def test_a_smaller_model_trains_and_is_pruned_again(tmp_path):
     export_model(smaller("gpt2", "heads"), tmp_path / "out")
     model = dsee_scale.load_pretrained(tmp_path / "out")

@@ -16,7 +16,7 @@ import dsee_scale
 from dsee_scale.data import tokenizer as module
 from dsee_scale.data.tokenizer import check_vocabulary, open_tokenizer
 from dsee_scale.errors import ConfigError
-from dsee_scale.export.tokenizer import save_tokenizer
+from dsee_scale.export.export import save_tokenizer
 from dsee_scale.recipe.sections import ModelConfig
 from dsee_scale.training.setup import load_model, load_tokenizer
 from tests.models import build, llama_config

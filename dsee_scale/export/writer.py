@@ -1,0 +1,219 @@
+"""The one exporter: streams weights and updates from a live model or from files into a Hugging Face folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dsee_scale.algorithms.bits import count_nonzero
+from dsee_scale.algorithms.delta import Delta, Form, combine, delta_block, flat_blocks
+from dsee_scale.checkpoint.adapter import KIND as ADAPTER
+from dsee_scale.checkpoint.folder import NewFolder, alike, new_folder
+from dsee_scale.checkpoint.tensors import TensorWriter
+from dsee_scale.config import UNIT_PATTERNS
+from dsee_scale.errors import ConfigError
+from dsee_scale.export.plan import Entry, ExportPlan
+from dsee_scale.export.report import INDEX_FILE, KIND, REPORT_FILE, ExportReport, count_patterns
+from dsee_scale.export.structure import STRUCTURE_FILE, Structure
+from dsee_scale.partition import Partition
+from dsee_scale.passes.progress import show_progress
+
+DeltaForm = Literal["masked", "dense", "separate"]
+ADAPTER_FOLDER = "adapter"
+LOADER = "dsee_scale.load_pretrained"
+
+
+class Source(Protocol):
+    """What an export reads, and what it knows before a weight moves.
+
+    Attributes:
+        partition: the ranks; rank 0 writes.
+        plan: the tensors by file.
+        pruned: how each weight was pruned, by its name in the model.
+        structure: heads and neurons that are cut out; None for none.
+        reason: why no stock config says the smaller shapes; None if one does.
+        base: what a quantised base is merged as; None for other bases.
+        as_trained: a weight as training saw it, float32, where the base was quantised; None where it is not known.
+    """
+
+    partition: Partition
+    plan: ExportPlan
+    pruned: Mapping[str, Mapping[str, Any]]
+    structure: Structure | None
+    reason: str | None
+    base: str | None
+    as_trained: Callable[[Tensor], Tensor] | None
+
+    def read(self, entries: list[Entry], *, updates: bool) -> Iterator[tuple[Tensor, Delta | None] | None]:
+        """Collective. On rank 0 each whole weight with zeros where it is pruned, and its D; elsewhere None."""
+
+    def stored(self, entry: Entry, value: Tensor) -> Mapping[str, Tensor]:
+        """A tensor under the names, and in the layout, of the file. Local."""
+
+    def write_settings(self, new: NewFolder) -> None:
+        """Config, tokenizer and the like. Local, rank 0."""
+
+    def write_adapter(self, new: NewFolder) -> None:
+        """Collective. The adapter's own folder."""
+
+
+def check_delta(delta: str) -> None:
+    """Raise ConfigError for an unknown form."""
+    if delta not in get_args(DeltaForm):
+        raise ConfigError(f"delta {delta!r} is unknown; valid: {', '.join(get_args(DeltaForm))}")
+
+
+def write_model(
+    source: Source, folder: str | Path, delta: DeltaForm, *, overwrite: bool, progress: bool | None
+) -> ExportReport:
+    """Collective. Write a whole model; the folder appears when it is complete.
+
+    Extra memory: the adapters of one weight file; on rank 0 one weight besides, and a block in float32.
+    """
+    started, partition = time.perf_counter(), source.partition
+    with new_folder(partition, folder, kind=KIND, overwrite=overwrite) as new:
+        with alike(partition):
+            if partition.rank == 0:
+                source.write_settings(new)
+                if source.structure and source.reason:
+                    new.write_json(STRUCTURE_FILE, source.structure.to_dict())
+        if delta == "separate":
+            with new_folder(partition, new.partial / ADAPTER_FOLDER, kind=ADAPTER, overwrite=False) as inner:
+                source.write_adapter(inner)
+        writer = _Writer(source, new, delta)
+        writer.write_files(show_progress(partition, progress))
+        report = writer.report(started)
+        with alike(partition):
+            if partition.rank == 0:
+                if len(source.plan.files) > 1:
+                    new.write_json(INDEX_FILE, source.plan.index())
+                new.write_json(REPORT_FILE, report.to_dict())
+                new.adopt()
+    return report
+
+
+class _Writer:
+    """Writes weight files with updates put in, and counts zeros."""
+
+    def __init__(self, source: Source, new: NewFolder, delta: DeltaForm) -> None:
+        self.source, self.new, self.delta = source, new, delta
+        self.masked = masked_weights(source.pruned)
+        self.zeros = dict.fromkeys(sorted(source.pruned), 0)
+        self.sizes = dict.fromkeys(source.plan.files, 0)
+        self.distance = 0.0
+
+    def write_files(self, show: bool) -> None:
+        """Collective. Every weight file of the plan, with a progress bar where one is shown."""
+        total = sum(map(len, self.source.plan.files.values()))
+        with tqdm(total=total, desc="export", disable=not show) as bar:
+            for name, entries in self.source.plan.files.items():
+                self.write_file(name, entries, bar)
+
+    def write_file(self, name: str, entries: list[Entry], bar: Any) -> None:
+        """Collective. One weight file; an error on rank 0 is raised on every rank when the file ends."""
+        partition, writer = self.source.partition, None
+        with alike(partition):
+            if partition.rank == 0:
+                specs = [spec for entry in entries for spec in entry.outputs]
+                writer = TensorWriter(self.new, name, specs, {"format": "pt"})
+        error: Exception | None = None
+        stream = self.source.read(entries, updates=self.delta != "separate")
+        for entry, piece in zip(entries, stream, strict=True):
+            bar.update()
+            if writer is None or piece is None or error is not None:
+                continue
+            try:
+                self._write_entry(writer, entry, *piece)
+            except Exception as caught:  # the other ranks still send: take it all, then fail together
+                error = caught
+        with alike(partition):
+            if error is not None:
+                raise error
+            if writer is not None:
+                writer.close()
+                self.sizes[name] = writer.size
+
+    def report(self, started: float) -> ExportReport:
+        """Collective. Rank 0's counts on every rank."""
+        source, partition = self.source, self.source.partition
+        counts = torch.tensor([*self.zeros.values(), *self.sizes.values()], dtype=torch.int64)
+        known = partition.broadcast(counts.to(partition.device), src=0).tolist()
+        far = torch.tensor([self.distance], dtype=torch.float32, device=partition.device)
+        distance = float(partition.broadcast(far, src=0))
+        zeros = dict(zip(self.zeros, known, strict=False))
+        numel = {entry.name: entry.numel for entries in source.plan.files.values() for entry in entries}
+        return ExportReport(
+            folder=str(self.new.folder),
+            delta=self.delta,
+            files=dict(zip(self.sizes, known[len(zeros) :], strict=True)),
+            sparsity={name: count / numel[name] for name, count in zeros.items()},
+            num_pruned=sum(numel[name] for name in zeros),
+            num_zero=sum(zeros.values()),
+            num_parameters=sum(numel.values()),
+            seconds=time.perf_counter() - started,
+            structure=source.structure.summary() if source.structure else None,
+            num_removed=source.structure.num_removed if source.structure else 0,
+            loads_with=LOADER if source.reason else "transformers",
+            reason=source.reason,
+            patterns=count_patterns(source.pruned),
+            base=source.base,
+            distance=distance if source.as_trained else None,
+        )
+
+    def _write_entry(self, writer: TensorWriter, entry: Entry, weight: Tensor, update: Delta | None) -> None:
+        value = weight
+        if update is not None:
+            form: Form = "masked" if self.delta == "masked" else "dense"
+            pruned = entry.name in self.masked
+            value = merged_weight(weight, update, pruned=pruned, form=form)
+            if self.source.as_trained:
+                trained = merged_weight(self.source.as_trained(weight), update, pruned=pruned, form="dense")
+                self.distance = max(self.distance, relative_distance(trained, value))
+        if self.source.structure:
+            value = self.source.structure.shrink(entry.name, value)
+        if entry.name in self.zeros:
+            self.zeros[entry.name] = value.numel() - count_nonzero(value)
+        stored = self.source.stored(entry, value)
+        for spec in entry.outputs:
+            writer.write(spec.name, stored[spec.name])
+
+
+def merged_weight(weight: Tensor, update: Delta, *, pruned: bool, form: Form) -> Tensor:
+    """(W + D) * M or W * M + D in the weight's dtype, computed block by block in float32.
+
+    Args:
+        weight: whole, in its storage layout; not changed.
+        update: D.
+        pruned: whether the weight's zeros are its mask; otherwise M keeps all.
+        form: `masked` or `dense`.
+
+    Returns:
+        A new tensor on the CPU.
+    """
+    merged = torch.empty(weight.shape, dtype=weight.dtype)
+    for block in flat_blocks(update.storage_shape, 0, weight.numel()):
+        rows = slice(block.start_row, block.stop_row)
+        w = weight[rows].to(update.a.device)
+        mask = w != 0 if pruned else None
+        merged[rows] = combine(w, delta_block(update, block.start_row, block.stop_row), mask, form)
+    return merged
+
+
+def masked_weights(pruned: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Names of weights whose zeros are a mask on their entries.
+
+    Where only heads or neurons went, the update is zero too, and a weight that is 0 by chance is no mask.
+    """
+    return {name for name, info in pruned.items() if info.get("pattern") not in UNIT_PATTERNS}
+
+
+def relative_distance(trained: Tensor, written: Tensor) -> float:
+    """Frobenius norm of the difference of two weights, relative to the first."""
+    norm = torch.linalg.vector_norm(trained.float())
+    return float(torch.linalg.vector_norm(written.float() - trained.float()) / norm) if norm else 0.0
