@@ -1,53 +1,138 @@
-"""Ranks fail together before there is a model: an error of one is raised by all."""
+"""How ranks fail together, agree, and speak with one voice; without torch.distributed there is one rank.
+
+"Collective." in a docstring: every rank of the group enters the call, in the same order.
+"""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import logging
 import os
 import sys
-from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from collections.abc import Iterator
+from typing import Any, NoReturn, TypeVar
 
+import torch
 import torch.distributed as dist
 
-from dsee_scale import errors
+from dsee_scale.errors import ConfigError, DSEEError, FormatError, PartitionError
 
 T = TypeVar("T")
 
 
-def together(work: Callable[[], T], *, what: str) -> T:
-    """Collective. Run `work` on every rank; if it fails anywhere, every rank raises the first rank's error.
+def is_active() -> bool:
+    """Whether torch.distributed has been initialised."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank(group: Any = None) -> int:
+    """This process's rank in a group, 0 without torch.distributed."""
+    return dist.get_rank(group) if is_active() else 0
+
+
+def world_size(group: Any = None) -> int:
+    """Processes of a group, 1 without torch.distributed."""
+    return dist.get_world_size(group) if is_active() else 1
+
+
+def communication_device(group: Any, device: torch.device) -> torch.device:
+    """Where tensors must lie for a group's backend; `device` where the backend takes any."""
+    backend = str(dist.get_backend(group))
+    if "nccl" in backend:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if "gloo" in backend else device
+
+
+@contextlib.contextmanager
+def raise_on_all_ranks(partition: Any = None, *, what: str = "") -> Iterator[None]:
+    """Collective at its end: an error inside, on any rank, is raised on every rank.
+
+    What stands inside must be local: a collective there would leave ranks waiting. One small message if all is well.
 
     Args:
-        work: local work without collectives.
-        what: what failed, for an error that is none of ours, e.g. "reading the data".
-
-    Returns:
-        This rank's result.
+        partition: the ranks that hold a model together; None is all of them.
+        what: what failed, for an error that is none of ours: "reading the data" makes a ConfigError of it.
 
     Raises:
         DSEEError: of the type and with the text that the lowest failing rank met.
     """
-    problem: tuple[str, str] | None = None
-    result: T | None = None
+    error: Exception | None = None
     try:
-        result = work()
-    except errors.DSEEError as error:
-        problem = (type(error).__name__, str(error))
-    except Exception as error:
-        problem = ("ConfigError", f"{what} failed: {type(error).__name__}: {error}")
-    problems: list[tuple[str, str] | None] = [problem]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        problems = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-    for rank, found in enumerate(problems):
-        if found is not None:
-            where = f"rank {rank}: " if len(problems) > 1 and not all(p == found for p in problems) else ""
-            raise getattr(errors, found[0])(where + found[1])
-    return result  # type: ignore[return-value]
+        yield
+    except DSEEError as caught:
+        error = caught
+    except Exception as caught:
+        error = caught
+        if what:
+            error = ConfigError(f"{what} failed: {type(caught).__name__}: {caught}")
+        elif isinstance(caught, OSError):
+            error = FormatError(f"{caught.filename or 'file'}: {caught.strerror or caught}")
+    if partition is None:
+        raise_first(error)
+    else:
+        partition.raise_together(error)
 
 
-def leave(code: int) -> NoReturn:
+def raise_first(error: Exception | None, *, group: Any = None) -> None:
+    """Collective. Raise the lowest failing rank's error on every rank; return if there is none."""
+    if world_size(group) == 1:
+        if error is not None:
+            raise error
+        return
+    device = communication_device(group, torch.device("cpu"))
+    first = torch.tensor([world_size(group) if error is None else rank(group)], device=device)
+    dist.all_reduce(first, op=dist.ReduceOp.MIN, group=group)
+    source = int(first.item())
+    if source == world_size(group):
+        return
+    errors = gather_objects(None if error is None else _portable(error, rank(group)), group=group)
+    if error is not None and rank(group) == source:
+        raise error
+    raise errors[source]  # type: ignore[misc]
+
+
+def _portable(error: Exception, of_rank: int) -> DSEEError:
+    """An error that survives pickling: ours as they are, others as their text."""
+    if type(error).__module__ == DSEEError.__module__:
+        return type(error)(str(error))  # type: ignore[return-value]
+    return PartitionError(f"rank {of_rank}: {type(error).__name__}: {error}")
+
+
+def gather_objects(value: T, *, group: Any = None) -> list[T]:
+    """Collective. Every rank's (small, picklable) value, in the order of the ranks."""
+    if world_size(group) == 1:
+        return [value]
+    values: list[Any] = [None] * world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def from_rank0(value: T) -> T:
+    """Collective. Rank 0's (small, picklable) value on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def max_over_ranks(*flags: int, device: torch.device) -> list[int]:
+    """Collective. The largest value of each flag over all ranks."""
+    if world_size() == 1:
+        return list(flags)
+    values = torch.tensor(flags, dtype=torch.int32, device=communication_device(None, device))
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values.tolist()
+
+
+def log_rank0(logger: logging.Logger, text: str, *values: object, level: int = logging.WARNING) -> None:
+    """Log what all ranks see alike, on one of them."""
+    if rank() == 0:
+        logger.log(level, text, *values)
+
+
+def exit_process(code: int) -> NoReturn:
     """End this process with an exit code, after its exit handlers, but without tearing the interpreter down.
 
     Threads of gloo and of data loaders that are still alive then abort a finished process now and then

@@ -47,6 +47,6 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from dsee_scale.distributed import leave
+    from dsee_scale.distributed import exit_process
 
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

@@ -33,7 +33,7 @@ from paper.scorer_files import write_scorer_files
 GENERATION = {"num_beams": int, "length_penalty": float, "no_repeat_ngram_size": int, "max_new_tokens": int}
 
 
-def parse(words: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,7 +50,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None)
     for name, kind in GENERATION.items():
         parser.add_argument(f"--{name}", type=kind)
-    return parser.parse_args(words)
+    return parser.parse_args(argv)
 
 
 def data_config(flags: argparse.Namespace) -> DataConfig:
@@ -106,9 +106,9 @@ def load_model(name: str, dtype: torch.dtype | None) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    flags = parse([word for word in words if not word.startswith(("--local_rank", "--local-rank"))])
+    flags = parse([word for word in argv if not word.startswith(("--local_rank", "--local-rank"))])
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # `paper` is not installed
 RELAUNCH = 75  # as launch/finetune.py
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING, format=f"[rank {rank}] %(message)s", force=True
@@ -27,7 +27,7 @@ def main(words: list[str]) -> int:
     from paper.glue.run import run_glue
 
     try:
-        run_glue(parse_flags(words))
+        run_glue(parse_flags(argv))
     except DSEEError as error:
         logging.getLogger("dsee_scale").error("%s: %s", type(error).__name__, error)
         return RELAUNCH if isinstance(error, RunStoppedError) else 2
@@ -35,6 +35,6 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from dsee_scale.distributed import leave
+    from dsee_scale.distributed import exit_process
 
-    leave(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

@@ -87,14 +87,14 @@ def linear(triples: Iterable[Sequence[Any]]) -> str:
     )
 
 
-def main(words: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Convert files; the exit status."""
-    if len(words) < 2:
+    if len(argv) < 2:
         sys.stderr.write(f"{__doc__}\n")
         return 2
-    rows = read_triples(words[1:])
-    write_rows(rows, words[0])
-    sys.stderr.write(f"{len(rows):,} rows in {words[0]}\n")
+    rows = read_triples(argv[1:])
+    write_rows(rows, argv[0])
+    sys.stderr.write(f"{len(rows):,} rows in {argv[0]}\n")
     return 0
 
 

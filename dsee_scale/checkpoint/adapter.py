@@ -16,7 +16,7 @@ from dsee_scale.adapters.linear import BUFFERS, adapted_layers, flat_shapes, is_
 from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.targets import Target, linear_kind
 from dsee_scale.algorithms.decompose import Support
-from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, alike, new_folder, open_folder
+from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, new_folder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import apply_mask, check_masks, open_masks, save_masks
 from dsee_scale.checkpoint.record import (
@@ -37,6 +37,7 @@ from dsee_scale.checkpoint.tensors import (
     batches,
     file_metadata,
 )
+from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import DSEEError, FormatError, TargetError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.quantized import prepare_quantised
@@ -88,7 +89,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterRecord:
         FormatError: a file is damaged, of another version, or made for another model.
     """
     partition = open_partition(model)
-    with alike(partition):
+    with raise_on_all_ranks(partition):
         _reject_unready(model)
         prepare_quantised(model)
         stored = open_folder(folder, KINDS_WITH_ADAPTER)
@@ -99,7 +100,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterRecord:
         tensors, masks = open_adapter(stored, record), open_masks(stored)
         targets = _targets(partition, model, record, stored)
         _check_weights(partition, model, record, stored)
-    with alike(partition):
+    with raise_on_all_ranks(partition):
         _attach(partition, model, record, targets, tensors)
     _set_values(partition, model, record, tensors)
     apply_masks(partition, model, record, masks)
@@ -109,7 +110,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterRecord:
 def write_adapter(partition: Partition, module: nn.Module, new: NewFolder, *, mask_files: int = 1) -> None:
     """Collective. Write an adapter's files into a folder in the making."""
     params = dict(module.named_parameters())
-    with alike(partition):
+    with raise_on_all_ranks(partition):
         missing = [name for name in model_state(module).pruned if name not in params]
         if missing:
             raise TargetError(
@@ -117,7 +118,7 @@ def write_adapter(partition: Partition, module: nn.Module, new: NewFolder, *, ma
             )
     pruned = {name: params[name] for name in model_state(module).pruned}
     kept = save_masks(partition, new, pruned, min(mask_files, partition.world_size)) if pruned else {}
-    with alike(partition):
+    with raise_on_all_ranks(partition):
         record = describe(partition, module, kept)
         if partition.rank == 0:
             new.write_json(CONFIG_FILE, record.to_dict())
@@ -145,7 +146,7 @@ def open_adapter(stored: StoredFolder, record: AdapterRecord) -> TensorReader:
 def apply_masks(partition: Partition, model: nn.Module, record: AdapterRecord, masks: TensorReader) -> None:
     """Collective. Zero the entries that the masks remove, in place, and note it on the model."""
     params = dict(model.named_parameters())
-    with alike(partition):
+    with raise_on_all_ranks(partition):
         for name in record.pruned:
             apply_mask(partition, params[name], masks, name)
         partition.written([params[name] for name in record.pruned])
@@ -162,7 +163,7 @@ def _stream_adapter(partition: Partition, module: nn.Module, new: NewFolder) -> 
         + [TensorSpec(name, param.dtype, tuple(partition.shape(param))) for name, param in trained.items()]
     )
     writer: TensorWriter | None = None
-    with alike(partition):
+    with raise_on_all_ranks(partition):
         if partition.rank == 0:
             writer = TensorWriter(new, f"{STEM}.safetensors", specs, file_metadata(KIND))
     error: Exception | None = None
@@ -173,7 +174,7 @@ def _stream_adapter(partition: Partition, module: nn.Module, new: NewFolder) -> 
                 writer.write(spec.name, whole[spec.name])  # type: ignore[union-attr]
         except Exception as caught:  # the other ranks go on to the next batch: follow, then fail together
             error = caught
-    with alike(partition):
+    with raise_on_all_ranks(partition):
         if error is not None:
             raise error
         if writer is not None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError, DSEEError, FormatError
 from dsee_scale.partition.port import Partition
 from dsee_scale.version import __version__
@@ -24,22 +25,6 @@ MANIFEST = "dsee_manifest.json"
 OWN_PREFIX = "dsee_"
 FORMAT_VERSION = 1
 _CHUNK = 1 << 22
-
-
-@contextlib.contextmanager
-def alike(partition: Partition) -> Iterator[None]:
-    """Collective at its end: an error inside, on any rank, is raised on every rank.
-
-    What stands inside must be local: a collective there would leave ranks waiting.
-    """
-    error: Exception | None = None
-    try:
-        yield
-    except OSError as caught:
-        error = FormatError(f"{caught.filename or 'file'}: {caught.strerror or caught}")
-    except Exception as caught:
-        error = caught
-    partition.raise_together(error)
 
 
 class HashedFile:
@@ -118,7 +103,7 @@ class NewFolder:
 
     def begin(self, overwrite: bool) -> None:
         """Collective. Refuse a folder that must not be replaced; start an empty partial one."""
-        with alike(self.partition):
+        with raise_on_all_ranks(self.partition):
             if self.partition.rank == 0:
                 check_output(self.folder, overwrite)
                 shutil.rmtree(self.partial, ignore_errors=True)
@@ -126,11 +111,11 @@ class NewFolder:
 
     def commit(self) -> None:
         """Collective. Complete the manifest and put the folder in its place."""
-        with alike(self.partition):
+        with raise_on_all_ranks(self.partition):
             if self.partition.rank:
                 path = self.partial / f".records-{self.partition.rank}.json"
                 path.write_text(json.dumps(self._records), encoding="utf-8")
-        with alike(self.partition):
+        with raise_on_all_ranks(self.partition):
             if self.partition.rank == 0:
                 self._finish()
 

@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dsee_scale.checkpoint.folder import FORMAT_VERSION, HashedFile, NewFolder, StoredFolder, alike
+from dsee_scale.checkpoint.folder import FORMAT_VERSION, HashedFile, NewFolder, StoredFolder
+from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import FormatError
 from dsee_scale.partition.port import Partition
 
@@ -237,7 +238,7 @@ def write_dealt(
     shares = [runs({name: sizes[name] for name in batch}, files) for batch in names]
     mine = [share[partition.rank] if partition.rank < files else [] for share in shares]
     writer: TensorWriter | None = None
-    with alike(partition):
+    with raise_on_all_ranks(partition):
         if any(mine):
             names_here = {name for share in mine for name in share}
             own = [spec for spec in specs if spec.name in names_here]
@@ -251,7 +252,7 @@ def write_dealt(
                     writer.write(name, tensor)
         except Exception as caught:  # the other ranks go on to the next batch: follow, then fail together
             error = caught
-    with alike(partition):
+    with raise_on_all_ranks(partition):
         if error is not None:
             raise error
         if writer is not None:

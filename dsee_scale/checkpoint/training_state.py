@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.checkpoint.adapter import STEM as ADAPTER
 from dsee_scale.checkpoint.adapter import apply_masks, open_adapter, write_adapter
-from dsee_scale.checkpoint.folder import StoredFolder, alike, new_folder, open_folder
+from dsee_scale.checkpoint.folder import StoredFolder, new_folder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import open_masks
 from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord, base_identity, check_base
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec, part_name, write_dealt, write_tensors
+from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError, FormatError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.optimizer_state import MASTER, OptimizerState, open_optimizer
@@ -66,7 +67,7 @@ def save_training_state(
         FormatError: writing failed, e.g. no space is left; what was there before stays.
     """
     module, partition = unwrap(model), open_partition(model)
-    with alike(partition):
+    with raise_on_all_ranks(partition):
         _check_boundary(model)
         state = open_optimizer(model, optimizer)
         record = _state_record(model, state, partition, extra)
@@ -83,7 +84,7 @@ def save_training_state(
             return whole[before : before + len(shares[partition.rank])]
 
         write_dealt(partition, new, OPTIMIZER, specs, produce, files=partition.world_size, kind=KIND)
-        with alike(partition):
+        with raise_on_all_ranks(partition):
             name = part_name(RANDOM, partition.rank, partition.world_size)
             own = {f"{partition.rank}/{key}": value for key, value in random_state().items()}
             write_tensors(new, name, own, kind=KIND)
@@ -120,7 +121,7 @@ def load_training_state(
         PartitionError: an engine whose optimizer state cannot be reached.
     """
     module, partition = unwrap(model), open_partition(model)
-    with alike(partition):
+    with raise_on_all_ranks(partition):
         stored = open_folder(folder, (KIND,))
         names = [n for stem in (ADAPTER, MASKS, OPTIMIZER, RANDOM) for n in stored.names(stem)]
         stored.verify(names, rank=partition.rank, world_size=partition.world_size)
@@ -131,7 +132,7 @@ def load_training_state(
         tensors = TensorReader.of(stored, OPTIMIZER)
         _check_parameters(state, values, tensors, stored)
     apply_masks(partition, module, record, open_masks(stored))
-    with alike(partition):
+    with raise_on_all_ranks(partition):
         _put_all(state, values, tensors, moments=is_engine(model) or optimizer is not None)
         if settings:
             _put_settings(model, state, values)

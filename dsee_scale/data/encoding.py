@@ -6,21 +6,20 @@ answer without a prompt.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from datasets import Dataset
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from dsee_scale.data.chat import IGNORED, chat_example, turns
 from dsee_scale.errors import ConfigError
 from dsee_scale.recipe.sections import DataConfig
 
-__all__ = ["IGNORED", "Choice", "Encoder", "Generation", "pad"]
+__all__ = ["IGNORED", "Choice", "Encoder", "Generation", "collator", "pad"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,18 +170,8 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> lis
     return [[*gap, *row] if left else [*row, *gap] for row, gap in zip(rows, gaps, strict=True)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Collator:
+def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
     """Pads on the right, where causal attention never looks, so that positions need no correction."""
-
-    pad_id: int
-    """Token that fills short rows; it is masked and has no label."""
-
-    def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
-        """Tensors `input_ids`, `attention_mask` and `labels`, each (batch, longest)."""
-        ids = [row["input_ids"] for row in rows]
-        return {
-            "input_ids": torch.tensor(pad(ids, self.pad_id)),
-            "attention_mask": torch.tensor(pad([[1] * len(row) for row in ids], 0)),
-            "labels": torch.tensor(pad([row["labels"] for row in rows], IGNORED)),
-        }
+    tokenizer = copy.deepcopy(tokenizer)  # the export keeps the side that the tokenizer came with
+    tokenizer.padding_side = "right"
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dsee_scale.data.encoding import Choice, Generation, pad
+from dsee_scale.distributed import gather_objects, rank, world_size
 from dsee_scale.errors import ConfigError
 from dsee_scale.evaluation.label_logits import logits_at, predicting, select_logits
 
@@ -63,7 +63,7 @@ def evaluate(
     for picks, counted in deal(data.choices, batch_size, key=lambda choice: len(choice.prompt)):
         _count_choices(model, module, picks, counted, data.pad_id, device, tally)
     model.train(was_training)
-    return _summed(tally)
+    return sum(gather_objects(tally), Tally())
 
 
 def generate(
@@ -124,11 +124,7 @@ def generate_texts(
         decoded = tokenizer.batch_decode(found[:counted, ids.shape[1] :], skip_special_tokens=True)
         texts |= {index: text.strip() for (index, _), text in zip(batch, decoded, strict=False)}
     module.train(was_training)
-    parts: list[dict[int, str] | None] = [texts]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, texts)
-    texts = {index: text for part in parts for index, text in (part or {}).items()}
+    texts = {index: text for part in gather_objects(texts) for index, text in part.items()}
     return [texts[index] for index in range(len(prompts))]
 
 
@@ -137,12 +133,9 @@ def deal(items: Sequence[T], batch_size: int, key: Any) -> Iterator[tuple[list[T
 
     Examples of similar length share a batch, so that little is padded.
     """
-    rank, world = 0, 1
-    if dist.is_available() and dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
-    ordered = sorted(items, key=key, reverse=True)
+    ordered, world = sorted(items, key=key, reverse=True), world_size()
     for start in range(0, len(ordered), batch_size * world):
-        mine = ordered[start + rank : start + batch_size * world : world]
+        mine = ordered[start + rank() : start + batch_size * world : world]
         yield (mine, len(mine)) if mine else ([ordered[start]], 0)
 
 
@@ -223,14 +216,6 @@ def _forward(
     with logits_at(module, wanted):
         logits = model(input_ids=ids, attention_mask=mask).logits
     return select_logits(logits, wanted), known[:, 1:][wanted[:, :-1]], wanted
-
-
-def _summed(tally: Tally) -> Tally:
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return tally
-    parts: list[Tally | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, tally)
-    return sum((part for part in parts if part is not None), Tally())
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dsee_scale.data.encoding import IGNORED
-from dsee_scale.distributed import together
+from dsee_scale.distributed import raise_on_all_ranks, rank
 from dsee_scale.errors import FormatError
 from dsee_scale.evaluation import stock_check
 from dsee_scale.evaluation.evaluate import EvaluationSet, Tally, add_choices
@@ -28,7 +28,6 @@ def check_export(
     *,
     batch_size: int,
     device: torch.device,
-    is_main: bool,
 ) -> dict[str, Any]:
     """Collective. Score the exported folder in a fresh Python process that never imports dsee_scale.
 
@@ -41,7 +40,6 @@ def check_export(
         tokenizer: the live tokenizer.
         batch_size: rows per forward pass.
         device: where the live model's inputs go.
-        is_main: whether this is rank 0.
 
     Returns:
         On rank 0 `quality`, `max_logit_difference` to the live model, `same_tokens`, `seconds`; else {}.
@@ -61,8 +59,8 @@ def check_export(
         "texts": texts,
     }
 
-    def run() -> dict[str, Any]:
-        if not is_main:
+    with raise_on_all_ranks(what=f"reloading {folder} in stock transformers"):
+        if rank():
             return {}
         answer = run_stock_check(request)
         differences = [
@@ -75,8 +73,6 @@ def check_export(
             "dsee_scale_imported": answer["dsee_scale_imported"],
             "seconds": answer["seconds"],
         }
-
-    return together(run, what=f"reloading {folder} in stock transformers")
 
 
 def run_stock_check(request: dict[str, Any]) -> dict[str, Any]:

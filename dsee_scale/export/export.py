@@ -15,7 +15,8 @@ from dsee_scale.adapters.linear import adapted_layers, delta_record
 from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.delta import Delta
 from dsee_scale.checkpoint.adapter import write_adapter
-from dsee_scale.checkpoint.folder import NewFolder, alike
+from dsee_scale.checkpoint.folder import NewFolder
+from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import TargetError
 from dsee_scale.export.plan import Entry, plan_export, reverted, saved_state
 from dsee_scale.export.report import ExportReport
@@ -62,7 +63,7 @@ def export_model(
         FormatError: writing failed, e.g. no space is left; what was there before stays.
     """
     module, partition = unwrap(model), open_partition(model)
-    with alike(partition):
+    with raise_on_all_ranks(partition):
         check_delta(delta)
         reject_unknown_quantisation(module, partition)
         source = LiveModel(module, partition, max_shard_size, cut=delta != "separate", tokenizer=tokenizer)

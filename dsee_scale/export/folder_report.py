@@ -162,12 +162,17 @@ def _adapter_report(stored: StoredFolder) -> FolderReport:
     if record.trained:
         facts["trained in full"] = ", ".join(record.trained)
     matrices = tuple(
-        Matrix(name, how["shape"], math.prod(how["shape"]) - how["kept"], " + ".join(patterns_of(how)))
-        for name, how in record.pruned.items()
-        if len(how["shape"]) == 2
+        Matrix(
+            name,
+            info["shape"],
+            math.prod(info["shape"]) - info["kept"],
+            " + ".join(patterns_of(info)),
+        )
+        for name, info in record.pruned.items()
+        if len(info["shape"]) == 2
     )
     if matrices:
-        patterns = sorted({pattern for how in record.pruned.values() for pattern in patterns_of(how)})
+        patterns = sorted({pattern for info in record.pruned.values() for pattern in patterns_of(info)})
         facts |= {"pattern": ", ".join(patterns), "sparsity": _overall(matrices)}
         if not set(patterns).isdisjoint(UNIT_PATTERNS):
             model = recorded_model(record.base, record.pruned, str(stored.path / CONFIG_FILE))

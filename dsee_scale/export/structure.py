@@ -98,7 +98,9 @@ def find_structure(model: nn.Module, shape_of: ShapeOf) -> Structure | None:
     Raises:
         FormatError: the record does not fit the model.
     """
-    if not any(kind in how for how in model_state(model).pruned.values() for kind in UNIT_PATTERNS):
+    if not any(
+        kind in prune_info for prune_info in model_state(model).pruned.values() for kind in UNIT_PATTERNS
+    ):
         return None
     kept: dict[str, tuple[int, Tensor]] = {}
     num_removed = 0

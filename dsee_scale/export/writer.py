@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.delta import Delta, Form, combine, delta_block, flat_blocks
 from dsee_scale.checkpoint.adapter import KIND as ADAPTER
-from dsee_scale.checkpoint.folder import NewFolder, alike, new_folder
+from dsee_scale.checkpoint.folder import NewFolder, new_folder
 from dsee_scale.checkpoint.tensors import TensorWriter
 from dsee_scale.config import UNIT_PATTERNS
+from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError
 from dsee_scale.export.plan import Entry, ExportPlan
 from dsee_scale.export.report import INDEX_FILE, KIND, REPORT_FILE, ExportReport, count_patterns
@@ -78,7 +79,7 @@ def write_model(
     """
     started, partition = time.perf_counter(), source.partition
     with new_folder(partition, folder, kind=KIND, overwrite=overwrite) as new:
-        with alike(partition):
+        with raise_on_all_ranks(partition):
             if partition.rank == 0:
                 source.write_settings(new)
                 if source.structure and source.reason:
@@ -89,7 +90,7 @@ def write_model(
         writer = _Writer(source, new, delta)
         writer.write_files(show_progress(partition, progress))
         report = writer.report(started)
-        with alike(partition):
+        with raise_on_all_ranks(partition):
             if partition.rank == 0:
                 if len(source.plan.files) > 1:
                     new.write_json(INDEX_FILE, source.plan.index())
@@ -118,7 +119,7 @@ class _Writer:
     def write_file(self, name: str, entries: list[Entry], bar: Any) -> None:
         """Collective. One weight file; an error on rank 0 is raised on every rank when the file ends."""
         partition, writer = self.source.partition, None
-        with alike(partition):
+        with raise_on_all_ranks(partition):
             if partition.rank == 0:
                 specs = [spec for entry in entries for spec in entry.outputs]
                 writer = TensorWriter(self.new, name, specs, {"format": "pt"})
@@ -132,7 +133,7 @@ class _Writer:
                 self._write_entry(writer, entry, *piece)
             except Exception as caught:  # the other ranks still send: take it all, then fail together
                 error = caught
-        with alike(partition):
+        with raise_on_all_ranks(partition):
             if error is not None:
                 raise error
             if writer is not None:

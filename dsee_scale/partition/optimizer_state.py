@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dsee_scale.distributed import communication_device
 from dsee_scale.errors import PartitionError, TargetError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.eight_bit_moments import is_eight_bit, make_state, read_moment, write_moment
-from dsee_scale.partition.ranks import communication_device
 
 MASTER = "master"
 """Key of a parameter's own values in the optimizer's precision, beside `exp_avg` and so on."""

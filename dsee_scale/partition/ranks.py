@@ -1,4 +1,4 @@
-"""What both ports share: the processes, quantised weights, and errors that all ranks raise together."""
+"""What both ports share: the processes that hold a model together, and quantised weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dsee_scale.errors import DSEEError, PartitionError
+from dsee_scale.distributed import communication_device, raise_first
 from dsee_scale.partition.quantized import Codec, find_codecs
 
 
@@ -59,36 +59,8 @@ class Ranks:
 
     def raise_together(self, error: Exception | None) -> None:
         """Collective. Raise the first rank's error on every rank; return if there is none."""
-        if self.world_size == 1:
-            if error is not None:
-                raise error
-            return
-        first = torch.tensor([self.world_size if error is None else self.rank], device=self.device)
-        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self.group)
-        src = int(first.item())
-        if src == self.world_size:
-            return
-        box = [portable(error, self.rank) if src == self.rank else None]
-        dist.broadcast_object_list(box, src=self.global_rank(src), group=self.group, device=self.device)
-        if src == self.rank and error is not None:
-            raise error
-        raise box[0]  # type: ignore[misc]
+        raise_first(error, group=self.group)
 
     def global_rank(self, rank: int) -> int:
         """The rank among all processes of a rank of this group."""
         return dist.get_global_rank(self.group, rank) if self.group is not None else rank
-
-
-def portable(error: Exception | None, rank: int) -> Exception:
-    """An error that survives pickling: ours as they are, others as their text."""
-    if type(error).__module__ == DSEEError.__module__:
-        return error  # type: ignore[return-value]
-    return PartitionError(f"rank {rank}: {type(error).__name__}: {error}")
-
-
-def communication_device(group: Any, device: torch.device) -> torch.device:
-    """Where tensors must lie for this group's backend."""
-    backend = str(dist.get_backend(group))
-    if "nccl" in backend:
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu") if "gloo" in backend else device

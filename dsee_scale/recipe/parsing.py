@@ -74,13 +74,13 @@ def parse_value(text: str) -> Any:
     return text if template else value
 
 
-def parse_command_line(words: Sequence[str]) -> list[tuple[str, Any]]:
+def parse_command_line(argv: Sequence[str]) -> list[tuple[str, Any]]:
     """`--name value`, `--name=value`, `--name a b c` (a list) and `--name` (true) as (name, value) pairs.
 
     `-` and `_` are the same in a name. `--local_rank`, which launchers append, is dropped.
     """
     pairs: list[tuple[str, Any]] = []
-    rest = list(words)
+    rest = list(argv)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":

@@ -13,13 +13,13 @@ from transformers import TrainingArguments
 
 from dsee_scale.config import DSEEConfig, JsonConfig, PruneConfig, reject_unknown_keys
 from dsee_scale.errors import ConfigError
+from dsee_scale.passes.schedule import GradualConfig
 from dsee_scale.recipe.checks import missing_optimizer
 from dsee_scale.recipe.parsing import parse_command_line, read_yaml, set_nested, type_problem
 from dsee_scale.recipe.sections import (
     SCHEDULES,
     DataConfig,
     ExportConfig,
-    GradualConfig,
     ModelConfig,
     RetuneConfig,
 )
@@ -81,7 +81,7 @@ SECTIONS: dict[str, type[JsonConfig]] = {
 
 
 def load_recipe(
-    path: str | Path, words: Sequence[str] = (), variables: Mapping[str, str] | None = None
+    path: str | Path, argv: Sequence[str] = (), variables: Mapping[str, str] | None = None
 ) -> Recipe:
     """Read a recipe file and apply command-line words to it.
 
@@ -89,7 +89,7 @@ def load_recipe(
 
     Args:
         path: YAML file.
-        words: `--section.key value`, `--key value` where the key is a TrainingArguments name or occurs in one
+        argv: `--section.key value`, `--key value` where the key is a TrainingArguments name or occurs in one
             section only, and `--resume [FOLDER]`.
         variables: values for `${NAME}` in paths.
 
@@ -97,7 +97,7 @@ def load_recipe(
         ConfigError: anything unknown, of the wrong type, or contradictory.
     """
     values = read_yaml(path)
-    for name, value in parse_command_line(words):
+    for name, value in parse_command_line(argv):
         set_nested(values, _full_name(name), value)
     _resolve_paths(values, Path(path).parent, variables or {})
     return build_recipe(values)

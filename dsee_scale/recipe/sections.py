@@ -188,18 +188,6 @@ class RetuneConfig(CheckedConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GradualConfig(CheckedConfig):
-    """Pruning in small cuts from the end of tune on, by a cubic schedule (see CubicSchedule)."""
-
-    num_steps: int
-    """Steps from the first cut to the final sparsity; they belong to retune."""
-    every: int = 1
-    """Cut once in so many steps."""
-    initial_sparsity: float = 0.0
-    """Sparsity of the first cut, in [0, 1)."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig(CheckedConfig):
     """The Hugging Face folder that the run leaves."""
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from dsee_scale.algorithms.bits import count_nonzero
+from dsee_scale.distributed import gather_objects
 from dsee_scale.partition import open_partition, unwrap
 from dsee_scale.passes.pools import block_linears
 
@@ -74,12 +74,12 @@ class Journal:
             self.seconds[work] = self.seconds.get(work, 0.0) + seconds
 
 
-def plain(value: Any) -> Any:
+def to_jsonable(value: Any) -> Any:
     """JSON-able values: numbers that are not finite become None, tuples lists, other objects text."""
     if isinstance(value, dict):
-        return {str(key): plain(part) for key, part in value.items()}
+        return {str(key): to_jsonable(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(part) for part in value]
+        return [to_jsonable(part) for part in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
@@ -119,12 +119,7 @@ def reset_peak_memory() -> None:
 
 def peak_memory() -> list[int]:
     """Collective. Peak bytes of each rank since the reset: GPU memory where there is a GPU, else resident."""
-    mine = _peak_bytes()
-    if not (dist.is_available() and dist.is_initialized()):
-        return [mine]
-    everyone: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
+    return gather_objects(_peak_bytes())
 
 
 def _peak_bytes() -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsee_scale.errors import ConfigError
-from dsee_scale.training.journal import Journal, plain
+from dsee_scale.training.journal import Journal, to_jsonable
 
 METRICS_FILE = "metrics.json"
 REPORT_FILE = "report.html"
@@ -31,7 +31,7 @@ def write_metrics(output: Path, journal: Journal, log_history: Sequence[dict[str
     """Write `metrics.json`: run, phases, matrices, times, sizes, and the losses that the Trainer logged."""
     keys = ("step", "loss", "learning_rate", "grad_norm")
     training = [{key: entry.get(key) for key in keys} for entry in log_history if "loss" in entry]
-    metrics = plain({**journal.to_dict(), "training": training})
+    metrics = to_jsonable({**journal.to_dict(), "training": training})
     (output / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
 
 

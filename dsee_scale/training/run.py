@@ -13,9 +13,9 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
-from dsee_scale.data.encoding import Collator, Encoder
+from dsee_scale.data.encoding import Encoder, collator
 from dsee_scale.data.rows import load_rows
-from dsee_scale.distributed import together
+from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError
 from dsee_scale.evaluation.evaluate import EvaluationSet
 from dsee_scale.evaluation.export_check import check_export
@@ -24,8 +24,8 @@ from dsee_scale.partition import open_partition
 from dsee_scale.passes.inject_model import inject
 from dsee_scale.recipe.recipe import Recipe
 from dsee_scale.recipe.sections import ExportConfig
+from dsee_scale.training.base_trainer import read_record
 from dsee_scale.training.journal import Journal, count_zeros, peak_memory
-from dsee_scale.training.phases import PhaseCallback
 from dsee_scale.training.report import METRICS_FILE, write_metrics, write_report
 from dsee_scale.training.setup import (
     kept_environment,
@@ -34,9 +34,9 @@ from dsee_scale.training.setup import (
     model_dtype,
     training_arguments,
 )
-from dsee_scale.training.survival import limited_waiting, named_when_lost, newest_first, resume_folder
+from dsee_scale.training.survival import limited_waiting, newest_first, report_lost_rank, resume_folder
 from dsee_scale.training.timeline import build_timeline, steps_per_epoch
-from dsee_scale.training.trainer import DSEETrainer, RunParts, read_record
+from dsee_scale.training.trainer import DSEETrainer
 from dsee_scale.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def run(recipe: Recipe) -> Path:
     with kept_environment():
         args = training_arguments(recipe)
         journal = Journal()
-        with limited_waiting(args.ddp_timeout), named_when_lost(journal, args.ddp_timeout):
+        with limited_waiting(args.ddp_timeout), report_lost_rank(journal, args.ddp_timeout):
             return _run(recipe, args, journal)
 
 
@@ -68,14 +68,17 @@ def _run(recipe: Recipe, args: TrainingArguments, journal: Journal) -> Path:
     trainer = build_trainer(recipe, args, checkpoint, journal)
     output = Path(str(args.output_dir))
     main = trainer.is_world_process_zero()
-    together(lambda: _write_recipe(recipe, output) if main else None, what="writing the recipe")
+    with raise_on_all_ranks(what="writing the recipe"):
+        if main:
+            _write_recipe(recipe, output)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     with journal.timed("save"):
         save_adapter(trainer.model_wrapped, output / "adapter", overwrite=True)
     if recipe.export is not None:
         _export(recipe.export, trainer, output / "model")
-    history = trainer.state.log_history
-    together(lambda: _write_numbers(output, journal, history) if main else None, what="writing the report")
+    with raise_on_all_ranks(what="writing the report"):
+        if main:
+            _write_numbers(output, journal, trainer.state.log_history)
     return output
 
 
@@ -97,10 +100,11 @@ def build_trainer(
     recipe: Recipe, args: TrainingArguments, checkpoint: Path | None, journal: Journal
 ) -> DSEETrainer:
     """Collective. Data, model and adapters (a checkpoint's, with its masks, where there is one)."""
-    tokenizer = together(lambda: load_tokenizer(recipe.model), what="loading the tokenizer")
+    with raise_on_all_ranks(what="loading the tokenizer"):
+        tokenizer = load_tokenizer(recipe.model)
     encoder = Encoder(tokenizer, recipe.data)
-    with journal.timed("data"):
-        train_rows, evaluation = together(lambda: _encode(recipe, encoder), what="reading the data")
+    with journal.timed("data"), raise_on_all_ranks(what="reading the data"):
+        train_rows, evaluation = _encode(recipe, encoder)
     timeline = build_timeline(recipe, args, steps_per_epoch(len(train_rows), args))
     args.max_steps = timeline.num_steps
     with journal.timed("load"):
@@ -110,26 +114,25 @@ def build_trainer(
         if checkpoint is None:
             inject(model, recipe.dsee)
         else:
-            together(lambda: _check_same_adapters(recipe, checkpoint), what=f"reading {checkpoint}")
+            with raise_on_all_ranks(what=f"reading {checkpoint}"):
+                _check_same_adapters(recipe, checkpoint)
             load_adapter(model, checkpoint)
     if args.activation_checkpointing:
         # With every input frozen, reentrant checkpointing would cut the graph before the first adapter.
         model.enable_input_require_grads()  # type: ignore[operator]
     journal.run = _description(recipe, args, model)
-    phases = PhaseCallback(timeline, journal)
-    generation = dict(recipe.data.generation)
-    trainer = DSEETrainer(
-        parts=RunParts(timeline=timeline, evaluation=evaluation, generation=generation, journal=journal),
+    return DSEETrainer(
+        timeline=timeline,
+        journal=journal,
+        evaluation=evaluation,
+        generation=dict(recipe.data.generation),
         model=model,
         args=args,
         train_dataset=train_rows,
         eval_dataset=evaluation,  # type: ignore[arg-type]
-        data_collator=Collator(evaluation.pad_id),
+        data_collator=collator(tokenizer),
         processing_class=tokenizer,
-        callbacks=[phases],
     )
-    phases.trainer = trainer
-    return trainer
 
 
 def _encode(recipe: Recipe, encoder: Encoder) -> tuple[Dataset, EvaluationSet]:
@@ -167,7 +170,7 @@ def _check_same_adapters(recipe: Recipe, checkpoint: Path) -> None:
 
 def _export(config: ExportConfig, trainer: DSEETrainer, folder: Path) -> None:
     """Collective. Write the Hugging Face folder and, where it is one, judge it in stock transformers."""
-    journal, live = trainer.parts.journal, trainer.model_wrapped
+    journal, live = trainer.journal, trainer.model_wrapped
     with journal.timed("export"):
         report = export_model(
             live,
@@ -182,11 +185,10 @@ def _export(config: ExportConfig, trainer: DSEETrainer, folder: Path) -> None:
         found = check_export(
             folder,
             live,
-            trainer.parts.evaluation,
+            trainer.evaluation,
             trainer.processing_class,
             batch_size=trainer.args.eval_batch_size,
             device=trainer.args.device,
-            is_main=trainer.is_world_process_zero(),
         )
     memory, blocks = peak_memory(), count_zeros(live)
     if found:

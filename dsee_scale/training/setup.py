@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from dsee_scale.data.tokenizer import check_vocabulary, open_tokenizer
-from dsee_scale.distributed import together
+from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError
 from dsee_scale.partition.quantized import prepare_quantised
 from dsee_scale.recipe.checks import check_deepspeed_config
@@ -188,12 +188,9 @@ def load_model(config: ModelConfig, dtype: torch.dtype, tokenizer: PreTrainedTok
     """
     options = _source(config, own=True)
 
-    def read_config() -> Any:
-        found = AutoConfig.from_pretrained(config.name, **options)
+    with raise_on_all_ranks(what=f"reading the config of model {config.name!r}"):
+        found: Any = AutoConfig.from_pretrained(config.name, **options)
         check_vocabulary(tokenizer, found.get_text_config().vocab_size, config.name)
-        return found
-
-    found = together(read_config, what=f"reading the config of model {config.name!r}")
     extra: dict[str, Any] = (
         {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     )
@@ -201,7 +198,8 @@ def load_model(config: ModelConfig, dtype: torch.dtype, tokenizer: PreTrainedTok
         extra["quantization_config"] = quantization_config(config.quantization, dtype)
     model = AutoModelForCausalLM.from_pretrained(config.name, config=found, dtype=dtype, **options, **extra)
     if getattr(model, "is_quantized", False):
-        together(lambda: prepare_quantised(model), what=f"preparing the quantised model {config.name!r}")
+        with raise_on_all_ranks(what=f"preparing the quantised model {config.name!r}"):
+            prepare_quantised(model)
         # bitsandbytes tells at every product that it casts to float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         # The Trainer refuses quantised models unless PEFT's mark says that there are adapters to train.

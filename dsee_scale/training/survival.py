@@ -22,12 +22,19 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from dsee_scale.checkpoint.folder import alike, open_folder
+from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.checkpoint.training_state import KIND
-from dsee_scale.distributed import together
+from dsee_scale.distributed import (
+    from_rank0,
+    is_active,
+    log_rank0,
+    max_over_ranks,
+    raise_on_all_ranks,
+    rank,
+    world_size,
+)
 from dsee_scale.errors import ConfigError, DSEEError, FormatError, RunError, RunStoppedError
 from dsee_scale.partition import open_partition, unwrap
-from dsee_scale.partition.ranks import communication_device
 from dsee_scale.recipe.recipe import Recipe
 from dsee_scale.training.journal import Journal
 
@@ -85,7 +92,9 @@ class RunWatch(TrainerCallback):
         """Collective. Raise if a loss was no number; ask for a checkpoint if a rank was told to stop."""
         is_number = True if self._is_number is None else bool(self._is_number)
         self._is_number = None
-        bad, stop = _agree(0 if is_number else _rank() + 1, int(self._told_to_stop), device=args.device)
+        bad, stop = max_over_ranks(
+            0 if is_number else rank() + 1, int(self._told_to_stop), device=args.device
+        )
         if bad:
             last = state.global_step - 1
             raise RunError(
@@ -119,7 +128,7 @@ def check_trained_values(model: nn.Module) -> None:
         RunError: on every rank, naming the first parameter with a value that is not finite.
     """
     partition = open_partition(model)
-    with alike(partition):
+    with raise_on_all_ranks(partition):
         for name, param in unwrap(model).named_parameters():
             if param.requires_grad and not partition.shard(param).data.isfinite().all():
                 raise RunError(
@@ -135,7 +144,7 @@ def limited_waiting(seconds: float) -> Iterator[None]:
     DeepSpeed makes its groups without naming a timeout, and making one waits for all ranks, so PyTorch's defaults
     are set besides.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_active():
         yield
         return
     world, limit = dist.distributed_c10d, timedelta(seconds=seconds)
@@ -153,7 +162,7 @@ def limited_waiting(seconds: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def named_when_lost(journal: Journal, seconds: float, resume: str = RESUME) -> Iterator[None]:
+def report_lost_rank(journal: Journal, seconds: float, resume: str = RESUME) -> Iterator[None]:
     """A collective that fails inside raises an error that names this rank and what it was doing.
 
     Args:
@@ -163,7 +172,7 @@ def named_when_lost(journal: Journal, seconds: float, resume: str = RESUME) -> I
     """
     over = threading.Event()
     reporter = threading.Thread(target=_report_waiting, args=(journal, seconds, over), daemon=True)
-    waits = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    waits = world_size() > 1
     if waits:
         reporter.start()
     try:
@@ -175,7 +184,7 @@ def named_when_lost(journal: Journal, seconds: float, resume: str = RESUME) -> I
             raise
         first = re.sub(r"^\[[^\]]*\] ", "", str(error).strip().splitlines()[0])[:120]
         raise RunStoppedError(
-            f"rank {_rank()} lost another rank during {journal.doing!r}: {first}. If no other rank says why, "
+            f"rank {rank()} lost another rank during {journal.doing!r}: {first}. If no other rank says why, "
             f"its machine is gone or it was too slow for ddp_timeout ({seconds:g} s); {resume}"
         ) from error
     finally:
@@ -195,27 +204,12 @@ def _report_waiting(journal: Journal, seconds: float, over: threading.Event) -> 
             waited = time.monotonic() - since
             logger.warning(
                 "rank %d has been at %r for %.0f s; a collective that waits for ddp_timeout (%g s) fails",
-                _rank(),
+                rank(),
                 doing,
                 waited,
                 seconds,
             )
 
-
-def _agree(*flags: int, device: torch.device) -> list[int]:
-    """Collective. The largest value of each flag over all ranks."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return list(flags)
-    values = torch.tensor(flags, dtype=torch.int32, device=communication_device(None, device))
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values.tolist()
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 """Value of `resume_from_checkpoint` for launches that are repeated unchanged: resume if there is something."""
@@ -235,35 +229,34 @@ def resume_folder(recipe: Recipe, args: TrainingArguments) -> Path | None:
     output = Path(str(args.output_dir))
     what = "looking at the output folder"
     if wanted and wanted not in (True, AUTO):
-        return together(lambda: existing(Path(str(wanted))), what=what)
-    found = same_everywhere(together(lambda: newest_first(output), what=what))
+        with raise_on_all_ranks(what=what):
+            return existing(Path(str(wanted)))
+    with raise_on_all_ranks(what=what):
+        found = newest_first(output)
+        if not wanted:
+            _check_empty(output)
     if not wanted:
-        together(lambda: _check_empty(output), what=what)
         return None
+    found = from_rank0(found)  # file systems may show new folders to other ranks later
     problem: DSEEError | None = None
     for folder in found:
         try:
-            together(lambda folder=folder: verify_share(folder), what=f"reading {folder}")  # type: ignore[misc]
+            with raise_on_all_ranks(what=f"reading {folder}"):
+                verify_share(folder)
         except DSEEError as error:
-            say("%s cannot be used: %s; trying the one before", folder, error)
+            log_rank0(logger, "%s cannot be used: %s; trying the one before", folder, error)
             problem = problem or error
         else:
-            say("going on from %s", folder)
+            log_rank0(logger, "going on from %s", folder)
             return folder
     if problem is not None:
         raise FormatError(f"no checkpoint in {output} is whole; the newest one: {problem}")
     if wanted == AUTO:
-        say("%s holds no checkpoint: starting from the beginning", output)
+        log_rank0(logger, "%s holds no checkpoint: starting from the beginning", output)
         return None
     raise ConfigError(
         f"nothing to resume: {output} holds no checkpoint-STEP folder (--resume {AUTO} starts afresh then)"
     )
-
-
-def say(text: str, *values: object) -> None:
-    """On one rank: all of them see the same."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        logger.warning(text, *values)
 
 
 def existing(folder: Path) -> Path:
@@ -291,18 +284,7 @@ def newest_first(output: Path) -> list[Path]:
     return [steps[step] for step in sorted(steps, reverse=True)]
 
 
-def same_everywhere(folders: list[Path]) -> list[Path]:
-    """Collective. What rank 0 sees: file systems may show new folders to others later."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        box = [folders]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-    return folders
-
-
 def verify_share(folder: Path) -> None:
     """Compare the hashes of this rank's share of the files. Local."""
     stored = open_folder(folder, (KIND,))
-    several = dist.is_available() and dist.is_initialized()
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-    stored.verify(sorted(stored.files), rank=rank, world_size=world_size)
+    stored.verify(sorted(stored.files), rank=rank(), world_size=world_size())

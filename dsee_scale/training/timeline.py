@@ -17,9 +17,9 @@ from transformers import TrainingArguments, get_scheduler
 
 from dsee_scale.config import PruneConfig
 from dsee_scale.errors import ConfigError
-from dsee_scale.passes.schedule import CubicSchedule
+from dsee_scale.passes.schedule import CubicSchedule, GradualConfig
 from dsee_scale.recipe.recipe import Recipe
-from dsee_scale.recipe.sections import GradualConfig, RetuneConfig
+from dsee_scale.recipe.sections import RetuneConfig
 
 PhaseName = Literal["tune", "retune"]
 
@@ -129,13 +129,7 @@ def _prune_events(
         return ()
     if gradual is None:
         return (PruneEvent(step=first, config=prune),)
-    schedule = CubicSchedule(
-        final_sparsity=prune.sparsity,
-        start_step=first,
-        num_steps=gradual.num_steps,
-        initial_sparsity=gradual.initial_sparsity,
-        every=gradual.every,
-    )
+    schedule = CubicSchedule(**gradual.to_dict(), final_sparsity=prune.sparsity, start_step=first)
     steps = range(first, first + gradual.num_steps + 1)
     return tuple(
         PruneEvent(step=step, config=schedule.config(prune, step)) for step in steps if schedule.due(step)

@@ -122,15 +122,15 @@ def make_parser() -> HfArgumentParser:
     )
 
 
-def parse_flags(words: Sequence[str]) -> GlueSettings:
+def parse_flags(argv: Sequence[str]) -> GlueSettings:
     """Read a command line; old names are understood.
 
     Raises:
         ConfigError: flags that contradict each other.
     """
-    parser, words = make_parser(), modern_words(words)
-    given = frozenset(word[2:] for word in words if word.startswith("--"))
-    found = vars(parser.parse_args(words))
+    parser, argv = make_parser(), modern_words(argv)
+    given = frozenset(word[2:] for word in argv if word.startswith("--"))
+    found = vars(parser.parse_args(argv))
     parts = [
         kind(**{f.name: found[f.name] for f in dataclasses.fields(kind)})
         for kind in (ModelArguments, PruningArguments, DataArguments)

@@ -65,19 +65,19 @@ REFUSED = {
 }
 
 
-def modern_words(words: Sequence[str]) -> list[str]:
+def modern_words(argv: Sequence[str]) -> list[str]:
     """Command-line words with old names replaced and flags without effect left out.
 
     Args:
-        words: flags and values, or a single name of a JSON file that holds them.
+        argv: flags and values, or a single name of a JSON file that holds them.
 
     Raises:
         ConfigError: a flag whose meaning does not exist here, with what to use instead.
     """
-    if len(words) == 1 and words[0].endswith(".json"):
-        words = _words_of_file(Path(words[0]))
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        argv = _words_of_file(Path(argv[0]))
     result: list[str] = []
-    for name, values in _flags(words):
+    for name, values in _flags(argv):
         if name in REFUSED and values != ["False"] and values != ["false"]:
             raise ConfigError(f"--{name}: {REFUSED[name]}")
         if name in WITHOUT_EFFECT:
@@ -91,10 +91,10 @@ def modern_words(words: Sequence[str]) -> list[str]:
     return result
 
 
-def _flags(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+def _flags(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """(name, values) of each flag; words before the first flag come under the name ''."""
     name, values = "", []
-    for word in words:
+    for word in argv:
         if not word.startswith("--"):
             values.append(word)
             continue

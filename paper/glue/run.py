@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.adapters.state import model_state
 from dsee_scale.checkpoint.record import is_adapter_key
-from dsee_scale.distributed import together
+from dsee_scale.distributed import from_rank0, log_rank0, raise_first, raise_on_all_ranks, rank
 from dsee_scale.errors import ConfigError, DSEEError, FormatError
 from dsee_scale.export.export import export_model
 from dsee_scale.partition import open_partition, unwrap
@@ -28,10 +27,8 @@ from dsee_scale.training.setup import kept_environment, make_arguments
 from dsee_scale.training.survival import (
     existing,
     limited_waiting,
-    named_when_lost,
     newest_first,
-    same_everywhere,
-    say,
+    report_lost_rank,
     verify_share,
 )
 from paper.glue.arguments import GlueSettings
@@ -71,7 +68,7 @@ def run_glue(settings: GlueSettings) -> Path:
     asked = values.pop("resume_from_checkpoint", None)
     with kept_environment():
         args, journal = make_arguments(values), Journal()
-        lost = named_when_lost(journal, args.ddp_timeout, RESUME)
+        lost = report_lost_rank(journal, args.ddp_timeout, RESUME)
         with limited_waiting(args.ddp_timeout), lost:
             return _run(settings, args, asked, journal)
 
@@ -79,9 +76,11 @@ def run_glue(settings: GlueSettings) -> Path:
 def _run(settings: GlueSettings, args: TrainingArguments, asked: str | None, journal: Journal) -> Path:
     output = Path(str(args.output_dir))
     checkpoint = _checkpoint(settings, args, asked)
-    source = together(lambda: find_source(settings, checkpoint), what="reading the tuned model")
-    wanted = [part for flag, part in NEEDED.items() if getattr(args, flag)]
-    data = together(lambda: load_glue(settings.data, wanted, source.classes), what="reading the data")
+    with raise_on_all_ranks(what="reading the tuned model"):
+        source = find_source(settings, checkpoint)
+    with raise_on_all_ranks(what="reading the data"):
+        wanted = [part for flag, part in NEEDED.items() if getattr(args, flag)]
+        data = load_glue(settings.data, wanted, source.classes)
     journal.doing = "loading"
     trainer, rows = _trainer(settings, args, source, data, journal, fresh=checkpoint is None)
     if args.do_train:
@@ -102,7 +101,7 @@ def _run(settings: GlueSettings, args: TrainingArguments, asked: str | None, jou
     if args.do_predict:
         journal.doing = "prediction"
         _predict(trainer, rows, data, output)
-    together(lambda: None, what="finishing")
+    raise_first(None)  # nobody leaves before all are done
     return output
 
 
@@ -110,13 +109,17 @@ def _checkpoint(settings: GlueSettings, args: TrainingArguments, asked: str | No
     """Collective. Where to go on: what is asked for, or the newest whole checkpoint of those that rank 0 sees."""
     output, what = Path(str(args.output_dir)), "looking at the output folder"
     if asked:
-        return together(lambda: existing(Path(asked)), what=what)
+        with raise_on_all_ranks(what=what):
+            return existing(Path(asked))
     if settings.data.overwrite_output_dir or not args.do_train:
         return None
-    found = same_everywhere(together(lambda: newest_first(output), what=what))
+    with raise_on_all_ranks(what=what):
+        seen = newest_first(output)
+    found = from_rank0(seen)
     if found:
         return _newest_whole(settings, found)
-    together(lambda: _check_empty(output), what=what)
+    with raise_on_all_ranks(what=what):
+        _check_empty(output)
     return None
 
 
@@ -125,12 +128,13 @@ def _newest_whole(settings: GlueSettings, found: list[Path]) -> Path:
     problem: DSEEError | None = None
     for folder in found:
         try:
-            together(lambda folder=folder: _verify(settings, folder), what=f"reading {folder}")  # type: ignore[misc]
+            with raise_on_all_ranks(what=f"reading {folder}"):
+                _verify(settings, folder)
         except DSEEError as error:
-            say("%s cannot be used: %s; trying the one before", folder, error)
+            log_rank0(logger, "%s cannot be used: %s; trying the one before", folder, error)
             problem = problem or error
         else:
-            say("going on from %s; --overwrite_output_dir would start afresh", folder)
+            log_rank0(logger, "going on from %s; --overwrite_output_dir would start afresh", folder)
             return folder
     raise FormatError(
         f"no checkpoint in {found[0].parent} is whole, and --overwrite_output_dir would start afresh; the newest "
@@ -164,18 +168,12 @@ def _trainer(
 ) -> tuple[Trainer, dict[str, Dataset]]:
     """Collective. Everything that stands before training, and the encoded rows."""
 
-    def prepare() -> tuple[Any, Any, dict[str, Dataset]]:
+    with raise_on_all_ranks(what="reading the model's config and the data"):
         tokenizer = load_tokenizer(settings, source)
         config = load_config(settings, source, data.classes, tokenizer)
         classes = [config.id2label[index] for index in range(len(data.classes))]
         length = min(settings.data.max_seq_length, tokenizer.model_max_length)
-        return (
-            tokenizer,
-            config,
-            encode(data, tokenizer, classes, length=length, pad=settings.data.pad_to_max_length),
-        )
-
-    tokenizer, config, rows = together(prepare, what="reading the model's config and the data")
+        rows = encode(data, tokenizer, classes, length=length, pad=settings.data.pad_to_max_length)
     set_seed(args.seed)
     model = load_model(settings, source, config, dtype_of(args))
     adapt(model, settings, source, args.seed)
@@ -204,18 +202,11 @@ def _trainer(
 
 def _clear_output(settings: GlueSettings, args: TrainingArguments, *, fresh: bool) -> None:
     """Checkpoints of an overwritten run would be taken for this one's."""
-
-    def remove() -> None:
-        if (
-            fresh
-            and args.do_train
-            and settings.data.overwrite_output_dir
-            and int(os.environ.get("RANK", "0")) == 0
-        ):
+    overwritten = fresh and args.do_train and settings.data.overwrite_output_dir
+    with raise_on_all_ranks(what="clearing the output folder"):
+        if overwritten and rank() == 0:
             for folder in Path(str(args.output_dir)).glob("checkpoint-*"):
                 shutil.rmtree(folder)
-
-    together(remove, what="clearing the output folder")
 
 
 def _train(trainer: Trainer, rows: Dataset, checkpoint: Path | None) -> None:

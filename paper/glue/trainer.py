@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dsee_scale.checkpoint.adapter import save_adapter
 from dsee_scale.errors import ConfigError
-from dsee_scale.evaluation.evaluate import EvaluationSet
 from dsee_scale.recipe.sections import SCHEDULES
+from dsee_scale.training.base_trainer import AdapterTrainer
 from dsee_scale.training.journal import Journal
 from dsee_scale.training.timeline import Phase, Timeline, steps_per_epoch
-from dsee_scale.training.trainer import DSEETrainer, RunParts
 from paper.glue.model import ADAPTER_FOLDER
 
 
@@ -47,30 +46,14 @@ class Progress(TrainerCallback):
         return self._journal.doing.partition(", batch ")[0]
 
 
-class GlueTrainer(DSEETrainer):
-    """Checkpoints, optimizer and resuming are its parent's; loss, evaluation and prediction are transformers' own."""
+class GlueTrainer(AdapterTrainer):
+    """The package's Trainer with one phase of training; what it saves as a model is the adapter."""
 
-    def __init__(
-        self, *, args: TrainingArguments, journal: Journal, train_dataset: Any = None, **kwargs: Any
-    ) -> None:
-        parts = RunParts(
-            timeline=_one_phase(args, len(train_dataset) if train_dataset is not None else 0),
-            evaluation=EvaluationSet(),
-            generation={},
-            journal=journal,
-        )
-        super().__init__(parts=parts, args=args, train_dataset=train_dataset, **kwargs)
+    def __init__(self, *, args: TrainingArguments, train_dataset: Any = None, **kwargs: Any) -> None:
+        timeline = _one_phase(args, len(train_dataset) if train_dataset is not None else 0)
+        super().__init__(timeline=timeline, args=args, train_dataset=train_dataset, **kwargs)
         # The model's loss is a mean over the batch, which the Trainer divides by the accumulated batches.
-        self.compute_loss_func = None
         self.model_accepts_loss_kwargs = False
-
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own loss."""
-        return Trainer.compute_loss(self, *args, **kwargs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Collective. Transformers' own evaluation: logits of all ranks, one metric over all examples."""
-        return Trainer.evaluate(self, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Collective. The adapter, the head and the masks; no base weight."""

@@ -25,9 +25,9 @@ FINETUNE = Path(__file__).parents[2] / "launch" / "finetune.py"
 PRELOADED = ["torch._dynamo", "deepspeed", "peft", "transformers", "dsee_scale.training.run"]
 PLACES = {
     "decompose": ("dsee_scale.passes.decompose_model", "find_support"),
-    "step": ("dsee_scale.training.trainer", "DSEETrainer.training_step"),
-    "prune": ("dsee_scale.training.phases", "prune"),
-    "save": ("dsee_scale.training.trainer", "DSEETrainer._save_checkpoint"),
+    "step": ("dsee_scale.training.base_trainer", "AdapterTrainer.training_step"),
+    "prune": ("dsee_scale.training.trainer", "prune"),
+    "save": ("dsee_scale.training.base_trainer", "AdapterTrainer._save_checkpoint"),
 }
 """Where a fault may begin: module and name of what is then called."""
 

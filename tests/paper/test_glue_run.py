@@ -14,7 +14,7 @@ import paper.glue.run as glue_run
 from dsee_scale import load_pretrained
 from dsee_scale.errors import ConfigError, FormatError, TargetError
 from dsee_scale.training.journal import Journal
-from dsee_scale.training.survival import named_when_lost
+from dsee_scale.training.survival import report_lost_rank
 from paper.glue.arguments import parse_flags
 from paper.glue.run import run_glue
 from tests.paper.glue_inputs import (
@@ -261,7 +261,7 @@ def test_evaluation_and_prediction_are_followed_too(inputs, tmp_path):
 
 def test_one_process_waits_for_none_and_needs_no_reporter():
     threads = threading.active_count()
-    with named_when_lost(Journal(), 10.0):
+    with report_lost_rank(Journal(), 10.0):
         assert threading.active_count() == threads
 
 

@@ -123,9 +123,8 @@ def test_examples_are_dealt_once_in_equally_many_batches(monkeypatch, world, cou
 
     seen, batches = [], set()
     for rank in range(world):
-        monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
-        monkeypatch.setattr(module.dist, "get_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(module.dist, "get_world_size", lambda: world)
+        monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(module, "world_size", lambda: world)
         mine = list(deal(list(range(count)), 2, key=lambda item: item))
         batches.add(len(mine))
         assert all(batch for batch, _ in mine)

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dsee_scale.training.journal import Journal, plain
+from dsee_scale.training.journal import Journal, to_jsonable
 from dsee_scale.training.report import headline_metric, summary_table, write_metrics, write_report
 
 pytestmark = pytest.mark.unit
@@ -158,7 +158,7 @@ def test_the_headline_is_the_tasks_own_metric():
 
 def test_a_resumed_run_keeps_earlier_phases_and_adds_times():
     first, second = journal(), Journal(seconds={"train": 1.0})
-    second.restore(plain(first.to_dict()))
+    second.restore(to_jsonable(first.to_dict()))
     assert second.phase("tuned")["quality"]["accuracy"] == 0.9
     assert second.seconds["train"] == 31.0
     second.add_phase("tuned", quality={}, sparsity=0.0)
