@@ -1,19 +1,50 @@
-"""The `dsee-scale` command: look into folders and export models, with no cluster."""
+"""The `dsee-scale` command: train by a recipe; plan, look into folders and export models with no cluster."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
-from dsee_scale.errors import ConfigError, DSEEError
+from dsee_scale.errors import ConfigError, DSEEError, RunStoppedError
 from dsee_scale.version import __version__
+
+RELAUNCH = 75  # EX_TEMPFAIL: it failed for now, the same command may be tried again
+RUN_HELP = """usage: dsee-scale run RECIPE [--flag value ...]
+
+Tune, prune, retune and export in one launch. RECIPE is a YAML file or the name of a shipped one ({names}).
+Start it with `deepspeed --module dsee_scale run ...`, `accelerate launch -m dsee_scale run ...`, `torchrun -m
+dsee_scale run ...`, or as it stands on one device.
+
+Every key of the recipe can be given here: `--training.learning_rate 1e-4`, `--dsee.rank 8`; names of
+TrainingArguments also directly: `--learning_rate 1e-4`. `--deepspeed` takes a file or a shipped name ({configs}).
+`--resume` goes on from the last whole checkpoint, `--resume auto` starts afresh where there is none.
+
+Exit codes of a rank: 2, something must be changed first (the message says what); 75, relaunch with --resume.
+"""
+
+
+def entry() -> NoReturn:
+    """The program: `main` on the command line, and the end of the process."""
+    argv = [word for word in sys.argv[1:] if not word.startswith(("--local_rank", "--local-rank"))]
+    code = main(argv)
+    if argv[:1] == ["run"]:
+        from dsee_scale.distributed import exit_process
+
+        exit_process(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 for an error that was explained, 2 for wrong usage."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["run"]:
+        return run_recipe(argv[1:])
     args = _parser().parse_args(argv)
     try:
         args.run(args)
@@ -34,13 +65,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def run_recipe(argv: Sequence[str]) -> int:
+    """Collective. One run by a recipe and flags; 0, 2 for what must be changed first, 75 for a relaunch."""
+    if not argv or argv[0] in ("-h", "--help"):
+        from dsee_scale.recipe.help import recipe_help
+        from dsee_scale.recipe.shipped import shipped_names
+
+        shipped = {
+            "names": ", ".join(shipped_names("recipes")),
+            "configs": ", ".join(shipped_names("ds_configs")),
+        }
+        print(f"{RUN_HELP.format(**shipped)}\n{recipe_help()}")
+        return 0 if argv else 2
+    rank = int(os.environ.get("RANK", "0"))
+    # DeepSpeed 0.19 calls collectives by the names that torch 2.13 warns about, at every step's first use.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING, format=f"[rank {rank}] %(message)s", force=True
+    )
+    from dsee_scale.recipe.parsing import cache_folder
+    from dsee_scale.recipe.recipe import load_recipe
+
+    try:
+        recipe = load_recipe(argv[0], argv[1:], {"DSEE_SCALE_CACHE": str(cache_folder())})
+        from dsee_scale.training.report import summary_table
+        from dsee_scale.training.run import run
+
+        output = run(recipe)
+    except DSEEError as error:
+        logging.getLogger("dsee_scale").error("%s: %s", type(error).__name__, error)
+        return RELAUNCH if isinstance(error, RunStoppedError) else 2
+    if rank == 0:
+        print(f"\n{summary_table(output)}\n\nlook at {output / 'report.html'}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dsee-scale",
-        description="Look into what dsee_scale saved, and export models from files, without a cluster.",
+        description="Train by a recipe; plan, look into folders and export models without a cluster.",
     )
     parser.add_argument("--version", action="version", version=f"dsee-scale {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("run", help="tune, prune, retune and export as a recipe says", add_help=False)
     _add_inspect(commands)
     _add_export(commands)
     _add_plan(commands)
@@ -148,7 +215,3 @@ def _export(args: argparse.Namespace) -> None:
 
     report = export_files(args.folder, args.base, args.output, delta=args.delta, overwrite=args.overwrite)
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

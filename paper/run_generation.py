@@ -22,7 +22,7 @@ from dsee_scale.data.encoding import Encoder
 from dsee_scale.data.rows import read_file, template_columns
 from dsee_scale.errors import ConfigError, DSEEError
 from dsee_scale.evaluation.evaluate import generate_texts
-from dsee_scale.recipe.parsing import read_yaml
+from dsee_scale.recipe.recipe import read_with_base
 from dsee_scale.recipe.sections import DataConfig, ModelConfig
 from dsee_scale.training.setup import load_tokenizer
 
@@ -54,7 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def data_config(flags: argparse.Namespace) -> DataConfig:
-    section = dict(read_yaml(flags.recipe).get("data", {})) if flags.recipe else {}
+    section = dict(read_with_base(Path(flags.recipe)).get("data", {})) if flags.recipe else {}
     section = {
         key: section[key] for key in ("prompt", "completion", "max_length", "generation") if key in section
     }

@@ -23,6 +23,7 @@ from dsee_scale.recipe.sections import (
     ModelConfig,
     RetuneConfig,
 )
+from dsee_scale.recipe.shipped import find_file
 
 PATHS = {
     "model": ("name", "tokenizer"),
@@ -88,7 +89,7 @@ def load_recipe(
     A relative input path that does not exist in the working directory is looked up beside the recipe.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of a shipped recipe; its key `base` names another file, which it changes.
         argv: `--section.key value`, `--key value` where the key is a TrainingArguments name or occurs in one
             section only, and `--resume [FOLDER]`.
         variables: values for `${NAME}` in paths.
@@ -96,11 +97,37 @@ def load_recipe(
     Raises:
         ConfigError: anything unknown, of the wrong type, or contradictory.
     """
-    values = read_yaml(path)
+    path = find_file("recipes", path)
+    values = read_with_base(path)
     for name, value in parse_command_line(argv):
         set_nested(values, _full_name(name), value)
-    _resolve_paths(values, Path(path).parent, variables or {})
+    _resolve_paths(values, path.parent, variables or {})
     return build_recipe(values)
+
+
+def read_with_base(path: Path) -> dict[str, Any]:
+    """A recipe's nested values: those of the file that its `base` names, changed key by key by its own.
+
+    Raises:
+        ConfigError: a file is missing or no recipe, or bases name each other in a circle.
+    """
+    chain: list[Path] = []
+    layers: list[dict[str, Any]] = []
+    while True:
+        if path in chain:
+            raise ConfigError(f"recipe {chain[0]}: `base` leads back to {path}")
+        chain.append(path)
+        layers.append(read_yaml(path))
+        named = layers[-1].pop("base", None)
+        if named is None:
+            break
+        path = path.parent / str(named)
+    values: dict[str, Any] = {}
+    for own in reversed(layers):
+        for name, section in own.items():
+            both = isinstance(section, dict) and isinstance(values.get(name), dict)
+            values[name] = {**values[name], **section} if both else section
+    return values
 
 
 def build_recipe(values: Mapping[str, Any]) -> Recipe:

@@ -31,6 +31,7 @@ from dsee_scale.partition.quantized import prepare_quantised
 from dsee_scale.recipe.checks import check_deepspeed_config
 from dsee_scale.recipe.recipe import Recipe
 from dsee_scale.recipe.sections import ModelConfig
+from dsee_scale.recipe.shipped import find_file
 
 
 class RunArguments(TrainingArguments):
@@ -67,6 +68,8 @@ def make_arguments(values: dict[str, Any]) -> TrainingArguments:
         raise ConfigError("training.output_dir is missing; name the run's folder, e.g. runs/sentiment")
     values.pop("resume_from_checkpoint", None)
     values.setdefault("remove_unused_columns", False)
+    if isinstance(values.get("deepspeed"), str):
+        values["deepspeed"] = str(find_file("ds_configs", values["deepspeed"]))
     with_deepspeed = _reject_two_configs(values)
     if not torch.cuda.is_available():
         if with_deepspeed:

@@ -1,4 +1,4 @@
-"""Whole runs of `launch/finetune.py` on fresh processes that a fault may hit at any moment.
+"""Whole runs of `dsee-scale run` on fresh processes that a fault may hit at any moment.
 
 A pool's workers are reused and must stay alive; here each run has processes of its own. They are forked from
 one server that has imported everything, so a run costs its own seconds and no start of the interpreter.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import importlib
-import importlib.util
 import multiprocessing
 import os
 import signal
@@ -21,7 +20,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-FINETUNE = Path(__file__).parents[2] / "launch" / "finetune.py"
 PRELOADED = ["torch._dynamo", "deepspeed", "peft", "transformers", "dsee_scale.training.run"]
 PLACES = {
     "decompose": ("dsee_scale.passes.decompose_model", "find_support"),
@@ -121,11 +119,9 @@ def _rank(rank: int, world: int, port: int, words: list[str], fault: Fault | Non
     torch.set_num_threads(1)
     if fault is not None and fault.rank == rank:
         fault.install()
-    spec = importlib.util.spec_from_file_location("finetune", FINETUNE)
-    assert spec is not None and spec.loader is not None
-    finetune = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(finetune)
-    code = finetune.main(words)
+    from dsee_scale.cli import run_recipe
+
+    code = run_recipe(words)
     sys.stdout.flush()
     sys.stderr.flush()
     # The end of a fresh interpreter, without what multiprocessing would wait for.

@@ -1,4 +1,4 @@
-"""`launch/finetune.py` under its launchers: the same recipe gives the same losses."""
+"""`launch/finetune.py` and `dsee-scale run` under their launchers: the same recipe gives the same losses."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from tests.dist.run_inputs import losses, tiny_recipe, write_inputs
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(900)
 LAUNCHES = {
-    "deepspeed": (["launch/single_node.sh"], "ds_configs/zero3_cpu.json"),
-    "accelerate": (["accelerate", "launch", "--config_file", "ds_configs/accelerate_cpu.yaml"], None),
+    "deepspeed": ("launch/single_node.sh launch/finetune.py", "zero3_cpu"),
+    "accelerate": ("accelerate launch --config_file ds_configs/accelerate_cpu.yaml -m dsee_scale run", None),
+    "deepspeed --module": ("launch/single_node.sh --module dsee_scale run", "zero3_cpu"),
+    "torchrun -m": ("launch/torchrun.sh -m dsee_scale run", "zero3_cpu"),
 }
 
 
 def launch(name: str, folder: Path) -> Path:
     """One whole run in fresh processes; its output folder."""
-    words, deepspeed = LAUNCHES[name]
+    command, deepspeed = LAUNCHES[name]
     output = folder / name
     recipe = tiny_recipe(folder, output, training__save_strategy="no", export=None)
-    recipe["training"]["deepspeed"] = None if deepspeed is None else str(ROOT / deepspeed)
+    recipe["training"]["deepspeed"] = deepspeed
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe))
     environment = {
@@ -35,7 +37,7 @@ def launch(name: str, folder: Path) -> Path:
         "DS_ACCELERATOR": "cpu",
     }
     run = subprocess.run(
-        [*words, "launch/finetune.py", str(path)],
+        [*command.split(), str(path)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -46,8 +48,8 @@ def launch(name: str, folder: Path) -> Path:
     return output
 
 
-def test_deepspeed_and_accelerate_give_the_same_losses(tmp_path):
+def test_every_launcher_gives_the_same_losses(tmp_path):
     write_inputs(tmp_path)
     found = {name: losses(launch(name, tmp_path)) for name in LAUNCHES}
     assert len(found["deepspeed"]) == 11
-    assert found["deepspeed"] == found["accelerate"]
+    assert all(values == found["deepspeed"] for values in found.values())

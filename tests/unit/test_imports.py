@@ -145,7 +145,7 @@ def test_the_package_does_not_import_what_exists_to_repeat_the_paper():
 def test_the_package_imports_neither_deepspeed_nor_a_device():
     code = (
         "import os; before = dict(os.environ); import dsee_scale, sys, torch; "
-        "assert not {'deepspeed', 'accelerate', 'datasets', 'bitsandbytes'} & set(sys.modules); "
+        "assert not {'deepspeed', 'accelerate', 'datasets', 'bitsandbytes', 'transformers'} & set(sys.modules); "
         "assert not torch.cuda.is_initialized(); assert dict(os.environ) == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

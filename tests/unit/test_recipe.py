@@ -11,7 +11,9 @@ from dsee_scale.errors import ConfigError
 from dsee_scale.recipe.parsing import parse_command_line, parse_value
 from dsee_scale.recipe.recipe import build_recipe, load_recipe
 from dsee_scale.recipe.sections import DataConfig, RetuneConfig
+from dsee_scale.recipe.shipped import find_file, shipped_names
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.unit
 
 RECIPE = """
@@ -116,8 +118,27 @@ def test_missing_section_repeated_key_and_missing_file(tmp_path):
     path.write_text("model: {name: x}\nmodel: {name: y}\n")
     with pytest.raises(ConfigError, match="given twice: model"):
         load_recipe(path)
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"is no file .* none that is shipped: .*sentiment"):
         load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_base_is_changed_key_by_key(recipe_file, tmp_path):
+    path = tmp_path / "changed.yaml"
+    path.write_text(f"base: {recipe_file.name}\ndsee: {{rank: 4}}\nexport: null\n")
+    recipe, base = load_recipe(path), load_recipe(recipe_file)
+    assert recipe.dsee == dataclasses.replace(base.dsee, rank=4)
+    assert recipe.export is None and recipe.training == base.training
+    recipe_file.write_text("base: changed.yaml\n")
+    with pytest.raises(ConfigError, match="leads back to"):
+        load_recipe(path)
+
+
+def test_shipped_recipes_and_configs_are_found_by_name():
+    assert {"sentiment", "sentiment_2_4", "wikitext"} <= set(shipped_names("recipes"))
+    assert {"zero2_bf16", "zero3_bf16", "zero3_cpu"} <= set(shipped_names("ds_configs"))
+    assert load_recipe("sentiment").training["deepspeed"] == "zero3_cpu"
+    with pytest.raises(ConfigError, match=r"DeepSpeed config zero4 is no file .* zero3_bf16"):
+        find_file("ds_configs", "zero4")
 
 
 def test_paths_are_found_beside_the_recipe_and_take_variables(recipe_file, tmp_path):
@@ -164,11 +185,13 @@ def test_training_accepts_exactly_the_trainers_names():
 
 
 def test_every_shipped_recipe_loads_and_names_an_existing_deepspeed_config():
-    recipes = sorted(Path(__file__).parents[2].glob("**/recipes/*.yaml"))
+    recipes = [
+        path for folder in ("recipes", "paper/recipes") for path in sorted((ROOT / folder).glob("*.yaml"))
+    ]
     assert {path.stem for path in recipes} >= {"sentiment", "e2e", "wikitext"}
     for path in recipes:
         recipe = load_recipe(path, variables={"DSEE_SCALE_CACHE": "/cache"})
-        assert Path(recipe.training["deepspeed"]).is_file(), path
+        assert find_file("ds_configs", recipe.training["deepspeed"]).is_file(), path
         assert "$" not in str(recipe.to_dict()), path
 
 
