@@ -1,0 +1,277 @@
+"""Which entries of a matrix go and what the others become, so that its output on given inputs changes least.
+
+Shapes: O output features, I input features, T tokens. For inputs X (T x I) with Gram matrix G = X^T X, a matrix
+W and its pruned form V, the squared change of the output is tr((W - V) G (W - V)^T): of the inputs nothing but G
+is needed. The rows of V are independent of each other once it is known which entries are zero.
+
+`sparsegpt` chooses and solves in one sweep over the inputs (Frantar and Alistarh, arXiv 2301.00774, section 3):
+with G^-1 = U^T U, U upper triangular, an entry's removal costs w^2 / U_jj^2, and its error goes to the inputs
+that are still to come. `refit_kept` takes the choice as given and solves for the values alone, by the same sweep
+and then conjugate gradients as in ALPS (Meng et al., arXiv 2406.07831, section 3.2), to as many steps as asked.
+
+The defaults were chosen on 35 matrices of SmolLM2-135M (10,000 calibration tokens of E2E, squared relative output
+error on as many held-out ones; 50%, 70%, 2:4): Wanda 0.0276, 0.0868, 0.0553; Wanda with the kept entries solved by
+least squares 0.0120, 0.0417, 0.0239; the sweep 0.0130, 0.0458, 0.0260; the sweep and five steps 0.0113, 0.0381,
+0.0229; these with a damping of 10% instead of 1% 0.0097, 0.0331, 0.0200, in twice the time of the sweep alone.
+Choosing over the whole matrix beats choosing in each row (0.0145 by the sweep at 50%).
+
+All arithmetic is float32 on the device of the Gram matrix; that TF32 is off is the caller's business. Both work
+on the transposed weight, so that one input's entries are neighbours, and hold about three copies of the weight
+and two of the Gram matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsee_scale.algorithms.sweep import BLOCK, Count, CountChooser, GroupChooser, Groups, sweep_
+
+DAMPING = 0.1
+"""Of the mean diagonal. On held-out text of SmolLM2's task it beats the usual 1% (docstring of the module)."""
+NUM_STEPS = 5
+"""Conjugate-gradient steps after the sweep."""
+RETRIES = 6
+"""How often the damping may grow by ten."""
+
+
+@dataclass(frozen=True)
+class RefitRecord:
+    """What a solver met.
+
+    Attributes:
+        damping: what was added to the Gram matrix's diagonal, as a fraction of its mean.
+        num_retries: how often the factorisation failed and the damping grew by ten.
+        num_dead: inputs that were zero in every token.
+        relative_error: sqrt(tr((W - V) G (W - V)^T) / tr(W G W^T)), the output's relative change; 0 where the
+            output itself is 0.
+    """
+
+    damping: float
+    num_retries: int
+    num_dead: int
+    relative_error: float
+
+
+@dataclass(frozen=True, eq=False)
+class Refit:
+    """A solved matrix.
+
+    Attributes:
+        weight: (O, I) float32; an entry is exactly zero where it was removed, and nowhere else.
+        record: what the solver met.
+    """
+
+    weight: Tensor
+    record: RefitRecord
+
+
+@torch.no_grad()
+def sparsegpt(
+    weight_OI: Tensor,
+    gram_II: Tensor,
+    removal: Count | Groups,
+    *,
+    damping: float = DAMPING,
+    num_steps: int = NUM_STEPS,
+) -> Refit:
+    """Choose the entries that go and re-fit those that stay, in one sweep.
+
+    An entry that is zero already stays zero and counts as removed; where more are zero than are to go, no
+    other goes. A count is dealt out over the blocks of inputs in proportion to their entries that are not zero.
+
+    Args:
+        weight_OI: the effective weight W + D, any float dtype.
+        gram_II: G = X^T X over the calibration tokens, float32.
+        removal: how many go.
+        damping: added to G's diagonal, as a fraction of its mean.
+        num_steps: conjugate-gradient steps after the sweep, see `refit_kept`.
+
+    Returns:
+        The new weight and the record.
+
+    Raises:
+        ValueError: the weight or the Gram matrix holds NaN or infinity, or `removal` does not fit the matrix.
+    """
+    _check(weight_OI, gram_II, removal)
+    factor = _factorise(gram_II, damping)
+    w_IO = weight_OI.to(gram_II.device, torch.float32).T.contiguous()
+    gone_IO = w_IO == 0
+    chooser = GroupChooser(removal) if isinstance(removal, Groups) else CountChooser(removal, gone_IO)
+    return _solve(w_IO, gone_IO, factor, gram_II, chooser, num_steps)
+
+
+@torch.no_grad()
+def refit_kept(
+    weight_OI: Tensor,
+    gram_II: Tensor,
+    kept_OI: Tensor,
+    *,
+    damping: float = DAMPING,
+    num_steps: int = NUM_STEPS,
+) -> Refit:
+    """Solve for the entries that stay where somebody else has chosen them.
+
+    Args:
+        weight_OI: the effective weight W + D before the removal, any float dtype.
+        gram_II: G = X^T X over the calibration tokens, float32.
+        kept_OI: bool, True for an entry that stays; one that is zero in the weight stays zero all the same.
+        damping: added to G's diagonal, as a fraction of its mean.
+        num_steps: conjugate-gradient steps after the sweep, which end at the least squares of the damped
+            problem. Each costs twice the sweep's multiplications.
+
+    Returns:
+        The new weight and the record.
+
+    Raises:
+        ValueError: the weight or the Gram matrix holds NaN or infinity, or a shape does not fit.
+    """
+    _check(weight_OI, gram_II, None)
+    if kept_OI.shape != weight_OI.shape:
+        raise ValueError(
+            f"kept entries of shape {tuple(kept_OI.shape)} for a {tuple(weight_OI.shape)} weight"
+        )
+    factor = _factorise(gram_II, damping)
+    w_IO = weight_OI.to(gram_II.device, torch.float32).T.contiguous()
+    gone_IO = (w_IO == 0) | ~kept_OI.to(gram_II.device).T
+    return _solve(w_IO, gone_IO, factor, gram_II, None, num_steps)
+
+
+def to_storage(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A solved weight in its storage dtype, with zeros exactly where it had zeros.
+
+    The mask of a pruned weight is W != 0. So an entry that would round to zero becomes the smallest normal
+    number of that dtype, with its sign.
+
+    Args:
+        weight: float32, any shape.
+        dtype: a float dtype.
+
+    Raises:
+        ValueError: an entry is NaN, or too large for the dtype.
+    """
+    stored = weight.to(dtype)
+    if not torch.isfinite(stored).all():
+        raise ValueError(f"a re-fitted weight holds NaN or a number too large for {dtype}")
+    lost = (stored == 0) & (weight != 0)
+    return torch.where(lost, torch.copysign(_smallest(dtype, weight.device), stored), stored)
+
+
+def _smallest(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(torch.finfo(dtype).tiny, dtype=dtype, device=device)
+
+
+def _check(weight_OI: Tensor, gram_II: Tensor, removal: Count | Groups | None) -> None:
+    outputs, inputs = weight_OI.shape
+    if gram_II.shape != (inputs, inputs):
+        raise ValueError(f"a Gram matrix of shape {tuple(gram_II.shape)} for a {outputs} x {inputs} weight")
+    if not torch.isfinite(gram_II).all():
+        raise ValueError("the Gram matrix holds NaN or infinity: the calibration's activations do")
+    if not torch.isfinite(weight_OI).all():
+        raise ValueError("the weight or its update holds NaN or infinity")
+    if isinstance(removal, Groups) and (not 0 <= removal.n <= removal.m or inputs % removal.m):
+        raise ValueError(f"{removal.n}:{removal.m} does not fit a weight with {inputs} inputs")
+    if isinstance(removal, Count):
+        total = inputs if removal.scope == "row" else outputs * inputs
+        if not 0 <= removal.num_remove <= total:
+            raise ValueError(
+                f"{removal.num_remove} entries of a {removal.scope} cannot go: it has {total} of them"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class _Factor:
+    upper: Tensor
+    """(I, I) U with (G + added I)^-1 = U^T U, upper triangular."""
+    added: float
+    damping: float
+    num_retries: int
+    num_dead: int
+
+
+def _factorise(gram_II: Tensor, damping: float) -> _Factor:
+    diagonal = gram_II.diagonal()
+    mean = float(diagonal.double().mean())
+    num_dead = int((diagonal == 0).sum())
+    identity = torch.eye(len(gram_II), device=gram_II.device)
+    if mean == 0:  # No token said anything: every entry counts for itself, as by magnitude.
+        return _Factor(identity, 1.0, damping, 0, num_dead)
+    for retry in range(RETRIES + 1):
+        fraction = damping * 10**retry
+        # The lower Cholesky factor of the reversed matrix, reversed back, is an upper R with G = R R^T, so
+        # U = R^-1: one factorisation and no inverse of G.
+        damped = gram_II.flip(0, 1)
+        damped.diagonal().add_(fraction * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            if torch.isfinite(inverse).all():
+                return _Factor(inverse.flip(0, 1), fraction * mean, fraction, retry, num_dead)
+    raise ValueError(
+        f"the Gram matrix is not positive semidefinite: its factorisation fails even with {fraction:g} times "
+        f"its mean diagonal added"
+    )
+
+
+def _solve(
+    w_IO: Tensor,
+    gone_IO: Tensor,
+    factor: _Factor,
+    gram_II: Tensor,
+    chooser: CountChooser | GroupChooser | None,
+    num_steps: int,
+) -> Refit:
+    v_IO = w_IO.clone()
+    energy = sweep_(v_IO, gone_IO, factor.upper, chooser)
+    if num_steps:
+        _conjugate_gradients_(v_IO, w_IO, gone_IO, gram_II, factor.added, num_steps)
+    # An entry that happens to be solved as 0 would count as removed.
+    v_IO = torch.where((v_IO == 0) & ~gone_IO, _smallest(torch.float32, v_IO.device), v_IO)
+    change = w_IO - v_IO
+    if num_steps:
+        energy = _energy(change, gram_II)
+    else:
+        energy -= factor.added * float(change.double().square_().sum())
+    whole = _energy(w_IO, gram_II)
+    error = math.sqrt(max(energy, 0.0) / whole) if whole > 0 else 0.0
+    record = RefitRecord(factor.damping, factor.num_retries, factor.num_dead, error)
+    return Refit(v_IO.T.contiguous(), record)
+
+
+def _conjugate_gradients_(
+    v_IO: Tensor, w_IO: Tensor, gone_IO: Tensor, gram_II: Tensor, added: float, num_steps: int
+) -> None:
+    """Lower tr((W - V) (G + added I) (W - V)^T) over the kept entries, each output on its own, in place."""
+    inverse_I = (gram_II.diagonal() + added).reciprocal_()[:, None]
+
+    def residual(x_IO: Tensor) -> Tensor:
+        return torch.addmm(x_IO, gram_II, x_IO, beta=added).masked_fill_(gone_IO, 0)
+
+    rest_IO = residual(w_IO - v_IO)
+    direction_IO = rest_IO * inverse_I
+    norm_O = (rest_IO * direction_IO).sum(dim=0)
+    for _ in range(num_steps):
+        product_IO = residual(direction_IO)
+        # An output that is solved exactly has norm 0: its step is 0, not 0 / 0.
+        step_O = norm_O / (direction_IO * product_IO).sum(dim=0).clamp_(min=torch.finfo(torch.float32).tiny)
+        v_IO.addcmul_(direction_IO, step_O)
+        rest_IO.addcmul_(product_IO, step_O, value=-1)
+        conditioned_IO = rest_IO * inverse_I
+        next_O = (rest_IO * conditioned_IO).sum(dim=0)
+        direction_IO.mul_(next_O / norm_O.clamp(min=torch.finfo(torch.float32).tiny)).add_(conditioned_IO)
+        norm_O = next_O
+
+
+def _energy(w_IO: Tensor, gram_II: Tensor) -> float:
+    """tr(W G W^T), with half the multiplications that G W takes, since G is symmetric."""
+    total = 0.0
+    for start in range(0, len(w_IO), BLOCK):
+        stop = min(start + BLOCK, len(w_IO))
+        here = w_IO[start:stop]
+        product = gram_II[start:stop, start:stop] @ here
+        product.addmm_(gram_II[start:stop, stop:], w_IO[stop:], alpha=2)
+        total += float((product.mul_(here)).sum(dtype=torch.float64))
+    return total

@@ -1,0 +1,181 @@
+"""One sweep over a matrix's inputs that zeroes entries and lets later inputs make up for what each one loses.
+
+Shapes: O output features, I input features. With (G + added I)^-1 = U^T U, U upper triangular, the removal of
+entry w of input j costs w^2 / U_jj^2 and changes the entries of every later input k by -(w / U_jj) U_jk
+(Frantar and Alistarh, arXiv 2301.00774, section 3). Weights are held transposed, so that the entries of one input
+are neighbours.
+
+The order of work is the paper's; the products are grouped differently: an input takes its own strip's errors when
+its turn comes (one matrix-vector product), its block's earlier strips' and all earlier blocks' by matrix products.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsee_scale.algorithms.patterns import lowest_in_groups
+
+BLOCK = 128
+"""Inputs whose errors reach all later inputs in one matrix product; a choice is made for as many at once."""
+STRIP = 32
+"""Inputs that are solved one by one before a product; what they touch stays in a core's cache."""
+SPAN = 16
+"""Inputs whose N:M groups are chosen at once."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """So many entries go, of the whole matrix or of each row; of equal ones the first.
+
+    Attributes:
+        num_remove: entries that are zero afterwards, those that were zero before among them.
+        scope: what `num_remove` counts in.
+    """
+
+    num_remove: int
+    scope: Literal["matrix", "row"] = "matrix"
+
+
+@dataclass(frozen=True)
+class Groups:
+    """At most N of each M neighbouring inputs stay.
+
+    Attributes:
+        n: N.
+        m: M, a divisor of I.
+    """
+
+    n: int
+    m: int
+
+
+def sweep_(
+    w_IO: Tensor, gone_IO: Tensor, upper_II: Tensor, chooser: CountChooser | GroupChooser | None
+) -> float:
+    """Solve in place; returns tr((W - V) (G + added I) (W - V)^T), which is the sum of the squared errors."""
+    diagonal = upper_II.diagonal()
+    strip = chooser.span * max(1, STRIP // chooser.span) if isinstance(chooser, GroupChooser) else STRIP
+    block = strip * max(1, BLOCK // strip)
+    errors = w_IO.new_empty(min(block, len(w_IO)), w_IO.shape[1])
+    energy = 0.0
+    for start in range(0, len(w_IO), block):
+        stop = min(start + block, len(w_IO))
+        if isinstance(chooser, CountChooser):
+            chooser.choose_(w_IO[start:stop], diagonal[start:stop], gone_IO[start:stop], start // block)
+        for first in range(start, stop, strip):
+            last = min(first + strip, stop)
+            found = errors[first - start : last - start]
+            if isinstance(chooser, GroupChooser):
+                _sweep_groups_(
+                    w_IO[first:last], gone_IO[first:last], upper_II[first:last, first:last], chooser, found
+                )
+            else:
+                _sweep_strip_(w_IO[first:last], gone_IO[first:last], upper_II[first:last, first:last], found)
+            w_IO[last:stop].addmm_(upper_II[first:last, last:stop].T, found, alpha=-1)
+        found = errors[: stop - start]
+        w_IO[stop:].addmm_(upper_II[start:stop, stop:].T, found, alpha=-1)
+        energy += float(found.square().sum(dtype=torch.float64))
+    w_IO.masked_fill_(gone_IO, 0)
+    return energy
+
+
+def _sweep_groups_(
+    w_IO: Tensor, gone_IO: Tensor, upper_II: Tensor, chooser: GroupChooser, errors: Tensor
+) -> None:
+    """`_sweep_strip_` for a strip whose entries are chosen on the way."""
+    for first in range(0, len(w_IO), chooser.span):
+        here = slice(first, first + chooser.span)
+        w_IO[here].addmm_(upper_II[:first, here].T, errors[:first], alpha=-1)
+        chooser.choose_(w_IO[here], upper_II.diagonal()[here], gone_IO[here])
+        _sweep_strip_(w_IO[here], gone_IO[here], upper_II[here, here], errors[here])
+
+
+def _sweep_strip_(w_IO: Tensor, gone_IO: Tensor, upper_II: Tensor, errors: Tensor) -> None:
+    """Solve a few inputs one after the other.
+
+    Args:
+        w_IO: their entries, changed in place; those that go keep what is to be made up for.
+        gone_IO: which go.
+        upper_II: their part of U.
+        errors: written: what each input leaves to the later ones, 0 where an entry stays.
+    """
+    scale_IO = gone_IO / upper_II.diagonal()[:, None]
+    columns = upper_II.T.contiguous()
+    for place, (entries, scale, error) in enumerate(zip(w_IO, scale_IO, errors, strict=True)):
+        if place:
+            entries.addmv_(errors[:place].T, columns[place, :place], alpha=-1)
+        torch.mul(entries, scale, out=error)
+
+
+class CountChooser:
+    """Chooses a block's share of a number, in the whole matrix or in each row."""
+
+    def __init__(self, removal: Count, gone_IO: Tensor) -> None:
+        self._per_row = removal.scope == "row"
+        live = ~gone_IO if self._per_row else (~gone_IO).sum(dim=1, keepdim=True)
+        ends = live.split(BLOCK)
+        # (blocks + 1, O) or (blocks + 1, 1): entries that are not zero before each block.
+        counts = torch.stack([part.sum(dim=0, dtype=torch.int64) for part in ends]).cumsum(0)
+        self._before = torch.cat([torch.zeros_like(counts[:1]), counts])
+        total = counts[-1]
+        entries = len(gone_IO) * (1 if self._per_row else gone_IO.shape[1])
+        self._extra = (removal.num_remove - (entries - total)).clamp_(min=0)
+        self._total = total.clamp(min=1)
+
+    def choose_(self, w_IO: Tensor, upper_I: Tensor, gone_IO: Tensor, block: int) -> None:
+        """Mark what goes of a block of inputs."""
+        share = self._share(block + 1) - self._share(block)
+        costs_OI = (w_IO / upper_I[:, None]).square_().masked_fill_(gone_IO, math.inf).T.contiguous()
+        if not self._per_row:
+            costs_OI, share = costs_OI.view(1, -1), share.view(1)
+        gone_IO |= _lowest(costs_OI, share).view(gone_IO.shape[::-1]).T
+
+    def _share(self, block: int) -> Tensor:
+        return (2 * self._extra * self._before[block] + self._total) // (2 * self._total)
+
+
+class GroupChooser:
+    """Chooses N of each M inputs, for `span` inputs at once when the sweep comes to them."""
+
+    def __init__(self, removal: Groups) -> None:
+        self.span = removal.m * max(1, SPAN // removal.m)
+        self._removal = removal
+
+    def choose_(self, w_IO: Tensor, upper_I: Tensor, gone_IO: Tensor) -> None:
+        """Mark what goes of whole groups of inputs."""
+        costs = (w_IO / upper_I[:, None]).square_().masked_fill_(gone_IO, -1)
+        groups = costs.view(-1, self._removal.m, costs.shape[1])
+        gone_IO |= lowest_in_groups(groups, self._removal.m - self._removal.n).reshape(gone_IO.shape)
+
+
+def _lowest(costs: Tensor, num_lowest: Tensor) -> Tensor:
+    """The smallest costs of each line, of equal ones the first.
+
+    Args:
+        costs: (lines, n), infinite where a place is not to be had.
+        num_lowest: (lines,) int64, at most as many as there are finite costs.
+
+    Returns:
+        (lines, n) bool, `num_lowest` of each line True.
+    """
+    place = (num_lowest - 1).clamp(min=0)[:, None]
+    if costs.device.type == "cpu":  # NumPy selects and sorts several times as fast as torch.
+        ordered = (
+            np.partition(costs.numpy(), int(place[0]), axis=1) if len(costs) == 1 else np.sort(costs.numpy())
+        )
+        threshold = torch.from_numpy(ordered).gather(1, place)
+    else:
+        threshold = costs.sort(dim=1).values.gather(1, place)
+    threshold.masked_fill_(num_lowest[:, None] == 0, -1)
+    found = costs <= threshold
+    if bool((found.sum(dim=1) == num_lowest).all()):
+        return found
+    tied = costs == threshold
+    missing = num_lowest - (costs < threshold).sum(dim=1)
+    return (costs < threshold) | (tied & (tied.cumsum(dim=1) <= missing[:, None]))
