@@ -153,9 +153,7 @@ def planned(case: str, arguments: argparse.Namespace) -> int:
         length=arguments.length,
         checkpointing=arguments.checkpointing,
     )
-    memory = training_memory(
-        shape_of_config(small_llama(arguments.hidden, arguments.layers).to_dict()), setting
-    )
+    memory = training_memory(shape_of_config(small_llama(arguments.hidden, arguments.layers)), setting)
     return memory.gpu if torch.cuda.is_available() else memory.gpu + memory.host
 
 

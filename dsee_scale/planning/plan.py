@@ -107,7 +107,7 @@ def make_plan(shape: ModelShape, setting: Setting) -> Plan:
         ConfigError: the setting names no layer of the model.
     """
     trainable = adapter_entries(shape, setting)
-    masks = shape.block_entries / 8
+    masks = (shape.block_entries + shape.expert_entries) / 8
     return Plan(
         shape=shape,
         setting=setting,
@@ -138,8 +138,8 @@ def adapter_entries(shape: ModelShape, setting: Setting) -> int:
         raise ConfigError(
             f"target {unknown[0]!r} is no layer of {shape.name}; its layers: {', '.join(shape.matrices)}"
         )
-    sizes = [shape.matrices[name] for name in setting.targets]
-    return shape.layers * sum(setting.rank * (o + i) + setting.num_sparse for o, i in sizes)
+    sizes = [one for name in setting.targets for one in shape.matrices[name]]
+    return sum(setting.rank * (o + i) + setting.num_sparse for o, i in sizes)
 
 
 def training_memory(shape: ModelShape, setting: Setting) -> Memory:
@@ -171,7 +171,7 @@ def load_memory(shape: ModelShape, setting: Setting) -> Memory:
 def decompose_memory(shape: ModelShape, setting: Setting) -> Memory:
     """The base, what two rounds of 64 MiB (or a matrix) send and receive, and one matrix's workspace in float32."""
     stored = _stored_base(shape, setting)
-    largest = max(shape.matrices[name][0] * shape.matrices[name][1] for name in setting.targets)
+    largest = max(math.prod(one) for name in setting.targets for one in shape.matrices[name])
     travels = 4 * max(64 * 2**20, largest * bytes_per_entry(setting.quantize))
     work = 4 * 4.0 * largest
     if setting.quantize is not None:  # not partitioned before the engine is made
@@ -208,7 +208,7 @@ def _scales(shape: ModelShape, setting: Setting) -> float:
     if setting.quantize is None:
         return 0.0
     if setting.quantize == "int8":
-        return 4.0 * shape.layers * sum(o for o, _ in shape.matrices.values())
+        return 4.0 * sum(o for sizes in shape.matrices.values() for o, _ in sizes)
     return 4.0 * shape.block_entries / 64
 
 
@@ -218,8 +218,8 @@ def _live_weights(shape: ModelShape, setting: Setting) -> float:
     Stored elements are counted: four-bit codes lie two in an element.
     """
     width = bytes_per_entry(setting.quantize)
-    stored = shape.block_entries * (width if setting.quantize else 1.0)
-    per_element = 1.0 if setting.quantize else 2.0
+    stored = shape.block_entries * (width if setting.quantize else 1.0) + shape.expert_entries
+    per_element = 1.0 if setting.quantize and not shape.expert_entries else 2.0
     elements = stored + shape.vocab * shape.hidden * (1 if shape.tied else 2)
     kept = min(elements, REUSE_DISTANCE / 2 + PREFETCH_BUCKET)
     from_blocks = max(0.0, kept - shape.vocab * shape.hidden)
@@ -234,8 +234,7 @@ def _decoded(shape: ModelShape, setting: Setting) -> float:
 def _activations(shape: ModelShape, setting: Setting) -> float:
     """What backward needs of the forward pass, and the logits with their gradients."""
     tokens, hidden = setting.tokens, shape.hidden
-    inner = max(shape.matrices.items(), key=lambda item: item[1][0] * item[1][1])[1]
-    width = max(inner)
+    width = shape.width
     attention = 2 * (shape.repeated * 4)  # q, repeated k and v, and the output
     norms = 2 * 4 * hidden
     feed_forward = (6 if shape.gated else 8) * width
@@ -256,4 +255,4 @@ def _traffic(shape: ModelShape, setting: Setting) -> float:
 
 
 def _decomposed_entries(shape: ModelShape, setting: Setting) -> int:
-    return shape.layers * sum(math.prod(shape.matrices[name]) for name in setting.targets)
+    return sum(math.prod(one) for name in setting.targets for one in shape.matrices[name])

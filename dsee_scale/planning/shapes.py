@@ -1,8 +1,8 @@
-"""Sizes of decoders, from their configs: what planning needs to know of a model without loading it."""
+"""Sizes of decoders, from their configs: a model of the config on the meta device, which holds no weight."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,12 @@ from typing import Any
 
 from dsee_scale.errors import ConfigError
 
+Sizes = tuple[int, int]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A decoder of equal blocks.
+    """What planning needs to know of a decoder.
 
     Attributes:
         name: as it was asked for.
@@ -21,8 +23,12 @@ class ModelShape:
         layers: number of blocks.
         vocab: entries of the embedding.
         tied: whether the output head is the embedding.
-        matrices: (outputs, inputs) of each linear layer of a block, by its last name.
-        gated: whether the feed-forward network has a gate.
+        parameters: all entries.
+        matrices: (outputs, inputs) of every linear layer in the blocks, by its last name.
+        expert_entries: entries of experts that are one tensor of a whole block, in the blocks.
+        largest: entries of the largest tensor of a block.
+        width: outputs of the feed-forward network that one token passes through.
+        gated: whether it has a gate.
         repeated: width of keys or values after heads were repeated for grouped-query attention.
     """
 
@@ -31,29 +37,23 @@ class ModelShape:
     layers: int
     vocab: int
     tied: bool
-    matrices: Mapping[str, tuple[int, int]]
-    gated: bool = True
-    repeated: int = 0
+    parameters: int
+    matrices: Mapping[str, tuple[Sizes, ...]]
+    expert_entries: int
+    largest: int
+    width: int
+    gated: bool
+    repeated: int
 
     @property
     def block_entries(self) -> int:
-        """Entries of all linear layers of the blocks."""
-        return self.layers * sum(o * i for o, i in self.matrices.values())
+        """Entries of all linear layers of the blocks: what bitsandbytes quantises."""
+        return sum(o * i for sizes in self.matrices.values() for o, i in sizes)
 
     @property
     def other_entries(self) -> int:
-        """Embedding, output head and norms."""
-        return self.vocab * self.hidden * (1 if self.tied else 2) + (2 * self.layers + 1) * self.hidden
-
-    @property
-    def parameters(self) -> int:
-        """All entries."""
-        return self.block_entries + self.other_entries
-
-    @property
-    def largest(self) -> int:
-        """Entries of the largest matrix of a block."""
-        return max(o * i for o, i in self.matrices.values())
+        """Embedding, output head, norms, biases and experts."""
+        return self.parameters - self.block_entries
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv: int, vocab: int) -> dict[str, Any]:
@@ -85,20 +85,14 @@ def find_shape(name: str) -> ModelShape:
     """Sizes of a built-in shape, a folder with a `config.json`, or a hub id.
 
     Raises:
-        ConfigError: there is no config, or it is not one of a decoder that is known here.
+        ConfigError: there is no config, or transformers knows no decoder for it.
     """
-    if name.lower() in BUILT_IN:
-        return shape_of_config(BUILT_IN[name.lower()], name)
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{name} holds no config.json; expected a model folder, {_others()}")
-        try:
-            return shape_of_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), name)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
     from transformers import AutoConfig
 
+    if name.lower() in BUILT_IN:
+        return shape_of_config(AutoConfig.for_model(**BUILT_IN[name.lower()]), name)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ConfigError(f"{name} holds no config.json; expected a model folder, {_others()}")
     try:
         found = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -106,68 +100,72 @@ def find_shape(name: str) -> ModelShape:
         raise ConfigError(
             f"model {name!r} has no config that could be read ({reason}); expected {_others()}"
         ) from error
-    return shape_of_config(found.to_dict(), name)
+    return shape_of_config(found, name)
 
 
-def shape_of_config(config: Mapping[str, Any], name: str = "the model") -> ModelShape:
-    """Sizes from a transformers config as a mapping.
+def shape_of_config(config: Any, name: str = "the model") -> ModelShape:
+    """Sizes of the decoder that transformers makes of a config.
 
     Raises:
-        ConfigError: a size is missing.
+        ConfigError: it makes none.
     """
-    config = config.get("text_config") or config
-    if config.get("model_type") == "gpt2":
-        return _gpt2(config, name)
-    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [key for key in needed if not isinstance(config.get(key), int)]
-    if missing or config.get("num_experts") or config.get("num_local_experts"):
-        lacking = f"has no {', '.join(missing)}" if missing else "has experts"
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # each config class fails in its own way
+        reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"{name}: its config (model_type {config.get('model_type')!r}) {lacking}; plan knows dense decoders "
-            f"like Llama, Mistral and Qwen, and GPT-2; expected such a model, {_others()}"
-        )
-    hidden, inner, heads = (int(config[key]) for key in (needed[0], needed[1], needed[3]))
-    head = int(config.get("head_dim") or hidden // heads)
-    kv = int(config.get("num_key_value_heads") or heads) * head
-    matrices = {
-        "q_proj": (heads * head, hidden),
-        "k_proj": (kv, hidden),
-        "v_proj": (kv, hidden),
-        "o_proj": (hidden, heads * head),
-        "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden),
-        "down_proj": (hidden, inner),
-    }
+            f"{name}: transformers makes no decoder of its config (model_type {config.model_type!r}: {reason}); "
+            f"expected a decoder, {_others()}"
+        ) from error
+    return _shape_of_model(model, config.get_text_config(), name)
+
+
+def _shape_of_model(model: Any, config: Any, name: str) -> ModelShape:
+    matrices = _matrices(model)
+    experts = [p for n, p in model.named_parameters() if p.dim() == 3 and ".experts." in n]
+    heads = int(config.num_attention_heads)
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    sizes = [math.prod(one) for group in matrices.values() for one in group]
+    width = max(max(one) for group in matrices.values() for one in group)
+    if experts:  # of each pair of tensors the smaller one leads back to the residual stream
+        down = min(experts, key=lambda p: p.numel())
+        chosen = getattr(config, "num_experts_per_tok", None) or down.shape[0]
+        width = chosen * down.numel() // (down.shape[0] * config.hidden_size)
     return ModelShape(
         name=name,
-        hidden=hidden,
-        layers=int(config["num_hidden_layers"]),
-        vocab=int(config["vocab_size"]),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        hidden=config.hidden_size,
+        layers=config.num_hidden_layers,
+        vocab=config.vocab_size,
+        tied=bool(config.tie_word_embeddings),
+        parameters=sum(p.numel() for p in model.parameters()),
         matrices=matrices,
+        expert_entries=sum(p.numel() for p in experts),
+        largest=max(*sizes, *(p.numel() for p in experts)),
+        width=width,
+        gated=any("gate_proj" in n or "gate_up" in n for n, _ in model.named_parameters()),
         repeated=heads * head,
     )
 
 
-def _gpt2(config: Mapping[str, Any], name: str) -> ModelShape:
-    hidden = int(config["n_embd"])
-    inner = int(config.get("n_inner") or 4 * hidden)
-    matrices = {
-        "c_attn": (3 * hidden, hidden),
-        "attn.c_proj": (hidden, hidden),
-        "c_fc": (inner, hidden),
-        "mlp.c_proj": (hidden, inner),
+def _matrices(model: Any) -> dict[str, tuple[Sizes, ...]]:
+    """True sizes of the blocks' linear layers, by the last part of their names, or the last two where those differ."""
+    from dsee_scale.adapters.targets import linear_kind
+    from dsee_scale.passes.pools import block_linears
+
+    found: dict[tuple[str, ...], list[Sizes]] = {}
+    for name, module in block_linears(model).items():
+        shape: Any = tuple(module.weight.shape)  # type: ignore[arg-type]
+        within = tuple(part for part in name.split(".") if not part.isdigit())[-2:]
+        found.setdefault(within, []).append(shape[::-1] if linear_kind(module) == "conv1d" else shape)
+    last = [within[-1] for within in found]
+    return {
+        within[-1] if last.count(within[-1]) == 1 else ".".join(within): tuple(sizes)
+        for within, sizes in found.items()
     }
-    return ModelShape(
-        name=name,
-        hidden=hidden,
-        layers=int(config["n_layer"]),
-        vocab=int(config["vocab_size"]),
-        tied=True,
-        matrices=matrices,
-        gated=False,
-        repeated=hidden,
-    )
 
 
 def _others() -> str:
