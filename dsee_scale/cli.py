@@ -69,7 +69,7 @@ def run_recipe(argv: Sequence[str]) -> int:
     """Collective. One run by a recipe and flags; 0, 2 for what must be changed first, 75 for a relaunch."""
     if not argv or argv[0] in ("-h", "--help"):
         from dsee_scale.recipe.help import recipe_help
-        from dsee_scale.recipe.shipped import shipped_names
+        from dsee_scale.recipe.parsing import shipped_names
 
         shipped = {
             "names": ", ".join(shipped_names("recipes")),

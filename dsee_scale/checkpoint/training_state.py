@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.linear import adapted_layers
-from dsee_scale.checkpoint.adapter import STEM as ADAPTER
+from dsee_scale.checkpoint.adapter import STEM as ADAPTER_STEM
 from dsee_scale.checkpoint.adapter import apply_masks, open_adapter, write_adapter
 from dsee_scale.checkpoint.folder import StoredFolder, new_folder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS
@@ -123,7 +123,7 @@ def load_training_state(
     module, partition = unwrap(model), open_partition(model)
     with raise_on_all_ranks(partition):
         stored = open_folder(folder, (KIND,))
-        names = [n for stem in (ADAPTER, MASKS, OPTIMIZER, RANDOM) for n in stored.names(stem)]
+        names = [n for stem in (ADAPTER_STEM, MASKS, OPTIMIZER, RANDOM) for n in stored.names(stem)]
         stored.verify(names, rank=partition.rank, world_size=partition.world_size)
         record, values = AdapterRecord.read(stored), stored.json(STATE_FILE)
         check_base(record.base, base_identity(module), str(stored.path / CONFIG_FILE))

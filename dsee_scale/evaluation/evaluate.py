@@ -55,12 +55,12 @@ def evaluate(
     was_training = model.training
     model.eval()
     tally = Tally()
-    for batch, counted in deal(data.answers, batch_size, key=lambda row: len(row[0])):
+    for batch, counted in rank_batches(data.answers, batch_size, key=lambda row: len(row[0])):
         rows, labels = [row for row, _ in batch], [found for _, found in batch]
         nll, count = _row_nll(model, module, rows, labels, data.pad_id, device)
         tally.nll += float(nll[:counted].sum())
         tally.num_labels += int(count[:counted].sum())
-    for picks, counted in deal(data.choices, batch_size, key=lambda choice: len(choice.prompt)):
+    for picks, counted in rank_batches(data.choices, batch_size, key=lambda choice: len(choice.prompt)):
         _count_choices(model, module, picks, counted, data.pad_id, device, tally)
     model.train(was_training)
     return sum(gather_objects(tally), Tally())
@@ -110,7 +110,7 @@ def generate_texts(
     was_training = module.training
     module.eval()
     texts: dict[int, str] = {}
-    for batch, counted in deal(list(enumerate(prompts)), batch_size, key=lambda item: len(item[1])):
+    for batch, counted in rank_batches(list(enumerate(prompts)), batch_size, key=lambda item: len(item[1])):
         rows = [prompt for _, prompt in batch]
         ids = torch.tensor(pad(rows, pad_id, left=True), device=device)
         mask = torch.tensor(pad([[1] * len(row) for row in rows], 0, left=True), device=device)
@@ -128,7 +128,7 @@ def generate_texts(
     return [texts[index] for index in range(len(prompts))]
 
 
-def deal(items: Sequence[T], batch_size: int, key: Any) -> Iterator[tuple[list[T], int]]:
+def rank_batches(items: Sequence[T], batch_size: int, key: Any) -> Iterator[tuple[list[T], int]]:
     """This rank's batches and how many of each batch count; every rank gets the same number of batches.
 
     Examples of similar length share a batch, so that little is padded.

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.delta import Delta, Form, combine, delta_block, flat_blocks
-from dsee_scale.checkpoint.adapter import KIND as ADAPTER
+from dsee_scale.checkpoint.adapter import KIND as ADAPTER_KIND
 from dsee_scale.checkpoint.folder import NewFolder, new_folder
 from dsee_scale.checkpoint.tensors import TensorWriter
 from dsee_scale.config import UNIT_PATTERNS
@@ -85,7 +85,9 @@ def write_model(
                 if source.structure and source.reason:
                     new.write_json(STRUCTURE_FILE, source.structure.to_dict())
         if delta == "separate":
-            with new_folder(partition, new.partial / ADAPTER_FOLDER, kind=ADAPTER, overwrite=False) as inner:
+            with new_folder(
+                partition, new.partial / ADAPTER_FOLDER, kind=ADAPTER_KIND, overwrite=False
+            ) as inner:
                 source.write_adapter(inner)
         writer = _Writer(source, new, delta)
         writer.write_files(show_progress(partition, progress))

@@ -1,4 +1,4 @@
-"""Recipe text and command-line words as plain nested values, before any of them is given a meaning."""
+"""Recipe files and command-line words as plain nested values, before any of them is given a meaning."""
 
 from __future__ import annotations
 
@@ -157,3 +157,30 @@ def _in_words(option: Any) -> str:
 def cache_folder() -> Path:
     """`$DSEE_SCALE_CACHE`, or `~/.cache/dsee_scale`. For entry points only: it reads the environment."""
     return Path(os.environ.get("DSEE_SCALE_CACHE") or Path.home() / ".cache" / "dsee_scale")
+
+
+SHIPPED = Path(__file__).parents[1] / "shipped"
+"""Links to the repository's `recipes/` and `ds_configs/`; in an installed package the files themselves."""
+ENDINGS = {"recipes": ".yaml", "ds_configs": ".json"}
+
+
+def shipped_names(kind: Literal["recipes", "ds_configs"]) -> list[str]:
+    """What may be named."""
+    return sorted(path.stem for path in (SHIPPED / kind).glob(f"*{ENDINGS[kind]}"))
+
+
+def find_file(kind: Literal["recipes", "ds_configs"], name: str | Path) -> Path:
+    """A path as it is if there is such a file, else the shipped file of that name.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    known = shipped_names(kind)
+    if str(name) in known:
+        return SHIPPED / kind / f"{name}{ENDINGS[kind]}"
+    what = "recipe" if kind == "recipes" else "DeepSpeed config"
+    raise ConfigError(
+        f"{what} {name} is no file (in {Path.cwd()}) and none that is shipped: {', '.join(known)}"
+    )

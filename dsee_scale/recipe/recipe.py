@@ -15,7 +15,7 @@ from dsee_scale.config import DSEEConfig, JsonConfig, PruneConfig, reject_unknow
 from dsee_scale.errors import ConfigError
 from dsee_scale.passes.schedule import GradualConfig
 from dsee_scale.recipe.checks import missing_optimizer
-from dsee_scale.recipe.parsing import parse_command_line, read_yaml, set_nested, type_problem
+from dsee_scale.recipe.parsing import find_file, parse_command_line, read_yaml, set_nested, type_problem
 from dsee_scale.recipe.sections import (
     SCHEDULES,
     DataConfig,
@@ -23,7 +23,6 @@ from dsee_scale.recipe.sections import (
     ModelConfig,
     RetuneConfig,
 )
-from dsee_scale.recipe.shipped import find_file
 
 PATHS = {
     "model": ("name", "tokenizer"),

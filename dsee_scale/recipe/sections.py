@@ -11,12 +11,12 @@ from typing import Any, Literal, get_type_hints
 
 from dsee_scale.config import JsonConfig
 from dsee_scale.errors import ConfigError
+from dsee_scale.export.writer import DeltaForm
 from dsee_scale.recipe.checks import quantization_problems
 from dsee_scale.recipe.parsing import type_problem
 
 Task = Literal["language_modelling", "completion", "classification", "chat"]
 DType = Literal["float32", "bfloat16", "float16"]
-Delta = Literal["separate", "masked", "dense"]
 
 SCHEDULES = (
     "linear",
@@ -191,7 +191,7 @@ class RetuneConfig(CheckedConfig):
 class ExportConfig(CheckedConfig):
     """The Hugging Face folder that the run leaves."""
 
-    delta: Delta = "masked"
+    delta: DeltaForm = "masked"
     """`masked`: (W + D) * M, as sparse as W; `dense`: W * M + D; `separate`: sparse W, adapter beside it."""
     check: bool = True
     """Reload the folder in stock transformers, without dsee_scale, and compare quality and logits."""

@@ -29,9 +29,9 @@ from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError
 from dsee_scale.partition.quantized import prepare_quantised
 from dsee_scale.recipe.checks import check_deepspeed_config
+from dsee_scale.recipe.parsing import find_file
 from dsee_scale.recipe.recipe import Recipe
 from dsee_scale.recipe.sections import ModelConfig
-from dsee_scale.recipe.shipped import find_file
 
 
 class RunArguments(TrainingArguments):

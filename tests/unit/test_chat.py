@@ -7,8 +7,7 @@ import re
 
 import pytest
 
-from dsee_scale.data.chat import IGNORED, turns
-from dsee_scale.data.encoding import Encoder
+from dsee_scale.data.encoding import IGNORED, Encoder, turns
 from dsee_scale.data.rows import load_rows
 from dsee_scale.errors import ConfigError
 from dsee_scale.recipe.sections import DataConfig

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from dsee_scale.data.encoding import IGNORED, Choice
-from dsee_scale.evaluation.evaluate import EvaluationSet, Tally, class_metrics, corpus_bleu, deal, evaluate
+from dsee_scale.evaluation.evaluate import (
+    EvaluationSet,
+    Tally,
+    class_metrics,
+    corpus_bleu,
+    evaluate,
+    rank_batches,
+)
 from dsee_scale.evaluation.label_logits import label_loss, logits_at, predicting, select_logits
 from tests.models import build, gpt2_config, llama_config
 
@@ -125,7 +132,7 @@ def test_examples_are_dealt_once_in_equally_many_batches(monkeypatch, world, cou
     for rank in range(world):
         monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(module, "world_size", lambda: world)
-        mine = list(deal(list(range(count)), 2, key=lambda item: item))
+        mine = list(rank_batches(list(range(count)), 2, key=lambda item: item))
         batches.add(len(mine))
         assert all(batch for batch, _ in mine)
         seen += [item for batch, counted in mine for item in batch[:counted]]

@@ -8,10 +8,9 @@ from transformers import TrainingArguments
 
 from dsee_scale.config import DSEEConfig, PruneConfig
 from dsee_scale.errors import ConfigError
-from dsee_scale.recipe.parsing import parse_command_line, parse_value
+from dsee_scale.recipe.parsing import find_file, parse_command_line, parse_value, shipped_names
 from dsee_scale.recipe.recipe import build_recipe, load_recipe
 from dsee_scale.recipe.sections import DataConfig, RetuneConfig
-from dsee_scale.recipe.shipped import find_file, shipped_names
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.unit
@@ -102,7 +101,7 @@ def test_seed_is_the_trainers_and_others_need_their_section(recipe_file):
         (["--data.dataset", "some/hub"], "name either dataset"),
         (["--retune.max_steps", "0"], "give max_steps or num_train_epochs above 0"),
         (["--data.labels", "3"], "labels must be a mapping"),
-        (["--export.delta", "mask"], "'separate', 'masked', 'dense'"),
+        (["--export.delta", "mask"], "'masked', 'dense', 'separate'"),
     ],
 )
 def test_mistakes_are_named(recipe_file, words, message):

@@ -15,7 +15,7 @@ LOOK = """
 import sys; sys.path.insert(0, {site!r})
 import dsee_scale
 from dsee_scale.recipe.recipe import load_recipe
-from dsee_scale.recipe.shipped import find_file, shipped_names
+from dsee_scale.recipe.parsing import find_file, shipped_names
 assert dsee_scale.__file__.startswith({site!r}), dsee_scale.__file__
 print(*shipped_names("recipes"), *shipped_names("ds_configs"))
 recipe = load_recipe("sentiment")
