@@ -6,14 +6,11 @@ The line under each field is its only documentation; `--help` and the docs are m
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Literal
 
-from dsee_scale.errors import ConfigError
+from dsee_scale.settings import JsonConfig, at_least, fraction, tuple_of_str
 
 SupportMethod = Literal["grebsmo", "magnitude", "random"]
 DecompositionPreset = Literal["fast", "reference"]
@@ -24,52 +21,6 @@ PoolSelect = Literal["adapted", "others", "all"]
 SCORES_WITHOUT_ADAPTER = ("W", "random")
 UNIT_PATTERNS = ("heads", "neurons")
 DEFAULT_SPARSITY = 0.5
-
-T = TypeVar("T", bound="JsonConfig")
-
-
-class JsonConfig:
-    """A frozen dataclass that is read from and written to plain JSON, strictly."""
-
-    @classmethod
-    def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
-        """Build from a plain mapping; an unknown key is an error that names the nearest valid one."""
-        reject_unknown_keys(values, [f.name for f in dataclasses.fields(cls)], where=cls.__name__)  # type: ignore[arg-type]
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ConfigError(f"{cls.__name__}: {error}") from error
-
-    @classmethod
-    def load(cls: type[T], path: str | Path) -> T:
-        """Read a JSON file that `save` wrote, or one written by hand."""
-        try:
-            values = json.loads(Path(path).read_text())
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} holds a {type(values).__name__}, expected a JSON object")
-        return cls.from_dict(values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that `from_dict` takes back."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[call-overload]
-
-    def save(self, path: str | Path) -> None:
-        """Write as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-
-
-def reject_unknown_keys(found: Mapping[str, Any], known: list[str], *, where: str) -> None:
-    """Raise ConfigError for keys that are not known, with the nearest valid name for each."""
-    problems = []
-    for key in found:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(known)}"
-            problems.append(f"unknown key {key!r}; {hint}")
-    if problems:
-        raise ConfigError(f"{where}: " + "; ".join(problems))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,14 +38,12 @@ class DecompositionConfig(JsonConfig):
     round_memory_mib: int = 64
     """Whole matrices that one rank receives in one round, in MiB (at least one matrix is received)."""
 
-    def __post_init__(self) -> None:
-        problems = _literal_problems(self)
-        for name in ("rank", "iterations", "round_memory_mib"):
-            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
-                problems.append(f"{name} must be a whole number of at least 1, found {getattr(self, name)!r}")
-        if not _is_number(self.clip) or not self.clip > 0:
+    def problems(self) -> list[str]:
+        """What is out of range."""
+        problems = at_least(self, 1, "rank", "iterations", "round_memory_mib")
+        if not self.clip > 0:
             problems.append(f"clip must be a positive number, found {self.clip!r}")
-        _raise(self, problems)
+        return problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,18 +72,20 @@ class DSEEConfig(JsonConfig):
     """Seed of A and of the decomposition; combined with each parameter's name, never with the rank of a process."""
 
     def __post_init__(self) -> None:
-        _coerce(self, "target_modules", tuple_of_str)
-        _coerce(self, "trained_modules", tuple_of_str)
-        _coerce(self, "output_slices", lambda v: {k: tuple_of_str(s) for k, s in dict(v).items()})
+        self.convert("target_modules", tuple_of_str)
+        self.convert("trained_modules", tuple_of_str)
+        self.convert("output_slices", lambda v: {k: tuple_of_str(s) for k, s in dict(v).items()})
         if isinstance(self.decomposition, Mapping):
-            _coerce(self, "decomposition", DecompositionConfig.from_dict)
-        problems = _literal_problems(self)
-        if not _is_int(self.rank) or self.rank < 1:
-            problems.append(f"rank must be a whole number of at least 1, found {self.rank!r}")
-        if not _is_number(self.alpha) or self.alpha <= 0:
+            self.convert("decomposition", DecompositionConfig.from_dict)
+        super().__post_init__()
+
+    def problems(self) -> list[str]:
+        """What is out of range."""
+        problems = at_least(self, 1, "rank")
+        if self.alpha <= 0:
             problems.append(f"alpha must be a positive number, found {self.alpha!r}")
         n = self.num_sparse
-        if n is not None and not (_is_int(n) and n >= 1) and not (isinstance(n, float) and 0 < n < 1):
+        if n is not None and not (n >= 1 if isinstance(n, int) else 0 < n < 1):
             problems.append(
                 f"num_sparse must be a count of at least 1, a fraction in (0, 1), or None for LoRA alone, found {n!r}"
             )
@@ -147,11 +98,7 @@ class DSEEConfig(JsonConfig):
                 problems.append(
                     f"target_modules {self.target_modules!r} is not a regular expression: {error}"
                 )
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            problems.append(f"dropout must lie in [0, 1), found {self.dropout!r}")
-        if not _is_int(self.seed) or self.seed < 0:
-            problems.append(f"seed must be a whole number of at least 0, found {self.seed!r}")
-        _raise(self, problems)
+        return problems + fraction(self, "dropout") + at_least(self, 0, "seed")
 
     @property
     def scaling(self) -> float:
@@ -178,9 +125,12 @@ class Pool(JsonConfig):
     """Restrict the pool to these suffixes or patterns; empty means no restriction."""
 
     def __post_init__(self) -> None:
-        _coerce(self, "modules", tuple_of_str)
-        problems = _literal_problems(self) + _sparsity_problems(self.sparsity)
-        _raise(self, problems)
+        self.convert("modules", tuple_of_str)
+        super().__post_init__()
+
+    def problems(self) -> list[str]:
+        """What is out of range."""
+        return fraction(self, "sparsity")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,25 +160,25 @@ class PruneConfig(JsonConfig):
     """Further prunings right after this one, such as neurons after heads."""
 
     def __post_init__(self) -> None:
-        _coerce(self, "modules", tuple_of_str)
-        _coerce(
-            self, "pools", lambda ps: tuple(Pool.from_dict(p) if isinstance(p, Mapping) else p for p in ps)
+        self.convert("modules", tuple_of_str)
+        self.convert(
+            "pools", lambda ps: tuple(Pool.from_dict(p) if isinstance(p, Mapping) else p for p in ps)
         )
-        _coerce(
-            self,
+        self.convert(
             "then",
             lambda cs: tuple(type(self).from_dict(c) if isinstance(c, Mapping) else c for c in cs),
         )
-        problems = _literal_problems(self) + _sparsity_problems(self.sparsity)
-        problems += self._pattern_problems()
+        super().__post_init__()
+
+    def problems(self) -> list[str]:
+        """What is out of range, or contradicts something else."""
+        problems = fraction(self, "sparsity") + self._pattern_problems()
         if any(further.then for further in self.then):
             problems.append("`then` within `then`; list all further prunings in the first one")
         names = [pool.name for pool in self.pools]
         if len(set(names)) != len(names):
             problems.append(f"pools need different names, found {names}")
-        if not _is_int(self.seed) or self.seed < 0:
-            problems.append(f"seed must be a whole number of at least 0, found {self.seed!r}")
-        _raise(self, problems)
+        return problems + at_least(self, 0, "seed")
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
@@ -256,10 +206,7 @@ class PruneConfig(JsonConfig):
             problems.append(f"pattern {self.pattern!r} chooses its matrices itself; leave `modules` out")
         if not self.removes_units and (self.num_per_layer is not None or self.min_per_layer != 1):
             problems.append("num_per_layer and min_per_layer go with pattern 'heads' or 'neurons'")
-        for name in ("num_per_layer", "min_per_layer"):
-            value = getattr(self, name)
-            if value is not None and (not _is_int(value) or value < 1):
-                problems.append(f"{name} must be a whole number of at least 1, found {value!r}")
+        problems += at_least(self, 1, "num_per_layer", "min_per_layer")
         if self.num_per_layer is not None and self.min_per_layer != 1:
             problems.append("give num_per_layer (the same in every layer) or min_per_layer, not both")
         return problems
@@ -284,48 +231,3 @@ def paper_pools(adapted: float, others: float) -> tuple[Pool, Pool]:
         Pool(name="adapted", select="adapted", sparsity=adapted),
         Pool(name="others", select="others", sparsity=others),
     )
-
-
-def tuple_of_str(value: Any) -> Any:
-    """Lists (from JSON or YAML) become tuples; a string stays one."""
-    return value if isinstance(value, str) else tuple(value)
-
-
-def _coerce(config: Any, name: str, convert: Any) -> None:
-    try:
-        object.__setattr__(config, name, convert(getattr(config, name)))
-    except (TypeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{type(config).__name__}: {name} cannot be {getattr(config, name)!r}") from error
-
-
-def _literal_problems(config: Any) -> list[str]:
-    problems = []
-    for name, hint in get_type_hints(type(config)).items():
-        options = get_args(hint)
-        value = getattr(config, name, None)
-        if getattr(hint, "__origin__", None) is Literal and value not in options:
-            near = difflib.get_close_matches(str(value), options, n=1)
-            hint_text = f"did you mean {near[0]!r}? " if near else ""
-            problems.append(f"{name} {value!r} is unknown; {hint_text}valid: {', '.join(options)}")
-    return problems
-
-
-def _sparsity_problems(sparsity: Any) -> list[str]:
-    if _is_number(sparsity) and 0 <= sparsity < 1:
-        return []
-    return [f"sparsity must lie in [0, 1), found {sparsity!r}"]
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _raise(config: Any, problems: list[str]) -> None:
-    if problems:
-        raise ConfigError(f"{type(config).__name__}: " + "; ".join(problems))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from dsee_scale.config import JsonConfig, PruneConfig
-from dsee_scale.errors import ConfigError
+from dsee_scale.config import PruneConfig
+from dsee_scale.settings import JsonConfig, at_least, fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,19 +20,9 @@ class GradualConfig(JsonConfig):
     initial_sparsity: float = 0.0
     """Sparsity of the first cut, at most the final one."""
 
-    def __post_init__(self) -> None:
-        steps = [
-            f"{name} {getattr(self, name)!r}" for name in ("num_steps", "every") if not self._counts(name)
-        ]
-        problems = [f"{step} is no whole number of at least 1" for step in steps]
-        if not isinstance(self.initial_sparsity, (int, float)) or not 0 <= self.initial_sparsity < 1:
-            problems.append(f"initial_sparsity must lie in [0, 1), found {self.initial_sparsity!r}")
-        if problems:
-            raise ConfigError(f"{type(self).__name__}: {'; '.join(problems)}")
-
-    def _counts(self, name: str) -> bool:
-        value = getattr(self, name)
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    def problems(self) -> list[str]:
+        """What is out of range."""
+        return at_least(self, 1, "num_steps", "every") + fraction(self, "initial_sparsity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +41,14 @@ class CubicSchedule(GradualConfig):
     start_step: int
     """Step of the first cut."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.initial_sparsity <= self.final_sparsity < 1 or self.start_step < 0:
-            raise ConfigError(
-                "CubicSchedule: expected initial_sparsity <= final_sparsity < 1 and start_step >= 0, "
-                f"found {self.initial_sparsity}, {self.final_sparsity} and {self.start_step}"
+    def problems(self) -> list[str]:
+        """What is out of range."""
+        found = super().problems() + fraction(self, "final_sparsity") + at_least(self, 0, "start_step")
+        if self.initial_sparsity > self.final_sparsity:
+            found.append(
+                f"initial_sparsity {self.initial_sparsity} is above final_sparsity {self.final_sparsity}"
             )
+        return found
 
     def sparsity(self, step: int) -> float:
         """Fraction of the weights that are zero after `step`."""

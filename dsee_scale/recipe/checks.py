@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -11,6 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from dsee_scale.errors import ConfigError
+from dsee_scale.settings import unknown_keys
 
 
 def check_deepspeed_config(config: Mapping[str, Any], args: TrainingArguments, source: str) -> None:
@@ -86,12 +86,7 @@ def quantization_problems(values: Mapping[str, Any]) -> list[str]:
     from transformers import BitsAndBytesConfig
 
     known = [name for name in inspect.signature(BitsAndBytesConfig).parameters if name != "kwargs"]
-    found = []
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(known)}"
-            found.append(f"quantization: unknown key {key!r}; {hint}")
+    found = [f"quantization: {problem}" for problem in unknown_keys(values, known)]
     if bool(values.get("load_in_4bit")) == bool(values.get("load_in_8bit")):
         found.append("quantization: set one of load_in_4bit and load_in_8bit to true")
     kind = values.get("bnb_4bit_quant_type", "fp4")

@@ -11,11 +11,11 @@ from typing import Any, get_type_hints
 
 from transformers import TrainingArguments
 
-from dsee_scale.config import DSEEConfig, JsonConfig, PruneConfig, reject_unknown_keys
+from dsee_scale.config import DSEEConfig, PruneConfig
 from dsee_scale.errors import ConfigError
 from dsee_scale.passes.schedule import GradualConfig
 from dsee_scale.recipe.checks import missing_optimizer
-from dsee_scale.recipe.parsing import find_file, parse_command_line, read_yaml, set_nested, type_problem
+from dsee_scale.recipe.parsing import find_file, parse_command_line, read_yaml, set_nested
 from dsee_scale.recipe.sections import (
     SCHEDULES,
     DataConfig,
@@ -23,6 +23,7 @@ from dsee_scale.recipe.sections import (
     ModelConfig,
     RetuneConfig,
 )
+from dsee_scale.settings import JsonConfig, reject_unknown_keys, type_problem
 
 PATHS = {
     "model": ("name", "tokenizer"),

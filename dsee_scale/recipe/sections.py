@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
-from dsee_scale.config import JsonConfig
-from dsee_scale.errors import ConfigError
 from dsee_scale.export.writer import DeltaForm
 from dsee_scale.recipe.checks import quantization_problems
-from dsee_scale.recipe.parsing import type_problem
+from dsee_scale.settings import JsonConfig, at_least
 
 Task = Literal["language_modelling", "completion", "classification", "chat"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -33,25 +31,7 @@ SCHEDULES = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckedConfig(JsonConfig):
-    """A section whose values must have the types that its fields declare."""
-
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        problems = [
-            type_problem(f.name, getattr(self, f.name), hints[f.name]) for f in dataclasses.fields(self)
-        ]
-        found = [p for p in problems if p] or self.problems()
-        if found:
-            raise ConfigError(f"{type(self).__name__}: " + "; ".join(found))
-
-    def problems(self) -> list[str]:
-        """What is wrong across fields, one sentence each."""
-        return []
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig(CheckedConfig):
+class ModelConfig(JsonConfig):
     """The pretrained decoder."""
 
     name: str
@@ -76,7 +56,7 @@ class ModelConfig(CheckedConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig(CheckedConfig):
+class DataConfig(JsonConfig):
     """Where examples come from and how one becomes tokens."""
 
     task: Task
@@ -151,15 +131,12 @@ class DataConfig(CheckedConfig):
             found.append("generate_samples goes with task 'completion'")
         if not 0 < self.validation_fraction < 1:
             found.append(f"validation_fraction must lie in (0, 1), found {self.validation_fraction!r}")
-        for name in ("max_length", "max_train_samples", "max_eval_samples", "num_workers"):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < (2 if name == "max_length" else 1):
-                found.append(f"{name} is too small: {value}")
-        return found
+        found += at_least(self, 2, "max_length")
+        return found + at_least(self, 1, "max_train_samples", "max_eval_samples", "num_workers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RetuneConfig(CheckedConfig):
+class RetuneConfig(JsonConfig):
     """Training after pruning; what is absent stays as in `training`."""
 
     max_steps: int | None = None
@@ -188,7 +165,7 @@ class RetuneConfig(CheckedConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportConfig(CheckedConfig):
+class ExportConfig(JsonConfig):
     """The Hugging Face folder that the run leaves."""
 
     delta: DeltaForm = "masked"

@@ -16,6 +16,7 @@ PACKAGE = Path(dsee_scale.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "settings",
     "config",
     "distributed",
     "algorithms",

@@ -101,7 +101,10 @@ def test_seed_is_the_trainers_and_others_need_their_section(recipe_file):
         (["--data.dataset", "some/hub"], "name either dataset"),
         (["--retune.max_steps", "0"], "give max_steps or num_train_epochs above 0"),
         (["--data.labels", "3"], "labels must be a mapping"),
-        (["--export.delta", "mask"], "'masked', 'dense', 'separate'"),
+        (
+            ["--export.delta", "mask"],
+            r"did you mean 'masked'\? valid: masked, dense, separate",
+        ),
     ],
 )
 def test_mistakes_are_named(recipe_file, words, message):
