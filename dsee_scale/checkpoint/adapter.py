@@ -149,7 +149,6 @@ def apply_masks(partition: Partition, model: nn.Module, record: AdapterRecord, m
     with raise_on_all_ranks(partition):
         for name in record.pruned:
             apply_mask(partition, params[name], masks, name)
-        partition.written([params[name] for name in record.pruned])
     how = {
         name: {k: v for k, v in p.items() if k not in ("shape", "kept")} for name, p in record.pruned.items()
     }

@@ -165,16 +165,13 @@ def open_masks(folder: StoredFolder) -> TensorReader:
 
 
 def apply_mask(partition: Partition, param: nn.Parameter, reader: TensorReader, name: str) -> None:
-    """Set the entries whose bit is 0 to zero, in every stretch of the weight that is stored here. Local.
-
-    Call `partition.written` afterwards.
-    """
-    for shard in [partition.shard(param), *partition.copies(param)]:
-        # By integers of the same width: 0 x NaN is 0, and several times as fast as masked_fill_ on the CPU.
-        words = shard.data.view(INTEGERS[shard.data.element_size()])
-        for at, keep in _keep_blocks(reader, name, shard.start, words.numel(), words.device):
-            words[at : at + keep.numel()].mul_(keep)
-        shard.commit()
+    """Set the entries whose bit is 0 to zero, in every stretch of the weight that is stored here. Local."""
+    with partition.edit(param) as stretches:
+        for stretch in stretches:
+            # By integers of the same width: 0 x NaN is 0, and several times as fast as masked_fill_ on the CPU.
+            words = stretch.data.view(INTEGERS[stretch.data.element_size()])
+            for at, keep in _keep_blocks(reader, name, stretch.start, words.numel(), words.device):
+                words[at : at + keep.numel()].mul_(keep)
 
 
 def count_kept(reader: TensorReader, name: str, numel: int) -> int:

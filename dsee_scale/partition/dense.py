@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,9 @@ class DensePartition(Ranks):
         """The whole weight, flat."""
         return decoded(self.codecs.get(id(param)), param.data.view(-1), 0)
 
-    def copies(self, param: nn.Parameter) -> list[Shard]:
-        """None: each rank's replica is its own shard."""
-        return []
-
-    def written(self, params: Sequence[nn.Parameter]) -> None:
-        """Nothing to do: the written storage is the weight."""
+    def _stored(self, param: nn.Parameter) -> list[Shard]:
+        """The whole weight: each rank's replica is its own shard."""
+        return [self.shard(param)]
 
     def writable(self, name: str, param: nn.Parameter) -> None:
         """Raise PartitionError for storage that has no flat view."""
@@ -61,7 +58,8 @@ class DensePartition(Ranks):
     def assign(self, params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
         """Copy whole values in."""
         for param, value in zip(params, values, strict=True):
-            param.data.copy_(value)
+            with self.edit(param) as stretches:
+                stretches[0].data.copy_(value.reshape(-1))
 
     def exchange_bytes(self, params: Sequence[nn.Parameter], owners: Sequence[int]) -> int:
         """None: nothing travels."""
@@ -72,6 +70,17 @@ class DensePartition(Ranks):
     ) -> Owned:
         """The owned matrices are already here."""
         return Owned({i: params[i].detach() for i, owner in enumerate(owners) if owner == self.rank})
+
+    def scatter(
+        self,
+        params: Sequence[nn.Parameter],
+        owners: Sequence[int],
+        values: Mapping[int, Tensor],
+        workspace: Tensor | None = None,
+    ) -> None:
+        """Collective. Each owner broadcasts its weights one by one, in place."""
+        self._reject_codecs(params)
+        self._broadcast_values(params, owners, values)
 
     def deal(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """This rank's own piece alone: the other ranks would send the same."""

@@ -6,6 +6,7 @@ A weight's *flat order* is the row-major order of its true shape. A *shard* is a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,8 +21,7 @@ class Shard:
     """One stored stretch of a weight.
 
     Attributes:
-        data: 1-D view of the stored values, valid entries only; writing to it changes the weight. Of a quantised
-            weight, a decoded copy: `commit` writes its zeros back.
+        data: 1-D view of the stored values, valid entries only. Of a quantised weight, a decoded copy.
         start: position of `data[0]` in the weight's flat order.
         codes: the stored codes of a quantised weight.
         codec: how they are stored.
@@ -31,11 +31,6 @@ class Shard:
     start: int
     codes: Tensor | None = None
     codec: Codec | None = None
-
-    def commit(self) -> None:
-        """Call after setting entries to zero: writes the zeros of a decoded copy into the stored codes. Local."""
-        if self.codec is not None and self.codes is not None:
-            self.codec.zero(self.codes, self.data)
 
 
 def decoded(codec: Codec | None, stored: Tensor, start: int) -> Shard:
@@ -76,13 +71,20 @@ class Partition(Protocol):
         """Where the weight is when it is used, and so where its adapter belongs; not where it is offloaded."""
 
     def shard(self, param: nn.Parameter) -> Shard:
-        """This rank's stretch. Over all ranks that reduce together each entry appears exactly once."""
+        """This rank's stretch, to read. Over all ranks that reduce together each entry appears exactly once."""
 
-    def copies(self, param: nn.Parameter) -> list[Shard]:
-        """Further stored stretches of the same weight on this rank, to be written whenever `shard` is."""
+    def edit(self, param: nn.Parameter) -> AbstractContextManager[list[Shard]]:
+        """Every stretch of a weight that this rank stores, to write in place and alike. Local.
 
-    def written(self, params: Sequence[nn.Parameter]) -> None:
-        """Call after writing to shards and copies, so that no stale whole weight is used. Local."""
+            with partition.edit(param) as stretches:
+                for stretch in stretches:
+                    stretch.data[...] = 0
+
+        The first one is `shard`. Copies that are made from it (whole weights that stayed resident, secondary
+        shards of hierarchical partitioning) are dropped on entering and made anew at the next use, so none can
+        go stale. On leaving, zeros in a decoded copy are written into the codes of a quantised weight (other
+        values cannot be), and what follows on any stream of an accelerator sees the edit.
+        """
 
     def writable(self, name: str, param: nn.Parameter) -> None:
         """Raise PartitionError if writing to this weight would not last or is not possible. Local."""
@@ -112,6 +114,28 @@ class Partition(Protocol):
         a rank without memory finds out before any rank waits for it. It is free again once the matrices
         that `wait` returned are: they may be views of it. Quantised matrices arrive as they are stored;
         `decode` makes entries of one.
+        """
+
+    def scatter(
+        self,
+        params: Sequence[nn.Parameter],
+        owners: Sequence[int],
+        values: Mapping[int, Tensor],
+        workspace: Tensor | None = None,
+    ) -> None:
+        """Collective. The way back of an exchange: owners hold whole new values, which go into every rank's shard.
+
+        One all-to-all; no rank but the owner ever holds a whole weight. Where weights are replicas the owner
+        broadcasts them one by one, in place. Extra memory: `exchange_bytes`, which `workspace` may provide.
+
+        Args:
+            params: frozen weights, not quantised.
+            owners: the rank that brings each one's values.
+            values: by index into `params`, exactly those that this rank owns; true shapes, any dtype and device.
+            workspace: as in `start_exchange`.
+
+        Raises:
+            PartitionError: a quantised weight, the same on every rank.
         """
 
     def decode(self, param: nn.Parameter, stored: Tensor) -> Tensor:

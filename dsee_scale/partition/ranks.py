@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsee_scale.distributed import communication_device, raise_first
+from dsee_scale.errors import PartitionError
+from dsee_scale.partition.port import Shard
 from dsee_scale.partition.quantized import Codec, find_codecs
 
 
@@ -34,10 +37,47 @@ class Ranks:
         codec = self.codecs.get(id(param))
         return stored if codec is None else codec.decode(stored)[0].view(codec.shape)
 
+    def _stored(self, param: nn.Parameter) -> list[Shard]:
+        """Every stretch of a weight that this rank stores, its shard first; what is made from them is dropped."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def edit(self, param: nn.Parameter) -> Iterator[list[Shard]]:
+        """Every stored stretch of a weight, to write in place and alike; see `Partition.edit`. Local."""
+        stretches = self._stored(param)
+        yield stretches
+        for stretch in stretches:
+            if stretch.codec is not None and stretch.codes is not None:
+                stretch.codec.zero(stretch.codes, stretch.data)
+            settle(stretch.data.device)
+
+    def _reject_codecs(self, params: Sequence[nn.Parameter]) -> None:
+        """Refuse to write values into quantised weights."""
+        kinds = {self.codecs[id(param)].kind for param in params if id(param) in self.codecs}
+        if kinds:
+            raise PartitionError(
+                f"new values cannot be written into {kinds.pop()} weights, whose scales are fixed; expected "
+                "floating-point weights: load the model without quantisation"
+            )
+
+    def _broadcast_values(
+        self, params: Sequence[nn.Parameter], owners: Sequence[int], values: Mapping[int, Tensor]
+    ) -> None:
+        """Collective. Whole values of replicated weights from their owners to every rank, in place where possible."""
+        for index, (param, owner) in enumerate(zip(params, owners, strict=True)):
+            with self.edit(param) as stretches:
+                flat = stretches[-1].data
+                if index in values:
+                    flat.copy_(values[index].reshape(-1))
+                self.broadcast(flat, owner)
+
     def broadcast(self, tensor: Tensor, src: int) -> Tensor:
         """Collective. In-place broadcast from rank `src` of the group."""
         if self.world_size > 1:
-            dist.broadcast(tensor, self.global_rank(src), group=self.group)
+            there = tensor.to(self.device)
+            dist.broadcast(there, self.global_rank(src), group=self.group)
+            if there is not tensor:
+                tensor.copy_(there)
         return tensor
 
     def deal(self, pieces: Sequence[Tensor]) -> list[Tensor]:
@@ -64,3 +104,9 @@ class Ranks:
     def global_rank(self, rank: int) -> int:
         """The rank among all processes of a rank of this group."""
         return dist.get_global_rank(self.group, rank) if self.group is not None else rank
+
+
+def settle(device: torch.device) -> None:
+    """End an in-place edit: DeepSpeed gathers on streams of its own, which do not wait for the current one."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

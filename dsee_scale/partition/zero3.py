@@ -2,13 +2,13 @@
 
 Under ZeRO-3 a parameter has `ds_shape` and `ds_numel` (true sizes), `ds_tensor` (this rank's stretch, of
 ceil(numel / world size) entries, whose unused tail on the last ranks is uninitialised), `ds_status`, and
-under hierarchical partitioning (hpZ) `ds_secondary_tensor`, from which forward and backward gather. An
-in-place edit of `ds_tensor` is what the next gather returns.
+under hierarchical partitioning (hpZ) `ds_secondary_tensor`, from which forward and backward gather while there
+is one. An in-place edit of `ds_tensor` is what the next gather from it returns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,22 +63,24 @@ class Zero3Partition(Ranks):
         if not is_partitioned(param):
             flat = param.data.view(-1)
             return decoded(self.codecs.get(id(param)), flat if self.rank == 0 else flat[:0], 0)
-        return self._stretch(param, param.ds_tensor, self.rank)
+        start, valid = _valid(param, self.rank)
+        return decoded(self.codecs.get(id(param)), param.ds_tensor.data.view(-1)[:valid], start)
 
-    def copies(self, param: Any) -> list[Shard]:
-        """The secondary shard of hierarchical partitioning, and replicas on other ranks than 0."""
+    def _stored(self, param: Any) -> list[Shard]:
+        """The shard alone: what DeepSpeed makes from it is dropped, as after a step of its own optimizer.
+
+        A whole weight that is here (resident, or not released yet) is freed first: freeing one later would
+        make the secondary shard of hierarchical partitioning anew from it. Where that shard is missing, the
+        next gather takes the primary ones and makes it again. Replicas on other ranks than 0 follow an
+        empty shard.
+        """
         if not is_partitioned(param):
-            return [] if self.rank == 0 else [decoded(self.codecs.get(id(param)), param.data.view(-1), 0)]
-        secondary = getattr(param, "ds_secondary_tensor", None)
-        if secondary is None:
-            return []
-        return [self._stretch(param, secondary, dist.get_rank(param.ds_zero_param_process_group))]
-
-    def written(self, params: Sequence[Any]) -> None:
-        """Drop whole weights that stayed resident, so that the next use gathers the written shards."""
-        for param in params:
-            if is_partitioned(param) and param.ds_status.name == "AVAILABLE":
-                param.partition()
+            shard = self.shard(param)
+            return [shard] if self.rank == 0 else [shard, Shard(param.data.view(-1), 0)]
+        if param.ds_status.name == "AVAILABLE":
+            param.partition()
+        param.ds_secondary_tensor = None
+        return [self.shard(param)]
 
     def writable(self, name: str, param: Any) -> None:
         """Raise PartitionError for storage that an in-place edit of the shard would not reach."""
@@ -117,9 +119,9 @@ class Zero3Partition(Ranks):
         """Write this rank's part of whole values that every rank holds."""
         for param, value in zip(params, values, strict=True):
             flat = value.reshape(-1)
-            for shard in [self.shard(param), *self.copies(param)]:
-                shard.data.copy_(flat[shard.start : shard.start + shard.data.numel()])
-        self.written(params)
+            with self.edit(param) as stretches:
+                for stretch in stretches:
+                    stretch.data.copy_(flat[stretch.start : stretch.start + stretch.data.numel()])
 
     def exchange_bytes(self, params: Sequence[Any], owners: Sequence[int]) -> int:
         """This rank's shards of all matrices, and every rank's shards of the matrices it owns."""
@@ -131,16 +133,67 @@ class Zero3Partition(Ranks):
         """Collective. Begin one all-to-all in which each owner gets its matrices' shards."""
         return AllToAll(self, params, owners, workspace)
 
+    def scatter(
+        self,
+        params: Sequence[Any],
+        owners: Sequence[int],
+        values: Mapping[int, Tensor],
+        workspace: Tensor | None = None,
+    ) -> None:
+        """Collective. Owners send each rank its shards of their weights' new values, in one all-to-all."""
+        self._reject_codecs(params)
+        managed = [i for i, param in enumerate(params) if is_partitioned(param)]
+        replicas = [i for i, param in enumerate(params) if not is_partitioned(param)]
+        if managed:
+            self._scatter_shards(*_choose(managed, params, owners, values), workspace)
+        if replicas:
+            self._broadcast_values(*_choose(replicas, params, owners, values))
+
     def sum_over_shards(self, tensor: Tensor) -> Tensor:
         """Collective. In-place sum over all ranks."""
         there = tensor.to(self.device)
         dist.all_reduce(there, group=self.group)
         return tensor.copy_(there) if there is not tensor else tensor
 
-    def _stretch(self, param: Any, stored: Tensor, index: int) -> Shard:
-        start = min(index * stored.numel(), param.ds_numel)
-        valid = min(stored.numel(), param.ds_numel - start)
-        return decoded(self.codecs.get(id(param)), stored.data.view(-1)[:valid], start)
+    def _scatter_shards(
+        self,
+        params: Sequence[Any],
+        owners: Sequence[int],
+        values: Mapping[int, Tensor],
+        workspace: Tensor | None,
+    ) -> None:
+        order = sorted(
+            range(len(params)), key=lambda i: owners[i]
+        )  # what comes from rank 0, from rank 1, ...
+        mine = [i for i in order if owners[i] == self.rank]
+        if workspace is None:
+            size = self.exchange_bytes(params, owners)
+            workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
+        row = sum(_shard_bytes(params[i]) for i in mine)
+        outgoing = workspace[: self.world_size * row].view(self.world_size, row)
+        at = 0
+        for i in mine:
+            self._cut(params[i], values[i], outgoing[:, at : at + _shard_bytes(params[i])])
+            at += _shard_bytes(params[i])
+        coming = [0] * self.world_size
+        for i in order:
+            coming[owners[i]] += _shard_bytes(params[i])
+        incoming = workspace[outgoing.numel() :][: sum(coming)]
+        dist.all_to_all_single(incoming, outgoing.view(-1), coming, [row] * self.world_size, group=self.group)
+        at = 0
+        for i in order:
+            piece = incoming[at : at + _shard_bytes(params[i])]
+            at += piece.numel()
+            with self.edit(params[i]) as (shard,):
+                shard.data.view(torch.uint8).copy_(piece[: shard.data.numel() * shard.data.element_size()])
+
+    def _cut(self, param: Any, value: Tensor, rows: Tensor) -> None:
+        """Bytes of every rank's shard of a whole value, one in each row; padding is left as it is."""
+        flat = value.detach().reshape(-1)
+        for rank in range(self.world_size):
+            start, valid = _valid(param, rank)
+            piece = flat[start : start + valid].to(self.device, param.ds_tensor.dtype).view(torch.uint8)
+            rows[rank, : piece.numel()].copy_(piece)
 
     def _sendable(self, param: Any) -> Tensor:
         return param.ds_tensor.detach().view(-1).to(self.device)
@@ -209,3 +262,21 @@ class AllToAll:
 
 def _shard_bytes(param: Any) -> int:
     return int(param.ds_tensor.numel() * param.ds_tensor.element_size())
+
+
+def _valid(param: Any, rank: int) -> tuple[int, int]:
+    """Where a rank's shard begins in the flat order of what is stored, and its length without the padding."""
+    stored = int(param.ds_tensor.numel())
+    start = min(rank * stored, int(param.ds_numel))
+    return start, min(stored, int(param.ds_numel) - start)
+
+
+def _choose(
+    which: Sequence[int], params: Sequence[Any], owners: Sequence[int], values: Mapping[int, Tensor]
+) -> tuple[list[Any], list[int], dict[int, Tensor]]:
+    """Some of the weights of a scatter, with indices of their own."""
+    return (
+        [params[i] for i in which],
+        [owners[i] for i in which],
+        {at: values[i] for at, i in enumerate(which) if i in values},
+    )

@@ -78,9 +78,9 @@ def zero_lines(model: nn.Module, partition: Partition, lines: Sequence[Lines]) -
         lines: what to zero; trained and frozen parameters alike.
     """
     for one in lines:
-        for stored in [partition.shard(one.param), *partition.copies(one.param)]:
-            one.clear(stored.data, stored.start)
-    partition.written([one.param for one in lines])
+        with partition.edit(one.param) as stretches:
+            for stretch in stretches:
+                one.clear(stretch.data, stretch.start)
     trained = [one for one in lines if one.param.requires_grad]
     if not trained:
         return

@@ -228,19 +228,14 @@ def _apply(
     """Collective. Write the zeros to every stored copy; returns zeros and entries of each matrix."""
     zeros = torch.zeros(len(pool.members), dtype=torch.int64)
     for index, member in enumerate(pool.members):
-        shard = partition.shard(member.param)
-        zeros[index] = _apply_to(member, shard, rankings[member.name], cut)
-        for copy in partition.copies(member.param):
-            _apply_to(member, copy, rankings[member.name], cut)
-    partition.written([member.param for member in pool.members])
+        with partition.edit(member.param) as stretches:
+            zeros[index], *_ = [_apply_to(member, each, rankings[member.name], cut) for each in stretches]
     counts = partition.sum_over_shards(zeros).tolist()
     return {member.name: (count, member.numel) for member, count in zip(pool.members, counts, strict=True)}
 
 
 def _apply_to(member: Member, stored: Shard, ranking: Ranking, cut: Cut) -> int:
-    zeros = sum(
+    return sum(
         apply_cut_(entries, ranked, member.start + position, cut)
         for entries, ranked, position in ranked_blocks(stored.data, stored.start, ranking)
     )
-    stored.commit()
-    return zeros

@@ -26,8 +26,6 @@ from dsee_scale.partition import Partition, Shard
 from dsee_scale.passes.pools import Member, WeightPool
 
 Counts = dict[str, tuple[int, int]]
-MAX_STRETCHES = 2
-"""A rank's shard, and the secondary shard of hierarchical partitioning."""
 
 
 @dataclass(frozen=True)
@@ -115,12 +113,11 @@ def remove_n_of_m(
     for index, member in enumerate(members):
         how, ranking = groups[member.name], rankings[member.name]
         gone = _gone_in_cut_slabs(member, how, ranking, cuts[index], partition)
-        for stored in _stretches(member, partition):
-            _apply(stored, how, ranking, gone)
-            stored.commit()
-        shard = partition.shard(member.param).data
-        zeros[index] = shard.numel() - count_nonzero(shard)
-    partition.written([member.param for member in members])
+        with partition.edit(member.param) as stretches:
+            for stored in stretches:
+                _apply(stored, how, ranking, gone)
+            shard = stretches[0].data
+            zeros[index] = shard.numel() - count_nonzero(shard)
     counts = partition.sum_over_shards(zeros).tolist()
     return {member.name: (count, member.numel) for member, count in zip(members, counts, strict=True)}
 
@@ -137,17 +134,12 @@ def _num_inputs(member: Member) -> int:
     return member.shape[0] if linear_kind(member.module) == "conv1d" else member.shape[1]
 
 
-def _stretches(member: Member, partition: Partition) -> list[Shard]:
-    return [partition.shard(member.param), *partition.copies(member.param)]
-
-
 def _cut_slabs(members: Sequence[Member], groups: dict[str, Groups], partition: Partition) -> list[list[int]]:
-    """Collective. The slabs of each weight that an edge of any stored stretch cuts, on any rank."""
-    edges = torch.zeros(len(members), partition.world_size, 2 * MAX_STRETCHES, dtype=torch.int64)
+    """Collective. The slabs of each weight that an edge of a shard cuts, on any rank."""
+    edges = torch.zeros(len(members), partition.world_size, 2, dtype=torch.int64)
     for index, member in enumerate(members):
-        for place, stored in enumerate(_stretches(member, partition)):
-            ends = [stored.start, stored.start + stored.data.numel()]
-            edges[index, partition.rank, 2 * place : 2 * place + 2] = torch.tensor(ends)
+        shard = partition.shard(member.param)
+        edges[index, partition.rank] = torch.tensor([shard.start, shard.start + shard.data.numel()])
     found = partition.sum_over_shards(edges).flatten(1).tolist()
     slabs = [groups[member.name].slab for member in members]
     return [

@@ -101,6 +101,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
     import deepspeed
+    from deepspeed.utils import groups
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     os.chdir(tempfile.gettempdir())
@@ -112,6 +113,8 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
             return
         # A run's config would make transformers partition the next task's models while it builds them.
         unset_hf_deepspeed_config()
+        # DeepSpeed keeps one group for hierarchical partitioning, and refuses to make the next task's.
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         try:
             task: Any = importlib.import_module(module)
             for part in name.split("."):

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
+import torch.distributed as dist
 
+import dsee_scale
+from dsee_scale import DSEEConfig
 from dsee_scale.partition import open_partition
-from tests.models import build, llama_config, partition, zero3_config
+from tests.dist.test_inject_prune import ENGINES, engine_for, train, zero3_engine_config
+from tests.models import build, llama_config, partition, token_batch, zero3_config
 
 
 def read_everything(dtype: torch.dtype, zero: dict) -> None:
@@ -42,6 +50,85 @@ def read_everything(dtype: torch.dtype, zero: dict) -> None:
 )
 def test_every_read_equals_the_whole_weight(pools, world_size, dtype, zero):
     pools(world_size).run(read_everything, dtype, zero)
+
+
+def write_from_owners(dtype: torch.dtype, zero: dict | None) -> float:
+    """New values of frozen weights, brought by their owners; the loss of the engine that has them."""
+    model = injected(dtype, zero3_engine_config(dtype, zero) if zero is not None else None)
+    engine = engine_for(model, zero3_engine_config(dtype, zero)) if zero is not None else model
+    if zero is not None:
+        train(engine, 1)  # leaves what DeepSpeed derives from shards in the state that a retune finds
+    port = open_partition(engine)
+    named = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    params, sizes = list(named.values()), [port.shape(p).numel() for p in named.values()]
+    values = [new_values(name, port.shape(param)) for name, param in named.items()]
+    owners = [(i + i // 5) % port.world_size for i in range(len(params))]
+    if zero is not None:
+        for param in params:
+            param.ds_tensor[port.shard(param).data.numel() :] = 7
+    with watched() as sent:
+        mine = {i: values[i] for i, owner in enumerate(owners) if owner == port.rank}
+        port.scatter(params, owners, mine)
+    if zero is not None:
+        assert sent == ["all_to_all_single"], sent
+        assert all((p.ds_tensor[port.shard(p).data.numel() :] == 7).all() for p in params)
+        lengths = port.sum_over_shards(torch.tensor([port.shard(p).data.numel() for p in params]))
+        assert lengths.tolist() == sizes
+    for name, value, new in zip(named, port.gather(params), values, strict=True):
+        assert torch.equal(value, new.to(dtype)), name
+    ids = token_batch()
+    return engine(ids, labels=ids).loss.item()
+
+
+def injected(dtype: torch.dtype, ds_config: dict | None) -> torch.nn.Module:
+    model = build(llama_config(), dtype)
+    model.few = torch.nn.Parameter(torch.zeros(4, dtype=dtype))  # leaves the third rank an empty shard
+    if ds_config is not None:
+        partition(model, ds_config)
+    dsee_scale.inject(model, DSEEConfig(rank=3, num_sparse=7))
+    return model
+
+
+def new_values(name: str, shape: torch.Size) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
+    return torch.randn(shape, generator=generator) * 0.1
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[str]]:
+    """Names of torch.distributed's transfers that are called."""
+    names = [n for n in dir(dist) if n.startswith(("all_", "broadcast", "gather", "scatter", "reduce", "send"))]
+    called: list[str] = []
+
+    def noting(name: str) -> Any:
+        original = getattr(dist, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            called.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            if callable(getattr(dist, name)):
+                patch.setattr(dist, name, noting(name))
+        yield called
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_owners_write_whole_values_into_every_shard(pools, world_size, dtype):
+    kinds = {"replicas": None, **ENGINES}
+    losses = {}
+    for kind, zero in kinds.items():
+        if zero is None or world_size % zero.get("zero_hpz_partition_size", 1) == 0:
+            losses[kind] = pools(world_size).run(write_from_owners, dtype, zero)
+    assert len(losses) == len(kinds) - (0 if world_size == 2 else 2)
+    for kind, found in losses.items():
+        assert len(set(found)) == 1
+        exact = dtype == torch.float32 and kind != "replicas"  # these have not made a step before
+        assert found == pytest.approx(losses["zero3"], rel=1e-5 if exact else 2e-2), kind
 
 
 def fail_on_one_rank() -> str:
