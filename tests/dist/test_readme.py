@@ -61,7 +61,7 @@ def test_the_readmes_shell_commands_are_understood():
     commands = set(re.findall(r"^dsee-scale (\w+)", README, flags=re.MULTILINE))
     assert len(commands) >= 2
     for command in commands:
-        run = [sys.executable, "-m", "dsee_scale.cli", command, "--help"]
+        run = [sys.executable, "-m", "dsee_scale", command, "--help"]
         assert "usage" in subprocess.run(run, check=True, capture_output=True, text=True, cwd=ROOT).stdout
 
 
