@@ -91,7 +91,7 @@ def run(flags: argparse.Namespace) -> None:
         device=torch.device(device),
     )  # fmt: skip
     if int(os.environ.get("RANK", "0")) == 0:
-        shown = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
+        shown = [str(tokenizer.decode(prompt, skip_special_tokens=True)) for prompt in prompts]
         found = write_scorer_files(Path(flags.output_dir), shown, texts, [item.references for item in items])
         sys.stdout.write(
             f"BLEU {found['bleu']:.2f} on {found['prompts']} prompts; files in {flags.output_dir}\n"
