@@ -21,7 +21,7 @@ from _report import Report, parser, seconds_of
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from dsee_scale.algorithms.delta import Delta
+from dsee_scale.algorithms.delta import AdapterSpec, Delta
 from dsee_scale.algorithms.score import Ranking, key_bits, ranked_blocks
 from dsee_scale.algorithms.select import apply_cut_, global_cut, num_removed
 
@@ -125,15 +125,21 @@ def rate(report: Report, case: str, weights: list[Tensor], rankings: list[Rankin
 
 def adapter(side: int, rank: int = 16, num_sparse: int = 64) -> Delta:
     generator = torch.Generator().manual_seed(1)
+    spec = AdapterSpec(
+        shape=(side, side),
+        transposed=False,
+        slices=((0, side),),
+        rank=rank,
+        num_sparse=num_sparse,
+        scaling=2.0,
+    )
     return Delta(
+        spec,
         a=torch.randn(rank, side, generator=generator) * 0.02,
         b=torch.randn(side, rank, generator=generator) * 0.02,
         values=torch.randn(num_sparse, generator=generator) * 0.02,
         rows=torch.randint(side, (num_sparse,), generator=generator).sort().values.int(),
         cols=torch.randint(side, (num_sparse,), generator=generator).int(),
-        slices=((0, side),),
-        scaling=2.0,
-        shape=(side, side),
     )
 
 

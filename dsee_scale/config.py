@@ -55,7 +55,7 @@ class DSEEConfig(JsonConfig):
     alpha: float = 32.0
     """Scaling numerator; the update is multiplied by alpha / rank."""
     num_sparse: int | float | None = 64
-    """Trainable entries of S2 per matrix: a count, or a fraction of its entries in (0, 1); None is LoRA alone."""
+    """Trainable entries of S2 per matrix: a count, or a fraction of its entries in (0, 1); None or 0 is LoRA alone."""
     target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
     """Modules to adapt: name suffixes (`q_proj`), patterns (`*.attn.*`), or one regular expression (a string)."""
     output_slices: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -85,9 +85,9 @@ class DSEEConfig(JsonConfig):
         if self.alpha <= 0:
             problems.append(f"alpha must be a positive number, found {self.alpha!r}")
         n = self.num_sparse
-        if n is not None and not (n >= 1 if isinstance(n, int) else 0 < n < 1):
+        if n is not None and not (n >= 0 if isinstance(n, int) else 0 < n < 1):
             problems.append(
-                f"num_sparse must be a count of at least 1, a fraction in (0, 1), or None for LoRA alone, found {n!r}"
+                f"num_sparse must be a whole number, a fraction in (0, 1), or None or 0 for LoRA alone, found {n!r}"
             )
         if not self.target_modules:
             problems.append("target_modules is empty; name at least one module suffix, e.g. 'q_proj'")
@@ -106,8 +106,8 @@ class DSEEConfig(JsonConfig):
         return self.alpha / self.rank
 
     def num_entries(self, numel: int) -> int:
-        """Entries of S2 that a matrix of `numel` entries holds: N; without N one, which stays zero."""
-        n = self.num_sparse or 1
+        """N, the entries of S2 that a matrix of `numel` entries holds."""
+        n = self.num_sparse or 0
         return n if isinstance(n, int) else max(1, round(n * numel))
 
 
@@ -156,6 +156,9 @@ class PruneConfig(JsonConfig):
     """Restrict pruning to these suffixes or patterns; empty means every linear weight of the blocks."""
     seed: int = 0
     """Seed of score `random`."""
+    mask_update: bool = True
+    """Whether the updates of pruned matrices are trained under the mask from then on, as the masked export has them;
+    False trains them beside it, for a sparse base that is served with a separate adapter."""
     then: tuple[PruneConfig, ...] = ()
     """Further prunings right after this one, such as neurons after heads."""
 

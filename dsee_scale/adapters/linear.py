@@ -12,28 +12,23 @@ Shapes: O outputs, I inputs, R rank, N sparse entries, K slices, S outputs cover
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.lowrank_sparse import Shapes, Update, add_update, split_shapes
+from dsee_scale.adapters.lowrank_sparse import Update, add_update
 from dsee_scale.adapters.sparse_residual import prepare
-from dsee_scale.algorithms.delta import Delta
+from dsee_scale.adapters.state import MASK_UPDATE, model_state
+from dsee_scale.adapters.under_mask import MaskedLayer, masked_product
+from dsee_scale.algorithms.delta import AdapterSpec, Delta
 from dsee_scale.errors import TargetError
+from dsee_scale.partition.quantized import find_codecs
 
 PARAMETER = "dsee_flat"
 BUFFERS = ("dsee_rows", "dsee_cols")
-ATTRIBUTES = (
-    "dsee_rank",
-    "dsee_slices",
-    "dsee_scaling",
-    "dsee_dropout",
-    "dsee_sparse",
-    "dsee_shape",
-    "dsee_transposed",
-)
+ATTRIBUTES = ("dsee_spec", "dsee_under_mask", "dsee_update")
 A_STD = 0.02
 """Standard deviation of A's normal init. B is zero, so it sets only how fast B starts to move."""
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -43,36 +38,30 @@ class AdaptedLayer(nn.Module):
     """Mixin in front of the base class of an adapted layer; `attach` makes instances, never a constructor.
 
     Attributes:
-        dsee_flat: parameter (K*R*I + S*R + K*N,): A, B and values, see `split_flat`.
+        dsee_flat: parameter (K*R*I + S*R + K*N,): A, B and values, as `AdapterSpec.split` has them.
         dsee_A: (K*R, I), view of it; only where the parameter is whole.
         dsee_B: (S, R), view of it, the slices' rows one after the other.
         dsee_values: (K*N,), view of it, the entries of S2.
         dsee_rows: int32 buffer (K*N,), each entry's output index in the whole weight.
         dsee_cols: int32 buffer (K*N,), each entry's input index; entries are sorted by (slice, row, col).
-        dsee_rank: R.
-        dsee_slices: K output ranges (start, stop).
-        dsee_scaling: s = alpha / rank.
-        dsee_dropout: probability with which an element of the adapter's input is dropped in training.
-        dsee_sparse: whether S2 is trained; without it its entries stay zero.
-        dsee_shape: true (O, I) of the weight.
-        dsee_transposed: whether the weight is stored I x O.
+        dsee_spec: shape, slices, rank and the like.
+        dsee_under_mask: whether the weight's zeros mask the update too, see `train_under_mask`.
         dsee_base: the layer's own class.
         dsee_in_place: whether the update may be added into the base layer's output.
+        dsee_quantised: whether the weight is stored in codes of bitsandbytes.
         dsee_update: the above, prepared for the products; derived, in no state dict.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     dsee_base: type[nn.Module]
     dsee_flat: nn.Parameter
     dsee_rows: Tensor
     dsee_cols: Tensor
-    dsee_rank: int
-    dsee_slices: tuple[tuple[int, int], ...]
-    dsee_scaling: float
-    dsee_dropout: float
-    dsee_sparse: bool
-    dsee_shape: tuple[int, int]
-    dsee_transposed: bool
+    dsee_spec: AdapterSpec
+    dsee_under_mask: bool
     dsee_in_place: bool
+    dsee_quantised: bool
     dsee_update: Update
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,25 +73,36 @@ class AdaptedLayer(nn.Module):
         Returns:
             (..., O), in the base output's dtype.
         """
+        drops = self.training and self.dsee_spec.dropout > 0
+        if self.dsee_under_mask and not drops:
+            return self._masked(x, self.bias, "masked")
         y = super().forward(x)
-        if self.dsee_dropout and self.training:
-            x = nn.functional.dropout(x, self.dsee_dropout)
+        if drops:
+            x = nn.functional.dropout(x, self.dsee_spec.dropout)
+        if self.dsee_under_mask:  # W sees all of x, D * M what dropout left of it
+            return y + self._masked(x, None, "update")
         return add_update(y, x, self.dsee_flat, self._update())
 
     @property
     def dsee_A(self) -> Tensor:
         """(K*R, I), view of the whole parameter."""
-        return split_flat(self, self.dsee_flat)[0]
+        return self.dsee_spec.split(self.dsee_flat)[0]
 
     @property
     def dsee_B(self) -> Tensor:
         """(S, R), view of the whole parameter."""
-        return split_flat(self, self.dsee_flat)[1]
+        return self.dsee_spec.split(self.dsee_flat)[1]
 
     @property
     def dsee_values(self) -> Tensor:
         """(K*N,), view of the whole parameter."""
-        return split_flat(self, self.dsee_flat)[2]
+        return self.dsee_spec.split(self.dsee_flat)[2]
+
+    def _masked(self, x: Tensor, bias: Tensor | None, form: Literal["masked", "update"]) -> Tensor:
+        weight = self.weight
+        codec = find_codecs(self)[id(weight)] if self.dsee_quantised else None
+        layer = MaskedLayer(self.dsee_spec, self.dsee_rows, self.dsee_cols, codec, form)
+        return masked_product(x, weight, bias, self.dsee_flat, layer)
 
     def _update(self) -> Update:
         """What the product needs besides the parameters; made anew if the buffers were moved."""
@@ -114,10 +114,8 @@ class AdaptedLayer(nn.Module):
         """Prepare for the support in the buffers. Call it after writing other positions to them."""
         if self.dsee_rows.is_meta:
             return
-        support = prepare(self.dsee_rows, self.dsee_cols, self.dsee_shape)
-        shapes = flat_shapes(self)
-        sparse, in_place = self.dsee_sparse, self.dsee_in_place
-        self.dsee_update = Update(self.dsee_slices, shapes, self.dsee_scaling, support, sparse, in_place)
+        support = prepare(self.dsee_rows, self.dsee_cols, self.dsee_spec.shape)
+        self.dsee_update = Update(self.dsee_spec, support, self.dsee_in_place)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._apply(*args, **kwargs)
@@ -131,9 +129,9 @@ class AdaptedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """The base layer's line, then the adapter's."""
-        base = super().extra_repr()
-        num_sparse = self.dsee_rows.numel() // len(self.dsee_slices)
-        return f"{base}, rank={self.dsee_rank}, num_sparse={num_sparse}, slices={self.dsee_slices}"
+        spec = self.dsee_spec
+        under = ", under mask" if self.dsee_under_mask else ""
+        return f"{super().extra_repr()}, rank={spec.rank}, num_sparse={spec.num_sparse}, slices={spec.slices}{under}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle through the base class: the subclass is made at run time and has no import name."""
@@ -144,7 +142,12 @@ class AdaptedLayer(nn.Module):
 def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a layer class that adds a delta; the same one at every call."""
     if base not in _CLASSES:
-        namespace = {"__module__": __name__, "dsee_base": base, "dsee_in_place": _keeps_no_output(base)}
+        namespace = {
+            "__module__": __name__,
+            "dsee_base": base,
+            "dsee_in_place": _keeps_no_output(base),
+            "dsee_quantised": _is_quantised(base),
+        }
         _CLASSES[base] = type(f"Adapted{base.__name__}", (AdaptedLayer, base), namespace)
     return _CLASSES[base]
 
@@ -152,7 +155,11 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 def _keeps_no_output(base: type[nn.Module]) -> bool:
     """Whether the layer's backward is known not to need its output, so that it may be overwritten."""
     known = base.forward is nn.Linear.forward or base.__name__ == "Conv1D"
-    return known or base.__module__.startswith("bitsandbytes")
+    return known or _is_quantised(base)
+
+
+def _is_quantised(base: type[nn.Module]) -> bool:
+    return base.__module__.startswith("bitsandbytes")
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:
@@ -162,16 +169,10 @@ def _blank(base: type[nn.Module]) -> nn.Module:
 
 def attach(
     module: nn.Module,
-    *,
-    shape: tuple[int, int],
-    transposed: bool,
-    rank: int,
-    scaling: float,
-    slices: Sequence[tuple[int, int]],
+    spec: AdapterSpec,
     rows: Tensor,
     cols: Tensor,
-    dropout: float = 0.0,
-    sparse: bool = True,
+    *,
     generator: torch.Generator | None = None,
     dtype: torch.dtype,
     device: torch.device | str,
@@ -183,15 +184,9 @@ def attach(
 
     Args:
         module: an `nn.Linear`, a transformers `Conv1D`, or a layer that is called like them.
-        shape: true (O, I) of the weight.
-        transposed: whether the weight is stored I x O.
-        rank: R.
-        scaling: s = alpha / rank.
-        slices: K output ranges (start, stop), ascending and apart; ((0, O),) for the whole matrix.
+        spec: shape of the weight, slices, rank and the like.
         rows: (K*N,) output index of each entry of S2, in the whole weight.
         cols: (K*N,) input index of each entry; the entries sorted by (slice, row, col).
-        dropout: in [0, 1), on the adapter's input.
-        sparse: whether S2 is trained.
         generator: source of A, on any device; None takes PyTorch's global one.
         dtype: of A, B and values: what the layer computes in, which for a quantised weight is not its own.
         device: where they live.
@@ -199,23 +194,16 @@ def attach(
     Raises:
         TargetError: the layer is adapted already, or slices and support do not fit the shape.
     """
-    slices = tuple((int(start), int(stop)) for start, stop in slices)
-    _check_attachable(module, shape, slices, rows, cols)
-    flat = _initial(shape, slices, rank, rows.numel(), generator)
-    module.dsee_flat = nn.Parameter(flat.to(device=device, dtype=dtype))
+    _check_attachable(module, spec, rows, cols)
+    module.dsee_flat = nn.Parameter(_initial(spec, generator).to(device=device, dtype=dtype))
     module.register_buffer("dsee_rows", rows.to(device=device, dtype=torch.int32, copy=True))
     module.register_buffer("dsee_cols", cols.to(device=device, dtype=torch.int32, copy=True))
-    true_shape = (int(shape[0]), int(shape[1]))
-    settings = (rank, slices, float(scaling), float(dropout), sparse, true_shape, bool(transposed))
-    for name, value in zip(ATTRIBUTES, settings, strict=True):
-        setattr(module, name, value)
+    module.dsee_spec, module.dsee_under_mask = spec, False  # type: ignore[assignment]
     module.__class__ = adapted_class(type(module))
     module.dsee_prepare()  # type: ignore[operator]
 
 
-def _check_attachable(
-    module: nn.Module, shape: tuple[int, int], slices: tuple[tuple[int, int], ...], rows: Tensor, cols: Tensor
-) -> None:
+def _check_attachable(module: nn.Module, spec: AdapterSpec, rows: Tensor, cols: Tensor) -> None:
     if is_adapted(module):
         raise TargetError(f"{type(module).__name__} is adapted already; detach it before adapting it again")
     if "forward" in vars(module):
@@ -223,22 +211,14 @@ def _check_attachable(
             f"the forward of this {type(module).__name__} was replaced on the instance, which would hide the "
             "adapter's (accelerate does so for a device_map over several devices); load it without that"
         )
-    _check_support(shape, slices, rows, cols)
+    _check_support(spec, rows, cols)
 
 
-def _initial(
-    shape: tuple[int, int],
-    slices: Sequence[tuple[int, int]],
-    rank: int,
-    num_values: int,
-    generator: torch.Generator | None,
-) -> Tensor:
+def _initial(spec: AdapterSpec, generator: torch.Generator | None) -> Tensor:
     """Random A, zero B and zero values in one float32 vector, on the generator's device."""
-    num_a = len(slices) * rank * shape[1]
-    num_b = sum(stop - start for start, stop in slices) * rank
     device = generator.device if generator is not None else torch.device("cpu")
-    flat = torch.zeros(num_a + num_b + num_values, device=device, dtype=torch.float32)
-    flat[:num_a].normal_(std=A_STD, generator=generator)
+    flat = torch.zeros(spec.numel, device=device, dtype=torch.float32)
+    flat[: math.prod(spec.shapes[0])].normal_(std=A_STD, generator=generator)
     return flat
 
 
@@ -251,7 +231,7 @@ def detach(module: nn.Module) -> None:
     if not is_adapted(module):
         raise TargetError(f"{type(module).__name__} is not adapted, there is nothing to detach")
     module.__class__ = module.dsee_base  # type: ignore[assignment]
-    for name in (PARAMETER, *BUFFERS, *ATTRIBUTES, "dsee_update"):
+    for name in (PARAMETER, *BUFFERS, *ATTRIBUTES):
         delattr(module, name)
 
 
@@ -265,25 +245,33 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if is_adapted(module)}
 
 
-def flat_shapes(module: nn.Module) -> Shapes:
-    """Shapes of A, B and the values of an adapted layer, from its settings: the parameter may be partitioned."""
-    slices: tuple[tuple[int, int], ...] = module.dsee_slices  # type: ignore[assignment]
-    rank, inputs = int(module.dsee_rank), int(module.dsee_shape[1])  # type: ignore[arg-type, index]
-    covered = sum(stop - start for start, stop in slices)
-    return (len(slices) * rank, inputs), (covered, rank), (module.dsee_rows.numel(),)  # type: ignore[operator]
+def train_under_mask(module: nn.Module, on: bool) -> None:
+    """Whether an adapted layer computes x ((W + D) * M)^T with M = (W != 0), or x W^T + x D^T.
 
-
-def split_flat(module: nn.Module, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B and the values as views of an adapted layer's whole `dsee_flat`, or of what has its layout.
+    Under the mask a pruned matrix is trained as the masked export has it. Dropout on the adapter's input then
+    costs a second product: x W^T + dropout(x) (D * M)^T.
 
     Args:
         module: an adapted layer.
-        flat: (K*R*I + S*R + K*N,); under ZeRO-3 a gathered copy.
+        on: whether its weight's zeros are a mask.
 
-    Returns:
-        (K*R, I), (S, R) and (K*N,).
+    Raises:
+        TargetError: the weight is trained too, so its zeros are no mask.
     """
-    return split_shapes(flat, flat_shapes(module))
+    weight: nn.Parameter = module.weight  # type: ignore[assignment]
+    if on and weight.requires_grad:
+        raise TargetError(
+            f"this {type(module).__name__} is adapted and its weight is trained as well, so the weight's zeros do not "
+            "last; leave it out of trained_modules, or prune with mask_update=False"
+        )
+    module.dsee_under_mask = on  # type: ignore[assignment]
+
+
+def restore_under_mask(model: nn.Module) -> None:
+    """Make every adapted layer compute as the record of pruned weights says. Local."""
+    pruned = model_state(model).pruned
+    for name, layer in adapted_layers(model).items():
+        train_under_mask(layer, bool(pruned.get(f"{name}.weight", {}).get(MASK_UPDATE)))
 
 
 def delta_record(module: nn.Module, flat: Tensor) -> Delta:
@@ -293,23 +281,22 @@ def delta_record(module: nn.Module, flat: Tensor) -> Delta:
         module: an adapted layer.
         flat: whole `dsee_flat`; under ZeRO-3 the parameter itself is not.
     """
-    a, b, values = split_flat(module, flat)
-    settings = dict(slices=module.dsee_slices, scaling=module.dsee_scaling, shape=module.dsee_shape)
-    support = dict(rows=module.dsee_rows, cols=module.dsee_cols)
-    return Delta(a=a, b=b, values=values, **support, **settings, transposed=module.dsee_transposed)  # type: ignore[arg-type]
+    return Delta.of(module.dsee_spec, flat, module.dsee_rows, module.dsee_cols)  # type: ignore[arg-type]
 
 
-def _check_support(
-    shape: tuple[int, int], slices: tuple[tuple[int, int], ...], rows: Tensor, cols: Tensor
-) -> None:
+def _check_support(spec: AdapterSpec, rows: Tensor, cols: Tensor) -> None:
+    shape, slices = spec.shape, spec.slices
     bounds = [0, *(edge for pair in slices for edge in pair), shape[0]]
     if not slices or bounds != sorted(bounds) or any(start == stop for start, stop in slices):
         raise TargetError(f"slices {slices} are not ascending ranges within the {shape[0]} outputs")
-    if rows.shape != cols.shape or rows.dim() != 1 or not rows.numel() or rows.numel() % len(slices):
+    expected = spec.shapes[2]
+    if rows.shape != expected or cols.shape != expected:
         raise TargetError(
-            f"support of {tuple(rows.shape)} rows and {tuple(cols.shape)} columns, expected two equal "
-            f"lengths that {len(slices)} slices share evenly, at least one entry each"
+            f"support of {tuple(rows.shape)} rows and {tuple(cols.shape)} columns, expected {expected[0]} of both: "
+            f"{spec.num_sparse} for each of {len(slices)} slices"
         )
+    if not spec.num_sparse:
+        return
     rows_KN = rows.detach().cpu().long().view(len(slices), -1)
     lows, highs = torch.tensor(slices).split(1, dim=1)
     if bool(((rows_KN < lows) | (rows_KN >= highs)).any()):

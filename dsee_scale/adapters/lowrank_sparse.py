@@ -8,8 +8,6 @@ Shapes: T tokens, O outputs, I inputs, R rank, K slices, S outputs covered by th
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsee_scale.adapters.sparse_residual import PreparedSupport, backward_, forward_
-
-Shapes = tuple[tuple[int, int], tuple[int, int], tuple[int]]
-"""Of A (K*R, I), B (S, R) and values (N,)."""
+from dsee_scale.algorithms.delta import AdapterSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,26 +24,14 @@ class Update:
     """What is fixed about one layer's update.
 
     Attributes:
-        slices: K output ranges (start, stop).
-        shapes: of A, B and the values.
-        scaling: s.
-        support: the entries of S2.
-        sparse: whether they are used; if not they count as zero and get no gradient.
+        spec: the adapter's.
+        support: the entries of S2, prepared for the products.
         in_place: whether the base output may be overwritten: its own backward does not need it.
     """
 
-    slices: tuple[tuple[int, int], ...]
-    shapes: Shapes
-    scaling: float
+    spec: AdapterSpec
     support: PreparedSupport
-    sparse: bool
     in_place: bool
-
-
-def split_shapes(flat: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B and values as views of one tensor that holds them one after the other."""
-    a, b, values = flat.split_with_sizes([math.prod(shape) for shape in shapes])
-    return a.view(shapes[0]), b.view(shapes[1]), values
 
 
 def add_update(y: Tensor, x: Tensor, flat: Tensor, update: Update) -> Tensor:
@@ -70,17 +54,17 @@ def add_update(y: Tensor, x: Tensor, flat: Tensor, update: Update) -> Tensor:
 class _LowRankSparse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, flat: Tensor, update: Update) -> Tensor:
-        dtype = _compute_dtype(x, flat)
-        a, b, values = split_shapes(flat.to(dtype), update.shapes)
+        spec, dtype = update.spec, compute_dtype(x, flat)
+        a, b, values = spec.split(flat.to(dtype))
         x_TI = x.reshape(-1, a.shape[1]).to(dtype)
         # The scaling goes into z, the smallest factor of the forward product and of B's gradient.
-        z_TKR = (x_TI @ a.t()).mul_(update.scaling)
+        z_TKR = (x_TI @ a.t()).mul_(spec.scaling)
         out = _own(y, update.in_place)
         out_TO = out.view(-1, y.shape[-1])
-        for (start, stop), z, b_OR in _per_slice(update, z_TKR, b):
-            _addmm_(out_TO[:, start:stop], z, b_OR.t())
-        if update.sparse:
-            forward_(out_TO, x_TI, values * update.scaling, update.support)
+        for start, stop, of_a, of_b in spec.per_slice():
+            _addmm_(out_TO[:, start:stop], z_TKR[:, of_a], b[of_b].t())
+        if spec.num_sparse:
+            forward_(out_TO, x_TI, values * spec.scaling, update.support)
         ctx.save_for_backward(x_TI, z_TKR, flat)
         ctx.update, ctx.x_shape, ctx.x_dtype = update, x.shape, x.dtype
         return out
@@ -89,31 +73,32 @@ class _LowRankSparse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_TI, z_TKR, flat = ctx.saved_tensors
-        update, dtype = ctx.update, x_TI.dtype
+        update, spec, dtype = ctx.update, ctx.update.spec, x_TI.dtype
         need_y, need_x, need_flat, _ = ctx.needs_input_grad
-        a, b, values = split_shapes(flat.to(dtype), update.shapes)
+        a, b, values = spec.split(flat.to(dtype))
         dy_TO = dy.reshape(-1, dy.shape[-1]).to(dtype)
-        dz_TKR = _dz(dy_TO, z_TKR, b, update)
+        dz_TKR = _dz(dy_TO, b, spec)
         # Not made as (T, I) and viewed: into a tensor that is no view autograd adds the base's gradient.
         dx = dz_TKR.view(*ctx.x_shape[:-1], dz_TKR.shape[-1]) @ a if need_x else None
         dx_TI = None if dx is None else dx.view(x_TI.shape)
         dvalues = None
-        if update.sparse:
-            dvalues = backward_(dx_TI, dy_TO, x_TI, values * update.scaling, update.support, need_flat)
+        if spec.num_sparse:
+            dvalues = backward_(dx_TI, dy_TO, x_TI, values * spec.scaling, update.support, need_flat)
         dflat = None
         if need_flat:
-            last = torch.zeros_like(values) if dvalues is None else dvalues.mul_(update.scaling).to(dtype)
-            parts = [dz_TKR.t() @ x_TI, *_db(dy_TO, z_TKR, b, update), last]
+            last = values if dvalues is None else dvalues.mul_(spec.scaling).to(dtype)
+            parts = [dz_TKR.t() @ x_TI, *_db(dy_TO, z_TKR, spec), last]
             dflat = torch.cat([part.reshape(-1) for part in parts]).to(flat.dtype)
         dx = None if dx is None else dx.to(ctx.x_dtype)
         return dy if need_y else None, dx, dflat, None
 
 
-def _compute_dtype(x: Tensor, flat: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor, own: Tensor) -> torch.dtype:
+    """Autocast's where it is on, else that of the layer's own tensor."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
-    return flat.dtype
+    return own.dtype
 
 
 def _own(y: Tensor, in_place: bool) -> Tensor:
@@ -138,20 +123,12 @@ def _addmm_(out: Tensor, left: Tensor, right: Tensor) -> None:
         out.add_(left @ right)
 
 
-def _per_slice(update: Update, z_TKR: Tensor, b: Tensor) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
-    """(start, stop), the slice's columns of z, and its rows of b."""
-    rank, offset = b.shape[1], 0
-    for k, (start, stop) in enumerate(update.slices):
-        yield (start, stop), z_TKR[:, k * rank : (k + 1) * rank], b[offset : offset + stop - start]
-        offset += stop - start
-
-
-def _dz(dy_TO: Tensor, z_TKR: Tensor, b: Tensor, update: Update) -> Tensor:
+def _dz(dy_TO: Tensor, b: Tensor, spec: AdapterSpec) -> Tensor:
     """Gradient of x A^T, (T, K*R)."""
-    parts = [dy_TO[:, start:stop] @ b_OR for (start, stop), _, b_OR in _per_slice(update, z_TKR, b)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).mul_(update.scaling)
+    parts = [dy_TO[:, start:stop] @ b[of_b] for start, stop, _, of_b in spec.per_slice()]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).mul_(spec.scaling)
 
 
-def _db(dy_TO: Tensor, z_TKR: Tensor, b: Tensor, update: Update) -> list[Tensor]:
+def _db(dy_TO: Tensor, z_TKR: Tensor, spec: AdapterSpec) -> list[Tensor]:
     """Gradient of B's rows, slice by slice."""
-    return [dy_TO[:, start:stop].t() @ z for (start, stop), z, _ in _per_slice(update, z_TKR, b)]
+    return [dy_TO[:, start:stop].t() @ z_TKR[:, of_a] for start, stop, of_a, _ in spec.per_slice()]

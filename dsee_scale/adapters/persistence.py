@@ -8,13 +8,12 @@ K*R*I + S*R + K*N: 131,136 for R = 16, N = 64 and a square weight of 4096. The H
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from dsee_scale.adapters.linear import PARAMETER, adapted_layers, flat_shapes
+from dsee_scale.adapters.linear import PARAMETER, adapted_layers
 
 DEFAULT_THRESHOLD = 100_000
 """DeepSpeed's, where the config sets none."""
@@ -33,7 +32,8 @@ def check_persistence(ds_config: Mapping[str, Any], model: nn.Module) -> str | N
     threshold = zero.get("stage3_param_persistence_threshold", DEFAULT_THRESHOLD)
     if threshold == "auto":
         threshold = 10 * int(getattr(getattr(model, "config", None), "hidden_size", DEFAULT_THRESHOLD // 10))
-    sizes = {name: _size(layer) for name, layer in adapted_layers(model).items()}
+    # From the settings: under ZeRO-3 the tensors are empty.
+    sizes: dict[str, int] = {name: layer.dsee_spec.numel for name, layer in adapted_layers(model).items()}  # type: ignore[union-attr, misc]
     largest = max(sizes, key=sizes.__getitem__, default="")
     if not sizes or sizes[largest] <= int(threshold):
         return None
@@ -43,8 +43,3 @@ def check_persistence(ds_config: Mapping[str, Any], model: nn.Module) -> str | N
         f"{sizes[largest]} or more in the DeepSpeed config to keep them resident instead: that costs their memory once "
         "per rank, and one small all-gather each after every optimizer step."
     )
-
-
-def _size(layer: nn.Module) -> int:
-    """Elements of a layer's adapter, from its settings: under ZeRO-3 the tensor is empty."""
-    return sum(math.prod(shape) for shape in flat_shapes(layer))

@@ -9,6 +9,9 @@ from torch import nn
 
 from dsee_scale.config import DSEEConfig
 
+MASK_UPDATE = "mask_update"
+"""In the record of a pruned weight: that its update is trained under the mask."""
+
 
 @dataclass
 class ModelState:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.config import DSEEConfig
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.partition.quantized import quantised_kind
@@ -38,6 +39,18 @@ class Target:
     transposed: bool
     slices: tuple[tuple[int, int], ...]
     num_sparse: int
+
+    def spec(self, config: DSEEConfig) -> AdapterSpec:
+        """The adapter that it gets."""
+        return AdapterSpec(
+            shape=self.shape,
+            transposed=self.transposed,
+            slices=self.slices,
+            rank=config.rank,
+            num_sparse=self.num_sparse,
+            scaling=float(config.scaling),
+            dropout=float(config.dropout),
+        )
 
 
 def linear_kind(module: nn.Module) -> str | None:

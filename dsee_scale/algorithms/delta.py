@@ -11,6 +11,8 @@ round otherwise, and then a weight would be kept on two ranks and removed on thr
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -18,51 +20,40 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsee_scale.algorithms.bits import zero_where_zero_
+
 BLOCK_ENTRIES = 2**17
 """Entries of a block, at most (but at least a row): 512 KiB in float32, so that a block and its scores stay
 in a core's cache. Part of what fixes the rounding, so the same everywhere."""
+DEVICE_BLOCK_ENTRIES = 2**24
+"""The same for a merged weight on an accelerator, whose rounding decides nothing."""
 
-Form = Literal["masked", "dense"]
+Form = Literal["masked", "dense", "update"]
+Shapes = tuple[tuple[int, int], tuple[int, int], tuple[int]]
+"""Of A (K*R, I), B (S, R) and values (K*N,)."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Delta:
-    """What the adapter of one weight holds, copied to float32 (float64 stays float64).
-
-    The copies are small, outlive a gathered parameter, and are aligned alike on every rank.
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """What is fixed about the adapter of one weight.
 
     Attributes:
-        a: (K*R, I), slice k uses rows k*R to (k+1)*R.
-        b: (S, R), the slices' rows one after the other.
-        values: (K*N,) entries of S2; entries that share a position add up.
-        rows: (K*N,) int32, output index of each value in the full weight.
-        cols: (K*N,) int32, input index of each value.
-        slices: (start, stop) output ranges, ascending, disjoint; ((0, O),) for the whole weight.
-        scaling: s = alpha / rank.
-        shape: (O, I).
+        shape: true (O, I) of the weight.
         transposed: whether the weight is stored I x O.
+        slices: K adapted output ranges (start, stop), ascending and apart; ((0, O),) for the whole weight.
+        rank: R.
+        num_sparse: N of each slice.
+        scaling: s = alpha / rank.
+        dropout: probability in [0, 1) with which an element of the adapter's input is dropped in training.
     """
 
-    a: Tensor
-    b: Tensor
-    values: Tensor
-    rows: Tensor
-    cols: Tensor
-    slices: tuple[tuple[int, int], ...]
-    scaling: float
     shape: tuple[int, int]
-    transposed: bool = False
-
-    def __post_init__(self) -> None:
-        dtype = torch.float64 if self.a.dtype == torch.float64 else torch.float32
-        for name in ("a", "b", "values"):
-            factor = getattr(self, name).detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
-            object.__setattr__(self, name, factor)
-        width = sum(stop - start for start, stop in self.slices)
-        rank = self.b.shape[1]
-        assert self.a.shape == (len(self.slices) * rank, self.shape[1]), (self.a.shape, self.slices, rank)
-        assert self.b.shape[0] == width, (self.b.shape, self.slices)
-        assert self.values.shape == self.rows.shape == self.cols.shape
+    transposed: bool
+    slices: tuple[tuple[int, int], ...]
+    rank: int
+    num_sparse: int
+    scaling: float
+    dropout: float = 0.0
 
     @property
     def storage_shape(self) -> tuple[int, int]:
@@ -70,38 +61,139 @@ class Delta:
         outputs, inputs = self.shape
         return (inputs, outputs) if self.transposed else (outputs, inputs)
 
+    @property
+    def shapes(self) -> Shapes:
+        """Of A, B and the values."""
+        covered = sum(stop - start for start, stop in self.slices)
+        num_slices = len(self.slices)
+        return (num_slices * self.rank, self.shape[1]), (covered, self.rank), (num_slices * self.num_sparse,)
+
+    @property
+    def numel(self) -> int:
+        """Entries of A, B and the values together."""
+        return sum(map(math.prod, self.shapes))
+
+    def split(self, flat: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A, B and the values as views of one tensor (numel,) that holds them one after the other."""
+        shape_a, shape_b, shape_values = self.shapes
+        a, b, values = flat.split_with_sizes([math.prod(shape_a), math.prod(shape_b), *shape_values])
+        return a.view(shape_a), b.view(shape_b), values
+
+    def per_slice(self) -> Iterator[tuple[int, int, slice, slice]]:
+        """(start, stop, its rows of A, its rows of B) of each slice."""
+        offset = 0
+        for k, (start, stop) in enumerate(self.slices):
+            yield (
+                start,
+                stop,
+                slice(k * self.rank, (k + 1) * self.rank),
+                slice(offset, offset + stop - start),
+            )
+            offset += stop - start
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """What the adapter of one weight holds, copied to float32 (float64 stays float64).
+
+    The copies are small, outlive a gathered parameter, and are aligned alike on every rank.
+
+    Attributes:
+        spec: what is fixed about it.
+        a: (K*R, I), slice k uses rows k*R to (k+1)*R.
+        b: (S, R), the slices' rows one after the other.
+        values: (K*N,) entries of S2; entries that share a position add up.
+        rows: (K*N,) int32, output index of each value in the full weight.
+        cols: (K*N,) int32, input index of each value.
+    """
+
+    spec: AdapterSpec
+    a: Tensor
+    b: Tensor
+    values: Tensor
+    rows: Tensor
+    cols: Tensor
+
+    def __post_init__(self) -> None:
+        dtype = torch.float64 if self.a.dtype == torch.float64 else torch.float32
+        for name in ("a", "b", "values"):
+            factor = getattr(self, name).detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+            object.__setattr__(self, name, factor)
+        assert (self.a.shape, self.b.shape, self.values.shape) == self.spec.shapes, self.spec
+        assert self.values.shape == self.rows.shape == self.cols.shape
+
+    @classmethod
+    def of(cls, spec: AdapterSpec, flat: Tensor, rows: Tensor, cols: Tensor) -> Delta:
+        """From A, B and the values in one tensor, as `AdapterSpec.split` has them."""
+        return cls(spec, *spec.split(flat), rows, cols)
+
+    @property
+    def storage_shape(self) -> tuple[int, int]:
+        """(O, I), or (I, O) if transposed."""
+        return self.spec.storage_shape
+
+    @property
+    def stored_positions(self) -> tuple[Tensor, Tensor]:
+        """int64 rows and columns of S2's entries in the storage layout."""
+        rows, cols = self.rows.long(), self.cols.long()
+        return (cols, rows) if self.spec.transposed else (rows, cols)
+
+    @functools.cached_property
+    def _by_stored_row(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """S2's entries sorted by row of the storage layout: rows (a copy of them on the CPU), columns, values."""
+        rows, cols = self.stored_positions
+        order = torch.argsort(rows, stable=True)
+        return rows[order].cpu(), rows[order], cols[order], self.values[order]
+
 
 def low_rank_block(delta: Delta, start_row: int, stop_row: int) -> Tensor:
     """s * B A, rows start_row to stop_row of the storage layout, (stop_row - start_row, columns)."""
-    return _low_rank(delta, start_row, stop_row).mul_(delta.scaling)
+    return _low_rank(delta, start_row, stop_row).mul_(delta.spec.scaling)
 
 
 def delta_block(delta: Delta, start_row: int, stop_row: int) -> Tensor:
     """D = s * (B A + S2), rows start_row to stop_row of the storage layout."""
     block = _low_rank(delta, start_row, stop_row)
-    stored_rows, stored_cols = (delta.cols, delta.rows) if delta.transposed else (delta.rows, delta.cols)
-    here = ((stored_rows >= start_row) & (stored_rows < stop_row)).nonzero().flatten()
-    at = (stored_rows[here].long() - start_row, stored_cols[here].long())
-    return block.index_put_(at, delta.values[here], accumulate=True).mul_(delta.scaling)
+    return _add_sparse_(block, delta, start_row, stop_row).mul_(delta.spec.scaling)
 
 
 def _low_rank(delta: Delta, start_row: int, stop_row: int) -> Tensor:
     """B A without the scaling, zero outside the slices."""
-    rank = delta.b.shape[1]
     block = delta.a.new_zeros(stop_row - start_row, delta.storage_shape[1])
-    offset = 0
-    for k, (start, stop) in enumerate(delta.slices):
-        a_RI = delta.a[k * rank : (k + 1) * rank]
-        b_OR = delta.b[offset : offset + stop - start]
-        offset += stop - start
-        if delta.transposed:
-            torch.mm(a_RI[:, start_row:stop_row].T, b_OR.T, out=block[:, start:stop])
+    for part, left, right in _factors(delta, block, start_row, stop_row):
+        torch.mm(left, right, out=part)
+    return block
+
+
+def _factors(
+    delta: Delta, block: Tensor, start_row: int, stop_row: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(view of the block's part in a slice, left, right): B A is left @ right there."""
+    for start, stop, of_a, of_b in delta.spec.per_slice():
+        a_RI, b_OR = delta.a[of_a], delta.b[of_b]
+        if delta.spec.transposed:
+            yield block[:, start:stop], a_RI[:, start_row:stop_row].T, b_OR.T
             continue
         first, last = max(start, start_row), min(stop, stop_row)
         if first < last:
-            torch.mm(
-                b_OR[first - start : last - start], a_RI, out=block[first - start_row : last - start_row]
-            )
+            yield block[first - start_row : last - start_row], b_OR[first - start : last - start], a_RI
+
+
+def _add_sparse_(
+    block: Tensor, delta: Delta, start_row: int, stop_row: int, scaling: float | None = None
+) -> Tensor:
+    """block += S2, or scaling * S2."""
+    if not delta.values.numel():
+        return block
+    first, last = 0, delta.values.numel()
+    if (start_row, stop_row) == (0, delta.storage_shape[0]):
+        rows, cols, values = *delta.stored_positions, delta.values
+    else:
+        host_rows, rows, cols, values = delta._by_stored_row
+        first, last = torch.searchsorted(host_rows, torch.tensor([start_row, stop_row])).tolist()
+    if first < last:
+        found = values[first:last] if scaling is None else values[first:last] * scaling
+        block.index_put_((rows[first:last] - start_row, cols[first:last]), found, accumulate=True)
     return block
 
 
@@ -148,18 +240,35 @@ def flat_blocks(shape: tuple[int, int], start: int, numel: int) -> Iterator[Flat
         start = end
 
 
-def combine(weight: Tensor, delta: Tensor, mask: Tensor | None, form: Form) -> Tensor:
-    """One weight block for export, in the weight's dtype; computed in the update's.
+def merged_weight(
+    weight: Tensor, delta: Delta, *, pruned: bool, form: Form, out: Tensor | None = None
+) -> Tensor:
+    """The weight with its update, as it is trained and as it is exported; computed block by block in float32.
 
     Args:
-        weight: entries of W, any shape.
-        delta: entries of D at the same places.
-        mask: bool, True where W is kept; None keeps all.
-        form: "masked" gives (W + D) * M, as sparse as W; "dense" gives W * M + D.
+        weight: W, whole, in its storage layout; not changed.
+        delta: D.
+        pruned: whether the weight's zeros are its mask M; otherwise M keeps all.
+        form: `masked` gives (W + D) * M, as sparse as W; `dense` gives W * M + D; `update` gives D * M.
+        out: filled and returned; of W's shape, in any dtype. None makes one on the CPU, in W's dtype.
     """
-    base = weight.to(delta.dtype)
-    if mask is None:
-        return (base + delta).to(weight.dtype)
-    if form == "masked":
-        return (base + delta).masked_fill(~mask, 0).to(weight.dtype)
-    return (base.masked_fill(~mask, 0) + delta).to(weight.dtype)
+    if out is None:
+        out = torch.empty(weight.shape, dtype=weight.dtype)
+    rows, columns = delta.storage_shape
+    device = delta.a.device
+    entries = BLOCK_ENTRIES if device.type == "cpu" else DEVICE_BLOCK_ENTRIES
+    step = rows if torch.compiler.is_compiling() else max(1, entries // columns)
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        w, target = weight[start:stop].to(device), out[start:stop]
+        # A copy, since the products' rounding may depend on where a row begins in memory.
+        block = delta.a.new_zeros(w.shape) if form == "update" else w.to(delta.a.dtype, copy=True)
+        for part, left, right in _factors(delta, block, start, stop):
+            part.addmm_(left, right, alpha=delta.spec.scaling)
+        _add_sparse_(block, delta, start, stop, delta.spec.scaling)
+        masks = pruned and form != "dense"
+        early = masks and (device.type != "cpu" or block.element_size() == w.element_size())
+        target.copy_(zero_where_zero_(block, w) if early else block)
+        if masks and not early:
+            zero_where_zero_(target, w)
+    return out

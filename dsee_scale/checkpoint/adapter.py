@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.linear import BUFFERS, adapted_layers, flat_shapes, is_adapted, split_flat
+from dsee_scale.adapters.linear import BUFFERS, adapted_layers, is_adapted, restore_under_mask
 from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.targets import Target, linear_kind
 from dsee_scale.algorithms.decompose import Support
+from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, new_folder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import apply_mask, check_masks, open_masks, save_masks
 from dsee_scale.checkpoint.record import (
     CONFIG_FILE,
     AdapterRecord,
-    ModuleRecord,
     base_identity,
     check_base,
     describe,
@@ -46,7 +46,7 @@ from dsee_scale.passes.inject_model import apply_adapters
 STEM = "dsee_adapter"
 KIND = "adapter"
 TRAINED_KEYS = ("dsee_A", "dsee_B", "dsee_values")
-"""What a layer's `dsee_flat` is in the file: tensors of their own."""
+"""What a layer's `dsee_flat` is in the file: tensors of their own. See `_tensor_shapes`."""
 KINDS_WITH_ADAPTER = ("adapter", "training_state")
 
 
@@ -133,10 +133,10 @@ def open_adapter(stored: StoredFolder, record: AdapterRecord) -> TensorReader:
     """
     reader = TensorReader.of(stored, STEM)
     for name, module in record.modules.items():
-        for key, shape in module.tensor_shapes().items():
-            wanted = torch.int32 if key in ("dsee_rows", "dsee_cols") else None
-            reader.expect(f"{name}.{key}", shape, wanted)
-        _check_support(reader, name, module)
+        for key, shape in _tensor_shapes(module).items():
+            reader.expect(f"{name}.{key}", shape, torch.int32 if key in BUFFERS else None)
+        if module.num_sparse:
+            _check_support(reader, name, module)
     for name, shape in record.trained.items():
         reader.expect(name, shape)
     check_masks(open_masks(stored), {name: how["shape"] for name, how in record.pruned.items()})
@@ -153,6 +153,7 @@ def apply_masks(partition: Partition, model: nn.Module, record: AdapterRecord, m
         name: {k: v for k, v in p.items() if k not in ("shape", "kept")} for name, p in record.pruned.items()
     }
     model_state(model).pruned.update(how)
+    restore_under_mask(model)
 
 
 def _stream_adapter(partition: Partition, module: nn.Module, new: NewFolder) -> None:
@@ -182,9 +183,29 @@ def _stream_adapter(partition: Partition, module: nn.Module, new: NewFolder) -> 
 
 def _layer_specs(name: str, layer: Any) -> list[TensorSpec]:
     """An adapted layer's tensors in the file."""
-    shapes = dict(zip(TRAINED_KEYS, flat_shapes(layer), strict=True))
-    specs = [TensorSpec(f"{name}.{key}", layer.dsee_flat.dtype, shape) for key, shape in shapes.items()]
-    return specs + [TensorSpec(f"{name}.{key}", torch.int32, shapes["dsee_values"]) for key in BUFFERS]
+    return [
+        TensorSpec(f"{name}.{key}", torch.int32 if key in BUFFERS else layer.dsee_flat.dtype, shape)
+        for key, shape in _tensor_shapes(layer.dsee_spec).items()
+    ]
+
+
+def _tensor_shapes(spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+    """Of one layer in the file. S2 is left out where it has no entries: no file holds a tensor of size 0."""
+    a, b, values = spec.shapes
+    sparse = {key: values for key in ("dsee_values", *BUFFERS)} if spec.num_sparse else {}
+    return {"dsee_A": a, "dsee_B": b, **sparse}
+
+
+def read_layer(
+    reader: TensorReader, name: str, spec: AdapterSpec
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A, B, values, rows and columns of one layer."""
+    a, b = reader.read(f"{name}.dsee_A"), reader.read(f"{name}.dsee_B")
+    if not spec.num_sparse:
+        nowhere = torch.empty(0, dtype=torch.int32)
+        return a, b, a.new_empty(0), nowhere, nowhere
+    values, rows, cols = (reader.read(f"{name}.{key}") for key in ("dsee_values", *BUFFERS))
+    return a, b, values, rows, cols
 
 
 def _gathered(
@@ -196,7 +217,7 @@ def _gathered(
     flats = partition.gather([layers[owner].dsee_flat for owner in owners] + params)
     whole = dict(zip([name for name in names if name in trained], flats[len(owners) :], strict=True))
     for owner, flat in zip(owners, flats, strict=False):
-        tensors = (*split_flat(layers[owner], flat), layers[owner].dsee_rows, layers[owner].dsee_cols)
+        tensors = (*layers[owner].dsee_spec.split(flat), layers[owner].dsee_rows, layers[owner].dsee_cols)
         keys = (*TRAINED_KEYS, *BUFFERS)
         whole.update({f"{owner}.{key}": tensor for key, tensor in zip(keys, tensors, strict=True)})
     return whole
@@ -217,7 +238,7 @@ def _reject_unready(model: nn.Module) -> None:
         )
 
 
-def _check_support(reader: TensorReader, name: str, module: ModuleRecord) -> None:
+def _check_support(reader: TensorReader, name: str, module: AdapterSpec) -> None:
     rows = reader.read(f"{name}.dsee_rows").long().view(len(module.slices), -1)
     cols = reader.read(f"{name}.dsee_cols").long().view(len(module.slices), -1)
     for k, (start, stop) in enumerate(module.slices):
@@ -286,10 +307,7 @@ def _attach(
 ) -> None:
     if record.config is None:
         return
-    supports = [
-        Support(rows=tensors.read(f"{t.name}.dsee_rows"), cols=tensors.read(f"{t.name}.dsee_cols"))
-        for t in targets
-    ]
+    supports = [Support(*read_layer(tensors, t.name, record.modules[t.name])[3:]) for t in targets]
     try:
         trained = trained_modules(model, record.config)
         apply_adapters(model, record.config, targets, supports, trained, partition)
@@ -302,8 +320,8 @@ def _attach(
 
 def _set_values(partition: Partition, model: nn.Module, record: AdapterRecord, tensors: TensorReader) -> None:
     params, layers = dict(model.named_parameters()), adapted_layers(model)
-    for name in record.modules:
-        parts = [tensors.read(f"{name}.{key}").reshape(-1) for key in TRAINED_KEYS]
+    for name, spec in record.modules.items():
+        parts = [part.reshape(-1) for part in read_layer(tensors, name, spec)[:3]]
         partition.assign([layers[name].dsee_flat], [torch.cat(parts)])  # type: ignore[list-item]
     for name in record.trained:
         partition.assign([params[name]], [tensors.read(name)])

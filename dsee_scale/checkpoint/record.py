@@ -16,6 +16,7 @@ from torch import nn
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.targets import find_modules
+from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.checkpoint.folder import StoredFolder
 from dsee_scale.config import DSEEConfig
 from dsee_scale.errors import ConfigError, FormatError, TargetError
@@ -24,41 +25,6 @@ from dsee_scale.partition.quantized import find_codecs
 
 CONFIG_FILE = "dsee_config.json"
 PREFIX = "dsee_"
-
-
-@dataclass(frozen=True)
-class ModuleRecord:
-    """One adapted module.
-
-    Attributes:
-        shape: true (O, I) of its weight.
-        transposed: whether the weight is stored I x O.
-        slices: output ranges that are adapted as matrices of their own.
-        rank: R.
-        num_sparse: N of each slice.
-        scaling: s = alpha / rank.
-        dropout: on the adapter's input.
-    """
-
-    shape: tuple[int, int]
-    transposed: bool
-    slices: tuple[tuple[int, int], ...]
-    rank: int
-    num_sparse: int
-    scaling: float
-    dropout: float
-
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the module's tensors in the adapter file, by their names in the module."""
-        num_slices, width = len(self.slices), sum(stop - start for start, stop in self.slices)
-        entries = (num_slices * self.num_sparse,)
-        return {
-            "dsee_A": (num_slices * self.rank, self.shape[1]),
-            "dsee_B": (width, self.rank),
-            "dsee_values": entries,
-            "dsee_rows": entries,
-            "dsee_cols": entries,
-        }
 
 
 @dataclass(frozen=True)
@@ -75,7 +41,7 @@ class AdapterRecord:
 
     base: dict[str, Any]
     config: DSEEConfig | None
-    modules: dict[str, ModuleRecord] = field(default_factory=dict)
+    modules: dict[str, AdapterSpec] = field(default_factory=dict)
     trained: dict[str, tuple[int, ...]] = field(default_factory=dict)
     pruned: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -117,12 +83,7 @@ class AdapterRecord:
     @property
     def num_trainable(self) -> int:
         """Entries of A, B, S2 and of the parameters trained in full."""
-        sparse = self.config is None or self.config.num_sparse is not None
-        keys = ("dsee_A", "dsee_B", *(["dsee_values"] if sparse else []))
-        adapters = [
-            shape[key] for m in self.modules.values() for shape in [m.tensor_shapes()] for key in keys
-        ]
-        return sum(map(math.prod, [*adapters, *self.trained.values()]))
+        return sum(spec.numel for spec in self.modules.values()) + sum(map(math.prod, self.trained.values()))
 
 
 def describe(partition: Partition, model: nn.Module, kept: Mapping[str, int]) -> AdapterRecord:
@@ -134,7 +95,8 @@ def describe(partition: Partition, model: nn.Module, kept: Mapping[str, int]) ->
         kept: number of entries that are not zero, of each pruned weight.
     """
     state = model_state(model)
-    modules = {name: _describe_module(layer) for name, layer in adapted_layers(model).items()}
+    layers: dict[str, Any] = adapted_layers(model)
+    modules = {name: layer.dsee_spec for name, layer in layers.items()}
     if not modules and not state.pruned:
         raise TargetError(
             "the model has no adapter and no pruned weight: there is nothing to save; "
@@ -179,24 +141,11 @@ def trained_modules(model: nn.Module, config: DSEEConfig) -> list[str]:
     ]
 
 
-def _describe_module(layer: Any) -> ModuleRecord:
-    slices = tuple((int(start), int(stop)) for start, stop in layer.dsee_slices)
-    return ModuleRecord(
-        shape=(int(layer.dsee_shape[0]), int(layer.dsee_shape[1])),
-        transposed=bool(layer.dsee_transposed),
-        slices=slices,
-        rank=int(layer.dsee_rank),
-        num_sparse=layer.dsee_rows.numel() // len(slices),
-        scaling=float(layer.dsee_scaling),
-        dropout=float(layer.dsee_dropout),
-    )
-
-
-def _module_record(name: str, values: Mapping[str, Any]) -> ModuleRecord:
-    known = {f.name for f in dataclasses.fields(ModuleRecord)}
+def _module_record(name: str, values: Mapping[str, Any]) -> AdapterSpec:
+    known = {f.name for f in dataclasses.fields(AdapterSpec)}
     if set(values) != known:
         raise ConfigError(f"module {name} has keys {sorted(values)}, expected {sorted(known)}")
-    record = ModuleRecord(
+    record = AdapterSpec(
         **{
             **values,
             "shape": tuple(map(int, values["shape"])),
@@ -204,7 +153,7 @@ def _module_record(name: str, values: Mapping[str, Any]) -> ModuleRecord:
         }
     )
     edges = [0, *(edge for pair in record.slices for edge in pair), record.shape[0]]
-    if not record.slices or edges != sorted(edges) or record.rank < 1 or record.num_sparse < 1:
+    if not record.slices or edges != sorted(edges) or record.rank < 1 or record.num_sparse < 0:
         raise ConfigError(
             f"module {name}: slices {record.slices} or sizes do not fit its shape {record.shape}"
         )

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.adapters.linear import BUFFERS, adapted_layers
 from dsee_scale.checkpoint.adapter import STEM as ADAPTER_STEM
-from dsee_scale.checkpoint.adapter import apply_masks, open_adapter, write_adapter
+from dsee_scale.checkpoint.adapter import apply_masks, open_adapter, read_layer, write_adapter
 from dsee_scale.checkpoint.folder import StoredFolder, new_folder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import open_masks
@@ -183,8 +183,8 @@ def _check_supports(
         only = sorted(layers.keys() ^ record.modules.keys())
         raise FormatError(f"{stored.path}: adapted modules differ from the model's, e.g. {only[0]}; {advice}")
     for name, layer in layers.items():
-        for key in ("dsee_rows", "dsee_cols"):
-            if not torch.equal(getattr(layer, key).cpu(), tensors.read(f"{name}.{key}")):
+        for key, saved in zip(BUFFERS, read_layer(tensors, name, record.modules[name])[3:], strict=True):
+            if not torch.equal(getattr(layer, key).cpu(), saved):
                 where = tensors.where(f"{name}.{key}")
                 raise FormatError(f"{where}: {name}.{key} is not the support in the model; {advice}")
 

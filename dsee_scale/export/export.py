@@ -58,7 +58,8 @@ def export_model(
         Sizes and sparsity, the same on every rank.
 
     Raises:
-        ConfigError: the folder is not empty, or a setting is unknown.
+        ConfigError: the folder is not empty, a setting is unknown, or `dense` was asked of matrices that were
+            trained under their mask.
         TargetError: the base is quantised by something else than bitsandbytes.
         FormatError: writing failed, e.g. no space is left; what was there before stays.
     """

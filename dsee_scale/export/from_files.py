@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.algorithms.delta import Delta
-from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER, open_adapter
+from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER, open_adapter, read_layer
 from dsee_scale.checkpoint.adapter import STEM as ADAPTER_STEM
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, open_folder, read_json
 from dsee_scale.checkpoint.masks import STEM as MASKS
@@ -134,20 +134,8 @@ class StoredModel:
 
     def _update(self, name: str) -> Delta:
         """D of one module, from the adapter's tensors."""
-        module = self.record.modules[name]
-        parts = ("A", "B", "values", "rows", "cols")
-        a, b, values, rows, cols = (self._adapter.read(f"{name}.dsee_{key}") for key in parts)
-        return Delta(
-            a=a,
-            b=b,
-            values=values,
-            rows=rows,
-            cols=cols,
-            slices=module.slices,
-            scaling=module.scaling,
-            shape=module.shape,
-            transposed=module.transposed,
-        )
+        spec = self.record.modules[name]
+        return Delta(spec, *read_layer(self._adapter, name, spec))
 
     def _smaller(self) -> tuple[Structure | None, dict[str, Any] | None, str | None]:
         """What is cut out, the config that says so, and why there is none, from the record alone."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dsee_scale.adapters.state import MASK_UPDATE
 from dsee_scale.algorithms.bits import count_nonzero
-from dsee_scale.algorithms.delta import Delta, Form, combine, delta_block, flat_blocks
+from dsee_scale.algorithms.delta import Delta, Form, merged_weight
 from dsee_scale.checkpoint.adapter import KIND as ADAPTER_KIND
 from dsee_scale.checkpoint.folder import NewFolder, new_folder
 from dsee_scale.checkpoint.tensors import TensorWriter
@@ -76,7 +77,11 @@ def write_model(
     """Collective. Write a whole model; the folder appears when it is complete.
 
     Extra memory: the adapters of one weight file; on rank 0 one weight besides, and a block in float32.
+
+    Raises:
+        ConfigError: `dense` was asked of matrices that were trained under their mask.
     """
+    reject_untrained_form(source.pruned, delta)
     started, partition = time.perf_counter(), source.partition
     with new_folder(partition, folder, kind=KIND, overwrite=overwrite) as new:
         with raise_on_all_ranks(partition):
@@ -176,7 +181,10 @@ class _Writer:
             pruned = entry.name in self.masked
             value = merged_weight(weight, update, pruned=pruned, form=form)
             if self.source.as_trained:
-                trained = merged_weight(self.source.as_trained(weight), update, pruned=pruned, form="dense")
+                trained_as = trained_form(self.source.pruned, entry.name)
+                trained = merged_weight(
+                    self.source.as_trained(weight), update, pruned=pruned, form=trained_as
+                )
                 self.distance = max(self.distance, relative_distance(trained, value))
         if self.source.structure:
             value = self.source.structure.shrink(entry.name, value)
@@ -187,33 +195,32 @@ class _Writer:
             writer.write(spec.name, stored[spec.name])
 
 
-def merged_weight(weight: Tensor, update: Delta, *, pruned: bool, form: Form) -> Tensor:
-    """(W + D) * M or W * M + D in the weight's dtype, computed block by block in float32.
-
-    Args:
-        weight: whole, in its storage layout; not changed.
-        update: D.
-        pruned: whether the weight's zeros are its mask; otherwise M keeps all.
-        form: `masked` or `dense`.
-
-    Returns:
-        A new tensor on the CPU.
-    """
-    merged = torch.empty(weight.shape, dtype=weight.dtype)
-    for block in flat_blocks(update.storage_shape, 0, weight.numel()):
-        rows = slice(block.start_row, block.stop_row)
-        w = weight[rows].to(update.a.device)
-        mask = w != 0 if pruned else None
-        merged[rows] = combine(w, delta_block(update, block.start_row, block.stop_row), mask, form)
-    return merged
-
-
 def masked_weights(pruned: Mapping[str, Mapping[str, Any]]) -> set[str]:
     """Names of weights whose zeros are a mask on their entries.
 
     Where only heads or neurons went, the update is zero too, and a weight that is 0 by chance is no mask.
     """
     return {name for name, info in pruned.items() if info.get("pattern") not in UNIT_PATTERNS}
+
+
+def trained_form(pruned: Mapping[str, Mapping[str, Any]], name: str) -> Form:
+    """What a weight and its update were to the model that was trained."""
+    return "masked" if pruned.get(name, {}).get(MASK_UPDATE) else "dense"
+
+
+def reject_untrained_form(pruned: Mapping[str, Mapping[str, Any]], delta: str) -> None:
+    """Refuse to write W * M + D of a matrix that was trained as (W + D) * M. Local, alike on all ranks.
+
+    Raises:
+        ConfigError: naming it and the way out.
+    """
+    names = [name for name in pruned if trained_form(pruned, name) == "masked"]
+    if delta == "dense" and names:
+        raise ConfigError(
+            f"delta 'dense' writes W * M + D, and {names[0]} and {len(names) - 1} more were trained as (W + D) * M: it "
+            "would be another model. Use delta 'masked', which is the trained model exactly, or prune with "
+            "PruneConfig(mask_update=False) to train the update beside the mask"
+        )
 
 
 def relative_distance(trained: Tensor, written: Tensor) -> float:

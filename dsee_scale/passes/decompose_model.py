@@ -36,6 +36,8 @@ def decompose_model(
         TargetError: a weight holds NaN or infinity, the same on every rank.
         PartitionError: a rank ran out of memory in a round.
     """
+    if not any(target.num_sparse for target in targets):
+        return [_share(None, target, 0, partition) for target in targets]
     owners = deal([t.shape[0] * t.shape[1] for t in targets], partition.world_size)
     sizes = [t.shape[0] * t.shape[1] * t.module.weight.element_size() for t in targets]  # type: ignore[operator, union-attr]
     plan = rounds(sizes, owners, partition.world_size, config.decomposition.round_memory_mib << 20)
@@ -106,11 +108,12 @@ def _target_support(target: Target, stored: Tensor, config: DSEEConfig) -> Suppo
             f"{target.name}.weight holds NaN or infinity; expected finite weights: check the checkpoint it came from"
         )
     weight_OI = stored.t() if target.transposed else stored
-    method = config.support if config.num_sparse else "random"  # the one entry that stays zero
     parts = []
     for k, (start, stop) in enumerate(target.slices):
         generator = seeded(config.seed, f"{target.name}:{k}")
-        part = find_support(weight_OI[start:stop], target.num_sparse, method, config.decomposition, generator)
+        part = find_support(
+            weight_OI[start:stop], target.num_sparse, config.support, config.decomposition, generator
+        )
         parts.append((part.rows + start, part.cols))
     return Support(torch.cat([rows for rows, _ in parts]), torch.cat([cols for _, cols in parts]))
 
@@ -122,7 +125,8 @@ def _share(support: Support | None, target: Target, owner: int, partition: Parti
         )
     else:
         packed = torch.stack([support.rows, support.cols]).to(partition.device)
-    partition.broadcast(packed, owner)
+    if packed.numel():
+        partition.broadcast(packed, owner)
     return Support(packed[0], packed[1])
 
 

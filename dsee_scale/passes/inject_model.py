@@ -86,7 +86,7 @@ def inject(model: nn.Module, config: DSEEConfig, *, progress: bool | None = None
     )
     supports = decompose_model(targets, config, partition, progress=progress)
     apply_adapters(model, config, targets, supports, trained, partition)
-    report = _report(model, config, targets, partition, time.perf_counter() - started)
+    report = _report(model, targets, partition, time.perf_counter() - started)
     if partition.rank == 0:
         logger.info("%s", report)
         from transformers.integrations.deepspeed import deepspeed_config
@@ -117,15 +117,9 @@ def apply_adapters(
         weight = cast(nn.Parameter, target.module.weight)
         attach(
             target.module,
-            shape=target.shape,
-            transposed=target.transposed,
-            rank=config.rank,
-            scaling=config.scaling,
-            slices=target.slices,
-            rows=support.rows,
-            cols=support.cols,
-            dropout=config.dropout,
-            sparse=config.num_sparse is not None,
+            target.spec(config),
+            support.rows,
+            support.cols,
             generator=seeded(config.seed, f"{target.name}:A"),
             dtype=_adapter_dtype(target.module, partition),
             device=partition.compute_device(weight),
@@ -190,16 +184,11 @@ def _reject_unready(model: nn.Module) -> None:
             raise TargetError(f"{name} is on the meta device; load the weights before inject")
 
 
-def _report(
-    model: nn.Module, config: DSEEConfig, targets: list[Target], partition: Partition, seconds: float
-) -> InjectionReport:
+def _report(model: nn.Module, targets: list[Target], partition: Partition, seconds: float) -> InjectionReport:
     sizes = [(partition.shape(p).numel(), p.requires_grad) for p in model.parameters()]
-    idle = 0 if config.num_sparse else sum(len(t.slices) * t.num_sparse for t in targets)
     return InjectionReport(
-        targets=tuple(
-            (t.name, t.shape, len(t.slices), t.num_sparse if config.num_sparse else 0) for t in targets
-        ),
-        trainable=sum(n for n, trained in sizes if trained) - idle,
+        targets=tuple((t.name, t.shape, len(t.slices), t.num_sparse) for t in targets),
+        trainable=sum(n for n, trained in sizes if trained),
         total=sum(n for n, _ in sizes),
         seconds=seconds,
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.adapters.removed_units import record_removed, removed_inputs
-from dsee_scale.adapters.state import model_state
+from dsee_scale.adapters.state import MASK_UPDATE, model_state
 from dsee_scale.config import SCORES_WITHOUT_ADAPTER, PruneConfig
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.partition import Partition, open_partition, unwrap
@@ -83,11 +83,14 @@ def check_in_order(model: nn.Module, configs: Sequence[PruneConfig]) -> list[Che
         state.pruned = actual
 
 
-def note_pattern(module: nn.Module, names: Iterable[str], pattern: str) -> None:
-    """Record the pattern within weights, given their modules' names."""
-    pruned = model_state(module).pruned
+def note_pattern(module: nn.Module, names: Iterable[str], config: PruneConfig) -> None:
+    """Record the pattern within weights, given their modules' names, and how adapted ones are trained on."""
+    pruned, adapted = model_state(module).pruned, adapted_layers(module)
     for name in names:
-        pruned[f"{name}.weight"] = {**pruned.get(f"{name}.weight", {}), "pattern": pattern}
+        how = {**pruned.get(f"{name}.weight", {}), "pattern": config.pattern}
+        if name in adapted:
+            how[MASK_UPDATE] = config.mask_update
+        pruned[f"{name}.weight"] = how
 
 
 def _pretend(
@@ -96,9 +99,7 @@ def _pretend(
     """Record as many units as will be gone, whichever they are: the checks only count. Else note the matrices."""
     plan = checked.plan
     if plan is None:
-        note_pattern(
-            module, (member.name for pool in checked.pools for member in pool.members), config.pattern
-        )
+        note_pattern(module, (member.name for pool in checked.pools for member in pool.members), config)
     elif len(plan.budget) == len(plan.layers):
         for layer, gone, budget in zip(plan.layers, plan.gone, plan.budget, strict=True):
             record_removed(module, layer, torch.arange(layer.num_units) < max(budget, int(gone.sum())))

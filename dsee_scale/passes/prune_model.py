@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from dsee_scale.adapters.linear import delta_record, is_adapted
+from dsee_scale.adapters.linear import delta_record, is_adapted, restore_under_mask
 from dsee_scale.algorithms.score import Ranking, all_finite, key_bits, ranked_blocks
 from dsee_scale.algorithms.select import Cut, CutSearch, apply_cut_
 from dsee_scale.config import SCORES_WITHOUT_ADAPTER, PruneConfig
@@ -146,7 +146,8 @@ def _prune_once(model: nn.Module, config: PruneConfig, progress: bool | None) ->
     else:
         matrices = _remove_lowest(pools, rankings, partition, hidden=not show_progress(partition, progress))
     if not plan:
-        note_pattern(module, matrices, config.pattern)
+        note_pattern(module, matrices, config)
+        restore_under_mask(module)
     report = PruneReport(matrices, time.perf_counter() - started, units)
     if partition.rank == 0:
         logger.info("%s", report)

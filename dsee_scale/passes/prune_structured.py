@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.families import Kind, Part, UnitLayer, find_units
-from dsee_scale.adapters.linear import PARAMETER, flat_shapes, is_adapted
+from dsee_scale.adapters.linear import PARAMETER, is_adapted
 from dsee_scale.adapters.removed_units import record_removed, removed_units
 from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.bits import count_nonzero
@@ -200,7 +200,7 @@ def _within_slices(part: Part) -> Tensor:
 
 def _covered(part: Part) -> Tensor:
     """Output indices that the rows of B stand for, in their order."""
-    slices: Sequence[tuple[int, int]] = part.module.dsee_slices  # type: ignore[assignment]
+    slices: Sequence[tuple[int, int]] = part.module.dsee_spec.slices  # type: ignore[union-attr, assignment]
     return torch.cat([torch.arange(start, stop) for start, stop in slices])
 
 
@@ -224,13 +224,15 @@ def _lines(layer: UnitLayer, units: Tensor) -> Iterator[Lines]:
 def _adapter_lines(part: Part, gone: Tensor) -> Iterator[Lines]:
     layer = part.module
     flat: nn.Parameter = layer.dsee_flat  # type: ignore[assignment]
-    a, b, (num_values,) = flat_shapes(layer)
+    a, b, (num_values,) = layer.dsee_spec.shapes  # type: ignore[union-attr, misc]
     if part.side == "outputs":
         yield Lines(flat, 0, gone[_covered(part)], b, math.prod(a))
         at = layer.dsee_rows
     else:
         yield Lines(flat, 1, gone, a)
         at = layer.dsee_cols
+    if not num_values:
+        return
     gone_values = gone[at.long().cpu()]  # type: ignore[operator]
     yield Lines(flat, 1, gone_values, (1, num_values), math.prod(a) + math.prod(b))
 

@@ -151,7 +151,19 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
         raise ConfigError(
             "recipe: retune comes after prune; add a prune section, or lengthen training instead"
         )
+    _check_form(recipe)
     return recipe
+
+
+def _check_form(recipe: Recipe) -> None:
+    """Refuse before training what the export would refuse after it."""
+    prunings = [] if recipe.prune is None else [recipe.prune, *recipe.prune.then]
+    under_mask = any(config.mask_update and not config.removes_units for config in prunings)
+    if under_mask and recipe.export is not None and recipe.export.delta == "dense":
+        raise ConfigError(
+            "recipe: export.delta 'dense' writes W * M + D, and pruned matrices are trained as (W + D) * M; set "
+            "export.delta to 'masked', or prune.mask_update to false"
+        )
 
 
 def _checked_training(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -203,7 +203,9 @@ def prune_configs(model: nn.Module, settings: GlueSettings) -> list[PruneConfig]
         )
     if flags.ad_pruning_ratio:
         pool = Pool(name="adapted", select="adapted", sparsity=flags.ad_pruning_ratio)
-        found.append(PruneConfig(score=flags.prune_mode, pools=(pool,), modules=modules, seed=seed))
+        found.append(
+            PruneConfig(score=flags.prune_mode, pools=(pool,), modules=modules, seed=seed, mask_update=False)
+        )
     if flags.pruning_ratio:
         pool = Pool(name="others", select="others", sparsity=flags.pruning_ratio)
         found.append(PruneConfig(score="W", pools=(pool,), modules=modules))

@@ -16,7 +16,6 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, de
 from transformers.trainer import TRAINER_STATE_NAME
 
 from dsee_scale.adapters.linear import adapted_layers
-from dsee_scale.adapters.state import model_state
 from dsee_scale.checkpoint.record import is_adapter_key
 from dsee_scale.distributed import from_rank0, log_rank0, raise_first, raise_on_all_ranks, rank
 from dsee_scale.errors import ConfigError, DSEEError, FormatError
@@ -228,11 +227,8 @@ def _counts(model: nn.Module) -> dict[str, int]:
     """Trained values as the paper counts them: of the updates, and of what is trained in full."""
     module, partition = unwrap(model), open_partition(model)
     sizes = {name: partition.shape(p).numel() for name, p in module.named_parameters() if p.requires_grad}
-    layers: list[Any] = list(adapted_layers(module).values())
-    config = model_state(module).config
-    idle = 0 if config is None or config.num_sparse else sum(layer.dsee_rows.numel() for layer in layers)
-    updates = sum(size for name, size in sizes.items() if is_adapter_key(name)) - idle
-    return {"trained_in_updates": updates, "trained_in_full": sum(sizes.values()) - updates - idle}
+    updates = sum(size for name, size in sizes.items() if is_adapter_key(name))
+    return {"trained_in_updates": updates, "trained_in_full": sum(sizes.values()) - updates}
 
 
 def _evaluate(trainer: Trainer, rows: dict[str, Dataset]) -> None:

@@ -74,7 +74,7 @@ def tune_backwards(folder: str) -> dict[str, float]:
     train(30)
     found["retuned"] = perplexity(engine, backwards[0])
     layers = adapted_layers(model)
-    found["slices"] = sum(len(layer.dsee_slices) for layer in layers.values())
+    found["slices"] = sum(len(layer.dsee_spec.slices) for layer in layers.values())
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 import dsee_scale
 from dsee_scale import DSEEConfig, PartitionError, PruneConfig
 from dsee_scale.adapters.families import find_units
-from dsee_scale.adapters.linear import adapted_layers, is_adapted, split_flat
+from dsee_scale.adapters.linear import adapted_layers, is_adapted
 from dsee_scale.adapters.removed_units import removed_units
 from dsee_scale.algorithms.patterns import groups_hold
 from dsee_scale.partition import open_partition, unwrap
@@ -188,10 +188,10 @@ def zeros_of_units(module: torch.nn.Module) -> dict[str, torch.Tensor]:
                     continue
                 mine = part.module
                 flat = torch.zeros(port.shape(mine.dsee_flat), dtype=torch.bool)
-                a, b, values = split_flat(mine, flat)
+                a, b, values = mine.dsee_spec.split(flat)
                 values[:] = gone[(mine.dsee_rows if part.side == "outputs" else mine.dsee_cols).long()]
                 if part.side == "outputs":
-                    b[torch.cat([gone[start:stop] for start, stop in mine.dsee_slices])] = True
+                    b[torch.cat([gone[start:stop] for start, stop in mine.dsee_spec.slices])] = True
                 else:
                     a[:, gone] = True
                 expected[f"{part.name}.dsee_flat"] = flat

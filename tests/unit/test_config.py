@@ -16,7 +16,7 @@ from dsee_scale.config import DecompositionConfig, paper_pools
         ({"rank": 0}, "rank must be"),
         ({"rank": True}, "rank must be"),
         ({"alpha": -1}, "alpha must be"),
-        ({"num_sparse": 0}, "or None for LoRA alone"),
+        ({"num_sparse": -1}, "or None or 0 for LoRA alone"),
         ({"num_sparse": -3}, "num_sparse must be"),
         ({"num_sparse": True}, "num_sparse must be"),
         ({"num_sparse": 1.5}, "num_sparse must be"),

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsee_scale.algorithms import delta as delta_module
-from dsee_scale.algorithms.delta import Delta, combine, delta_block, flat_blocks, low_rank_block
+from dsee_scale.algorithms.delta import (
+    AdapterSpec,
+    Delta,
+    delta_block,
+    flat_blocks,
+    low_rank_block,
+    merged_weight,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -22,26 +29,29 @@ def make_delta(slices=((0, 30),), transposed=False, dtype=torch.float64, inputs=
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     rows = [torch.randint(*span, (num_sparse,), generator=generator).sort().values for span in slices]
+    spec = make_spec((30, inputs), slices, transposed, rank, num_sparse, 1.75)
     return Delta(
+        spec,
         a=normal(len(slices) * rank, inputs),
         b=normal(sum(stop - start for start, stop in slices), rank),
         values=normal(len(slices) * num_sparse),
         rows=torch.cat(rows).int(),
         cols=torch.randint(0, inputs, (len(slices) * num_sparse,), generator=generator).int(),
-        slices=slices,
-        scaling=1.75,
-        shape=(30, inputs),
-        transposed=transposed,
     )
+
+
+def make_spec(shape, slices, transposed, rank, num_sparse, scaling):
+    settings = dict(rank=rank, num_sparse=num_sparse, scaling=scaling)
+    return AdapterSpec(shape=shape, transposed=transposed, slices=slices, **settings)
 
 
 def dense_update(delta, sparse):
     """s * (BA + S2) entry by entry, O x I in float64."""
-    outputs, inputs = delta.shape
+    outputs, inputs = delta.spec.shape
     rank = delta.b.shape[1]
     update = torch.zeros(outputs, inputs, dtype=torch.float64)
     first = 0
-    for k, (start, stop) in enumerate(delta.slices):
+    for k, (start, stop) in enumerate(delta.spec.slices):
         a = delta.a[k * rank : (k + 1) * rank].double()
         for output in range(start, stop):
             update[output] = delta.b[first + output - start].double() @ a
@@ -51,7 +61,7 @@ def dense_update(delta, sparse):
             delta.rows.tolist(), delta.cols.tolist(), delta.values.double(), strict=True
         ):
             update[row, col] += value
-    return update * delta.scaling
+    return update * delta.spec.scaling
 
 
 @pytest.mark.parametrize("slices", SLICES.values(), ids=SLICES)
@@ -72,15 +82,12 @@ def test_blocks_equal_the_dense_formula(slices, transposed, dtype):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_sparse_entries_that_share_a_position_add_up(transposed):
     delta = Delta(
+        make_spec((3, 4), ((0, 3),), transposed, 1, 3, 2.0),
         a=torch.zeros(1, 4),
         b=torch.zeros(3, 1),
         values=torch.tensor([1.0, 2.0, 4.0]),
         rows=torch.tensor([2, 2, 0], dtype=torch.int32),
         cols=torch.tensor([1, 1, 3], dtype=torch.int32),
-        slices=((0, 3),),
-        scaling=2.0,
-        shape=(3, 4),
-        transposed=transposed,
     )
     block = delta_block(delta, 0, delta.storage_shape[0])
     block = block.T if transposed else block
@@ -95,14 +102,12 @@ def test_zero_outside_the_slices():
 def test_factors_are_copied_so_that_a_released_parameter_does_no_harm():
     a = torch.ones(1, 4)
     delta = Delta(
+        make_spec((3, 4), ((0, 3),), False, 1, 0, 1.0),
         a=a,
         b=torch.ones(3, 1),
         values=torch.zeros(0),
         rows=torch.zeros(0, dtype=torch.int32),
         cols=torch.zeros(0, dtype=torch.int32),
-        slices=((0, 3),),
-        scaling=1.0,
-        shape=(3, 4),
     )
     a.zero_()
     assert torch.equal(delta_block(delta, 0, 3), torch.ones(3, 4))
@@ -140,15 +145,12 @@ def test_update_of_a_stretch_does_not_depend_on_where_the_stretch_begins(cuts, t
     slices = ((0, 100), (500, 700))
     generator = torch.Generator().manual_seed(1)
     delta = Delta(
+        make_spec((700, 96), slices, transposed, 16, 10, 0.3),
         a=torch.randn(2 * 16, 96, generator=generator),
         b=torch.randn(300, 16, generator=generator),
         values=torch.randn(20, generator=generator),
         rows=torch.cat([torch.arange(10), torch.arange(600, 610)]).int(),
         cols=torch.arange(20, dtype=torch.int32),
-        slices=slices,
-        scaling=0.3,
-        shape=(700, 96),
-        transposed=transposed,
     )
 
     def stretch(start, stop):
@@ -165,12 +167,34 @@ def test_update_of_a_stretch_does_not_depend_on_where_the_stretch_begins(cuts, t
     assert torch.equal(torch.cat(parts), whole)
 
 
-def test_export_forms():
-    weight = torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16)
-    update = torch.tensor([0.5, 0.25, -3.0])
-    mask = torch.tensor([True, False, True])
-    masked = combine(weight, update, mask, "masked")
-    assert masked.dtype == torch.bfloat16 and masked.tolist() == [1.5, 0.0, 0.0]
-    assert combine(weight, update, mask, "dense").tolist() == [1.5, 0.25, 0.0]
-    for form in ("masked", "dense"):
-        assert combine(weight, update, None, form).tolist() == [1.5, 2.25, 0.0]
+@pytest.mark.parametrize("slices", SLICES.values(), ids=SLICES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block_entries", [40, 2**17])
+def test_merged_weights_equal_the_dense_formula(slices, transposed, dtype, block_entries, monkeypatch):
+    monkeypatch.setattr(delta_module, "BLOCK_ENTRIES", block_entries)
+    delta = make_delta(slices, transposed, dtype)
+    update = dense_update(delta, sparse=True)
+    update = update.T if transposed else update
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(update.shape, generator=generator).to(dtype)
+    weight[torch.rand(weight.shape, generator=generator) < 0.5] = 0
+    weight[0, 0] = -0.0
+    mask, whole = weight != 0, torch.ones_like(weight, dtype=torch.bool)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8}[dtype]
+    for form, expected in {
+        "masked": (weight.double() + update) * mask,
+        "dense": weight.double() + update,
+        "update": update * mask,
+    }.items():
+        found = merged_weight(weight, delta, pruned=True, form=form)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=tolerance)
+        kept = whole if form == "dense" else mask
+        assert not found[~kept].any() and not torch.signbit(found[~kept]).any()
+        wide = merged_weight(weight, delta, pruned=True, form=form, out=torch.empty(weight.shape).double())
+        torch.testing.assert_close(wide, expected, atol=1e-5, rtol=1e-5)
+        unmasked = merged_weight(weight, delta, pruned=False, form=form).double()
+        torch.testing.assert_close(
+            unmasked, update + (form != "update") * weight.double(), atol=1e-5, rtol=tolerance
+        )

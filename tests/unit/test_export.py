@@ -22,9 +22,10 @@ from transformers import (
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.adapters.linear import adapted_layers
-from dsee_scale.checkpoint.adapter import load_adapter
+from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
 from dsee_scale.errors import ConfigError, FormatError, TargetError
 from dsee_scale.export.export import export_model
+from dsee_scale.export.from_files import export_files
 from dsee_scale.export.report import INDEX_FILE
 from tests.models import build, gpt2_config, llama_config, token_batch
 
@@ -40,7 +41,9 @@ ARCHITECTURES = {
 TARGETS = {"gpt2": {"target_modules": ("c_attn",), "output_slices": {"c_attn": ("q", "v")}}}
 
 
-def tuned(config: PretrainedConfig, name: str = "llama", *, dtype=torch.float32, sparsity=0.5) -> nn.Module:
+def tuned(
+    config: PretrainedConfig, name: str = "llama", *, dtype=torch.float32, sparsity=0.5, mask_update=True
+) -> nn.Module:
     """Injected, with an update as training would leave it, and pruned."""
     model = build(config, dtype).eval()
     targets = TARGETS.get(name, {"target_modules": ("q_proj", "v_proj")})
@@ -51,22 +54,22 @@ def tuned(config: PretrainedConfig, name: str = "llama", *, dtype=torch.float32,
             for param in (layer.dsee_B, layer.dsee_values):
                 param.copy_(torch.randn(param.shape, generator=generator) * 0.05)
     if sparsity:
-        dsee_scale.prune(model, PruneConfig(sparsity=sparsity, score="W"))
+        dsee_scale.prune(model, PruneConfig(sparsity=sparsity, score="W", mask_update=mask_update))
     return model
 
 
 def dense_update(layer) -> torch.Tensor:
     """s * (BA + S2) by its definition, in the storage layout."""
-    outputs, inputs = layer.dsee_shape
+    outputs, inputs = layer.dsee_spec.shape
     update = torch.zeros(outputs, inputs)
     rank, at = layer.dsee_B.shape[1], 0
-    for k, (start, stop) in enumerate(layer.dsee_slices):
+    for k, (start, stop) in enumerate(layer.dsee_spec.slices):
         b = layer.dsee_B[at : at + stop - start].float()
         update[start:stop] += b @ layer.dsee_A[k * rank : (k + 1) * rank].float()
         at += stop - start
     update[layer.dsee_rows.long(), layer.dsee_cols.long()] += layer.dsee_values.float()
-    update = layer.dsee_scaling * update
-    return (update.t() if layer.dsee_transposed else update).detach()
+    update = layer.dsee_spec.scaling * update
+    return (update.t() if layer.dsee_spec.transposed else update).detach()
 
 
 def read_weights(folder) -> dict[str, torch.Tensor]:
@@ -105,15 +108,15 @@ def test_keys_shapes_and_dtypes_are_those_of_save_pretrained(tmp_path, name):
     assert (tmp_path / "ours" / "generation_config.json").exists()
 
 
-@pytest.mark.parametrize("form", ["masked", "dense"])
+@pytest.mark.parametrize(("form", "mask_update"), [("masked", True), ("masked", False), ("dense", False)])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2"])
-def test_stock_transformers_loads_it_and_gives_the_same_logits(tmp_path, name, form):
-    model = tuned(ARCHITECTURES[name], name)
+def test_stock_transformers_loads_it_and_gives_the_same_logits(tmp_path, name, form, mask_update):
+    model = tuned(ARCHITECTURES[name], name, mask_update=mask_update)
     report = export_model(model, tmp_path / "out", delta=form)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = token_batch()
     with torch.no_grad():
-        expected = (model if form == "dense" else with_update(model, form))(ids).logits
+        expected = (model if mask_update or form == "dense" else with_update(model, form))(ids).logits
         torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-5, rtol=1e-5)
     state = loaded.state_dict()
     for weight, sparsity in report.sparsity.items():
@@ -127,6 +130,19 @@ def test_stock_transformers_loads_it_and_gives_the_same_logits(tmp_path, name, f
     assert sum(report.files.values()) == sum(
         p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors")
     )
+
+
+def test_the_dense_form_of_what_was_trained_under_its_mask_is_refused(tmp_path):
+    model = tuned(llama_config())
+    save_adapter(model, tmp_path / "adapter")
+    base = build(llama_config())
+    base.save_pretrained(tmp_path / "base")
+    words = r"model.layers.0.self_attn.q_proj.weight and 3 more were trained as \(W \+ D\) \* M"
+    with pytest.raises(ConfigError, match=words):
+        export_model(model, tmp_path / "out", delta="dense")
+    with pytest.raises(ConfigError, match=words):
+        export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out", delta="dense")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_input_model_is_not_changed(tmp_path):
@@ -179,7 +195,7 @@ def test_bert_encoders_export_with_their_heads(tmp_path, auto):
     with torch.no_grad():
         for layer in adapted_layers(model).values():
             layer.dsee_B.normal_(std=0.05)
-    dsee_scale.prune(model, PruneConfig(sparsity=0.3))
+    dsee_scale.prune(model, PruneConfig(sparsity=0.3, mask_update=False))
     export_model(model, tmp_path / "ours", delta="dense")
     plain = with_update(model, "dense")
     plain.save_pretrained(tmp_path / "stock")

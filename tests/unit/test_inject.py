@@ -9,12 +9,12 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 import dsee_scale
-from dsee_scale import ConfigError, DSEEConfig, TargetError
-from dsee_scale.adapters.linear import adapted_layers, split_flat
+from dsee_scale import ConfigError, DSEEConfig, PruneConfig, TargetError
+from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.algorithms.decompose import find_support
 from dsee_scale.passes.decompose_model import seeded
 from tests.models import build, gpt2_config, llama_config, token_batch
@@ -59,12 +59,12 @@ def test_modules_trained_in_full_are_trained():
     assert not model.bert.pooler.dense.weight.requires_grad
 
 
-def test_no_sparse_entries_is_lora_alone(tmp_path):
-    config = dataclasses.replace(SMALL, num_sparse=None)
+@pytest.mark.parametrize("num_sparse", [None, 0])
+def test_no_sparse_entries_is_lora_alone(tmp_path, num_sparse):
+    config = dataclasses.replace(SMALL, num_sparse=num_sparse)
     model = build(llama_config())
     report = dsee_scale.inject(model, config)
-    idle = len(report.targets)  # one entry a matrix that stays zero
-    count = sum(p.numel() for p in dsee_scale.trainable_parameters(model)) - idle
+    count = sum(p.numel() for p in dsee_scale.trainable_parameters(model))
     assert report.trainable == count == 2 * (3 * (40 + 40) + 3 * (40 + 8))
     assert "no sparse entries" in str(report)
     optimizer = torch.optim.SGD(dsee_scale.trainable_parameters(model), lr=1.0)
@@ -73,12 +73,15 @@ def test_no_sparse_entries_is_lora_alone(tmp_path):
     dsee_scale.save_adapter(model, tmp_path / "adapter")
     loaded = build(llama_config())
     record = dsee_scale.load_adapter(loaded, tmp_path / "adapter")
-    assert (
-        record.num_trainable == count == sum(p.numel() for p in loaded.parameters() if p.requires_grad) - idle
-    )
+    assert record.num_trainable == count == sum(p.numel() for p in dsee_scale.trainable_parameters(loaded))
     assert torch.equal(loaded(token_batch()).logits, model(token_batch()).logits)
     for layer in adapted_layers(loaded).values():
-        assert layer.dsee_B.any() and not layer.dsee_values.any()
+        assert layer.dsee_B.any() and not layer.dsee_values.numel()
+    dsee_scale.prune(loaded, PruneConfig(pattern="2:4", score="WABS", modules=("q_proj", "v_proj")))
+    dsee_scale.prune(loaded, PruneConfig(pattern="neurons", sparsity=0.5, scope="matrix"))
+    dsee_scale.export_model(loaded, tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    torch.testing.assert_close(exported(token_batch()).logits, loaded(token_batch()).logits)
 
 
 def test_the_support_of_a_slice_is_that_of_the_slice_alone():
@@ -188,7 +191,7 @@ def test_reentrant_checkpointing_trains_adapters_when_switched_on_before_injecti
     model.train()
     ids = token_batch()
     model(ids, labels=ids).loss.backward()
-    assert all(split_flat(m, m.dsee_flat.grad)[1].abs().sum() > 0 for m in adapted_layers(model).values())
+    assert all(m.dsee_spec.split(m.dsee_flat.grad)[1].abs().sum() > 0 for m in adapted_layers(model).values())
 
 
 def test_an_injected_model_can_be_copied():

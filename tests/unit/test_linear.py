@@ -13,8 +13,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from dsee_scale.adapters import linear, sparse_residual
-from dsee_scale.adapters.linear import adapted_layers, attach, delta_record, detach, is_adapted
-from dsee_scale.algorithms.delta import delta_block
+from dsee_scale.adapters.linear import (
+    adapted_layers,
+    attach,
+    delta_record,
+    detach,
+    is_adapted,
+    train_under_mask,
+)
+from dsee_scale.algorithms.delta import AdapterSpec, delta_block, merged_weight
 from dsee_scale.errors import TargetError
 from tests.unit.test_sparse_residual import LargestTensor
 
@@ -46,20 +53,17 @@ def adapt(
 ):
     rows, cols = positions or support(slices, count)
     dtype = adapter_dtype or layer.weight.dtype
-    attach(
-        layer,
+    spec = AdapterSpec(
         shape=(OUT, IN),
         transposed=isinstance(layer, Conv1D),
-        rank=rank,
-        scaling=1.7,
         slices=slices,
-        rows=rows,
-        cols=cols,
+        rank=rank,
+        num_sparse=rows.numel() // len(slices),
+        scaling=1.7,
         dropout=dropout,
-        generator=torch.Generator().manual_seed(3),
-        dtype=dtype,
-        device="cpu",
     )
+    generator = torch.Generator().manual_seed(3)
+    attach(layer, spec, rows, cols, generator=generator, dtype=dtype, device="cpu")
     if trained:
         with torch.no_grad():
             for param in (layer.dsee_A, layer.dsee_B, layer.dsee_values):
@@ -67,18 +71,26 @@ def adapt(
     return layer
 
 
-def dense_output(layer, x):
-    """The formula with a dense, differentiable D."""
-    rank, offset, blocks = layer.dsee_B.shape[1], 0, x.new_zeros(OUT, IN)
-    for k, (start, stop) in enumerate(layer.dsee_slices):
+def dense_update(layer):
+    """D, dense and differentiable, (O, I)."""
+    rank, offset, blocks = layer.dsee_B.shape[1], 0, layer.dsee_flat.new_zeros(OUT, IN)
+    for k, (start, stop) in enumerate(layer.dsee_spec.slices):
         b = layer.dsee_B[offset : offset + stop - start]
         product = b @ layer.dsee_A[k * rank : (k + 1) * rank]
         blocks = blocks + nn.functional.pad(product, (0, 0, start, OUT - stop))
         offset += stop - start
     at = (layer.dsee_rows.long(), layer.dsee_cols.long())
     blocks = blocks.index_put(at, layer.dsee_values, accumulate=True)
-    weight = layer.weight.t() if layer.dsee_transposed else layer.weight
-    return nn.functional.linear(x, weight + layer.dsee_scaling * blocks, layer.bias)
+    return layer.dsee_spec.scaling * blocks
+
+
+def weight_OI(layer):
+    return layer.weight.t() if layer.dsee_spec.transposed else layer.weight
+
+
+def dense_output(layer, x):
+    """The formula with a dense, differentiable D."""
+    return nn.functional.linear(x, weight_OI(layer) + dense_update(layer), layer.bias)
 
 
 def gradients(output, layer, x):
@@ -99,7 +111,7 @@ def method(request, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 1, 3)])
-@pytest.mark.parametrize("count", [1, 5, 25])
+@pytest.mark.parametrize("count", [0, 1, 5, 25])
 @pytest.mark.parametrize("slices", [WHOLE, FUSED])
 @pytest.mark.parametrize(("kind", "bias"), [("linear", True), ("linear", False), ("conv1d", True)])
 def test_output_and_gradients_equal_the_dense_formula(kind, bias, slices, count, shape, method):
@@ -375,8 +387,15 @@ def test_the_input_is_kept_once_and_nothing_as_large_as_the_weight_is_made(kind)
     tokens, size = 16, 96
     layer = (Conv1D(size, size) if kind == "conv1d" else nn.Linear(size, size)).requires_grad_(False)
     rows, cols = torch.arange(size), torch.arange(size).flip(0)
-    settings = dict(shape=(size, size), transposed=kind == "conv1d", rank=4, scaling=1.0, slices=((0, size),))
-    attach(layer, rows=rows, cols=cols, dtype=torch.float32, device="cpu", **settings)
+    spec = AdapterSpec(
+        shape=(size, size),
+        transposed=kind == "conv1d",
+        slices=((0, size),),
+        rank=4,
+        num_sparse=size,
+        scaling=1.0,
+    )
+    attach(layer, spec, rows, cols, dtype=torch.float32, device="cpu")
     x = torch.randn(2, tokens // 2, size, requires_grad=True)
     saved = []
 
@@ -405,8 +424,8 @@ def test_wrong_requests_are_refused_by_name():
     for rows, cols in (([1, 0], [0, 0]), ([1, 1], [2, 2]), ([0], [IN])):
         with pytest.raises(TargetError, match="sorted"):
             bad(positions=(torch.tensor(rows), torch.tensor(cols)))
-    with pytest.raises(TargetError, match="at least one entry"):
-        bad(positions=(torch.tensor([], dtype=torch.long),) * 2)
+    with pytest.raises(TargetError, match="expected 4 of both: 2 for each of 2 slices"):
+        bad(slices=FUSED, positions=(torch.arange(5), torch.arange(5)))
     hidden = base_layer()
     hidden.forward = hidden.forward
     with pytest.raises(TargetError, match="replaced on the instance"):
@@ -416,3 +435,131 @@ def test_wrong_requests_are_refused_by_name():
 def test_adapted_layers_are_found_by_name():
     model = nn.Sequential(base_layer(), nn.ReLU(), adapt(base_layer("conv1d")))
     assert list(adapted_layers(model)) == ["2"]
+
+
+def masked(kind="linear", slices=WHOLE, count=5, dtype=torch.float64, bias=True, **settings):
+    """An adapted layer whose weight lost about half of its entries, trained under the mask."""
+    layer = adapt(base_layer(kind, bias, dtype), slices, count, **settings)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        layer.weight[torch.rand(layer.weight.shape, generator=generator) < 0.5] = 0
+    train_under_mask(layer, True)
+    return layer
+
+
+def masked_output(layer, x, dropped=None):
+    """x ((W + D) * M)^T + bias, or x W^T + dropped (D * M)^T + bias, dense and differentiable."""
+    mask = weight_OI(layer) != 0
+    update = dense_update(layer) * mask
+    if dropped is None:
+        return nn.functional.linear(x, weight_OI(layer) + update, layer.bias)
+    return nn.functional.linear(x, weight_OI(layer), layer.bias) + nn.functional.linear(dropped, update)
+
+
+@pytest.mark.parametrize("count", [0, 5, 25])
+@pytest.mark.parametrize("slices", [WHOLE, FUSED])
+@pytest.mark.parametrize(("kind", "bias"), [("linear", True), ("linear", False), ("conv1d", True)])
+def test_under_the_mask_output_and_gradients_equal_the_dense_formula(kind, bias, slices, count):
+    layer = masked(kind, slices, count, bias=bias)
+    assert torch.equal(layer.dsee_flat, adapt(base_layer(kind, bias), slices, count).dsee_flat)
+    for shape in ((4,), (2, 3), (0,)):
+        x = inputs(*shape)
+        found, expected = layer(x), masked_output(layer, x)
+        torch.testing.assert_close(found, expected)
+        for ours, theirs in zip(gradients(found, layer, x), gradients(expected, layer, x), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(layer(inputs(4)), dense_output(layer, inputs(4)))
+
+
+@pytest.mark.parametrize("slices", [WHOLE, FUSED])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_gradcheck_under_the_mask(kind, slices):
+    layer = masked(kind, slices, 6)
+    layer.bias.requires_grad_()
+
+    def run(x, flat, bias):
+        return torch.func.functional_call(layer, {"dsee_flat": flat, "bias": bias}, (x,))
+
+    flat, bias = (t.detach().clone().requires_grad_() for t in (layer.dsee_flat, layer.bias))
+    assert torch.autograd.gradcheck(run, (inputs(2, 2), flat, bias))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_dropout_under_the_mask_is_that_of_the_updates_input(kind):
+    layer, x = masked(kind, FUSED, dropout=0.5), inputs(6)
+    torch.testing.assert_close(layer.eval()(x), masked_output(layer, x))
+    layer.train()
+    torch.manual_seed(0)
+    found = layer(x)
+    torch.manual_seed(0)
+    expected = masked_output(layer, x, nn.functional.dropout(x, 0.5))
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(gradients(found, layer, x), gradients(expected, layer, x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_under_the_mask_gives_the_same_gradients(reentrant):
+    layers = nn.Sequential(masked("linear", FUSED), nn.Linear(OUT, IN).double(), masked("conv1d", FUSED))
+    layers[1].requires_grad_(False)
+    x = inputs(2, 3)
+    params = [p for p in layers.parameters() if p.requires_grad] + [x]
+    expected = torch.autograd.grad(layers(x).square().sum(), params)
+    checkpoint(layers, x, use_reentrant=reentrant).square().sum().backward()
+    for param, gradient in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.grad, gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_under_the_mask_the_layer_has_the_bits_of_its_masked_export(kind, dtype):
+    layer, x = masked(kind, FUSED, dtype=dtype), inputs(4, dtype=dtype)
+    record = delta_record(layer, layer.dsee_flat)
+    exported = merged_weight(layer.weight.detach(), record, pruned=True, form="masked")
+    exported = exported.t() if kind == "conv1d" else exported
+    assert torch.equal(layer(x), nn.functional.linear(x, exported, layer.bias))
+    layer(x).float().square().sum().backward()
+    assert layer.dsee_flat.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_under_the_mask(adapter_dtype):
+    layer = masked(dtype=torch.float32, adapter_dtype=adapter_dtype)
+    x = inputs(8, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    assert found.dtype == torch.bfloat16
+    found.float().square().sum().backward()
+    assert x.grad.dtype == torch.float32
+    assert layer.dsee_flat.grad.dtype == adapter_dtype
+    torch.testing.assert_close(found.float(), masked_output(layer.float(), x), rtol=0.05, atol=0.2)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_under_the_mask_only_the_input_and_the_parameters_are_kept(kind):
+    layer, x = masked(kind), inputs(5)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    own = {t.untyped_storage().data_ptr() for t in (x, layer.weight, layer.dsee_flat)}
+    assert {t.untyped_storage().data_ptr() for t in kept} == own
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_it_compiles_under_the_mask(kind):
+    torch.compiler.reset()
+    layer = masked(kind, FUSED, dtype=torch.float32)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for shape in ((2, 3), (2, 5)):
+        x = inputs(*shape, dtype=torch.float32)
+        found, expected = compiled(x), layer(x)
+        torch.testing.assert_close(found, expected)
+        for ours, theirs in zip(gradients(found, layer, x), gradients(expected, layer, x), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_weight_that_is_trained_too_is_no_mask():
+    layer = adapt(base_layer())
+    layer.weight.requires_grad_()
+    with pytest.raises(TargetError, match="mask_update=False"):
+        train_under_mask(layer, True)

@@ -281,7 +281,7 @@ def reference_scores(model: torch.nn.Module, config: PruneConfig) -> list[torch.
                 if config.score == "W" or not with_adapter or part.side == "inputs":
                     inside = True
                 else:
-                    inside = any(a <= index < b for a, b in part.module.dsee_slices)
+                    inside = any(a <= index < b for a, b in part.module.dsee_spec.slices)
                 total[part.unit_of[index]] += value if inside else 0
         result.append(-total if config.score == "NABS" else total)
     return result
@@ -311,7 +311,7 @@ def test_the_papers_head_score_is_the_sum_over_q_and_v_rows():
     """With q and v adapted, ABS adds up |D| over the head's rows of both and of nothing else."""
     model = adapted("gpt2")
     for layer in adapted_layers(model).values():
-        if layer.dsee_shape[0] != 108:
+        if layer.dsee_spec.shape[0] != 108:
             layer.dsee_B.data.mul_(100)  # would decide, if o or the feed-forward counted
     only_qv = adapted("gpt2")
     for layer in only_qv.transformer.h:
@@ -393,7 +393,7 @@ def patterns_delta(module: Any) -> torch.Tensor:
 
     record = delta_record(module, module.dsee_flat)
     block = delta_block(record, 0, record.storage_shape[0])
-    return block.T if record.transposed else block
+    return block.T if record.spec.transposed else block
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])

@@ -32,12 +32,12 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def dense_delta(layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """s BA and s (BA + S2) as stored, by the formula itself."""
-    low = layer.dsee_scaling * layer.dsee_B.float() @ layer.dsee_A.float()
+    low = layer.dsee_spec.scaling * layer.dsee_B.float() @ layer.dsee_A.float()
     sparse = torch.zeros_like(low)
     sparse.index_put_(
         (layer.dsee_rows.long(), layer.dsee_cols.long()), layer.dsee_values.float(), accumulate=True
     )
-    return low.detach(), (low + layer.dsee_scaling * sparse).detach()
+    return low.detach(), (low + layer.dsee_spec.scaling * sparse).detach()
 
 
 def dense_score(mode: str, layer: torch.nn.Module) -> torch.Tensor:

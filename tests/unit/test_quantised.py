@@ -11,7 +11,7 @@ import torch
 
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig, TargetError
-from dsee_scale.adapters.linear import adapted_layers, split_flat
+from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.partition import open_partition
 from dsee_scale.partition.quantized import FourBit, prepare_quantised, quantised_layers
 from tests.quantised import BATCH, DSEE, FORMATS, evaluate, injected_llama, quantised_llama, write_llama
@@ -86,7 +86,7 @@ def test_evaluating_does_not_spoil_training(folder, form, evaluated_before):
         loss = model(input_ids=BATCH, labels=BATCH).loss
         loss.backward()
         layers = adapted_layers(model).values()
-        assert layers and all(split_flat(m, m.dsee_flat.grad)[1].abs().max() > 0 for m in layers)
+        assert layers and all(m.dsee_spec.split(m.dsee_flat.grad)[1].abs().max() > 0 for m in layers)
         optimizer.step()
         optimizer.zero_grad()
     assert evaluate(model) < expected - 0.1
@@ -202,12 +202,30 @@ def test_export_is_the_decoded_masked_model_in_stock_transformers(folder, form, 
     assert sum(int((w == 0).sum()) for w in gates) == report.num_zero == sum(w.numel() for w in gates) // 2
 
 
+@pytest.mark.parametrize("form", ["nf4", "nf4, double, stored as bf16", "int8"])
+def test_under_the_mask_the_export_of_adapted_matrices_is_what_was_trained(folder, form, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = injected_llama(folder, form)
+    train(model)
+    dsee_scale.prune(model, PruneConfig(sparsity=0.5, modules=("q_proj", "v_proj")))
+    train(model)
+    report = dsee_scale.export_model(model, tmp_path / "model")
+    assert 0 < report.distance < 0.004 and report.num_zero == report.num_pruned // 2
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    layers = adapted_layers(model.eval())
+    assert len(layers) == 4
+    for name, layer in layers.items():
+        assert layer.dsee_under_mask and torch.equal(layer(x), plain.get_submodule(name)(x)), name
+
+
 def test_merging_into_the_unquantised_base_says_how_far_that_is(folder, tmp_path):
     from dsee_scale.export.from_files import export_files
 
     model = injected_llama(folder, "nf4")
     train(model)
-    dsee_scale.prune(model, PruneConfig(sparsity=0.3))
+    dsee_scale.prune(model, PruneConfig(sparsity=0.3, mask_update=False))
     dsee_scale.save_adapter(model, tmp_path / "adapter")
     report = export_files(tmp_path / "adapter", folder, tmp_path / "model", delta="dense")
     assert report.base == "unquantised, while nf4 was trained on"

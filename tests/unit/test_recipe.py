@@ -95,6 +95,7 @@ def test_seed_is_the_trainers_and_others_need_their_section(recipe_file):
         (["--name", "x", "--sparsity", "1.5"], "sparsity must lie in"),
         (["stray"], "'stray' on the command line belongs to no setting"),
         (["--prune", "null"], "retune comes after prune"),
+        (["--export.delta", "dense"], "prune.mask_update to false"),
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "no form per phase"),
         (["--auto_find_batch_size"], "auto_find_batch_size is not possible here"),
         (["--data.task", "completion"], "completion goes with task 'completion'"),
