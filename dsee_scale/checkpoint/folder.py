@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dsee_scale.distributed import raise_on_all_ranks
-from dsee_scale.errors import ConfigError, DSEEError, FormatError
+from dsee_scale.errors import ConfigError, FormatError
 from dsee_scale.partition.port import Partition
 from dsee_scale.version import __version__
 
@@ -277,11 +277,6 @@ def sha256(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def relabel(error: DSEEError, where: str) -> FormatError:
-    """A setting in a file is wrong: the file is."""
-    return FormatError(f"{where}: {error}")
 
 
 def _check_size(path: Path, record: Any) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from dsee_scale.algorithms.bits import CPU_CHUNK, INTEGERS, count_nonzero, nonzero
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec, write_dealt
-from dsee_scale.errors import FormatError
 from dsee_scale.partition.port import Partition
 
 STEM = "dsee_masks"
@@ -172,20 +171,6 @@ def apply_mask(partition: Partition, param: nn.Parameter, reader: TensorReader, 
             words = stretch.data.view(INTEGERS[stretch.data.element_size()])
             for at, keep in _keep_blocks(reader, name, stretch.start, words.numel(), words.device):
                 words[at : at + keep.numel()].mul_(keep)
-
-
-def count_kept(reader: TensorReader, name: str, numel: int) -> int:
-    """Number of entries that a mask keeps.
-
-    Raises:
-        FormatError: bits are set beyond the last entry.
-    """
-    blocks = _keep_blocks(reader, name, 0, numel, torch.device("cpu"))
-    kept = sum(count_nonzero(keep) for _, keep in blocks)
-    last = reader.read_range(name, packed_size(numel) - 1, packed_size(numel))
-    if numel % 8 and int(last[0]) & (0xFF >> numel % 8):
-        raise FormatError(f"{reader.where(name)}: mask {name} has bits beyond its {numel} entries")
-    return kept
 
 
 def _keep_blocks(

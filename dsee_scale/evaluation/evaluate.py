@@ -66,23 +66,6 @@ def evaluate(
     return sum(gather_objects(tally), Tally())
 
 
-def generate(
-    module: nn.Module,
-    tokenizer: Any,
-    data: EvaluationSet,
-    arguments: dict[str, Any],
-    *,
-    batch_size: int,
-    device: torch.device,
-) -> Tally:
-    """Collective. Complete the prompts; texts and references in the prompts' order, the same on every rank."""
-    prompts = [item.prompt for item in data.generations]
-    texts = generate_texts(
-        module, tokenizer, prompts, arguments, pad_id=data.pad_id, batch_size=batch_size, device=device
-    )
-    return Tally(hypotheses=texts, references=[item.references for item in data.generations])
-
-
 @torch.no_grad()
 def generate_texts(
     module: nn.Module,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dsee_scale.errors import ConfigError
-from dsee_scale.evaluation.evaluate import EvaluationSet, evaluate, generate
+from dsee_scale.evaluation.evaluate import EvaluationSet, Tally, evaluate, generate_texts
 from dsee_scale.evaluation.label_logits import label_loss, logits_at, predicting
 from dsee_scale.passes.prune_model import prune
 from dsee_scale.training.base_trainer import AdapterTrainer
@@ -67,10 +67,16 @@ class DSEETrainer(AdapterTrainer):
         data = self.evaluation
         tally = evaluate(self.model_wrapped, self.module, data, batch_size=batch_size, device=device)
         if data.generations:
-            arguments = self.generation
-            tally += generate(
-                self.module, self.processing_class, data, arguments, batch_size=batch_size, device=device
+            texts = generate_texts(
+                self.module,
+                self.processing_class,
+                [item.prompt for item in data.generations],
+                self.generation,
+                pad_id=data.pad_id,
+                batch_size=batch_size,
+                device=device,
             )
+            tally += Tally(hypotheses=texts, references=[item.references for item in data.generations])
         return tally.metrics()
 
     def _label_loss(
