@@ -203,22 +203,10 @@ def loss_curve(metrics: dict[str, Any]) -> str:
 
 def quality_bars(phases: list[tuple[str, float]], metric: str) -> str:
     """One bar per phase, the first and the pruned one in colours of their own."""
-    figure = _figure(HALF, 0.4 + 0.34 * len(phases))
-    axis = figure.subplots()
-    names, values = [name for name, _ in phases], [value for _, value in phases]
-    colors = [SECOND, *(ACCENT if name == "pruned" else MAIN for name in names[1:])]
-    rows = range(len(phases), 0, -1)
-    axis.barh(list(rows), values, color=colors, height=0.62)
-    for row, value in zip(rows, values, strict=True):
-        axis.annotate(
-            _number(value), (value, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9
-        )
-    axis.set_yticks(list(rows), names)
-    axis.set_xlim(0, max(values) * 1.14 or 1)
-    axis.set_xticks([])
-    for side in ("top", "right", "bottom"):
-        axis.spines[side].set_visible(False)
-    axis.tick_params(length=0, labelsize=9)
+    colors = [SECOND, *(ACCENT if name == "pruned" else MAIN for name, _ in phases[1:])]
+    figure, axis = _bars([(name, value, _number(value)) for name, value in phases], colors)
+    axis.invert_yaxis()
+    axis.set_xlim(0, max(value for _, value in phases) * 1.14 or 1)
     return _svg(figure, (), f"{metric} at each phase")
 
 
@@ -255,26 +243,26 @@ def size_bars(sizes: dict[str, int]) -> str:
     if not sizes:
         return ""
     ordered = sorted(sizes.items(), key=lambda item: item[1])
-    figure = _figure(HALF, 0.4 + 0.34 * len(ordered))
-    axis = figure.subplots()
-    axis.barh([name for name, _ in ordered], [value for _, value in ordered], color=MAIN, height=0.62)
-    for row, (_, value) in enumerate(ordered):
-        axis.annotate(
-            megabytes(value),
-            (value, row),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
+    figure, axis = _bars([(name, value, megabytes(value)) for name, value in ordered], MAIN)
     axis.set_xscale("log")
-    axis.set_xlim(min(v for _, v in ordered) / 3, max(v for _, v in ordered) * 8)
+    axis.set_xlim(ordered[0][1] / 3, ordered[-1][1] * 8)
     axis.set_xticks([])
     axis.minorticks_off()
+    return _svg(figure, (), "Sizes of files (logarithmic)")
+
+
+def _bars(rows: list[tuple[str, float, str]], colors: str | list[str]) -> tuple[Any, Any]:
+    """A bar of a length, with a name before and words behind it, for each row from below."""
+    figure = _figure(HALF, 0.4 + 0.34 * len(rows))
+    axis = figure.subplots()
+    axis.barh([name for name, _, _ in rows], [value for _, value, _ in rows], color=colors, height=0.62)
+    for row, (_, value, words) in enumerate(rows):
+        axis.annotate(words, (value, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9)
+    axis.set_xticks([])
     for side in ("top", "right", "bottom"):
         axis.spines[side].set_visible(False)
     axis.tick_params(length=0, labelsize=9)
-    return _svg(figure, (), "Sizes of files (logarithmic)")
+    return figure, axis
 
 
 def megabytes(size: int) -> str:
