@@ -17,12 +17,14 @@ from dsee_scale.version import __version__
 RELAUNCH = 75  # EX_TEMPFAIL: it failed for now, the same command may be tried again
 RUN_HELP = """usage: dsee-scale run RECIPE [--flag value ...]
 
-Tune, prune, retune and export in one launch. RECIPE is a YAML file or the name of a shipped one ({names}).
+Tune, prune, retune and export in one launch. RECIPE is a YAML file or the name of one that comes along:
+{names}.
 Start it with `deepspeed --module dsee_scale run ...`, `accelerate launch -m dsee_scale run ...`, `torchrun -m
 dsee_scale run ...`, or as it stands on one device.
 
 Every key of the recipe can be given here: `--training.learning_rate 1e-4`, `--dsee.rank 8`; names of
-TrainingArguments also directly: `--learning_rate 1e-4`. `--deepspeed` takes a file or a shipped name ({configs}).
+TrainingArguments also directly: `--learning_rate 1e-4`. `--deepspeed` takes a file or one of these names:
+{configs}.
 `--resume` goes on from the last whole checkpoint, `--resume auto` starts afresh where there is none.
 
 Exit codes of a rank: 2, something must be changed first (the message says what); 75, relaunch with --resume.
