@@ -149,7 +149,7 @@ def build_engine(model: str) -> tuple[Any, dict[str, int]]:
     for _ in range(2):
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)
         engine.step()
-    pruned = dsee_scale.prune(engine, dsee_scale.PruneConfig(sparsity=0.5))
+    pruned = dsee_scale.prune(engine, dsee_scale.PruneConfig(sparsity=0.5, score="W"))
     trained = sum(p.ds_numel for p in parameters)
     num_matrices = sum(name.endswith(("q_proj", "v_proj")) for name, _ in base.named_modules())
     return engine, {"trained": trained, "pruned": pruned.total, "sparse": num_matrices * NUM_SPARSE}

@@ -40,12 +40,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _report import Report, parser
 from demo_inputs import Package, fetch, prepare_data
 
-REMOVED = PruneConfig(
-    pattern="heads",
-    sparsity=0.25,
-    scope="matrix",
-    then=(PruneConfig(pattern="neurons", sparsity=0.4, scope="matrix"),),
-)
+REMOVED = [
+    PruneConfig(pattern="heads", sparsity=0.25, scope="matrix", score="W"),
+    PruneConfig(pattern="neurons", sparsity=0.4, scope="matrix", score="W"),
+]
 SHAPE = dict(
     vocab_size=4096,
     hidden_size=1024,
@@ -88,7 +86,9 @@ def main() -> None:
         small = pruned(dense, REMOVED, Path(work) / "small")
         compare(report, f"llama {dense.config.hidden_size}", dense, small, repeats=7)
         if chosen.device != "cpu":
-            semi = pruned(dense, PruneConfig(pattern="2:4"), Path(work) / "semi", semi_structured=True)
+            semi = pruned(
+                dense, PruneConfig(pattern="2:4", score="W"), Path(work) / "semi", semi_structured=True
+            )
             compare(report, f"llama {dense.config.hidden_size}, 2:4", dense, semi, repeats=7, flops=False)
         quality(report, Path(work), steps=8 if chosen.quick else 60, rows=200 if chosen.quick else 1000)
 

@@ -74,7 +74,7 @@ def decompose_and_prune(shape: str) -> dict[str, Any]:
     result["parameters"] = sum(port.shape(p).numel() for p in model.parameters())
     with PeakMemory() as memory:
         report = dsee_scale.inject(model, DSEEConfig(rank=16, num_sparse=64))
-        pruned = dsee_scale.prune(model, PruneConfig(sparsity=0.5))
+        pruned = dsee_scale.prune(model, PruneConfig(sparsity=0.5, score="W"))
     result["supports of q and v"] = report.seconds
     result["exact 50% mask"] = pruned.seconds
     result["block weights"] = pruned.total

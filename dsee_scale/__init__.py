@@ -2,6 +2,7 @@
 
 from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
 from dsee_scale.config import DecompositionConfig, DSEEConfig, Pool, PruneConfig
+from dsee_scale.errors import CalibrationError as CalibrationError
 from dsee_scale.errors import ConfigError as ConfigError
 from dsee_scale.errors import DSEEError as DSEEError
 from dsee_scale.errors import FormatError as FormatError
@@ -9,6 +10,8 @@ from dsee_scale.errors import PartitionError as PartitionError
 from dsee_scale.errors import TargetError as TargetError
 from dsee_scale.export.export import export_model
 from dsee_scale.export.load import load_pretrained
+from dsee_scale.passes.calibrate import Statistics as Statistics
+from dsee_scale.passes.calibrate import calibrate
 from dsee_scale.passes.inject_model import inject, trainable_parameters
 from dsee_scale.passes.prune_model import prune
 from dsee_scale.passes.schedule import CubicSchedule
@@ -21,6 +24,7 @@ __all__ = [
     "Pool",
     "PruneConfig",
     "__version__",
+    "calibrate",
     "export_model",
     "inject",
     "load_adapter",

@@ -14,11 +14,11 @@ from dsee_scale.settings import JsonConfig, at_least, fraction, tuple_of_str
 
 SupportMethod = Literal["grebsmo", "magnitude", "random"]
 DecompositionPreset = Literal["fast", "reference"]
-Score = Literal["W", "AB", "ABS", "WAB", "WABS", "NAB", "NABS", "random"]
-Scope = Literal["global", "matrix"]
+Score = Literal["wanda", "W", "AB", "ABS", "WAB", "WABS", "NAB", "NABS", "random"]
+Scope = Literal["global", "matrix", "row"]
 PoolSelect = Literal["adapted", "others", "all"]
 
-SCORES_WITHOUT_ADAPTER = ("W", "random")
+SCORES_WITHOUT_ADAPTER = ("wanda", "W", "random")
 UNIT_PATTERNS = ("heads", "neurons")
 DEFAULT_SPARSITY = 0.5
 
@@ -137,19 +137,28 @@ class Pool(JsonConfig):
 class PruneConfig(JsonConfig):
     """Which frozen weights are set to zero."""
 
-    sparsity: float = DEFAULT_SPARSITY
-    """Fraction of the weights, heads or neurons removed, in [0, 1); pools have their own. N:M implies it."""
+    sparsity: float | None = None
+    """Fraction of the weights, heads or neurons removed, in [0, 1). None means half, or what the pattern N:M, the
+    pools or num_per_layer say."""
     pattern: str = "unstructured"
     """`unstructured`, N:M such as `2:4` (N of each M along the input stay), `heads` or `neurons`."""
-    scope: Scope = "global"
-    """`global`: one threshold over a pool; `matrix`: the same sparsity in every matrix (or layer, for units)."""
+    scope: Scope | None = None
+    """`global`: one threshold over a pool; `matrix`: the same sparsity in every matrix (or layer, for units); `row`:
+    in every output of every matrix. None means `matrix` for `refit`, `row` for score `wanda` alone, else `global`."""
     num_per_layer: int | None = None
     """Heads or neurons removed from every layer; in place of sparsity and scope."""
     min_per_layer: int = 1
     """Heads or neurons that scope `global` leaves in every layer at least."""
-    score: Score = "W"
-    """Importance of an entry: W = |W|, AB = |s BA|, ABS = |D|, WAB = |W + s BA|, WABS = |W + D|, NAB = 1/AB,
-    NABS = 1/ABS, random."""
+    score: Score = "wanda"
+    """Importance of an entry: wanda = |W + D| times the norm of its input over the calibration data (of a head or
+    neuron: the norm of what it adds to the block's output), W = |W|,
+    AB = |s BA|, ABS = |D|, WAB = |W + s BA|, WABS = |W + D|, NAB = 1/AB, NABS = 1/ABS, random."""
+    refit: bool | None = None
+    """Solve the weights that stay anew, block after block, so that each pruned layer does what the tuned one did;
+    the solver chooses what goes, by its own activation-aware criterion, and W + D becomes the new frozen weight.
+    None means yes for score `wanda` with pattern `unstructured` (scope `row` or `matrix`) or N:M."""
+    gram_memory_mib: int = 4096
+    """Statistics that one rank collects at a time for `refit`, in MiB (at least one matrix's)."""
     pools: tuple[Pool, ...] = ()
     """Pools ranked apart, each with its own sparsity; empty means one pool with all weights."""
     modules: tuple[str, ...] = ()
@@ -159,25 +168,18 @@ class PruneConfig(JsonConfig):
     mask_update: bool = True
     """Whether the updates of pruned matrices are trained under the mask from then on, as the masked export has them;
     False trains them beside it, for a sparse base that is served with a separate adapter."""
-    then: tuple[PruneConfig, ...] = ()
-    """Further prunings right after this one, such as neurons after heads."""
 
     def __post_init__(self) -> None:
         self.convert("modules", tuple_of_str)
         self.convert(
             "pools", lambda ps: tuple(Pool.from_dict(p) if isinstance(p, Mapping) else p for p in ps)
         )
-        self.convert(
-            "then",
-            lambda cs: tuple(type(self).from_dict(c) if isinstance(c, Mapping) else c for c in cs),
-        )
         super().__post_init__()
 
     def problems(self) -> list[str]:
         """What is out of range, or contradicts something else."""
-        problems = fraction(self, "sparsity") + self._pattern_problems()
-        if any(further.then for further in self.then):
-            problems.append("`then` within `then`; list all further prunings in the first one")
+        problems = self._settle_sparsity() + self._pattern_problems()
+        problems += self._settle_refit() + self._settle_scope() + at_least(self, 1, "gram_memory_mib")
         names = [pool.name for pool in self.pools]
         if len(set(names)) != len(names):
             problems.append(f"pools need different names, found {names}")
@@ -194,11 +196,64 @@ class PruneConfig(JsonConfig):
         """Whether whole heads or neurons are removed."""
         return self.pattern in UNIT_PATTERNS
 
+    def _settle_sparsity(self) -> list[str]:
+        """Half unless something else says how much goes; the same said twice must agree."""
+        if self.n_of_m is not None:
+            n, m = self.n_of_m
+            if not 1 <= n < m:
+                return [f"pattern {self.pattern!r} keeps {n} of each {m}; expected 1 <= N < M"]
+            if self.sparsity not in (None, 1 - n / m):
+                return [
+                    f"pattern {self.pattern!r} means a sparsity of {1 - n / m:g}, found {self.sparsity!r}; "
+                    "leave sparsity out"
+                ]
+            object.__setattr__(self, "sparsity", 1 - n / m)
+            return []
+        if self.pools or self.num_per_layer is not None:
+            other = "each pool has its own" if self.pools else "num_per_layer says how many go"
+            if self.sparsity is None:
+                return []
+            return [f"sparsity {self.sparsity!r} has no effect: {other}; leave it out"]
+        if self.sparsity is None:
+            object.__setattr__(self, "sparsity", DEFAULT_SPARSITY)
+        return fraction(self, "sparsity")
+
+    def _settle_scope(self) -> list[str]:
+        """What suits the score, else one threshold; refuse a scope that would do nothing."""
+        found = self.scope
+        if found is None:
+            suited = "matrix" if self.refit else "row"
+            sees = self.score == "wanda" and self.pattern == "unstructured"
+            object.__setattr__(self, "scope", suited if sees else "global")
+            return []
+        if found == "row" and self.pattern != "unstructured":
+            return [f"scope 'row' goes with pattern 'unstructured', found {self.pattern!r}; leave scope out"]
+        if self.min_per_layer != 1 and found != "global":
+            return [
+                f"min_per_layer goes with scope 'global', found {found!r}; use num_per_layer, or leave it out"
+            ]
+        return []
+
+    def _settle_refit(self) -> list[str]:
+        """On by default wherever it can be done; refuse it where it can't."""
+        pooled = self.pattern == "unstructured" and self.scope == "global"
+        if self.refit is None:
+            possible = self.score == "wanda" and not self.removes_units and not pooled
+            object.__setattr__(self, "refit", possible)
+        if not self.refit:
+            return []
+        problems = []
+        if self.removes_units:
+            problems.append(f"refit goes with pattern 'unstructured' or N:M, found {self.pattern!r}")
+        if self.score != "wanda":
+            problems.append(f"refit chooses by activations; leave score {self.score!r} out, or refit")
+        if pooled:
+            problems.append("refit goes with scope 'row' or 'matrix', found 'global'")
+        return problems
+
     def _pattern_problems(self) -> list[str]:
         problems = []
-        if self.n_of_m is not None:
-            problems += self._settle_n_of_m(*self.n_of_m)
-        elif self.pattern != "unstructured" and not self.removes_units:
+        if self.n_of_m is None and self.pattern != "unstructured" and not self.removes_units:
             problems.append(
                 f"pattern {self.pattern!r} is unknown; valid: 'unstructured', N:M such as '2:4', "
                 "'heads', 'neurons'"
@@ -213,19 +268,6 @@ class PruneConfig(JsonConfig):
         if self.num_per_layer is not None and self.min_per_layer != 1:
             problems.append("give num_per_layer (the same in every layer) or min_per_layer, not both")
         return problems
-
-    def _settle_n_of_m(self, n: int, m: int) -> list[str]:
-        """Check N:M and derive the sparsity."""
-        if not 1 <= n < m:
-            return [f"pattern {self.pattern!r} keeps {n} of each {m}; expected 1 <= N < M"]
-        implied = 1 - n / m
-        if self.sparsity not in (DEFAULT_SPARSITY, implied):
-            return [
-                f"pattern {self.pattern!r} means a sparsity of {implied:g}, found {self.sparsity!r}; "
-                "leave sparsity out"
-            ]
-        object.__setattr__(self, "sparsity", implied)
-        return []
 
 
 def paper_pools(adapted: float, others: float) -> tuple[Pool, Pool]:

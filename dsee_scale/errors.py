@@ -27,3 +27,7 @@ class RunError(DSEEError, RuntimeError):
 
 class RunStoppedError(DSEEError, RuntimeError):
     """A run ended before its last step, by SIGTERM or because a rank was lost; a relaunch can go on."""
+
+
+class CalibrationError(DSEEError, ValueError):
+    """Calibration data or statistics that cannot be used: empty, not finite, or of another model."""

@@ -11,6 +11,9 @@ from torch import Tensor
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integers as wide as a float, by bytes."""
 
+CHECKSUM_CHUNK = 2**22
+"""Entries whose checksum is taken at once: 32 MiB of int64."""
+
 CPU_CHUNK = 2**17
 """Entries handled at once on the CPU: what leaves a core's cache costs several times as much."""
 
@@ -20,6 +23,26 @@ def nonzero(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point() or tensor.element_size() not in INTEGERS or not tensor.is_contiguous():
         return tensor != 0
     return (tensor.detach().view(INTEGERS[tensor.element_size()]) << 1).bool()
+
+
+def position_sum(values: Tensor, start: int) -> int:
+    """Sum of each entry's bits times an odd number that its position gives, in wrapping int64.
+
+    Sums over the stretches of a tensor add up (modulo 2**64) to the same number however it is cut: a checksum of
+    content that no process holds together.
+
+    Args:
+        values: (n,) a stretch in flat order.
+        start: position of its first entry.
+    """
+    total = 0
+    for at in range(0, values.numel(), CHECKSUM_CHUNK):
+        part = values[at : at + CHECKSUM_CHUNK].detach().contiguous()
+        bits = part.view(INTEGERS[part.element_size()]).long()
+        first = start + at
+        places = torch.arange(2 * first + 1, 2 * (first + bits.numel()) + 1, 2, device=bits.device)
+        total += int((bits * places).sum())
+    return (total + 2**63) % 2**64 - 2**63
 
 
 def count_nonzero(tensor: Tensor) -> int:

@@ -67,13 +67,13 @@ def validate(shape: Sequence[int], num_sparse: int) -> None:
 
 
 @torch.no_grad()
-@torch.no_grad()
 def find_support(
     weight: Tensor,
     num_sparse: int,
     method: SupportMethod,
     config: DecompositionConfig,
     generator: torch.Generator,
+    among: Tensor | None = None,
 ) -> Support:
     """Where the sparse entries of a weight go.
 
@@ -83,6 +83,7 @@ def find_support(
         method: `grebsmo`: the N largest |W - L|; `magnitude`: the N largest |W|; `random`: uniform.
         config: the decomposition behind `grebsmo`.
         generator: the only source of randomness; it may live on another device than the weight.
+        among: (O, I) bool, the entries to choose from; None for all.
 
     Returns:
         The support, on the weight's device. Of equal entries the one that comes first in row-major order
@@ -92,13 +93,19 @@ def find_support(
         ConfigError: `num_sparse` does not fit the shape, or the weight is no matrix.
     """
     validate(weight.shape, num_sparse)
+    if among is not None and (allowed := int(among.sum())) < num_sparse:
+        raise ConfigError(
+            f"num_sparse is {num_sparse}, but only {allowed} entries stay in the matrix; lower it"
+        )
     if method == "random":
-        positions = _random_positions(weight.numel(), num_sparse, generator).to(weight.device)
+        numel = weight.numel() if among is None else int(among.sum())
+        positions = _random_positions(numel, num_sparse, generator).to(weight.device)
+        positions = positions if among is None else among.flatten().nonzero().squeeze(1)[positions]
     elif method == "magnitude":
-        positions = _largest(_magnitudes(weight), num_sparse, weight.device)
+        positions = _largest(_within(_magnitudes(weight), among), num_sparse, weight.device)
     else:
         left, right = low_rank(weight, config, generator)
-        positions = _largest(_residuals(weight, left, right), num_sparse, weight.device)
+        positions = _largest(_within(_residuals(weight, left, right), among), num_sparse, weight.device)
     rows = torch.div(positions, weight.shape[1], rounding_mode="floor")
     return Support(rows.to(torch.int32), (positions - rows * weight.shape[1]).to(torch.int32))
 
@@ -207,6 +214,14 @@ def _residuals(weight: Tensor, left: Tensor, right: Tensor) -> Iterator[Tensor]:
 def _magnitudes(weight: Tensor) -> Iterator[Tensor]:
     for start, stop in _row_blocks(weight):
         yield weight[start:stop].to(_working_dtype(weight)).abs()
+
+
+def _within(blocks: Iterable[Tensor], among: Tensor | None) -> Iterator[Tensor]:
+    """The blocks of rows with a size that is never chosen wherever `among` is False."""
+    row = 0
+    for block in blocks:
+        yield block if among is None else block.masked_fill(~among[row : row + len(block)], -1.0)
+        row += len(block)
 
 
 def _largest(blocks: Iterable[Tensor], count: int, device: torch.device) -> Tensor:

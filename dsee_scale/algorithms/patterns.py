@@ -11,6 +11,7 @@ as whole multiples of a power of two, in int64, where sums are exact and the ord
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor
 
 from dsee_scale.algorithms.delta import BLOCK_ENTRIES, flat_blocks
-from dsee_scale.algorithms.score import Ranking, keys, ranked_blocks, scores, update_block
+from dsee_scale.algorithms.score import Ranking, block_scores, keys, ranked_blocks
 
+SMALL_GROUP = 32
+"""Groups of up to so many entries are compared pair by pair, longer ones by selection."""
 EXPONENTS = 512
 """Length of a one-hot vector that holds the exponent of any float32 score."""
 _ZERO_EXPONENT = 256
@@ -37,6 +40,8 @@ def lowest_in_groups(group_keys: Tensor, num_remove: int) -> Tensor:
     Returns:
         bool, in the shape of `group_keys`, exactly `num_remove` of each group True.
     """
+    if group_keys.shape[1] > SMALL_GROUP:
+        return _lowest_in_rows(group_keys, num_remove)
     by_place = group_keys.movedim(1, 0).contiguous()
     before = torch.zeros(by_place.shape, dtype=torch.int16, device=group_keys.device)
     for later in range(1, len(by_place)):
@@ -45,6 +50,18 @@ def lowest_in_groups(group_keys: Tensor, num_remove: int) -> Tensor:
             before[later] += first
             before[earlier] += ~first
     return (before < num_remove).movedim(0, 1)
+
+
+def _lowest_in_rows(group_keys: Tensor, num_remove: int) -> Tensor:
+    """The same for long groups: the threshold of each by selection, then ties in order."""
+    if not num_remove:
+        return torch.zeros(group_keys.shape, dtype=torch.bool, device=group_keys.device)
+    threshold = group_keys.kthvalue(num_remove, dim=1, keepdim=True).values
+    gone, tied = group_keys < threshold, group_keys == threshold
+    wanted = num_remove - gone.sum(1, keepdim=True)
+    if not torch.equal(wanted, tied.sum(1, keepdim=True)):
+        tied &= tied.cumsum(1, dtype=torch.int32) <= wanted
+    return gone | tied
 
 
 def key_blocks(weight: Tensor, start: int, ranking: Ranking) -> Iterator[tuple[Tensor, int]]:
@@ -85,15 +102,16 @@ def score_blocks(weight: Tensor, start: int, ranking: Ranking) -> Iterator[tuple
     As in `score.ranked_blocks`, no score depends on where the stretch begins.
     """
     mode = _WITHOUT_RECIPROCAL.get(ranking.mode, ranking.mode)
-    if ranking.by_magnitude or ranking.delta is None:
+    ranking = dataclasses.replace(ranking, mode=mode)  # type: ignore[arg-type]
+    if ranking.by_magnitude:
         for part in weight.split(BLOCK_ENTRIES):
             yield part.float().abs(), start
             start += part.numel()
         return
-    for block in flat_blocks(ranking.delta.storage_shape, start, weight.numel()):
+    shape = ranking.shape if ranking.delta is None else ranking.delta.storage_shape
+    for block in flat_blocks(shape, start, weight.numel()):
         entries = weight[block.start - start : block.start - start + block.numel]
-        update = update_block(mode, ranking.delta, block.start_row, block.stop_row)  # type: ignore[arg-type]
-        yield scores(mode, entries, block.part(update)), block.start  # type: ignore[arg-type]
+        yield block_scores(ranking, entries, block), block.start
 
 
 def largest_exponent(blocks: Iterable[tuple[Tensor, int]]) -> Tensor:

@@ -2,9 +2,12 @@
 
 With U = s * B A (modes AB, WAB, NAB) or U = D = s * (B A + S2) (modes ABS, WABS, NABS):
 
-    W |w|    AB, ABS |u|    WAB, WABS |w + u|    NAB, NABS 1 / |u|    random: uniform in [0, 1)
+    wanda |w + u| * norm of the input    W |w|    AB, ABS |u|    WAB, WABS |w + u|    NAB, NABS 1 / |u|
+    random: uniform in [0, 1)
 
-A matrix without an adapter is scored by |w|, and by chance in mode random. Scores are float32. The
+A matrix without an adapter has u = 0: it is scored by |w| (times the norm), and by chance in mode random. One
+without norms (no token reached it) is scored by |w| under wanda too. Scores are float32. wanda is Sun et al.
+(arXiv 2306.11695), with the root mean square over tokens as the norm, which orders entries alike. The
 paper's released code scales only S2 in WABS; here both terms are scaled, as in the forward pass.
 
 *Keys.* The bits of a non-negative float order as integers, so a key is the score's bits, with two
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dsee_scale.algorithms.bits import INTEGERS
-from dsee_scale.algorithms.delta import Delta, delta_block, flat_blocks, low_rank_block
+from dsee_scale.algorithms.delta import Delta, FlatBlock, delta_block, flat_blocks, low_rank_block
 from dsee_scale.config import Score
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -38,32 +41,51 @@ class Ranking:
         mode: the score.
         name: the parameter's name, part of the seed of mode random.
         delta: the weight's update; None if it has no adapter.
+        norms: mode wanda: (I,) float32, the norm of each input.
+        shape: with `norms`, the weight's shape as stored.
+        transposed: with `norms`, whether that is I x O.
         seed: seed of mode random.
     """
 
     mode: Score
     name: str
     delta: Delta | None = None
+    norms: Tensor | None = None
+    shape: tuple[int, int] = (0, 0)
+    transposed: bool = False
     seed: int = 0
 
     @property
     def by_magnitude(self) -> bool:
         """Whether the score is |w|, so that the stored weight itself serves as its keys."""
+        if self.mode == "wanda":
+            return self.norms is None
         return self.mode == "W" or (self.delta is None and self.mode != "random")
 
+    def norm_block(self, start_row: int, stop_row: int) -> Tensor:
+        """The norm of each entry's input, rows start_row to stop_row of the storage layout."""
+        assert self.norms is not None
+        rows = self.norms[start_row:stop_row, None] if self.transposed else self.norms
+        return rows.expand(stop_row - start_row, self.shape[1])
 
-def scores(mode: Score, weight: Tensor, update: Tensor | None = None) -> Tensor:
+
+def scores(mode: Score, weight: Tensor, update: Tensor | None = None, norms: Tensor | None = None) -> Tensor:
     """Scores of some entries under every mode but random.
 
     Args:
         mode: the score.
         weight: entries of W, any float dtype.
         update: U at the same places, float32; None for a weight without an adapter.
+        norms: mode wanda: the norms of the entries' inputs, float32.
 
     Returns:
         float32, non-negative, in the weight's shape.
     """
     assert mode != "random", "random scores depend on positions: see random_scores"
+    if mode == "wanda":
+        effective = weight.float() if update is None else weight.float() + update
+        assert norms is not None
+        return effective.float().abs().mul_(norms)
     if mode == "W" or update is None:
         return weight.float().abs()
     if mode in ("WAB", "WABS"):
@@ -153,7 +175,9 @@ def ranked_blocks(
         return
     # Random scores need no rows: one "row" of the flat order is as good a block as any.
     shape = (start + weight.numel(), 1)
-    if ranking.mode != "random" and ranking.delta is not None:
+    if ranking.norms is not None:
+        shape = ranking.shape
+    elif ranking.mode != "random" and ranking.delta is not None:
         shape = ranking.delta.storage_shape
     for block in flat_blocks(shape, start, weight.numel()):
         if wants is not None and not wants(block.start, block.numel):
@@ -162,10 +186,20 @@ def ranked_blocks(
         if ranking.mode == "random":
             found = random_scores(ranking.seed, ranking.name, block.start, block.numel, weight.device)
         else:
-            assert ranking.delta is not None
-            update = update_block(ranking.mode, ranking.delta, block.start_row, block.stop_row)
-            found = scores(ranking.mode, entries, block.part(update))
+            found = block_scores(ranking, entries, block)
         yield entries, keys(found, entries), block.start
+
+
+def block_scores(ranking: Ranking, entries: Tensor, block: FlatBlock) -> Tensor:
+    """Float32 scores of the part of a block of rows that `entries` are, under every mode but random."""
+    rows = (block.start_row, block.stop_row)
+    update = norms = None
+    if ranking.delta is not None:
+        # An offloaded weight lies elsewhere than its adapter.
+        update = block.part(update_block(ranking.mode, ranking.delta, *rows)).to(entries.device)
+    if ranking.norms is not None:
+        norms = block.part(ranking.norm_block(*rows)).to(entries.device)
+    return scores(ranking.mode, entries, update, norms)
 
 
 def all_finite(values: Tensor) -> bool:

@@ -13,19 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.linear import BUFFERS, adapted_layers, is_adapted, restore_under_mask
-from dsee_scale.adapters.state import model_state
+from dsee_scale.adapters.state import model_state, reject_broken
 from dsee_scale.adapters.targets import Target, linear_kind
 from dsee_scale.algorithms.decompose import Support
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, new_folder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS
-from dsee_scale.checkpoint.masks import apply_mask, check_masks, open_masks, save_masks
+from dsee_scale.checkpoint.masks import apply_mask, check_masks, masked_sum, open_masks, save_masks
 from dsee_scale.checkpoint.record import (
     CONFIG_FILE,
     AdapterRecord,
     base_identity,
     check_base,
     describe,
+    other_base,
     trained_in_full,
     trained_modules,
 )
@@ -41,6 +42,7 @@ from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import DSEEError, FormatError, TargetError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.quantized import prepare_quantised
+from dsee_scale.passes.fingerprint import as_text
 from dsee_scale.passes.inject_model import apply_adapters
 
 STEM = "dsee_adapter"
@@ -67,6 +69,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         FormatError: writing failed, e.g. no space is left.
     """
     module, partition = unwrap(model), open_partition(model)
+    reject_broken(module)
     with new_folder(partition, folder, kind=KIND, overwrite=overwrite) as new:
         write_adapter(partition, module, new)
 
@@ -100,6 +103,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> AdapterRecord:
         tensors, masks = open_adapter(stored, record), open_masks(stored)
         targets = _targets(partition, model, record, stored)
         _check_weights(partition, model, record, stored)
+    _check_contents(partition, model, record, masks, stored)
     with raise_on_all_ranks(partition):
         _attach(partition, model, record, targets, tensors)
     _set_values(partition, model, record, tensors)
@@ -296,6 +300,21 @@ def _check_weights(
                 f"{tuple(shape)}; load the base that it was made for"
             )
         partition.writable(name, params[name])
+
+
+def _check_contents(
+    partition: Partition, model: nn.Module, record: AdapterRecord, masks: TensorReader, stored: StoredFolder
+) -> None:
+    """Collective. Re-fitted weights must be those that the files were made with; nothing is written yet."""
+    params = dict(model.named_parameters())
+    expected = {name: how["content"] for name, how in record.pruned.items() if "content" in how}
+    sums: list[int] = []
+    with raise_on_all_ranks(partition):
+        sums += [masked_sum(partition, params[name], masks, name) for name in expected]
+    found = partition.sum_over_shards(torch.tensor(sums, dtype=torch.int64)).tolist()
+    for (name, content), total in zip(expected.items(), found, strict=True):
+        if as_text(total) != content:
+            raise FormatError(other_base(str(stored.path / CONFIG_FILE), name))
 
 
 def _attach(

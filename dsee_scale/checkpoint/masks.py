@@ -18,6 +18,7 @@ from dsee_scale.algorithms.bits import CPU_CHUNK, INTEGERS, count_nonzero, nonze
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec, write_dealt
 from dsee_scale.partition.port import Partition
+from dsee_scale.passes.fingerprint import rounded_sum
 
 STEM = "dsee_masks"
 KIND = "masks"
@@ -171,6 +172,14 @@ def apply_mask(partition: Partition, param: nn.Parameter, reader: TensorReader, 
             words = stretch.data.view(INTEGERS[stretch.data.element_size()])
             for at, keep in _keep_blocks(reader, name, stretch.start, words.numel(), words.device):
                 words[at : at + keep.numel()].mul_(keep)
+
+
+def masked_sum(partition: Partition, param: nn.Parameter, reader: TensorReader, name: str) -> int:
+    """This rank's part of the checksum (see `fingerprint.contents`) that a weight will have under its mask. Local."""
+    shard, total = partition.shard(param), 0
+    for at, keep in _keep_blocks(reader, name, shard.start, shard.data.numel(), shard.data.device):
+        total += rounded_sum(shard.data[at : at + keep.numel()] * keep, shard.start + at)
+    return (total + 2**63) % 2**64 - 2**63
 
 
 def _keep_blocks(

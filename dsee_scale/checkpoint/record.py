@@ -45,6 +45,11 @@ class AdapterRecord:
     trained: dict[str, tuple[int, ...]] = field(default_factory=dict)
     pruned: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def refitted(self) -> bool:
+        """Whether frozen weights were solved anew, so that the published base does not have them."""
+        return any("content" in how for how in self.pruned.values())
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
@@ -213,6 +218,14 @@ def lasting_config(config: Any) -> dict[str, Any]:
 def config_hash(values: Mapping[str, Any]) -> str:
     """SHA-256 of a config's canonical JSON."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def other_base(where: str, name: str) -> str:
+    """What to say of a base whose re-fitted weight is not the one that files were made with."""
+    return (
+        f"{where} belongs to a base whose weights were re-fitted, and {name} is another one here: load the `base` "
+        "folder of that run (or what export_model(model, folder, delta='none') wrote after the pruning)"
+    )
 
 
 def check_base(saved: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:

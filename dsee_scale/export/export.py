@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dsee_scale.adapters.linear import adapted_layers, delta_record
-from dsee_scale.adapters.state import model_state
+from dsee_scale.adapters.state import model_state, reject_broken
 from dsee_scale.algorithms.delta import Delta
 from dsee_scale.checkpoint.adapter import write_adapter
 from dsee_scale.checkpoint.folder import NewFolder
@@ -21,7 +21,7 @@ from dsee_scale.errors import TargetError
 from dsee_scale.export.plan import Entry, plan_export, reverted, saved_state
 from dsee_scale.export.report import ExportReport
 from dsee_scale.export.structure import find_structure, smaller_config
-from dsee_scale.export.writer import DeltaForm, check_delta, write_model
+from dsee_scale.export.writer import WITHOUT_UPDATE, DeltaForm, check_delta, write_model
 from dsee_scale.partition import Partition, open_partition, unwrap
 
 logger = logging.getLogger(__name__)
@@ -47,8 +47,9 @@ def export_model(
         model: a raw model, a DeepSpeed engine, or what Accelerate or DDP made of it. It is not changed.
         folder: output folder; parents are made.
         delta: `masked` writes (W + D) * M, as sparse as W; `dense` writes W * M + D; both are plain models
-            that stock transformers loads. `separate` writes W * M, with the adapter in `folder/adapter`.
-            Removed heads and neurons are cut out of the files, but for `separate`, where they stay as zeros.
+            that stock transformers loads. `separate` writes W * M, with the adapter in `folder/adapter`;
+            `none` writes W * M alone, the base that adapters belong to after `refit`. Removed heads and neurons are
+            cut out of the files of the first two; of the others they stay as zeros.
         tokenizer: saved along (or a processor); anything with `save_pretrained`.
         max_shard_size: size of a weight file at most, unless one weight is larger.
         overwrite: replace an earlier export. A folder with other files in it is never replaced.
@@ -64,10 +65,13 @@ def export_model(
         FormatError: writing failed, e.g. no space is left; what was there before stays.
     """
     module, partition = unwrap(model), open_partition(model)
+    reject_broken(module)
     with raise_on_all_ranks(partition):
         check_delta(delta)
         reject_unknown_quantisation(module, partition)
-        source = LiveModel(module, partition, max_shard_size, cut=delta != "separate", tokenizer=tokenizer)
+        source = LiveModel(
+            module, partition, max_shard_size, cut=delta not in WITHOUT_UPDATE, tokenizer=tokenizer
+        )
     report = write_model(source, folder, delta, overwrite=overwrite, progress=progress)
     if partition.rank == 0:
         logger.info("%s", report)

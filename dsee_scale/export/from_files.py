@@ -18,16 +18,24 @@ from dsee_scale.checkpoint.adapter import STEM as ADAPTER_STEM
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, open_folder, read_json
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import apply_mask, open_masks
-from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord, check_base, config_hash, lasting_config
+from dsee_scale.checkpoint.record import (
+    CONFIG_FILE,
+    AdapterRecord,
+    check_base,
+    config_hash,
+    lasting_config,
+    other_base,
+)
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
 from dsee_scale.export.plan import Entry, ExportPlan
 from dsee_scale.export.report import INDEX_FILE, ExportReport
 from dsee_scale.export.structure import Structure, find_structure, recorded_model, smaller_config
-from dsee_scale.export.writer import DeltaForm, check_delta, write_model
+from dsee_scale.export.writer import WITHOUT_UPDATE, DeltaForm, check_delta, write_model
 from dsee_scale.partition import open_partition
 from dsee_scale.partition.quantized import as_stored, format_name
+from dsee_scale.passes.fingerprint import as_text, rounded_sum
 
 WEIGHTS_FILE = "model.safetensors"
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -62,7 +70,7 @@ def export_files(
     check_delta(delta)
     stored = open_folder(adapter, KINDS_WITH_ADAPTER)
     stored.verify(stored.names(ADAPTER_STEM) + stored.names(MASKS))
-    source = StoredModel(stored, Path(base), cut=delta != "separate")
+    source = StoredModel(stored, Path(base), cut=delta not in WITHOUT_UPDATE)
     return write_model(source, output, delta, overwrite=overwrite, progress=progress)
 
 
@@ -107,8 +115,15 @@ class StoredModel:
                 param = nn.Parameter(weight.contiguous(), requires_grad=False)
                 apply_mask(self.partition, param, self._masks, entry.name)
                 weight = param.data
+                self._check_content(entry.name, weight)
             module = entry.name.removesuffix(".weight")
             yield weight, self._update(module) if updates and module in self.record.modules else None
+
+    def _check_content(self, name: str, weight: Tensor) -> None:
+        """A re-fitted weight must be the very one that the adapter was trained on."""
+        expected = self.pruned[name].get("content")
+        if expected is not None and as_text(rounded_sum(weight.reshape(-1), 0)) != expected:
+            raise FormatError(other_base(self._where, name))
 
     def stored(self, entry: Entry, value: Tensor) -> Mapping[str, Tensor]:
         """A tensor under the base's name for it."""

@@ -26,7 +26,8 @@ from dsee_scale.export.structure import STRUCTURE_FILE, Structure
 from dsee_scale.partition import Partition
 from dsee_scale.passes.progress import show_progress
 
-DeltaForm = Literal["masked", "dense", "separate"]
+DeltaForm = Literal["masked", "dense", "separate", "none"]
+WITHOUT_UPDATE = ("separate", "none")
 ADAPTER_FOLDER = "adapter"
 LOADER = "dsee_scale.load_pretrained"
 
@@ -131,7 +132,7 @@ class _Writer:
                 specs = [spec for entry in entries for spec in entry.outputs]
                 writer = TensorWriter(self.new, name, specs, {"format": "pt"})
         error: Exception | None = None
-        stream = self.source.read(entries, updates=self.delta != "separate")
+        stream = self.source.read(entries, updates=self.delta not in WITHOUT_UPDATE)
         for entry, piece in zip(entries, stream, strict=True):
             bar.update()
             if writer is None or piece is None or error is not None:

@@ -144,6 +144,12 @@ class Partition(Protocol):
     def sum_over_shards(self, tensor: Tensor) -> Tensor:
         """Collective. In-place sum over the ranks whose shards are different; identity on replicas."""
 
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Collective. The sum over all ranks, replicas included; the same on all, `tensor` stays as it is."""
+
+    def sum_to(self, tensor: Tensor, dst: int) -> Tensor | None:
+        """Collective. The sum over all ranks, replicas included, on rank `dst`; None elsewhere."""
+
     def deal(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """Collective. Send piece r, made from this rank's shards, to rank r.
 

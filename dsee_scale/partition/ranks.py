@@ -92,6 +92,23 @@ class Ranks:
         dist.all_to_all_single(received, sent, coming.tolist(), sizes.tolist(), group=self.group)
         return list(received.cpu().split(coming.tolist()))
 
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Collective. The sum over all ranks, replicas included, bit for bit the same on all."""
+        if self.world_size == 1:
+            return tensor
+        there = tensor.to(self.device, copy=True)
+        dist.all_reduce(there, group=self.group)
+        # Nothing promises that a reduction rounds alike everywhere, and masks must not differ.
+        return self.broadcast(there, 0).to(tensor.device)
+
+    def sum_to(self, tensor: Tensor, dst: int) -> Tensor | None:
+        """Collective. The sum over all ranks on rank `dst`, on the tensor's device; None elsewhere."""
+        if self.world_size == 1:
+            return tensor.clone()
+        there = tensor.to(self.device, copy=True)
+        dist.reduce(there, self.global_rank(dst), group=self.group)
+        return there.to(tensor.device) if self.rank == dst else None
+
     def barrier(self) -> None:
         """Collective. Wait for every rank."""
         if self.world_size > 1:

@@ -37,6 +37,16 @@ class Member:
         return self.shape[0] * self.shape[1]
 
     @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored I x O."""
+        return linear_kind(self.module) == "conv1d"
+
+    @property
+    def num_inputs(self) -> int:
+        """I."""
+        return self.shape[0] if self.transposed else self.shape[1]
+
+    @property
     def param(self) -> nn.Parameter:
         """The weight."""
         return self.module.weight  # type: ignore[return-value]
@@ -74,14 +84,15 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
 def find_pools(
     model: nn.Module, config: PruneConfig, shape_of: Callable[[nn.Parameter], torch.Size]
 ) -> list[WeightPool]:
-    """The pools of a pruning; with scope `matrix` each weight is a pool of its own.
+    """The pools of a pruning; with scope `matrix` or `row` each weight is a pool of its own.
 
     Raises:
         TargetError: `modules` matches nothing.
         ConfigError: a pool is empty, or two pools share a weight.
     """
     weights = _prunable(model, config)
-    pools = config.pools or (Pool(name="all", sparsity=config.sparsity),)
+    assert config.pools or config.sparsity is not None, "PruneConfig settles it"
+    pools = config.pools or (Pool(name="all", sparsity=config.sparsity or 0.0),)
     taken: dict[str, str] = {}
     result = []
     for pool in pools:
@@ -99,7 +110,7 @@ def find_pools(
                 )
             taken[name] = pool.name
         members = [(name, module, _stored_shape(module, shape_of)) for name, module in chosen.items()]
-        result += _pools(pool, members, per_matrix=config.scope == "matrix")
+        result += _pools(pool, members, per_matrix=config.scope != "global")
     return result
 
 

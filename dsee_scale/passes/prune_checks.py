@@ -1,7 +1,7 @@
 """What a pruning means and whether it can be done, from names, shapes, settings and the record: nothing is scored.
 
-Prunings that follow under `then` are checked before the first one writes: the record of what is removed, which
-all of these checks read, pretends meanwhile that the earlier prunings are done.
+Of several prunings all are checked before the first one writes: the record of what is removed, which all of these
+checks read, pretends meanwhile that the earlier ones are done.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dsee_scale.adapters.state import MASK_UPDATE, model_state
 from dsee_scale.config import SCORES_WITHOUT_ADAPTER, PruneConfig
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.partition import Partition, open_partition, unwrap
+from dsee_scale.passes.fingerprint import contents
 from dsee_scale.passes.pools import WeightPool, find_pools
 from dsee_scale.passes.prune_nm import check_divisible
 from dsee_scale.passes.prune_structured import UnitPlan, check_units_reachable, plan_units
@@ -48,7 +49,7 @@ def check_pruning(
 
     Args:
         model: what `prune` was given.
-        config: one pruning; its `then` is not looked at.
+        config: one pruning.
         partition: port to the weights.
         uncounted: matrices that lose a number of inputs which only scores will tell: module name -> heads or
             neurons, inputs of one unit.
@@ -90,7 +91,17 @@ def note_pattern(module: nn.Module, names: Iterable[str], config: PruneConfig) -
         how = {**pruned.get(f"{name}.weight", {}), "pattern": config.pattern}
         if name in adapted:
             how[MASK_UPDATE] = config.mask_update
+        if config.refit:
+            how["content"] = ""
         pruned[f"{name}.weight"] = how
+
+
+def note_contents(module: nn.Module, partition: Partition) -> None:
+    """Collective. Record checksums of re-fitted weights anew: the base model's files do not hold them."""
+    pruned, params = model_state(module).pruned, dict(module.named_parameters())
+    refitted = {name: params[name] for name, how in pruned.items() if "content" in how}
+    for name, content in contents(refitted, partition).items():
+        pruned[name] = {**pruned[name], "content": content}
 
 
 def _pretend(
@@ -116,7 +127,7 @@ def _reject_uncounted(
         kind, inputs = uncounted.get(name, ("", 0))
         if inputs % m:
             raise ConfigError(
-                f"PruneConfig.then makes {name} {pattern}, and how many of its inputs are left after {kind} with "
+                f"{name} is to become {pattern}, and how many of its inputs are left after {kind} with "
                 f"scope 'global' is known only once they are gone; expected a multiple of {m}. Give the {kind} "
                 f"num_per_layer or scope='matrix', or call prune for {pattern} apart, after them. Nothing was removed"
             )

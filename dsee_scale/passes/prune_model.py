@@ -5,23 +5,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from dsee_scale.adapters.linear import delta_record, is_adapted, restore_under_mask
-from dsee_scale.algorithms.score import Ranking, all_finite, key_bits, ranked_blocks
-from dsee_scale.algorithms.select import Cut, CutSearch, apply_cut_
-from dsee_scale.config import SCORES_WITHOUT_ADAPTER, PruneConfig
-from dsee_scale.errors import TargetError
-from dsee_scale.partition import Partition, Shard, open_partition, unwrap
-from dsee_scale.passes.pools import Member, WeightPool
+from dsee_scale.adapters.linear import restore_under_mask
+from dsee_scale.adapters.state import reject_broken
+from dsee_scale.config import PruneConfig
+from dsee_scale.errors import CalibrationError, ConfigError
+from dsee_scale.partition import Partition, open_partition, unwrap
+from dsee_scale.passes.calibrate import Batches, Statistics, calibrate
+from dsee_scale.passes.fingerprint import fingerprint
 from dsee_scale.passes.progress import show_progress
-from dsee_scale.passes.prune_checks import check_in_order, check_pruning, note_pattern
-from dsee_scale.passes.prune_nm import remove_n_of_m
+from dsee_scale.passes.prune_checks import check_in_order, check_pruning, note_contents, note_pattern
+from dsee_scale.passes.prune_lowest import remove_lowest
+from dsee_scale.passes.prune_nm import remove_in_rows, remove_n_of_m
 from dsee_scale.passes.prune_structured import remove_units
+from dsee_scale.passes.rankings import find_rankings, reject_not_finite
+from dsee_scale.passes.refit_model import refit
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +36,13 @@ class PruneReport:
         matrices: weight's module name -> (zeros, entries).
         seconds: time of the whole pass.
         units: block and kind -> (heads or neurons that are gone, all of them), for those patterns.
+        by_magnitude: matrices that no calibration token reached: scored by |W| under score `wanda`.
     """
 
     matrices: dict[str, tuple[int, int]]
     seconds: float
     units: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    by_magnitude: tuple[str, ...] = ()
 
     @property
     def removed(self) -> int:
@@ -61,6 +65,7 @@ class PruneReport:
             {**self.matrices, **later.matrices},
             self.seconds + later.seconds,
             {**self.units, **later.units},
+            (*self.by_magnitude, *later.by_magnitude),
         )
 
     def __str__(self) -> str:
@@ -81,24 +86,34 @@ class PruneReport:
             lines.append(
                 f"  {len(found):4d} x {suffix:<16} {mean:5.1f}% (from {min(shares):.1f}% to {max(shares):.1f}%)"
             )
+        if self.by_magnitude:
+            lines.append(f"  no calibration token reached {', '.join(self.by_magnitude)}: scored by |W|")
         return "\n".join(lines)
 
 
 @torch.no_grad()
-def prune(model: nn.Module, config: PruneConfig, *, progress: bool | None = None) -> PruneReport:
+def prune(
+    model: nn.Module,
+    config: PruneConfig | Sequence[PruneConfig],
+    calibration: Statistics | Batches | None = None,
+    *,
+    progress: bool | None = None,
+) -> PruneReport:
     """Collective. Set the least important frozen weights to zero, in place, on the shards.
 
     Exactly round(sparsity * entries) weights of each pool are zero afterwards, ties included, the same ones
     on any number of ranks. Weights that are zero already count as removed first, so pruning again to a higher
     sparsity keeps earlier zeros. Masks need no memory: W is frozen, so its zeros stay. The patterns N:M,
-    heads and neurons are described in `prune_nm` and `prune_structured`. What follows under `then` is checked
-    before anything is removed.
+    heads and neurons are described in `prune_nm` and `prune_structured`. Of several prunings all are checked before
+    the first removes anything.
 
     Peak extra memory per rank: whole copies of the adapters in float32, and a few blocks of 2 MiB.
 
     Args:
         model: a raw model (whole or partitioned), a DeepSpeed engine, a DDP or an Accelerate-prepared model.
-        config: what to remove.
+        config: what to remove; several, such as heads and then neurons, one after the other.
+        calibration: for score `wanda`: model inputs, every rank its own, or what `calibrate` returned; for `refit`
+            model inputs. See `calibrate`.
         progress: show a progress bar on rank 0; None shows it if a person watches.
 
     Returns:
@@ -107,136 +122,117 @@ def prune(model: nn.Module, config: PruneConfig, *, progress: bool | None = None
     Raises:
         TargetError: nothing to prune, a score that needs adapters on a model without, a weight with NaN.
         ConfigError: pools that are empty or overlap, groups or counts that do not fit the shapes.
+        CalibrationError: calibration data that are missing, empty, not finite, or statistics of another state.
         PartitionError: weights stored where an edit would not last (NVMe, quantised by DeepSpeed).
     """
-    if config.then:
-        _check_all(model, config)
-    report = _prune_once(model, config, progress)
-    for further in config.then:
-        report = report.followed_by(_prune_once(model, further, progress))
+    module = unwrap(model)
+    reject_broken(module)
+    configs = [config] if isinstance(config, PruneConfig) else list(config)
+    if not configs:
+        raise ConfigError("prune got an empty list; expected at least one PruneConfig")
+    if calibration is not None and not isinstance(calibration, Statistics):
+        calibration = list(calibration)
+    _reject_uncalibrated(configs, calibration)
+    if len(configs) > 1:
+        _check_all(model, configs)
+    report = _prune_once(model, configs[0], calibration, progress)
+    for further in configs[1:]:
+        report = report.followed_by(_prune_once(model, further, calibration, progress))
+    note_contents(module, open_partition(module))
     return report
 
 
-def _check_all(model: nn.Module, config: PruneConfig) -> None:
+def _reject_uncalibrated(configs: Sequence[PruneConfig], calibration: Statistics | Batches | None) -> None:
+    """Local, alike on all ranks but for an empty list, which `calibrate` refuses on all."""
+    wanting = [config for config in configs if config.score == "wanda"]
+    if wanting and calibration is None:
+        raise CalibrationError(
+            "score 'wanda' looks at activations: pass calibration=batches, an iterable of the model's inputs (128 "
+            "sequences are plenty), or choose a score that does not, such as score='W'. Nothing was removed"
+        )
+    if not isinstance(calibration, Statistics):
+        return
+    if any(config.refit for config in wanting):
+        raise CalibrationError(
+            "refit needs the batches themselves, since it runs block after block: pass calibration=batches, or set "
+            "refit=False to prune by these statistics alone. Nothing was removed"
+        )
+    if len(wanting) > 1 or (wanting and wanting[0] is not configs[0]):
+        raise CalibrationError(
+            "the statistics hold before the first of several prunings alone: pass calibration=batches, so that each "
+            "one sees the model that the one before it left. Nothing was removed"
+        )
+
+
+def _check_all(model: nn.Module, configs: Sequence[PruneConfig]) -> None:
     """Collective. Refuse the first or a later pruning on every rank, before the first is written.
 
     The weights and adapters that the first one reads are left to its own checks, which come before it writes.
     """
     partition = open_partition(unwrap(model))
-    later = check_in_order(model, (config, *config.then))[1:]
-    for further, checked in zip(config.then, later, strict=True):
-        _rankings(checked.pools, further, partition)
-        _reject_not_finite(checked.pools, partition)
+    later = check_in_order(model, configs)[1:]
+    for further, checked in zip(configs[1:], later, strict=True):
+        find_rankings(checked.pools, further, partition)
+        reject_not_finite(checked.pools, partition)
 
 
-def _prune_once(model: nn.Module, config: PruneConfig, progress: bool | None) -> PruneReport:
+def _prune_once(
+    model: nn.Module, config: PruneConfig, calibration: Statistics | Batches | None, progress: bool | None
+) -> PruneReport:
     """Collective. One pattern."""
     started = time.perf_counter()
     module = unwrap(model)
     partition = open_partition(module)
     checked = check_pruning(model, config, partition)
     plan, pools = checked.plan, checked.pools
-    rankings = _rankings(pools, config, partition)
-    _reject_not_finite(pools, partition)
+    reject_not_finite(pools, partition)
+    if config.refit:
+        assert calibration is not None and not isinstance(calibration, Statistics)
+        matrices = refit(model, pools, config, calibration, checked.removed, partition, progress=progress)
+        return _reported(PruneReport(matrices, time.perf_counter() - started), partition)
+    statistics = _statistics(model, config, calibration, partition, progress)
+    rankings = find_rankings(pools, config, partition, statistics)
     units: dict[str, tuple[int, int]] = {}
     if plan:
         matrices, units = remove_units(model, module, plan, rankings, partition)
     elif config.n_of_m:
         matrices = remove_n_of_m(pools, rankings, config.n_of_m, partition, checked.removed)
+    elif config.scope == "row":
+        matrices = remove_in_rows(pools, rankings, partition)
     else:
-        matrices = _remove_lowest(pools, rankings, partition, hidden=not show_progress(partition, progress))
+        matrices = remove_lowest(pools, rankings, partition, hidden=not show_progress(partition, progress))
     if not plan:
         note_pattern(module, matrices, config)
         restore_under_mask(module)
-    report = PruneReport(matrices, time.perf_counter() - started, units)
+    seen = [] if statistics is None else [name for name in matrices if not statistics.tokens.get(name)]
+    return _reported(PruneReport(matrices, time.perf_counter() - started, units, tuple(seen)), partition)
+
+
+def _reported(report: PruneReport, partition: Partition) -> PruneReport:
     if partition.rank == 0:
         logger.info("%s", report)
     return report
 
 
-def _rankings(pools: list[WeightPool], config: PruneConfig, partition: Partition) -> dict[str, Ranking]:
-    """How each member is ranked; collects the adapters where the score reads them. Collective."""
-    members = [member for pool in pools for member in pool.members]
-    with_delta = [m for m in members if is_adapted(m.module) and config.score not in SCORES_WITHOUT_ADAPTER]
-    small = [m.module.dsee_flat for m in with_delta]
-    whole = partition.gather(small) if small else []  # type: ignore[arg-type]
-    deltas = {m.name: delta_record(m.module, flat) for m, flat in zip(with_delta, whole, strict=True)}
-    for name, delta in deltas.items():
-        if not (all_finite(delta.a) and all_finite(delta.b) and all_finite(delta.values)):
-            raise TargetError(
-                f"the adapter of {name} holds NaN or infinity; load an earlier checkpoint first"
-            )
-    return {
-        m.name: Ranking(
-            mode=config.score, name=f"{m.name}.weight", delta=deltas.get(m.name), seed=config.seed
+def _statistics(
+    model: nn.Module,
+    config: PruneConfig,
+    calibration: Statistics | Batches | None,
+    partition: Partition,
+    progress: bool | None,
+) -> Statistics | None:
+    """Collective. What score `wanda` reads.
+
+    Raises:
+        CalibrationError: they were collected on another model, or before the adapters or zeros changed.
+    """
+    if config.score != "wanda" or calibration is None:
+        return None
+    if not isinstance(calibration, Statistics):
+        return calibrate(model, calibration, modules=config.modules, progress=progress)
+    if calibration.fingerprint != fingerprint(unwrap(model), partition):
+        raise CalibrationError(
+            "the calibration statistics belong to another model, or to another state of its adapters or zeros; "
+            "call dsee_scale.calibrate again on this one. Nothing was removed"
         )
-        for m in members
-    }
-
-
-def _reject_not_finite(pools: list[WeightPool], partition: Partition) -> None:
-    """Collective. Name a weight with NaN or infinity on every rank, before anything is written."""
-    error = None
-    for member in (member for pool in pools for member in pool.members):
-        if not all_finite(partition.shard(member.param).data):
-            error = TargetError(
-                f"{member.name}.weight holds NaN or infinity; expected finite weights: check the checkpoint it "
-                "came from. Nothing was removed"
-            )
-            break
-    partition.raise_together(error)
-
-
-def _remove_lowest(
-    pools: list[WeightPool], rankings: dict[str, Ranking], partition: Partition, *, hidden: bool
-) -> dict[str, tuple[int, int]]:
-    """Collective. Unstructured pruning, one threshold for each pool; zeros and entries of each matrix."""
-    matrices: dict[str, tuple[int, int]] = {}
-    with tqdm(total=len(pools), desc="prune", unit="pool", disable=hidden) as bar:
-        for pool in pools:
-            cut = _find_cut(pool, rankings, partition)
-            matrices.update(_apply(pool, rankings, cut, partition))
-            bar.update()
-    return matrices
-
-
-def _find_cut(pool: WeightPool, rankings: dict[str, Ranking], partition: Partition) -> Cut:
-    """Collective. The exact threshold of a pool: a few fixed-size histograms, summed over shards."""
-    chosen = [rankings[member.name] for member in pool.members]
-    bits = key_bits(chosen, [partition.dtype(member.param) for member in pool.members])
-    search = CutSearch(pool.num_remove, pool.total, bits, device=partition.device)
-    while search.cut is None:
-        for member in pool.members:
-            shard = partition.shard(member.param)
-            for _, ranked, position in _blocks(member, shard, rankings[member.name], search):
-                search.count(ranked, member.start + position)
-        search.advance(partition.sum_over_shards(search.histogram))
-    return search.cut
-
-
-def _blocks(
-    member: Member, shard: Shard, ranking: Ranking, search: CutSearch
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-    def wants(start: int, numel: int) -> bool:
-        return search.wants(member.start + start, numel)
-
-    return ranked_blocks(shard.data, shard.start, ranking, wants)
-
-
-def _apply(
-    pool: WeightPool, rankings: dict[str, Ranking], cut: Cut, partition: Partition
-) -> dict[str, tuple[int, int]]:
-    """Collective. Write the zeros to every stored copy; returns zeros and entries of each matrix."""
-    zeros = torch.zeros(len(pool.members), dtype=torch.int64)
-    for index, member in enumerate(pool.members):
-        with partition.edit(member.param) as stretches:
-            zeros[index], *_ = [_apply_to(member, each, rankings[member.name], cut) for each in stretches]
-    counts = partition.sum_over_shards(zeros).tolist()
-    return {member.name: (count, member.numel) for member, count in zip(pool.members, counts, strict=True)}
-
-
-def _apply_to(member: Member, stored: Shard, ranking: Ranking, cut: Cut) -> int:
-    return sum(
-        apply_cut_(entries, ranked, member.start + position, cut)
-        for entries, ranked, position in ranked_blocks(stored.data, stored.start, ranking)
-    )
+    return calibration

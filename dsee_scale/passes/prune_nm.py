@@ -1,4 +1,4 @@
-"""N:M pruning on shards: of each M neighbours along the input, the N of highest score stay.
+"""Pruning by groups on shards, N:M and whole rows: of each M neighbours along the input, the N of highest score stay.
 
 Along the input a Linear's weight (O x I) is contiguous: a group is M consecutive entries. In a Conv1D's
 (I x O) a group is a column of M rows. In both cases the weight falls apart into *slabs* of consecutive
@@ -7,6 +7,8 @@ of the few slabs that an edge of a shard cuts travel between ranks, never a weig
 
 Where inputs are gone because heads or neurons were removed, groups are formed among those that are left, as
 the exported matrix has them; unless whole groups went, a slab is then a row of a Linear, or a whole Conv1D.
+
+With scope `row` the group is all inputs of an output.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsee_scale.adapters.targets import linear_kind
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.patterns import key_blocks, lowest_in_groups, whole_slabs
 from dsee_scale.algorithms.score import Ranking
@@ -77,8 +78,8 @@ def check_divisible(pools: Sequence[WeightPool], m: int, removed: Mapping[str, T
     wrong = {}
     for member in (member for pool in pools for member in pool.members):
         gone = int(removed[member.name].sum()) if member.name in removed else 0
-        if (_num_inputs(member) - gone) % m:
-            wrong[member.name] = f"{_num_inputs(member) - gone} inputs" + (" left" if gone else "")
+        if (member.num_inputs - gone) % m:
+            wrong[member.name] = f"{member.num_inputs - gone} inputs" + (" left" if gone else "")
     if wrong:
         name, inputs = next(iter(wrong.items()))
         raise ConfigError(
@@ -96,8 +97,7 @@ def remove_n_of_m(
 ) -> Counts:
     """Collective. Zero M - N entries of each group, in place; zeros and entries of each matrix.
 
-    Peak extra memory per rank: a few blocks, and the keys of one weight's cut slabs; for a Conv1D whose
-    groups removed inputs have shifted, the keys of the whole weight.
+    Peak extra memory per rank: as of `_remove`.
 
     Args:
         pools: the weights.
@@ -108,6 +108,39 @@ def remove_n_of_m(
     """
     members = [member for pool in pools for member in pool.members]
     groups = {member.name: _groups(member, pattern, removed.get(member.name)) for member in members}
+    return _remove(members, groups, rankings, partition)
+
+
+def remove_in_rows(pools: Sequence[WeightPool], rankings: dict[str, Ranking], partition: Partition) -> Counts:
+    """Collective. Zero the same number of entries in each output of a weight, round(sparsity * I), in place.
+
+    Peak extra memory per rank: as of `_remove`; for a Conv1D the keys of the whole weight.
+
+    Args:
+        pools: the weights.
+        rankings: how each is scored.
+        partition: the ranks.
+
+    Returns:
+        Zeros and entries of each matrix.
+    """
+    members, groups = [], {}
+    for pool in pools:
+        for member in pool.members:
+            members.append(member)
+            num_remove = min(round(pool.sparsity * member.num_inputs), member.num_inputs - 1)
+            groups[member.name] = Groups(num_remove, member.num_inputs, _stride(member), member.num_inputs)
+    return _remove(members, groups, rankings, partition)
+
+
+def _remove(
+    members: Sequence[Member], groups: dict[str, Groups], rankings: dict[str, Ranking], partition: Partition
+) -> Counts:
+    """Collective. Zero what goes of each group, in place; zeros and entries of each matrix.
+
+    Peak extra memory per rank: a few blocks, and the keys of one weight's cut slabs; for a Conv1D whose
+    groups removed inputs have shifted, the keys of the whole weight.
+    """
     cuts = _cut_slabs(members, groups, partition)
     zeros = torch.zeros(len(members), dtype=torch.int64)
     for index, member in enumerate(members):
@@ -124,14 +157,14 @@ def remove_n_of_m(
 
 def _groups(member: Member, pattern: tuple[int, int], gone: Tensor | None) -> Groups:
     n, m = pattern
-    stride = member.shape[1] if linear_kind(member.module) == "conv1d" else 1
+    stride = _stride(member)
     if gone is None or (len(gone) % m == 0 and torch.equal(*gone.view(-1, m).aminmax(dim=1))):
         return Groups(m - n, m, stride, m)
     return Groups(m - n, m, stride, len(gone), (~gone).nonzero().flatten())
 
 
-def _num_inputs(member: Member) -> int:
-    return member.shape[0] if linear_kind(member.module) == "conv1d" else member.shape[1]
+def _stride(member: Member) -> int:
+    return member.shape[1] if member.transposed else 1
 
 
 def _cut_slabs(members: Sequence[Member], groups: dict[str, Groups], partition: Partition) -> list[list[int]]:

@@ -90,7 +90,7 @@ def plan_units(
         gone=[removed_units(module, layer) for layer in layers],
         budget=[_overall_budget(layers, config)] if overall else [_layer_budget(x, config) for x in layers],
         floor=_floor(layers[0], config) if overall else None,
-        pool=WeightPool(kind, config.sparsity, tuple(members)),
+        pool=WeightPool(kind, config.sparsity or 0.0, tuple(members)),
     )
 
 
@@ -176,15 +176,22 @@ def _score_blocks(
     part: Part, rankings: dict[str, Ranking], partition: Partition
 ) -> Iterator[tuple[Tensor, int]]:
     shard = partition.shard(part.module.weight)  # type: ignore[arg-type]
-    return score_blocks(shard.data, shard.start, rankings[part.name])
+    blocks = score_blocks(shard.data, shard.start, rankings[part.name])
+    if rankings[part.name].mode == "wanda":  # a unit's contribution is a sum over orthogonal parts, about
+        return ((found.square_(), position) for found, position in blocks)
+    return blocks
 
 
 def _scored(layer: UnitLayer, mode: str) -> list[tuple[Part, Tensor]]:
     """The matrices whose entries count, and the unit of each of their rows or columns, -1 for none.
 
-    Mode W counts all. Modes that read the update count the adapted slices of adapted matrices: with q and v
-    adapted those are the rows that the paper's code adds up. WAB and WABS fall back to all where none is.
+    Mode W counts all. Mode wanda counts what units add to the block's output: in the matrix after the activation or
+    the attention, |column| times the norm of its input. Modes that read the update count the adapted slices of
+    adapted matrices: with q and v adapted those are the rows that the paper's code adds up. WAB and WABS fall back to
+    all where none is.
     """
+    if mode == "wanda":
+        return [(part, part.unit_of) for part in layer.parts if part.side == "inputs"]
     adapted = [part for part in layer.parts if is_adapted(part.module)]
     if mode == "W" or not adapted:
         return [(part, part.unit_of) for part in layer.parts]
@@ -254,7 +261,7 @@ def _reject_shifted_groups(module: nn.Module, layer: UnitLayer) -> None:
         if groups and (layer.unit_size * layer.head_size) % groups[1]:
             raise ConfigError(
                 f"{part.name} is {pattern}, and without some of its inputs it would not be; remove {layer.kind} "
-                f"first and make it {pattern} after that (in one PruneConfig: the second under `then`), or leave "
+                f"first and make it {pattern} after that (in one call: prune(model, [first, second])), or leave "
                 "it out of the N:M pruning with `modules`"
             )
 
@@ -269,7 +276,7 @@ def _layer_budget(layer: UnitLayer, config: PruneConfig) -> int:
                 f"{layer.unit_size} heads share one; expected a multiple of {layer.unit_size}"
             )
     else:
-        num_units = _rounded(config.sparsity, layer.num_units, layer)
+        num_units = _rounded(config.sparsity or 0.0, layer.num_units, layer)
     if num_units >= layer.num_units:
         raise ConfigError(
             f"this removes all {layer.size} {layer.kind} of {layer.name} (one unit is {layer.unit_size}); "
@@ -281,7 +288,7 @@ def _layer_budget(layer: UnitLayer, config: PruneConfig) -> int:
 def _overall_budget(layers: list[UnitLayer], config: PruneConfig) -> int:
     """Units that go of all layers together."""
     total = sum(layer.num_units for layer in layers)
-    num_units = _rounded(config.sparsity, total, layers[0])
+    num_units = _rounded(config.sparsity or 0.0, total, layers[0])
     most = sum(max(0, layer.num_units - _floor(layer, config)) for layer in layers)
     if num_units > most:
         raise ConfigError(

@@ -67,4 +67,4 @@ class CubicSchedule(GradualConfig):
         sparsity = self.sparsity(step)
         share = sparsity / self.final_sparsity if self.final_sparsity else 0.0
         pools = tuple(dataclasses.replace(pool, sparsity=pool.sparsity * share) for pool in config.pools)
-        return dataclasses.replace(config, sparsity=sparsity, pools=pools)
+        return dataclasses.replace(config, sparsity=None if pools else sparsity, pools=pools)

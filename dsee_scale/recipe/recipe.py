@@ -50,8 +50,8 @@ class Recipe:
     """Examples."""
     dsee: DSEEConfig = dataclasses.field(default_factory=DSEEConfig)
     """What is injected."""
-    prune: PruneConfig | None = None
-    """What is set to zero between tune and retune; null for none."""
+    prune: tuple[PruneConfig, ...] = ()
+    """What is set to zero between tune and retune: one pruning, or a list of them in order; null for none."""
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """TrainingArguments under their own names; max_steps or num_train_epochs is the tune phase."""
     retune: RetuneConfig | None = None
@@ -64,12 +64,13 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `build_recipe` takes back."""
         sections = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {
+        plain = {
             name: s.to_dict() if isinstance(s, JsonConfig) else copy.copy(s) for name, s in sections.items()
         }
+        return plain | {"prune": [each.to_dict() for each in self.prune]}
 
 
-OPTIONAL = ("prune", "retune", "gradual", "export")
+OPTIONAL = ("retune", "gradual", "export")
 SECTIONS: dict[str, type[JsonConfig]] = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -100,7 +101,10 @@ def load_recipe(
     path = find_file("recipes", path)
     values = read_with_base(path)
     for name, value in parse_command_line(argv):
-        set_nested(values, _full_name(name), value)
+        full = _full_name(name)
+        if len(full) > 1 and isinstance(values.get(full[0]), list):
+            raise ConfigError(f"--{name}: section {full[0]!r} of {path} is a list; change it there")
+        set_nested(values, full, value)
     _resolve_paths(values, path.parent, variables or {})
     return build_recipe(values)
 
@@ -137,17 +141,18 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
     for name, section in values.items():
         if name == "training":
             built[name] = _checked_training(section or {})
+        elif name == "prune" and (section is None or isinstance(section, list)):
+            built[name] = tuple(PruneConfig.from_dict(_settings(name, each)) for each in section or ())
         elif section is None and name in OPTIONAL:
             built[name] = None
-        elif not isinstance(section, Mapping):
-            raise ConfigError(f"recipe: section {name!r} holds {section!r}, expected settings below it")
         else:
-            built[name] = SECTIONS[name].from_dict(section)
+            found = SECTIONS[name].from_dict(_settings(name, section))
+            built[name] = (found,) if name == "prune" else found
     missing = [name for name in ("model", "data") if name not in built]
     if missing:
         raise ConfigError(f"recipe: section {' and '.join(map(repr, missing))} is missing")
     recipe = Recipe(**built)
-    if recipe.retune is not None and recipe.prune is None:
+    if recipe.retune is not None and not recipe.prune:
         raise ConfigError(
             "recipe: retune comes after prune; add a prune section, or lengthen training instead"
         )
@@ -157,13 +162,18 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
 
 def _check_form(recipe: Recipe) -> None:
     """Refuse before training what the export would refuse after it."""
-    prunings = [] if recipe.prune is None else [recipe.prune, *recipe.prune.then]
-    under_mask = any(config.mask_update and not config.removes_units for config in prunings)
+    under_mask = any(config.mask_update and not config.removes_units for config in recipe.prune)
     if under_mask and recipe.export is not None and recipe.export.delta == "dense":
         raise ConfigError(
             "recipe: export.delta 'dense' writes W * M + D, and pruned matrices are trained as (W + D) * M; set "
             "export.delta to 'masked', or prune.mask_update to false"
         )
+
+
+def _settings(name: str, section: Any) -> Mapping[str, Any]:
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"recipe: section {name!r} holds {section!r}, expected settings below it")
+    return section
 
 
 def _checked_training(section: Mapping[str, Any]) -> dict[str, Any]:

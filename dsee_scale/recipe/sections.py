@@ -99,6 +99,8 @@ class DataConfig(JsonConfig):
     """Use a random subset of this many training rows."""
     max_eval_samples: int | None = None
     """Use a random subset of this many validation rows."""
+    calibration_samples: int = 256
+    """Training rows whose activations a pruning looks at (score `wanda`, `refit`), over all ranks together."""
     num_workers: int = 1
     """Processes that tokenize."""
     generate_samples: int = 0
@@ -132,7 +134,9 @@ class DataConfig(JsonConfig):
         if not 0 < self.validation_fraction < 1:
             found.append(f"validation_fraction must lie in (0, 1), found {self.validation_fraction!r}")
         found += at_least(self, 2, "max_length")
-        return found + at_least(self, 1, "max_train_samples", "max_eval_samples", "num_workers")
+        return found + at_least(
+            self, 1, "max_train_samples", "max_eval_samples", "calibration_samples", "num_workers"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,21 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
+from dsee_scale.checkpoint.folder import open_folder
+from dsee_scale.checkpoint.record import AdapterRecord
+from dsee_scale.checkpoint.training_state import KIND
 from dsee_scale.data.encoding import Encoder, collator
 from dsee_scale.data.rows import load_rows
 from dsee_scale.distributed import raise_on_all_ranks
-from dsee_scale.errors import ConfigError
+from dsee_scale.errors import ConfigError, FormatError
 from dsee_scale.evaluation.evaluate import EvaluationSet
 from dsee_scale.evaluation.export_check import check_export
+from dsee_scale.export.base import BASE_FOLDER
 from dsee_scale.export.export import export_model
 from dsee_scale.partition import open_partition
 from dsee_scale.passes.inject_model import inject
 from dsee_scale.recipe.recipe import Recipe
-from dsee_scale.recipe.sections import ExportConfig
+from dsee_scale.recipe.sections import ExportConfig, ModelConfig
 from dsee_scale.training.base_trainer import read_record
 from dsee_scale.training.journal import Journal, count_zeros, peak_memory
 from dsee_scale.training.report import METRICS_FILE, write_metrics, write_report
@@ -109,7 +114,7 @@ def build_trainer(
     args.max_steps = timeline.num_steps
     with journal.timed("load"):
         set_seed(args.seed)
-        model = load_model(recipe.model, model_dtype(recipe, args), tokenizer)
+        model = load_model(_base(recipe, args, checkpoint), model_dtype(recipe, args), tokenizer)
     with journal.timed("inject"):
         if checkpoint is None:
             inject(model, recipe.dsee)
@@ -126,6 +131,7 @@ def build_trainer(
         journal=journal,
         evaluation=evaluation,
         generation=dict(recipe.data.generation),
+        calibration_samples=recipe.data.calibration_samples,
         model=model,
         args=args,
         train_dataset=train_rows,
@@ -133,6 +139,18 @@ def build_trainer(
         data_collator=collator(tokenizer),
         processing_class=tokenizer,
     )
+
+
+def _base(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None) -> ModelConfig:
+    """The recipe's base model, or what a re-fit made of it before the checkpoint was saved. Local."""
+    if checkpoint is None or not AdapterRecord.read(open_folder(checkpoint, (KIND,))).refitted:
+        return recipe.model
+    folder = Path(str(args.output_dir)) / BASE_FOLDER
+    if not folder.is_dir():
+        raise FormatError(
+            f"{checkpoint} goes on from re-fitted weights, and {folder} is missing; resume an older checkpoint"
+        )
+    return dataclasses.replace(recipe.model, name=str(folder), revision=None)
 
 
 def _encode(recipe: Recipe, encoder: Encoder) -> tuple[Dataset, EvaluationSet]:
@@ -219,7 +237,7 @@ def _description(recipe: Recipe, args: TrainingArguments, model: nn.Module) -> d
         "parameters": total,
         "trainable_share": trained / total,
         "dsee": recipe.dsee.to_dict(),
-        "prune": None if recipe.prune is None else recipe.prune.to_dict(),
+        "prune": [each.to_dict() for each in recipe.prune],
         "seed": args.seed,
     }
 

@@ -63,8 +63,8 @@ class PruneEvent:
 
     step: int
     """It happens once this many optimizer steps are done."""
-    config: PruneConfig
-    """What is set to zero then; sparsity is the total, zeros of earlier events included."""
+    configs: tuple[PruneConfig, ...]
+    """What is set to zero then, in order; sparsity is the total, zeros of earlier events included."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,16 +123,28 @@ def build_timeline(recipe: Recipe, args: TrainingArguments, steps_per_epoch: int
 
 
 def _prune_events(
-    prune: PruneConfig | None, gradual: GradualConfig | None, first: int
+    prune: tuple[PruneConfig, ...], gradual: GradualConfig | None, first: int
 ) -> tuple[PruneEvent, ...]:
-    if prune is None:
-        return ()
     if gradual is None:
-        return (PruneEvent(step=first, config=prune),)
-    schedule = CubicSchedule(**gradual.to_dict(), final_sparsity=prune.sparsity, start_step=first)
+        return (PruneEvent(step=first, configs=prune),) if prune else ()
+    if len(prune) != 1:
+        raise ConfigError(f"gradual goes with one pruning, found {len(prune)} in the prune section")
+    config = prune[0]
+    if config.n_of_m is not None or config.num_per_layer is not None:
+        raise ConfigError(
+            f"gradual raises a sparsity step by step, and pattern {config.pattern!r} here removes a fixed number"
+        )
+    if config.refit:
+        raise ConfigError(
+            "gradual does not go with refit, the default with score 'wanda': set prune.refit to false"
+        )
+    final = max((pool.sparsity for pool in config.pools), default=config.sparsity or 0.0)
+    schedule = CubicSchedule(**gradual.to_dict(), final_sparsity=final, start_step=first)
     steps = range(first, first + gradual.num_steps + 1)
     return tuple(
-        PruneEvent(step=step, config=schedule.config(prune, step)) for step in steps if schedule.due(step)
+        PruneEvent(step=step, configs=(schedule.config(config, step),))
+        for step in steps
+        if schedule.due(step)
     )
 
 

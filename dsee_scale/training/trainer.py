@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dsee_scale.errors import ConfigError
 from dsee_scale.evaluation.evaluate import EvaluationSet, Tally, evaluate, generate_texts
 from dsee_scale.evaluation.label_logits import label_loss, logits_at, predicting
+from dsee_scale.export.base import BASE_FOLDER, save_base
 from dsee_scale.passes.prune_model import prune
 from dsee_scale.training.base_trainer import AdapterTrainer
 from dsee_scale.training.journal import count_zeros, peak_memory, reset_peak_memory, sparsity
@@ -26,8 +30,16 @@ class DSEETrainer(AdapterTrainer):
     where the timeline says so.
     """
 
-    def __init__(self, *, evaluation: EvaluationSet, generation: dict[str, Any], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        evaluation: EvaluationSet,
+        generation: dict[str, Any],
+        calibration_samples: int,
+        **kwargs: Any,
+    ) -> None:
         self.evaluation, self.generation = evaluation, generation
+        self.calibration_samples = calibration_samples
         super().__init__(compute_loss_func=self._label_loss, **kwargs)
         self.add_callback(PhaseCallback(self))
 
@@ -41,6 +53,16 @@ class DSEETrainer(AdapterTrainer):
         """Cross entropy at the labels, divided by the labels of the whole step over all ranks."""
         with logits_at(self.module, predicting(inputs["labels"])):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def calibration(self) -> Iterator[dict[str, Tensor]]:
+        """This rank's share of a fixed choice of training rows, the same ones on any number of ranks. Local."""
+        rows: Any = self.train_dataset
+        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed))
+        chosen = chosen[: self.calibration_samples]
+        mine = chosen[self.args.process_index :: self.args.world_size].tolist() or chosen[:1].tolist()
+        size = self.args.per_device_train_batch_size
+        for start in range(0, len(mine), size):
+            yield self.data_collator([rows[index] for index in mine[start : start + size]])
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -104,7 +126,7 @@ class PhaseCallback(TrainerCallback):
         self._phase_started = time.perf_counter()
         if state.global_step == 0:
             self._measure("before", trained=False)
-            self._prune_if_due(state)
+            self._prune_if_due(args, state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -113,7 +135,7 @@ class PhaseCallback(TrainerCallback):
         events = self.timeline.prune_events
         if events and state.global_step == events[0].step:
             self._measure("tuned")
-        self._prune_if_due(state)
+        self._prune_if_due(args, state)
         if state.global_step == self.timeline.num_steps:
             last = self.timeline.phases[-1]
             if last.name == "retune":
@@ -128,12 +150,16 @@ class PhaseCallback(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None and self.journal.phases:
             self._measure(self.journal.phases[-1]["phase"], trained=False, step=state.best_global_step)
 
-    def _prune_if_due(self, state: TrainerState) -> None:
+    def _prune_if_due(self, args: TrainingArguments, state: TrainerState) -> None:
         for event in self.timeline.prune_events:
             if event.step != state.global_step:
                 continue
             with self.journal.timed("prune"):
-                report = prune(self._trainer.model_wrapped, event.config)
+                report = prune(self._trainer.model_wrapped, event.configs, self._trainer.calibration())
+            if any(config.refit for config in event.configs):
+                with self.journal.timed("save base"):
+                    folder = Path(str(args.output_dir)) / BASE_FOLDER
+                    save_base(self._trainer.model_wrapped, folder, tokenizer=self._trainer.processing_class)
             self.journal.matrices = {name: list(counts) for name, counts in report.matrices.items()}
             if event is self.timeline.prune_events[-1]:
                 self._measure("pruned", trained=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -217,7 +216,7 @@ def prune_model(model: nn.Module, settings: GlueSettings) -> PruneReport | None:
     configs = prune_configs(model, settings)
     if not configs:
         return None
-    return prune(model, dataclasses.replace(configs[0], then=tuple(configs[1:])))
+    return prune(model, configs)
 
 
 def _adapter_folder(model: ModelArguments) -> Path | None:

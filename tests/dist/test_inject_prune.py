@@ -119,8 +119,8 @@ def pruned_weights(
 
 
 PRUNINGS = {
-    "W": PruneConfig(sparsity=0.5),
-    "W-matrix": PruneConfig(sparsity=0.37, scope="matrix"),
+    "W": PruneConfig(sparsity=0.5, score="W"),
+    "W-matrix": PruneConfig(sparsity=0.37, scope="matrix", score="W"),
     "WABS": PruneConfig(sparsity=0.5, score="WABS"),
     "ABS-paper-pools": PruneConfig(
         score="ABS",
@@ -189,7 +189,7 @@ def tune_prune_retune(dtype: torch.dtype, ds_config: dict[str, Any]) -> tuple[di
     engine = engine_for(make("llama", dtype, ds_config), ds_config)
     before = whole_weights(engine)
     losses = train(engine, 3)
-    dsee_scale.prune(engine, PruneConfig(sparsity=0.5))
+    dsee_scale.prune(engine, PruneConfig(sparsity=0.5, score="W"))
     at_prune = whole_weights(engine)
     losses += train(engine, 4)
     after = whole_weights(engine)
@@ -292,7 +292,7 @@ def bad_weight_in_prune() -> tuple[str, int]:
     if torch.distributed.get_rank() == 1:
         shard.data[3] = float("inf")
     try:
-        dsee_scale.prune(model, PruneConfig(sparsity=0.5))
+        dsee_scale.prune(model, PruneConfig(sparsity=0.5, score="W"))
     except dsee_scale.TargetError as error:
         zeros = sum(
             int((open_partition(model).shard(p).data == 0).sum()) for n, p in model.named_parameters()

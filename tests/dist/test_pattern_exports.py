@@ -20,13 +20,15 @@ from tests.dist.test_inject_prune import engine_for, train
 from tests.dist.test_patterns import make
 from tests.models import build, token_batch, zero3_config
 
-UNITS = PruneConfig(
-    pattern="heads", num_per_layer=2, then=(PruneConfig(pattern="neurons", sparsity=0.25, scope="matrix"),)
-)
-UNEQUAL = PruneConfig(pattern="neurons", sparsity=0.4, min_per_layer=4)
+UNITS = [
+    PruneConfig(pattern="heads", num_per_layer=2, score="W"),
+    PruneConfig(pattern="neurons", sparsity=0.25, scope="matrix", score="W"),
+]
+UNEQUAL = PruneConfig(pattern="neurons", sparsity=0.4, min_per_layer=4, score="W")
 N_OF_M = PruneConfig(pattern="2:4", score="WABS", modules=("*attn*",))
-SHIFTED = PruneConfig(pattern="neurons", num_per_layer=9, then=(PruneConfig(pattern="2:4"),))
-SHIFTED_CONV1D = PruneConfig(pattern="neurons", num_per_layer=20, then=(PruneConfig(pattern="2:4"),))
+TWO_OF_FOUR = PruneConfig(pattern="2:4", score="W")
+SHIFTED = [PruneConfig(pattern="neurons", num_per_layer=9, score="W"), TWO_OF_FOUR]
+SHIFTED_CONV1D = [PruneConfig(pattern="neurons", num_per_layer=20, score="W"), TWO_OF_FOUR]
 PATTERNS = {
     "llama": ("llama", (UNITS, N_OF_M)),
     "gpt2, unequal": ("gpt2", (UNEQUAL, N_OF_M)),
@@ -70,7 +72,7 @@ def retuned(folder: str, family: str) -> torch.Tensor:
     ds_config = zero3_config()
     engine: Any = engine_for(make(family, torch.float32, ds_config), ds_config)
     train(engine, 2)
-    dsee_scale.prune(engine, UNITS if family == "llama" else PruneConfig(pattern="heads", num_per_layer=1))
+    dsee_scale.prune(engine, UNITS if family == "llama" else PruneConfig(pattern="heads", num_per_layer=1, score="W"))
     train(engine, 3)
     save_adapter(engine, f"{folder}/adapter")
     report = export_model(engine, f"{folder}/model")

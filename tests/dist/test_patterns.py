@@ -134,15 +134,15 @@ def cuts_groups(family: str, size: int) -> bool:
 UNITS = {
     "heads": (PruneConfig(pattern="heads", num_per_layer=2, score="WABS"),),
     "heads-ABS-overall": (PruneConfig(pattern="heads", sparsity=0.4, score="ABS"),),
-    "neurons": (PruneConfig(pattern="neurons", sparsity=0.25, scope="matrix"),),
-    "neurons-overall": (PruneConfig(pattern="neurons", sparsity=0.6, min_per_layer=8),),
+    "neurons": (PruneConfig(pattern="neurons", sparsity=0.25, scope="matrix", score="W"),),
+    "neurons-overall": (PruneConfig(pattern="neurons", sparsity=0.6, min_per_layer=8, score="W"),),
     "both-random": (
         PruneConfig(pattern="heads", num_per_layer=2, score="random"),
         PruneConfig(pattern="neurons", num_per_layer=11, score="random"),
     ),
     "2:4-then-heads": (
-        PruneConfig(pattern="2:4", modules=("*attn.*",)),
-        PruneConfig(pattern="heads", num_per_layer=2),
+        PruneConfig(pattern="2:4", modules=("*attn.*",), score="W"),
+        PruneConfig(pattern="heads", num_per_layer=2, score="W"),
     ),
 }
 
@@ -203,8 +203,8 @@ def retune(family: str, dtype: torch.dtype, ds_config: dict[str, Any], on_stage_
     engine = engine_for(make(family, dtype, ds_config if on_stage_3 else None), ds_config)
     train(engine, 3)
     remembered = largest_moments(engine)
-    dsee_scale.prune(engine, PruneConfig(pattern="heads", num_per_layer=2 if family == "llama" else 1))
-    dsee_scale.prune(engine, PruneConfig(pattern="neurons", sparsity=0.4))
+    dsee_scale.prune(engine, PruneConfig(pattern="heads", num_per_layer=2 if family == "llama" else 1, score="W"))
+    dsee_scale.prune(engine, PruneConfig(pattern="neurons", sparsity=0.4, score="W"))
     module = unwrap(engine)
     expected = zeros_of_units(module)
     at_prune = whole_weights(engine)
@@ -280,9 +280,9 @@ def test_the_retune_keeps_removed_units_at_zero_under_zero_1_and_2(pools, stage)
 def losses_after_patterns(ds_config: dict[str, Any]) -> list[float]:
     engine = engine_for(make("llama", torch.float32, ds_config), ds_config)
     losses = train(engine, 2)
-    dsee_scale.prune(engine, PruneConfig(pattern="heads", num_per_layer=2))
-    dsee_scale.prune(engine, PruneConfig(pattern="neurons", sparsity=0.25))
-    dsee_scale.prune(engine, PruneConfig(pattern="2:4", modules=BUT_DOWN))
+    dsee_scale.prune(engine, PruneConfig(pattern="heads", num_per_layer=2, score="W"))
+    dsee_scale.prune(engine, PruneConfig(pattern="neurons", sparsity=0.25, score="W"))
+    dsee_scale.prune(engine, PruneConfig(pattern="2:4", modules=BUT_DOWN, score="W"))
     return losses + train(engine, 2)
 
 
@@ -324,7 +324,7 @@ def without_the_engine() -> str:
     engine = engine_for(make("llama", torch.float32, ds_config), ds_config)
     before = whole_weights(engine)
     with pytest.raises(PartitionError) as caught:
-        dsee_scale.prune(unwrap(engine), PruneConfig(pattern="heads", num_per_layer=2))
+        dsee_scale.prune(unwrap(engine), PruneConfig(pattern="heads", num_per_layer=2, score="W"))
     after = whole_weights(engine)
     assert all(torch.equal(before[name], after[name]) for name in before)
     return str(caught.value)

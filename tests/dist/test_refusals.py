@@ -27,7 +27,7 @@ def refused_storage(attribute: str, call: str) -> str:
         if call == "inject":
             dsee_scale.inject(model, DSEEConfig(rank=3, num_sparse=7))
         else:
-            dsee_scale.prune(model, PruneConfig(sparsity=0.5))
+            dsee_scale.prune(model, PruneConfig(sparsity=0.5, score="W"))
     after = [open_partition(model).shard(p).data for p in model.parameters()]
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
     return str(caught.value)

@@ -28,7 +28,7 @@ GPT2 = (
         output_slices={"c_attn": ("q", "v")},
     ),
 )
-PRUNINGS = {"half": PruneConfig(sparsity=0.5), "2:4": PruneConfig(pattern="2:4", score="WABS")}
+PRUNINGS = {"half": PruneConfig(sparsity=0.5, score="W"), "2:4": PruneConfig(pattern="2:4", score="WABS")}
 CASES = {
     "llama, half, bf16": (LLAMA, "half", torch.bfloat16, None, {}),
     "llama, 2:4, fp32, checkpointing": (LLAMA, "2:4", torch.float32, False, {}),

@@ -20,7 +20,7 @@ def test_every_exported_2_4_weight_is_accepted_and_gives_the_same_logits(tmp_pat
         hidden_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=512
     )
     model = build(llama_config(**sizes), torch.bfloat16)
-    dsee_scale.prune(model, PruneConfig(pattern="2:4"))
+    dsee_scale.prune(model, PruneConfig(pattern="2:4", score="W"))
     dsee_scale.export_model(model, tmp_path / "out")
     dense = dsee_scale.load_pretrained(tmp_path / "out", device="cuda")
     sparse = dsee_scale.load_pretrained(tmp_path / "out", device="cuda", semi_structured=True)

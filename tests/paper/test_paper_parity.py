@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy
 import pytest
 import torch
@@ -61,7 +59,7 @@ def drawn_model():
 def prune_by_flags(model, words):
     """What `run_glue.py` would do with these flags."""
     configs = prune_configs(model, parse_flags([*LEAST, *words.split()]))
-    return prune(model, dataclasses.replace(configs[0], then=tuple(configs[1:])))
+    return prune(model, configs)
 
 
 def zeros(model) -> dict[str, torch.Tensor]:

@@ -115,7 +115,7 @@ def test_modules_trained_in_full_are_saved_and_trained_again(tmp_path):
 
 def test_a_pruned_model_without_adapter_saves_its_masks_alone(tmp_path):
     model = build(llama_config())
-    dsee_scale.prune(model, PruneConfig(sparsity=0.4))
+    dsee_scale.prune(model, PruneConfig(sparsity=0.4, score="W"))
     save_adapter(model, tmp_path / "a")
     assert load_file(tmp_path / "a" / "dsee_adapter.safetensors") == {}
     other = build(llama_config())

@@ -42,7 +42,7 @@ def tune(model: nn.Module, config: DSEEConfig, mask_update: bool = True) -> nn.M
         for layer in adapted_layers(model).values():
             layer.dsee_B.normal_(std=0.05)
             layer.dsee_values.normal_(std=0.05)
-    dsee_scale.prune(model, PruneConfig(sparsity=0.5, mask_update=mask_update))
+    dsee_scale.prune(model, PruneConfig(sparsity=0.5, mask_update=mask_update, score="W"))
     return model
 
 
@@ -172,7 +172,7 @@ def flip(path):
 
 def test_inspect_names_the_pattern_and_what_it_gains(tmp_path, capsys):
     model = build(llama_config())
-    dsee_scale.prune(model, PruneConfig(pattern="2:4", modules=("q_proj", "k_proj", "v_proj")))
+    dsee_scale.prune(model, PruneConfig(pattern="2:4", modules=("q_proj", "k_proj", "v_proj"), score="W"))
     export_model(model, tmp_path / "out")
     assert main(["inspect", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out

@@ -40,7 +40,7 @@ def test_dsee_config_rejects(settings, words):
         ({"sparsity": -0.1}, r"\[0, 1\)"),
         ({"score": "WSB"}, "did you mean"),
         ({"pattern": "striped"}, "pattern 'striped' is unknown"),
-        ({"scope": "row"}, "scope 'row' is unknown"),
+        ({"scope": "column"}, "scope 'column' is unknown"),
         ({"pools": [{"name": "a", "sparsity": 0.1}, {"name": "a", "sparsity": 0.1}]}, "different names"),
         ({"pools": [{"name": "a", "sparsity": 2}]}, r"\[0, 1\)"),
         ({"sparsty": 0.5}, "did you mean 'sparsity'"),

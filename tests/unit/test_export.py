@@ -195,7 +195,7 @@ def test_bert_encoders_export_with_their_heads(tmp_path, auto):
     with torch.no_grad():
         for layer in adapted_layers(model).values():
             layer.dsee_B.normal_(std=0.05)
-    dsee_scale.prune(model, PruneConfig(sparsity=0.3, mask_update=False))
+    dsee_scale.prune(model, PruneConfig(sparsity=0.3, mask_update=False, score="W"))
     export_model(model, tmp_path / "ours", delta="dense")
     plain = with_update(model, "dense")
     plain.save_pretrained(tmp_path / "stock")

@@ -78,7 +78,7 @@ def test_no_sparse_entries_is_lora_alone(tmp_path, num_sparse):
     for layer in adapted_layers(loaded).values():
         assert layer.dsee_B.any() and not layer.dsee_values.numel()
     dsee_scale.prune(loaded, PruneConfig(pattern="2:4", score="WABS", modules=("q_proj", "v_proj")))
-    dsee_scale.prune(loaded, PruneConfig(pattern="neurons", sparsity=0.5, scope="matrix"))
+    dsee_scale.prune(loaded, PruneConfig(pattern="neurons", sparsity=0.5, scope="matrix", score="W"))
     dsee_scale.export_model(loaded, tmp_path / "exported")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     torch.testing.assert_close(exported(token_batch()).logits, loaded(token_batch()).logits)

@@ -22,8 +22,8 @@ from dsee_scale.algorithms import patterns
 from dsee_scale.algorithms.delta import delta_block
 from dsee_scale.algorithms.score import Ranking
 from dsee_scale.partition import open_partition
-from dsee_scale.passes.prune_model import _rankings  # the adapter of each matrix, as prune reads it
 from dsee_scale.passes.prune_structured import plan_units
+from dsee_scale.passes.rankings import find_rankings  # the adapter of each matrix, as prune reads it
 from tests.models import build, gpt2_config, llama_config, token_batch
 
 GROUPED = dict(num_attention_heads=6, num_key_value_heads=3, hidden_size=48, head_dim=4, intermediate_size=52)
@@ -100,7 +100,7 @@ def adapted(name: str) -> torch.nn.Module:
 
 def updates(model: torch.nn.Module, config: PruneConfig) -> dict[str, Ranking]:
     plan = plan_units(model, config, lambda param: param.shape)
-    return _rankings([plan.pool], config, open_partition(model))
+    return find_rankings([plan.pool], config, open_partition(model))
 
 
 # N:M
@@ -188,7 +188,7 @@ def test_n_of_m_twice_changes_nothing_more():
 
 def test_n_of_m_writes_no_negative_zero():
     model = adapted("gpt2")
-    dsee_scale.prune(model, PruneConfig(pattern="2:4"))
+    dsee_scale.prune(model, PruneConfig(pattern="2:4", score="W"))
     weight = model.transformer.h[0].attn.c_attn.weight
     assert not torch.signbit(weight[weight == 0]).any()
 
@@ -362,7 +362,7 @@ def test_rows_columns_biases_and_adapters_of_removed_units_are_zero(family):
     model = adapted(family)
     before = {name: param.clone() for name, param in model.named_parameters()}
     for kind in ("heads", "neurons"):
-        dsee_scale.prune(model, PruneConfig(pattern=kind, sparsity=0.4, scope="matrix"))
+        dsee_scale.prune(model, PruneConfig(pattern=kind, sparsity=0.4, scope="matrix", score="W"))
     touched = set()
     for kind in ("heads", "neurons"):
         for layer in find_units(model, kind, lambda p: p.shape):
@@ -413,7 +413,7 @@ def test_the_retune_keeps_removed_units_at_zero_whatever_the_optimizer_remembers
     for seed in range(3):
         step(seed)
     for kind in ("heads", "neurons"):
-        dsee_scale.prune(model, PruneConfig(pattern=kind, sparsity=0.4, scope="matrix"))
+        dsee_scale.prune(model, PruneConfig(pattern=kind, sparsity=0.4, scope="matrix", score="W"))
     zeros = {name: param == 0 for name, param in model.named_parameters()}
     before = {name: param.clone() for name, param in model.named_parameters()}
     for seed in range(3):
@@ -446,7 +446,9 @@ def test_a_budget_for_all_layers_leaves_each_its_floor():
     model.model.layers[0].mlp.up_proj.weight.data.mul_(1e-3)
     model.model.layers[0].mlp.gate_proj.weight.data.mul_(1e-3)
     model.model.layers[0].mlp.down_proj.weight.data.mul_(1e-3)
-    report = dsee_scale.prune(model, PruneConfig(pattern="neurons", sparsity=0.5, min_per_layer=13))
+    report = dsee_scale.prune(
+        model, PruneConfig(pattern="neurons", sparsity=0.5, min_per_layer=13, score="W")
+    )
     assert report.units == {
         "model.layers.0 neurons": (39, 52),
         "model.layers.1 neurons": (13, 52),
@@ -456,9 +458,9 @@ def test_a_budget_for_all_layers_leaves_each_its_floor():
 
 def test_the_record_names_units_and_keeps_the_pattern_within():
     model = adapted("gpt2")
-    dsee_scale.prune(model, PruneConfig(pattern="2:4", modules=("c_fc",)))
-    dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=12))
-    dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=1))
+    dsee_scale.prune(model, PruneConfig(pattern="2:4", modules=("c_fc",), score="W"))
+    dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=12, score="W"))
+    dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=1, score="W"))
     pruned = model_state(model).pruned
     assert pruned["transformer.h.0.mlp.c_fc.weight"]["pattern"] == "2:4"
     assert pruned["transformer.h.0.mlp.c_proj.weight"]["pattern"] == "neurons"
@@ -490,7 +492,10 @@ def test_bad_counts_are_refused_before_anything_changes(family, settings, kind, 
     model = adapted(family)
     before = [param.clone() for param in model.parameters()]
     with pytest.raises(kind, match=text):
-        dsee_scale.prune(model, PruneConfig(**settings))
+        dsee_scale.prune(
+            model,
+            PruneConfig(**{"score": "W", **settings}),
+        )
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -510,7 +515,7 @@ def test_bad_counts_are_refused_before_anything_changes(family, settings, kind, 
 )
 def test_settings_that_make_no_sense_are_refused(settings, text):
     with pytest.raises(ConfigError, match=text):
-        PruneConfig(**settings)
+        PruneConfig(**{"score": "W", **settings})
 
 
 def test_an_unknown_architecture_names_the_known_ones_and_where_to_add_one():
@@ -519,13 +524,13 @@ def test_an_unknown_architecture_names_the_known_ones_and_where_to_add_one():
     config = OPTConfig(vocab_size=97, hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2)
     model = AutoModel.from_config(config)
     with pytest.raises(TargetError, match=r"'opt'.*llama.*families.FAMILIES"):
-        dsee_scale.prune(model, PruneConfig(pattern="heads"))
+        dsee_scale.prune(model, PruneConfig(pattern="heads", score="W"))
 
 
 def test_an_activation_that_is_not_zero_at_zero_is_refused():
     model = build(gpt2_config(activation_function="sigmoid"))
     with pytest.raises(TargetError, match="activation 'sigmoid' of 0 is not 0"):
-        dsee_scale.prune(model, PruneConfig(pattern="neurons"))
+        dsee_scale.prune(model, PruneConfig(pattern="neurons", score="W"))
 
 
 def test_every_family_names_what_its_blocks_have():
@@ -543,17 +548,15 @@ def test_every_family_names_what_its_blocks_have():
         assert family.name in ("llama", "gpt2", "bert")
 
 
-def test_further_prunings_of_one_config_come_one_after_the_other():
-    heads = PruneConfig(pattern="heads", num_per_layer=2)
-    neurons = PruneConfig(pattern="neurons", sparsity=0.25, scope="matrix")
+def test_prunings_of_one_call_come_one_after_the_other():
+    heads = PruneConfig(pattern="heads", num_per_layer=2, score="W")
+    neurons = PruneConfig(pattern="neurons", sparsity=0.25, scope="matrix", score="W")
     one, two = adapted("llama"), adapted("llama")
-    both = PruneConfig(**{**heads.to_dict(), "then": [neurons.to_dict()]})
-    assert PruneConfig.from_dict(both.to_dict()) == both
-    report = dsee_scale.prune(one, both)
+    report = dsee_scale.prune(one, [heads, neurons])
     for config in (heads, neurons):
         dsee_scale.prune(two, config)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert len(report.matrices) == 14 and len(report.units) == 4
     assert "4 of 12 heads are gone" in str(report) and "26 of 104 neurons are gone" in str(report)
-    with pytest.raises(ConfigError, match="`then` within `then`"):
-        PruneConfig(then=(both,))
+    with pytest.raises(ConfigError, match="an empty list"):
+        dsee_scale.prune(one, [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -35,10 +34,7 @@ def zeros(weight: torch.Tensor) -> int:
 def test_exported_weights_are_2_4_where_neurons_went_before(tmp_path, family, score):
     model = adapted(family)
     neurons = PruneConfig(pattern="neurons", num_per_layer=NEURONS[family], score="random")
-    report = dsee_scale.prune(
-        model,
-        PruneConfig(**{**neurons.to_dict(), "then": [PruneConfig(pattern="2:4", score=score).to_dict()]}),
-    )
+    report = dsee_scale.prune(model, [neurons, PruneConfig(pattern="2:4", score=score, refit=False)])
     assert report.sparsity > 0.5
     export_model(model, tmp_path / "out")
     loaded = dsee_scale.load_pretrained(tmp_path / "out")
@@ -60,7 +56,7 @@ def test_groups_among_the_inputs_that_are_left_hold_the_largest():
     before = down.weight.detach().clone()
     left = before.any(dim=0).nonzero().flatten()
     assert len(left) == 36 and any(left.diff() > 1)
-    dsee_scale.prune(model, PruneConfig(pattern="2:4"))
+    dsee_scale.prune(model, PruneConfig(pattern="2:4", score="W"))
     expected = torch.zeros_like(before)
     for row in range(len(before)):
         for first in range(0, len(left), 4):
@@ -73,9 +69,9 @@ def test_groups_among_the_inputs_that_are_left_hold_the_largest():
 def test_heads_whose_size_is_no_multiple_of_m_shift_groups_too(tmp_path):
     sizes = dict(hidden_size=24, num_attention_heads=4, num_key_value_heads=4, head_dim=6)
     model = build(llama_config(**sizes, intermediate_size=24))
-    heads = PruneConfig(pattern="heads", num_per_layer=2)
+    heads = PruneConfig(pattern="heads", num_per_layer=2, score="W")
     dsee_scale.prune(model, heads)
-    dsee_scale.prune(model, PruneConfig(pattern="2:4"))
+    dsee_scale.prune(model, PruneConfig(pattern="2:4", score="W"))
     export_model(model, tmp_path / "out")
     loaded = dsee_scale.load_pretrained(tmp_path / "out")
     weight = loaded.model.layers[0].self_attn.o_proj.weight
@@ -86,7 +82,10 @@ def test_heads_whose_size_is_no_multiple_of_m_shift_groups_too(tmp_path):
 def test_whole_groups_that_went_leave_the_others_where_they_are():
     """Heads of a multiple of M inputs: the same result as if 2:4 had come first."""
     first, second = adapted("gpt2"), adapted("gpt2")
-    heads, groups = PruneConfig(pattern="heads", num_per_layer=1), PruneConfig(pattern="2:4")
+    heads, groups = (
+        PruneConfig(pattern="heads", num_per_layer=1, score="W"),
+        PruneConfig(pattern="2:4", score="W"),
+    )
     for config in (heads, groups):
         dsee_scale.prune(first, config)
     mask = first.transformer.h[0].attn.c_proj.weight != 0
@@ -99,51 +98,59 @@ def test_whole_groups_that_went_leave_the_others_where_they_are():
 
 def test_units_that_would_shift_the_groups_of_an_earlier_n_of_m_are_refused():
     model = adapted("llama")
-    dsee_scale.prune(model, PruneConfig(pattern="2:4"))
+    dsee_scale.prune(model, PruneConfig(pattern="2:4", score="W"))
     before = [param.clone() for param in model.parameters()]
-    with pytest.raises(ConfigError, match=r"down_proj is 2:4.*neurons first.*`then`"):
-        dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=4))
+    with pytest.raises(ConfigError, match=r"down_proj is 2:4.*neurons first.*in one call"):
+        dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=4, score="W"))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=2))  # whole groups of 4
+    dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=2, score="W"))  # whole groups of 4
 
 
 def test_inputs_left_that_m_does_not_divide_are_refused():
     model = adapted("llama")
-    dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=15))
+    dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=15, score="W"))
     with pytest.raises(ConfigError, match=r"down_proj has 37 inputs left.*groups of 4"):
-        dsee_scale.prune(model, PruneConfig(pattern="2:4"))
+        dsee_scale.prune(model, PruneConfig(pattern="2:4", score="W"))
 
 
 def test_a_later_pruning_that_makes_no_sense_is_refused_before_the_first():
     model = adapted("llama")
     before = [param.clone() for param in model.parameters()]
     for bad, text in (
-        (PruneConfig(pattern="neurons", num_per_layer=52), "removes all 52 neurons"),
-        (PruneConfig(pattern="2:4", modules=("no_such_module",)), "no_such_module"),
+        (PruneConfig(pattern="neurons", num_per_layer=52, score="W"), "removes all 52 neurons"),
+        (PruneConfig(pattern="2:4", modules=("no_such_module",), score="W"), "no_such_module"),
     ):
         with pytest.raises(dsee_scale.errors.DSEEError, match=text):
-            dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=2, then=(bad,)))
+            dsee_scale.prune(model, [PruneConfig(pattern="heads", num_per_layer=2, score="W"), bad])
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-TWO_OF_FOUR = PruneConfig(pattern="2:4")
-NEURONS_ANYWHERE = PruneConfig(pattern="neurons", sparsity=0.25)
+TWO_OF_FOUR = PruneConfig(pattern="2:4", score="W")
+NEURONS_ANYWHERE = PruneConfig(pattern="neurons", sparsity=0.25, score="W")
 
 
 @pytest.mark.parametrize(
     "first, later, text",
     [
-        (PruneConfig(pattern="neurons", num_per_layer=2), [TWO_OF_FOUR], r"down_proj has 50 inputs left"),
-        (TWO_OF_FOUR, [PruneConfig(pattern="neurons", num_per_layer=4)], r"down_proj is 2:4.*neurons first"),
-        (NEURONS_ANYWHERE, [TWO_OF_FOUR], r"then.*down_proj.*global.*multiple of 4.*num_per_layer.*apart"),
         (
-            NEURONS_ANYWHERE,
-            [PruneConfig(pattern="neurons", num_per_layer=16), TWO_OF_FOUR],
-            r"then.*down_proj.*global",
+            PruneConfig(pattern="neurons", num_per_layer=2, score="W"),
+            [TWO_OF_FOUR],
+            r"down_proj has 50 inputs left",
         ),
         (
-            PruneConfig(pattern="heads", num_per_layer=2),
-            [PruneConfig(pattern="neurons", num_per_layer=3), TWO_OF_FOUR],
+            TWO_OF_FOUR,
+            [PruneConfig(pattern="neurons", num_per_layer=4, score="W")],
+            r"down_proj is 2:4.*neurons first",
+        ),
+        (NEURONS_ANYWHERE, [TWO_OF_FOUR], r"down_proj.*2:4.*global.*multiple of 4.*num_per_layer.*apart"),
+        (
+            NEURONS_ANYWHERE,
+            [PruneConfig(pattern="neurons", num_per_layer=16, score="W"), TWO_OF_FOUR],
+            r"down_proj.*global",
+        ),
+        (
+            PruneConfig(pattern="heads", num_per_layer=2, score="W"),
+            [PruneConfig(pattern="neurons", num_per_layer=3, score="W"), TWO_OF_FOUR],
             r"down_proj has 49 inputs left",
         ),
     ],
@@ -152,7 +159,7 @@ def test_a_step_that_an_earlier_one_makes_impossible_is_refused_before_the_first
     model = adapted("llama")
     before = [param.clone() for param in model.parameters()]
     with pytest.raises(ConfigError, match=text):
-        dsee_scale.prune(model, dataclasses.replace(first, then=tuple(later)))
+        dsee_scale.prune(model, [first, *later])
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert not model_state(model).pruned
 
@@ -165,7 +172,7 @@ def test_what_only_a_later_step_reads_is_checked_before_the_first(spoilt):
     before = [param.clone() for param in model.parameters()]
     later = PruneConfig(pattern="neurons", num_per_layer=4, score="ABS")
     with pytest.raises(dsee_scale.TargetError, match="NaN"):
-        dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=2, then=(later,)))
+        dsee_scale.prune(model, [PruneConfig(pattern="heads", num_per_layer=2, score="W"), later])
     for a, b in zip(before, model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
@@ -174,21 +181,21 @@ def test_a_later_score_without_adapters_is_refused_before_the_first():
     model = build(llama_config())
     before = [param.clone() for param in model.parameters()]
     with pytest.raises(dsee_scale.TargetError, match="needs adapters"):
-        dsee_scale.prune(model, PruneConfig(then=(PruneConfig(score="WABS"),)))
+        dsee_scale.prune(model, [PruneConfig(score="W"), PruneConfig(score="WABS")])
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
     "first",
     [
-        PruneConfig(pattern="heads", sparsity=0.34),  # whole groups of 4, wherever they go
-        PruneConfig(pattern="neurons", sparsity=0.3, scope="matrix"),  # 16 of 52 in each layer
+        PruneConfig(pattern="heads", sparsity=0.34, score="W"),  # whole groups of 4, wherever they go
+        PruneConfig(pattern="neurons", sparsity=0.3, scope="matrix", score="W"),  # 16 of 52 in each layer
     ],
 )
 def test_units_without_num_per_layer_go_before_n_of_m_where_their_number_fits(first):
     model = adapted("llama")
     modules = ("o_proj", "down_proj")
-    dsee_scale.prune(model, dataclasses.replace(first, then=(PruneConfig(pattern="2:4", modules=modules),)))
+    dsee_scale.prune(model, [first, PruneConfig(pattern="2:4", modules=modules, score="W")])
     patterns = {
         name: how["pattern"] for name, how in model_state(model).pruned.items() if "down_proj" in name
     }
@@ -198,8 +205,8 @@ def test_units_without_num_per_layer_go_before_n_of_m_where_their_number_fits(fi
 def test_a_later_step_counts_what_an_earlier_call_removed():
     """36 neurons are left before and after the second `num_per_layer`, which is less than what is gone."""
     model = adapted("llama")
-    dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=16))
-    dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=3, then=(TWO_OF_FOUR,)))
+    dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=16, score="W"))
+    dsee_scale.prune(model, [PruneConfig(pattern="neurons", num_per_layer=3, score="W"), TWO_OF_FOUR])
 
 
 def inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
@@ -217,11 +224,11 @@ def inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[dict[st
 def test_inspect_says_what_was_cut_out_and_what_it_gains(tmp_path, capsys, family, reason):
     model = adapted(family)
     base = sum(param.numel() for name, param in model.named_parameters() if "dsee_" not in name)
-    units = PruneConfig(
-        pattern="heads",
-        num_per_layer=2 if family == "llama" else 1,
-        then=(PruneConfig(pattern="neurons", num_per_layer=4), PruneConfig(pattern="2:4")),
-    )
+    units = [
+        PruneConfig(pattern="heads", num_per_layer=2 if family == "llama" else 1, score="W"),
+        PruneConfig(pattern="neurons", num_per_layer=4, score="W"),
+        TWO_OF_FOUR,
+    ]
     dsee_scale.prune(model, units)
     save_adapter(model, tmp_path / "adapter")
     report = export_model(model, tmp_path / "out")

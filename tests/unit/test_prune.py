@@ -80,7 +80,7 @@ def test_the_lowest_scores_go(mode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_exactly_the_asked_number_is_zero(sparsity, dtype):
     model = trained(dtype=dtype)
-    report = dsee_scale.prune(model, PruneConfig(sparsity=sparsity))
+    report = dsee_scale.prune(model, PruneConfig(sparsity=sparsity, score="W"))
     zeros = sum(int((w == 0).sum()) for w in weights(model).values())
     total = sum(w.numel() for w in weights(model).values())
     assert zeros == report.removed == round(sparsity * total)
@@ -91,7 +91,7 @@ def test_ties_are_broken_by_position():
     model = trained()
     for module in block_linears(model).values():
         module.weight.data.fill_(0.25)
-    dsee_scale.prune(model, PruneConfig(sparsity=0.3))
+    dsee_scale.prune(model, PruneConfig(sparsity=0.3, score="W"))
     flat = torch.cat([w.flatten() for w in weights(model).values()])
     k = round(0.3 * flat.numel())
     assert (flat[:k] == 0).all()
@@ -100,7 +100,7 @@ def test_ties_are_broken_by_position():
 
 def test_each_matrix_has_its_sparsity_with_scope_matrix():
     model = trained()
-    dsee_scale.prune(model, PruneConfig(sparsity=0.37, scope="matrix"))
+    dsee_scale.prune(model, PruneConfig(sparsity=0.37, scope="matrix", score="W"))
     for name, weight in weights(model).items():
         assert (weight == 0).sum() == round(0.37 * weight.numel()), name
 
@@ -132,7 +132,7 @@ def test_only_linear_weights_of_the_blocks_are_pruned():
     others = {
         n: p.clone() for n, p in model.named_parameters() if n.removesuffix(".weight") not in weights(model)
     }
-    dsee_scale.prune(model, PruneConfig(sparsity=0.5))
+    dsee_scale.prune(model, PruneConfig(sparsity=0.5, score="W"))
     for name, value in others.items():
         assert torch.equal(dict(model.named_parameters())[name], value), name
 
@@ -154,21 +154,21 @@ def test_a_score_that_needs_the_adapter_is_refused_without_one():
 
 def test_magnitude_needs_no_adapter():
     model = build(llama_config())
-    report = dsee_scale.prune(model, PruneConfig(sparsity=0.5))
+    report = dsee_scale.prune(model, PruneConfig(sparsity=0.5, score="W"))
     assert report.removed == round(report.total / 2)
 
 
 @pytest.mark.parametrize(
     ("prune", "error", "words"),
     [
-        (PruneConfig(modules=("qproj",)), TargetError, "'qproj' matches no linear layer.*q_proj"),
+        (PruneConfig(modules=("qproj",), score="W"), TargetError, "'qproj' matches no linear layer.*q_proj"),
         (
-            PruneConfig(pools=(Pool(name="a", sparsity=0.1), Pool(name="b", sparsity=0.2))),
+            PruneConfig(pools=(Pool(name="a", sparsity=0.1), Pool(name="b", sparsity=0.2)), score="W"),
             ConfigError,
             "'a' and 'b' both hold",
         ),
         (
-            PruneConfig(pools=(Pool(name="a", sparsity=0.1, modules=("xyz",)),)),
+            PruneConfig(pools=(Pool(name="a", sparsity=0.1, modules=("xyz",)),), score="W"),
             ConfigError,
             "pool 'a' matches no weight",
         ),
@@ -185,12 +185,12 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_removed():
     model = trained()
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(TargetError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity"):
-        dsee_scale.prune(model, PruneConfig())
+        dsee_scale.prune(model, PruneConfig(score="W"))
     assert all((w != 0).all() for w in weights(model).values())
 
 
 def test_the_report_prints_the_sparsity_of_each_matrix():
-    text = str(dsee_scale.prune(trained(), PruneConfig(sparsity=0.5)))
+    text = str(dsee_scale.prune(trained(), PruneConfig(sparsity=0.5, score="W")))
     assert "50.0" in text
     assert "down_proj" in text
 

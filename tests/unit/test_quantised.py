@@ -100,9 +100,9 @@ def evaluate_dequantised(folder: Path, form: str) -> float:
 @pytest.mark.parametrize(
     "config",
     [
-        PruneConfig(sparsity=0.5),
+        PruneConfig(sparsity=0.5, score="W"),
         PruneConfig(sparsity=0.4, scope="matrix", score="WABS"),
-        PruneConfig(pattern="2:4"),
+        PruneConfig(pattern="2:4", score="W"),
         PruneConfig(sparsity=0.5, score="random"),
     ],
 )
@@ -136,7 +136,7 @@ def test_what_a_quantised_base_cannot_do_is_refused_by_name(folder):
     model = injected_llama(folder, "nf4")
     for pattern in ("heads", "neurons"):
         with pytest.raises(TargetError, match="prune an unquantised base"):
-            dsee_scale.prune(model, PruneConfig(sparsity=0.5, pattern=pattern))
+            dsee_scale.prune(model, PruneConfig(sparsity=0.5, pattern=pattern, score="W"))
 
 
 def test_a_row_length_that_the_cpu_decodes_wrongly_is_refused():
@@ -167,7 +167,7 @@ def test_layers_that_are_not_quantised_yet_are_refused():
 def test_adapter_and_masks_survive_saving_and_loading(folder, form, tmp_path):
     model = injected_llama(folder, form)
     train(model)
-    dsee_scale.prune(model, PruneConfig(sparsity=0.5))
+    dsee_scale.prune(model, PruneConfig(sparsity=0.5, score="W"))
     dsee_scale.save_adapter(model, tmp_path / "adapter")
     again = quantised_llama(folder, form)
     evaluate(again)  # repacked on some CPUs
@@ -188,7 +188,7 @@ def test_export_is_the_decoded_masked_model_in_stock_transformers(folder, form, 
     model = injected_llama(folder, form)
     train(model)
     # Around the adapted matrices, so that both forms are exactly what was trained.
-    dsee_scale.prune(model, PruneConfig(sparsity=0.5, modules=("gate_proj", "up_proj", "o_proj")))
+    dsee_scale.prune(model, PruneConfig(sparsity=0.5, modules=("gate_proj", "up_proj", "o_proj"), score="W"))
     report = dsee_scale.export_model(model, tmp_path / "model", delta=delta)
     name = {"fp4, double": "fp4"}.get(form, form)
     assert report.base == f"{name}, decoded to bfloat16" and 0 < report.distance < 0.004
@@ -208,7 +208,7 @@ def test_under_the_mask_the_export_of_adapted_matrices_is_what_was_trained(folde
 
     model = injected_llama(folder, form)
     train(model)
-    dsee_scale.prune(model, PruneConfig(sparsity=0.5, modules=("q_proj", "v_proj")))
+    dsee_scale.prune(model, PruneConfig(sparsity=0.5, modules=("q_proj", "v_proj"), score="W"))
     train(model)
     report = dsee_scale.export_model(model, tmp_path / "model")
     assert 0 < report.distance < 0.004 and report.num_zero == report.num_pruned // 2
@@ -225,7 +225,7 @@ def test_merging_into_the_unquantised_base_says_how_far_that_is(folder, tmp_path
 
     model = injected_llama(folder, "nf4")
     train(model)
-    dsee_scale.prune(model, PruneConfig(sparsity=0.3, mask_update=False))
+    dsee_scale.prune(model, PruneConfig(sparsity=0.3, mask_update=False, score="W"))
     dsee_scale.save_adapter(model, tmp_path / "adapter")
     report = export_files(tmp_path / "adapter", folder, tmp_path / "model", delta="dense")
     assert report.base == "unquantised, while nf4 was trained on"

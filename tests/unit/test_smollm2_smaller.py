@@ -35,9 +35,10 @@ def test_smollm2_without_a_third_of_the_heads_and_a_quarter_of_the_neurons(tmp_p
     shown to be the same function in float64, and float32 to be as near to it as the zeroed model is.
     """
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
-    config = PruneConfig(
-        pattern="heads", num_per_layer=3, then=(PruneConfig(pattern="neurons", num_per_layer=384),)
-    )
+    config = [
+        PruneConfig(pattern="heads", num_per_layer=3, score="W"),
+        PruneConfig(pattern="neurons", num_per_layer=384, score="W"),
+    ]
     dsee_scale.prune(model, config)
     report = dsee_scale.export_model(model, tmp_path / "small")
     assert report.loads_with == "transformers" and report.num_removed == 30 * (512 + 3 * 384) * 576

@@ -43,7 +43,7 @@ STOCK = {
 def smaller(family: str, *kinds: str, scope: str = "matrix") -> nn.Module:
     model = adapted(family)
     for kind in kinds:
-        dsee_scale.prune(model, PruneConfig(pattern=kind, sparsity=0.4, scope=scope))
+        dsee_scale.prune(model, PruneConfig(pattern=kind, sparsity=0.4, scope=scope, score="W"))
     return model
 
 
@@ -81,7 +81,7 @@ def test_unequal_layers_load_through_load_pretrained(tmp_path, family, kinds):
         for part in find_units(model, kind, lambda p: p.shape)[0].parts:
             part.module.weight.data.mul_(1e-2)
     for kind in kinds:
-        dsee_scale.prune(model, PruneConfig(pattern=kind, sparsity=0.34))
+        dsee_scale.prune(model, PruneConfig(pattern=kind, sparsity=0.34, score="W"))
     report = export_model(model, tmp_path / "out")
     assert report.loads_with == "dsee_scale.load_pretrained"
     loaded = dsee_scale.load_pretrained(tmp_path / "out")
@@ -96,7 +96,7 @@ def test_unequal_layers_load_through_load_pretrained(tmp_path, family, kinds):
 def test_a_count_of_heads_that_the_config_class_refuses_goes_through_load_pretrained(tmp_path):
     """Llama's config wants the hidden size to be a multiple of the heads: 48 is none of 4 x 5 ... but of 4."""
     model = build(llama_config(**{**GROUPED, "num_key_value_heads": 6}))
-    dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=1))
+    dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=1, score="W"))
     report = export_model(model, tmp_path / "five")
     assert report.loads_with == "dsee_scale.load_pretrained"
     assert "LlamaConfig: The hidden size (48) is not a multiple" in str(report)
@@ -112,8 +112,8 @@ def test_the_config_says_what_is_left(tmp_path):
 
 def test_the_report_counts_what_was_cut_out_and_what_is_zero_besides(tmp_path):
     model = adapted("llama")
-    dsee_scale.prune(model, PruneConfig(pattern="2:4"))
-    dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=2))
+    dsee_scale.prune(model, PruneConfig(pattern="2:4", score="W"))
+    dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=2, score="W"))
     report = export_model(model, tmp_path / "out")
     assert "4 of 12 heads cut out of 2 blocks" in str(report)
     assert report.patterns == {"2:4": 14, "heads": 8}
@@ -162,7 +162,7 @@ def test_a_smaller_model_trains_and_is_pruned_again(tmp_path):
         model,
         DSEEConfig(rank=3, num_sparse=5, target_modules=("c_attn",), output_slices={"c_attn": ("q", "v")}),
     )
-    dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=1))
+    dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=1, score="W"))
     export_model(model, tmp_path / "one")
     loaded = dsee_scale.load_pretrained(tmp_path / "one")
     assert loaded.transformer.h[0].attn.num_heads == 1
@@ -236,7 +236,7 @@ def test_a_changed_structure_file_is_noticed(tmp_path):
 
 def test_semi_structured_kernels_need_a_fitting_gpu(tmp_path):
     model = adapted("llama")
-    dsee_scale.prune(model, PruneConfig(pattern="2:4"))
+    dsee_scale.prune(model, PruneConfig(pattern="2:4", score="W"))
     export_model(model, tmp_path / "out")
     with pytest.raises(TargetError, match="need an NVIDIA GPU"):
         dsee_scale.load_pretrained(tmp_path / "out", semi_structured=True)
@@ -291,8 +291,8 @@ def test_iglm_with_heads_removed_loads_through_load_pretrained(tmp_path):
     source = next(path.parent for path in tmp_path.rglob("config.json") if path.parent.name == "IgLM")
     model = GPT2LMHeadModel.from_pretrained(source).eval()
     before = num_parameters(model)
-    dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=model.config.n_head // 4))
-    dsee_scale.prune(model, PruneConfig(pattern="neurons", sparsity=0.25, scope="matrix"))
+    dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=model.config.n_head // 4, score="W"))
+    dsee_scale.prune(model, PruneConfig(pattern="neurons", sparsity=0.25, scope="matrix", score="W"))
     report = export_model(model, tmp_path / "small")
     loaded = dsee_scale.load_pretrained(tmp_path / "small")
     ids = torch.randint(3, 30, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -309,6 +309,6 @@ def test_a_weight_that_is_zero_by_chance_still_gets_its_update(tmp_path):
     model = adapted("llama")
     weight = model.model.layers[0].self_attn.q_proj.weight
     weight.data[torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.3] = 0
-    dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=2))
+    dsee_scale.prune(model, PruneConfig(pattern="heads", num_per_layer=2, score="W"))
     export_model(model, tmp_path / "live")
     torch.testing.assert_close(output(dsee_scale.load_pretrained(tmp_path / "live")), output(model))

@@ -1,7 +1,5 @@
 """Phases, prunings and learning rates fall on the right steps."""
 
-import dataclasses
-
 import pytest
 import torch
 from transformers import TrainingArguments, get_scheduler
@@ -74,16 +72,16 @@ def test_pruning_without_tune_or_without_retune():
 
 def test_gradual_pruning_rises_to_the_final_sparsity():
     sections = {
-        "prune": {"sparsity": 0.6},
+        "prune": {"sparsity": 0.6, "score": "W"},
         "retune": {"max_steps": 10},
         "gradual": {"num_steps": 6, "every": 2},
     }
     events = build_timeline(recipe(**sections), arguments(max_steps=4), 1).prune_events
     assert [event.step for event in events] == [4, 6, 8, 10]
-    assert [event.config.sparsity for event in events] == pytest.approx(
+    assert [event.configs[0].sparsity for event in events] == pytest.approx(
         [0.6 * (1 - (1 - t / 6) ** 3) for t in (0, 2, 4, 6)]
     )
-    assert events[-1].config == dataclasses.replace(PruneConfig(), sparsity=0.6)
+    assert events[-1].configs == (PruneConfig(sparsity=0.6, score="W"),)
     sections["gradual"]["num_steps"] = 11
     with pytest.raises(ConfigError, match="the last cut is at step 15, after the run's last step 14"):
         build_timeline(recipe(**sections), arguments(max_steps=4), 1)

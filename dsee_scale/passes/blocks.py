@@ -1,0 +1,163 @@
+"""Run a model block after block over calibration data, each block on what the ones before it give.
+
+A block runs through its own hooks, so under ZeRO-3 its weights come and go as in training. What a block is called
+with besides its input (masks, position embeddings) is caught from one whole forward pass of each batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsee_scale.errors import TargetError
+from dsee_scale.partition import Partition
+from dsee_scale.passes.calibrate import Batches, compute_device, in_step, run_model, to_device
+
+CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+_SINGLE = "hidden_states"
+
+
+@dataclass
+class Call:
+    """How one batch calls every block.
+
+    Attributes:
+        batch: the batch, for its mask.
+        counts: whether its tokens count on this rank.
+        hidden: (B, T, hidden size), input of the block that is next, where `capture` was told to keep it.
+        arguments: for each block, the further positional and keyword arguments.
+        keywords: for each block, whether the input is passed by keyword.
+    """
+
+    batch: Any
+    counts: bool
+    hidden: Tensor
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    keywords: list[bool] = field(default_factory=list)
+
+
+def find_blocks(module: nn.Module, wanted: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """The repeated blocks that hold the wanted modules, all of their list, in order.
+
+    Raises:
+        TargetError: some lie outside of one list of blocks.
+    """
+    lists = [name for name, each in module.named_modules() if isinstance(each, nn.ModuleList) and len(each)]
+    outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+    holding = [name for name in outermost if any(each.startswith(name + ".") for each in wanted)]
+    outside = [each for each in wanted if not any(each.startswith(name + ".") for name in holding)]
+    if len(holding) != 1 or outside:
+        found = outside[0] if outside else " and ".join(holding)
+        raise TargetError(
+            f"refit goes block after block through one list of blocks (nn.ModuleList), and {found} "
+            f"{'lies outside of it' if outside else 'are several'}; leave it out with `modules`, or set refit=False"
+        )
+    blocks = module.get_submodule(holding[0])
+    return [(f"{holding[0]}.{index}", block) for index, block in blocks.named_children()]
+
+
+def capture(
+    model: nn.Module,
+    blocks: Sequence[tuple[str, nn.Module]],
+    batches: Batches,
+    partition: Partition,
+    storage: torch.device,
+) -> list[Call]:
+    """Collective. How each batch calls the blocks; equally many on every rank.
+
+    Args:
+        model: what `prune` was given.
+        blocks: name and module of each.
+        batches: this rank's model inputs.
+        partition: port to the weights.
+        storage: where inputs are kept between blocks.
+
+    Raises:
+        TargetError: a block does not simply go on from the one before it.
+        CalibrationError: a rank without batches.
+    """
+    calls: list[Call] = []
+    for batch, counts in in_step(batches, partition):
+        watch = _Capture(blocks, check=not calls)
+        try:
+            run_model(model, batch, partition)
+        finally:
+            watch.close()
+        calls.append(Call(batch, counts, watch.hidden.to(storage), watch.arguments, watch.keywords))
+        if watch.broken is not None:
+            raise TargetError(
+                f"{watch.broken} reads something else than what the block before it gives, so the model can't be "
+                "re-fitted block after block; set refit=False. Nothing was removed"
+            )
+    return calls
+
+
+class _Capture:
+    """Hooks that note how the blocks are called in one forward pass."""
+
+    def __init__(self, blocks: Sequence[tuple[str, nn.Module]], check: bool) -> None:
+        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.keywords: list[bool] = []
+        self.hidden = torch.empty(0)
+        self.broken: str | None = None
+        self._names = [name for name, _ in blocks]
+        self._check = check
+        self._last: Tensor | None = None
+        self._handles = []
+        for _, block in blocks:
+            self._handles.append(block.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._handles.append(block.register_forward_hook(self._after))
+
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        rest = {key: None if key in CACHES else value for key, value in kwargs.items()}
+        if "use_cache" in rest:
+            rest["use_cache"] = False
+        by_keyword = not args
+        hidden: Tensor = rest.pop(_SINGLE) if by_keyword else args[0]  # type: ignore[assignment]
+        if not self.arguments:
+            self.hidden = hidden.detach()
+        elif self._check and (self._last is None or not _same(hidden, self._last)):
+            self.broken = self.broken or self._names[len(self.arguments)]
+        self.arguments.append((tuple(args[1:]), rest))
+        self.keywords.append(by_keyword)
+
+    def _after(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        self._last = first_tensor(output)
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def run_block(
+    block: nn.Module, index: int, call: Call, hidden: Tensor, module: nn.Module, partition: Partition
+) -> Tensor:
+    """Output of one block for one batch, where the model computes. Under ZeRO-3 collective."""
+    device = compute_device(module, partition)
+    args, kwargs = call.arguments[index]
+    inputs = hidden.to(device)
+    if call.keywords[index]:
+        return first_tensor(block(*args, **{_SINGLE: inputs}, **to_device(kwargs, device)))
+    return first_tensor(block(inputs, *args, **to_device(kwargs, device)))
+
+
+def first_tensor(output: Any) -> Tensor:
+    """A block's output without what some return beside it."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def advance(
+    block: nn.Module, index: int, calls: Sequence[Call], module: nn.Module, partition: Partition
+) -> Iterator[Call]:
+    """Replace each call's `hidden` by the block's output, batch by batch."""
+    for call in calls:
+        call.hidden = run_block(block, index, call, call.hidden, module, partition).to(call.hidden.device)
+        yield call

@@ -1,0 +1,330 @@
+"""What the linear layers see: their inputs' size over calibration data, for scores that look at activations.
+
+Batches are the user's own model inputs. Each rank brings its own (data parallel); positions that the attention mask
+leaves out do not count. Layers that read the same tensor (q, k and v; gate and up) share one record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dsee_scale.adapters.targets import find_modules, linear_kind
+from dsee_scale.errors import CalibrationError, FormatError
+from dsee_scale.partition import Partition, open_partition, unwrap
+from dsee_scale.passes.fingerprint import fingerprint
+from dsee_scale.passes.pools import block_linears
+from dsee_scale.passes.progress import show_progress
+
+FORMAT_VERSION = 1
+NO_TOKEN = (
+    "no token of the calibration batches counts: their attention masks leave out everything; expected at least one "
+    "token. Nothing was changed"
+)
+Batches = Iterable[Any]
+Take = Callable[[str, Tensor], None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Statistics:
+    """How large each layer's inputs are, over all ranks' calibration tokens.
+
+    Attributes:
+        squares: module name -> (I,) float32, sum of the squares of each input.
+        tokens: module name -> tokens that reached it.
+        fingerprint: of the model and the adapter values that they were collected with.
+    """
+
+    squares: Mapping[str, Tensor]
+    tokens: Mapping[str, int]
+    fingerprint: str
+
+    def norms(self, name: str) -> Tensor | None:
+        """(I,) float32 root mean square of each input of a module, on the CPU; None if no token reached it."""
+        if not self.tokens.get(name):
+            return None
+        return (self.squares[name] / self.tokens[name]).sqrt_()
+
+    def save(self, path: str | Path) -> None:
+        """Write as one safetensors file. Call it on one rank."""
+        path = Path(path)
+        # Layers with one input share one tensor, here as in memory.
+        first: dict[int, str] = {}
+        stored = {name: first.setdefault(id(value), name) for name, value in self.squares.items()}
+        header = {
+            "format": "dsee_statistics",
+            "version": str(FORMAT_VERSION),
+            "tokens": json.dumps(self.tokens),
+            "stored": json.dumps(stored),
+            "fingerprint": self.fingerprint,
+        }
+        partial = path.with_name(path.name + ".partial")
+        save_file({name: self.squares[name].contiguous() for name in first.values()}, partial, header)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            FormatError: not such a file, or damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            squares = {name: tensors[at] for name, at in json.loads(header["stored"]).items()}
+            tokens = {str(name): int(count) for name, count in json.loads(header["tokens"]).items()}
+            version, found = header["version"], header["fingerprint"]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(f"{path} holds no calibration statistics: {error}") from error
+        if version != str(FORMAT_VERSION):
+            raise FormatError(f"{path} has format version {version}; this dsee_scale reads {FORMAT_VERSION}")
+        if squares.keys() != tokens.keys() or not all(
+            value.dim() == 1
+            and value.dtype == torch.float32
+            and bool((value >= 0).all() & value.isfinite().all())
+            for value in squares.values()
+        ):
+            raise FormatError(f"{path} is damaged: expected one non-negative float32 vector for each module")
+        return cls(squares, tokens, found)
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, batches: Batches, *, modules: Sequence[str] = (), progress: bool | None = None
+) -> Statistics:
+    """Collective. Run batches through the model, adapters active, and sum the squares of each layer's inputs.
+
+    Peak extra memory per rank: one float64 vector for each distinct input, and one layer's input in float32.
+
+    Args:
+        model: a raw model, whole or partitioned, or an engine.
+        batches: model inputs: mappings of keyword arguments, tuples of positional ones, or tensors of token ids.
+            Every rank brings its own, at least one.
+        modules: further linear layers, by suffix or pattern; those of the blocks are always there.
+        progress: show a progress bar on rank 0; None shows it if a person watches.
+
+    Returns:
+        The statistics, the same on every rank.
+
+    Raises:
+        CalibrationError: a rank without batches, no token that counts, or activations that are not finite; the same on
+            every rank.
+    """
+    module = unwrap(model)
+    partition = open_partition(module)
+    layers = block_linears(module)
+    in_blocks_only = not modules
+    if modules:
+        named = dict(module.named_modules())
+        found = find_modules(module, modules, what="calibrated module")
+        layers |= {name: named[name] for name in found if linear_kind(named[name])}
+    sums: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
+
+    def take(name: str, x_TI: Tensor) -> None:
+        squares = x_TI.float().square_() if x_TI.dtype != torch.float32 else x_TI.square()
+        total = squares.sum(0, dtype=torch.float64)
+        sums[name] = total if name not in sums else sums[name].add_(total)
+        tokens[name] = tokens.get(name, 0) + x_TI.shape[0]
+
+    with evaluating(module), watching(layers, take) as watch:
+        for batch, counts in tqdm(
+            in_step(batches, partition),
+            desc="calibrate",
+            unit="batch",
+            disable=not show_progress(partition, progress),
+        ):
+            with watch.batch(batch, counts):
+                run_model(model, batch, partition, short_logits=in_blocks_only)
+    return _reduce(sums, tokens, layers, watch.leaders, fingerprint(module, partition), partition)
+
+
+def _reduce(
+    sums: dict[str, Tensor],
+    tokens: dict[str, int],
+    layers: Mapping[str, nn.Module],
+    leaders: Mapping[str, str],
+    found: str,
+    partition: Partition,
+) -> Statistics:
+    """Collective. Sums over ranks; every layer gets its own entry."""
+    squares: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    for name in layers:
+        leader = leaders.get(name, name)
+        if leader in squares:
+            squares[name], counts[name] = squares[leader], counts[leader]
+            continue
+        width = _num_inputs(layers[name], partition)
+        mine = sums.get(leader, torch.zeros(width, dtype=torch.float64))
+        packed = torch.cat([mine.cpu(), torch.tensor([tokens.get(leader, 0)], dtype=torch.float64)])
+        total = partition.sum_over_ranks(packed)
+        squares[name], counts[name] = total[:-1].float(), int(total[-1])
+    broken = [name for name, value in squares.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise CalibrationError(
+            f"the inputs of {broken[0]} hold NaN or infinity (and those of {len(broken) - 1} more layers); check the "
+            "calibration batches and the model's weights. Nothing was changed"
+        )
+    if not any(counts.values()):
+        raise CalibrationError(NO_TOKEN)
+    return Statistics(squares, counts, found)
+
+
+def _num_inputs(layer: nn.Module, partition: Partition) -> int:
+    rows, cols = partition.shape(layer.weight)  # type: ignore[arg-type]
+    return int(rows if linear_kind(layer) == "conv1d" else cols)
+
+
+class Watch:
+    """Pre-forward hooks on linear layers that hand out each distinct input once, without the padding.
+
+    Attributes:
+        leaders: module name -> the module under whose name its input is handed out.
+    """
+
+    def __init__(self, take: Take) -> None:
+        self.leaders: dict[str, str] = {}
+        self._take = take
+        self._counts = True
+        self._mask: Tensor | None = None
+        self._last: tuple[str, Tensor] | None = None
+
+    @contextlib.contextmanager
+    def batch(self, batch: Any, counts: bool = True) -> Iterator[None]:
+        """While this batch runs; one that does not count runs for the other ranks' sake alone."""
+        self._mask, self._counts = token_mask(batch), counts
+        try:
+            yield
+        finally:
+            self._last = None
+
+    def see(self, name: str, x: Tensor) -> None:
+        """One layer is about to read x, (..., I)."""
+        # The tensor is held on to, so that no other one can lie at its address meanwhile.
+        if self._last is not None and _same(self._last[1], x):
+            self.leaders[name] = self._last[0]
+            return
+        self._last = (name, x)
+        self.leaders[name] = name
+        if self._counts:
+            self._take(name, self._counted(x))
+
+    def _counted(self, x: Tensor) -> Tensor:
+        """(T, I), the tokens that count."""
+        flat, mask = x.reshape(-1, x.shape[-1]), self._mask
+        if mask is None or mask.numel() != flat.shape[0]:
+            return flat
+        return flat[mask.reshape(-1).to(flat.device)]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape)
+
+
+@contextlib.contextmanager
+def watching(layers: Mapping[str, nn.Module], take: Take) -> Iterator[Watch]:
+    """Hooks on the layers for as long as the context lasts."""
+    watch = Watch(take)
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _, args, kwargs: watch.see(name, args[0] if args else next(iter(kwargs.values())))
+
+    handles = [
+        layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()
+    ]
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode throughout; afterwards every submodule is in the mode that it was in."""
+    modes = [(each, each.training) for each in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, training in modes:
+            each.training = training
+
+
+def in_step(batches: Batches, partition: Partition) -> Iterator[tuple[Any, bool]]:
+    """Collective. Each rank's batches, as many rounds as the rank with most has; (batch, whether it counts).
+
+    A rank that has run out repeats its last one without counting it: under ZeRO-3 the others wait for its weights.
+
+    Raises:
+        CalibrationError: a rank has no batch at all.
+    """
+    left = iter(batches)
+    last: Any = None
+    while True:
+        batch = next(left, None)
+        state = torch.tensor([int(batch is not None), int(batch is None and last is None)])
+        going, empty = partition.sum_over_ranks(state).tolist()
+        if empty:
+            raise CalibrationError(
+                f"{empty} of {partition.world_size} ranks have no calibration batch; expected at least one on every "
+                "rank: give fewer samples to each batch, or more data"
+            )
+        if not going:
+            return
+        last = last if batch is None else batch
+        yield last, batch is not None
+
+
+def run_model(model: nn.Module, batch: Any, partition: Partition, *, short_logits: bool = True) -> None:
+    """One forward pass of one batch. Under ZeRO-3 collective."""
+    batch = to_device(batch, compute_device(unwrap(model), partition))
+    if not isinstance(batch, Mapping):
+        model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+        return
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    known = _arguments(unwrap(model))
+    inputs |= {"use_cache": False} if "use_cache" in known else {}
+    inputs |= {"logits_to_keep": 1} if short_logits and "logits_to_keep" in known else {}
+    model(**inputs)
+
+
+def _arguments(module: nn.Module) -> set[str]:
+    return set(inspect.signature(module.forward).parameters)
+
+
+def compute_device(module: nn.Module, partition: Partition) -> torch.device:
+    """Where the model computes."""
+    return partition.compute_device(next(module.parameters()))
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors of a batch on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: to_device(each, device) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_device(each, device) for each in value)
+    return value
+
+
+def token_mask(batch: Any) -> Tensor | None:
+    """(B, T) bool, which tokens of a batch count; None for all."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None

@@ -1,0 +1,55 @@
+"""Short texts that tell contents apart, from shards: of a model's state, and of a frozen weight."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.adapters.state import model_state
+from dsee_scale.algorithms.bits import position_sum
+from dsee_scale.partition import Partition
+
+
+def fingerprint(module: nn.Module, partition: Partition) -> str:
+    """Collective. SHA-256 over names, shapes, the record of prunings and all adapter values.
+
+    The frozen weights are not read: they are the base model's, changed by what the record lists. The same on any number
+    of ranks.
+    """
+    layers = adapted_layers(module)
+    sums = torch.zeros(len(layers), dtype=torch.int64)
+    for index, layer in enumerate(layers.values()):
+        shard = partition.shard(layer.dsee_flat)  # type: ignore[arg-type]
+        sums[index] = position_sum(shard.data, shard.start)
+    digests = partition.sum_over_shards(sums).tolist()
+    shapes = {name: list(partition.shape(param)) for name, param in module.named_parameters()}
+    text = json.dumps([shapes, model_state(module).pruned, digests], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def contents(weights: Mapping[str, nn.Parameter], partition: Partition) -> dict[str, str]:
+    """Collective. Checksums of whole frozen weights, 16 hexadecimal digits each; the same on any number of ranks."""
+    sums = torch.zeros(len(weights), dtype=torch.int64)
+    for index, param in enumerate(weights.values()):
+        shard = partition.shard(param)
+        sums[index] = rounded_sum(shard.data, shard.start)
+    return {
+        name: as_text(total)
+        for name, total in zip(weights, partition.sum_over_shards(sums).tolist(), strict=True)
+    }
+
+
+def rounded_sum(stretch: Tensor, start: int) -> int:
+    """`position_sum` at bfloat16's precision: loading a weight in float32 or in bfloat16 changes nothing. Local."""
+    # Adding zero makes -0.0 a plain 0.0: a mask applied by multiplication leaves the sign.
+    return position_sum(stretch.detach().to(torch.bfloat16) + 0.0, start)
+
+
+def as_text(total: int) -> str:
+    """16 hexadecimal digits."""
+    return f"{total % 2**64:016x}"

@@ -1,0 +1,396 @@
+"""Prune and re-fit block after block: what stays is solved anew, so that each layer does what the tuned one did.
+
+Per block: run it over the calibration data for the Gram matrices X^T X of its layers' inputs; sum each to the rank
+that owns a matrix with that input; solve there, on W + D; scatter the new weights into the shards; run the block again
+for the next one's inputs. So later blocks see what earlier ones do after pruning. D starts again at zero, on a support
+among the entries that stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dsee_scale.adapters.linear import delta_record, is_adapted, restore_under_mask
+from dsee_scale.adapters.state import model_state
+from dsee_scale.algorithms.bits import count_nonzero
+from dsee_scale.algorithms.decompose import Support, find_support
+from dsee_scale.algorithms.delta import AdapterSpec, delta_block
+from dsee_scale.algorithms.refit import Count, Groups, sparsegpt, to_storage
+from dsee_scale.config import DSEEConfig, PruneConfig
+from dsee_scale.errors import CalibrationError, PartitionError, TargetError
+from dsee_scale.partition import Partition, unwrap
+from dsee_scale.partition.zero_lines import Lines, check_reachable, zero_lines
+from dsee_scale.passes.blocks import Call, advance, capture, find_blocks, run_block
+from dsee_scale.passes.calibrate import NO_TOKEN, Batches, compute_device, evaluating, token_mask, watching
+from dsee_scale.passes.deal import deal
+from dsee_scale.passes.decompose_model import seeded
+from dsee_scale.passes.pools import Member, WeightPool
+from dsee_scale.passes.progress import show_progress
+from dsee_scale.passes.prune_checks import note_pattern
+
+Counts = dict[str, tuple[int, int]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Job:
+    """One matrix to solve.
+
+    Attributes:
+        member: the weight.
+        sparsity: the fraction that goes.
+        leader: the module under whose name its input is collected.
+        left: (K,) inputs that are still there, where heads or neurons took some; None for all.
+    """
+
+    member: Member
+    sparsity: float
+    leader: str
+    left: Tensor | None
+
+    @property
+    def gram_bytes(self) -> int:
+        return 4 * self.member.num_inputs**2
+
+    @property
+    def cost(self) -> int:
+        """Multiplications of the solver, about."""
+        outputs = self.member.numel // self.member.num_inputs
+        return self.member.num_inputs**2 * (self.member.num_inputs + outputs)
+
+
+@torch.no_grad()
+def refit(
+    model: nn.Module,
+    pools: Sequence[WeightPool],
+    config: PruneConfig,
+    batches: Batches,
+    removed: Mapping[str, Tensor],
+    partition: Partition,
+    *,
+    progress: bool | None = None,
+) -> Counts:
+    """Collective. Prune the pools' weights and solve what stays; zeros and entries of each matrix.
+
+    Peak extra memory per rank: the inputs of one block for this rank's batches; Gram matrices of up to
+    `config.gram_memory_mib`, or of one matrix; the matrices of one block that the rank owns in float32, and the
+    solver's workspace for one of them.
+
+    Args:
+        model: what `prune` was given.
+        pools: the weights, each pool with its own sparsity.
+        config: pattern and scope.
+        batches: this rank's model inputs.
+        removed: what `removed_inputs` found.
+        partition: port to the weights.
+        progress: see `prune`.
+
+    Raises:
+        CalibrationError: no batch or token, or activations that are not finite. Nothing was removed.
+        TargetError: a quantised weight, or blocks that do not follow each other. Nothing was removed.
+        PartitionError: out of memory; the message says which blocks are done.
+    """
+    module = unwrap(model)
+    members = {member.name: (member, pool.sparsity) for pool in pools for member in pool.members}
+    _reject_unsuited(model, members, partition)
+    blocks = find_blocks(module, list(members))
+    done: list[str] = []
+    hidden = not show_progress(partition, progress)
+    with evaluating(module):
+        layers = {name: member.module for name, (member, _) in members.items()}
+        with watching(layers, lambda *_: None) as watch:
+            calls = capture(model, blocks, batches, partition, compute_device(module, partition))
+        _reject_padding_only(calls, partition)
+        jobs = [
+            _Job(member, sparsity, watch.leaders.get(name, name), _left(removed.get(name)))
+            for name, (member, sparsity) in members.items()
+        ]
+        for index, (name, block) in enumerate(tqdm(blocks, desc="refit", unit="block", disable=hidden)):
+            here = [job for job in jobs if job.member.name.startswith(name + ".")]
+            try:
+                _refit_block(model, block, index, here, calls, config, partition)
+            except Exception as error:
+                raise _stopped(module, error, done) from error
+            done.append(name)
+            if index + 1 < len(blocks):
+                for _ in advance(block, index, calls, module, partition):
+                    pass
+    note_pattern(module, members, config)
+    restore_under_mask(module)
+    return _counts([member for member, _ in members.values()], partition)
+
+
+def _refit_block(
+    model: nn.Module,
+    block: nn.Module,
+    index: int,
+    jobs: Sequence[_Job],
+    calls: Sequence[Call],
+    config: PruneConfig,
+    partition: Partition,
+) -> None:
+    """Collective. Collect, solve and write the matrices of one block."""
+    module = unwrap(model)
+    owners = dict(
+        zip(
+            (job.member.name for job in jobs),
+            deal([job.cost for job in jobs], partition.world_size),
+            strict=True,
+        )
+    )
+    solved: dict[str, tuple[Tensor, Support | None]] = {}
+    for group in _groups(jobs, config.gram_memory_mib << 20):
+        grams = _collect(module, block, index, group, calls, owners, partition)
+        weights = _owned_weights(group, owners, partition)
+        failure: Exception | None = None
+        try:
+            for job in group:
+                if owners[job.member.name] == partition.rank:
+                    solved[job.member.name] = _solve(
+                        module, job, weights[job.member.name], grams[job.leader], config
+                    )
+        except Exception as error:  # every owner gets this far; they fail together
+            failure = error
+        partition.raise_together(failure)
+        del grams, weights
+    _write(model, jobs, owners, solved, config, partition)
+
+
+def _groups(jobs: Sequence[_Job], max_bytes: int) -> Iterator[list[_Job]]:
+    """Matrices whose Gram matrices fit into the bound together; those with one input stay together."""
+    by_leader: dict[str, list[_Job]] = {}
+    for job in jobs:
+        by_leader.setdefault(job.leader, []).append(job)
+    group: list[_Job] = []
+    used = 0
+    for sharing in by_leader.values():
+        if group and used + sharing[0].gram_bytes > max_bytes:
+            yield group
+            group, used = [], 0
+        group += sharing
+        used += sharing[0].gram_bytes
+    if group:
+        yield group
+
+
+def _collect(
+    module: nn.Module,
+    block: nn.Module,
+    index: int,
+    jobs: Sequence[_Job],
+    calls: Sequence[Call],
+    owners: Mapping[str, int],
+    partition: Partition,
+) -> dict[str, Tensor]:
+    """Collective. X^T X / tokens of the inputs of matrices that this rank owns, (I, I) float32, by leader.
+
+    Raises:
+        CalibrationError: an input is not finite.
+    """
+    leaders = {job.leader: job for job in jobs}
+    device = compute_device(module, partition)
+    sums = {
+        name: torch.zeros(job.member.num_inputs, job.member.num_inputs, device=device)
+        for name, job in leaders.items()
+    }
+    tokens = dict.fromkeys(leaders, 0)
+
+    def take(name: str, x_TI: Tensor) -> None:
+        x_TI = x_TI.float()
+        sums[name].addmm_(x_TI.t(), x_TI)
+        tokens[name] += x_TI.shape[0]
+
+    watched = {name: module.get_submodule(name) for name in leaders}
+    with watching(watched, take) as watch:
+        for call in calls:
+            with watch.batch(call.batch, call.counts):
+                run_block(block, index, call, call.hidden, module, partition)
+    counts = partition.sum_over_ranks(torch.tensor(list(tokens.values()), dtype=torch.int64)).tolist()
+    return _reduced(sums, dict(zip(leaders, counts, strict=True)), jobs, owners, partition)
+
+
+def _reduced(
+    sums: dict[str, Tensor],
+    tokens: Mapping[str, int],
+    jobs: Sequence[_Job],
+    owners: Mapping[str, int],
+    partition: Partition,
+) -> dict[str, Tensor]:
+    """Collective. Each Gram matrix summed to the ranks that own a matrix with that input."""
+    grams = {}
+    broken: Exception | None = None
+    for name in list(sums):
+        mine = sums.pop(name)
+        for owner in sorted({owners[job.member.name] for job in jobs if job.leader == name}):
+            total = partition.sum_to(mine, owner)
+            if total is None:
+                continue
+            grams[name] = total.div_(max(1, tokens[name]))
+            if not bool(grams[name].diagonal().isfinite().all()):
+                broken = CalibrationError(
+                    f"the inputs of {name} hold NaN or infinity; check the calibration batches and the model's weights"
+                )
+    partition.raise_together(broken)
+    return grams
+
+
+def _owned_weights(
+    jobs: Sequence[_Job], owners: Mapping[str, int], partition: Partition
+) -> dict[str, Tensor]:
+    """Collective. Whole W + D, (O, I) float32, of the matrices that this rank owns."""
+    params = [job.member.param for job in jobs]
+    dealt = [owners[job.member.name] for job in jobs]
+    workspace = torch.empty(
+        partition.exchange_bytes(params, dealt), dtype=torch.uint8, device=partition.device
+    )
+    whole = partition.start_exchange(params, dealt, workspace).wait()
+    adapted = [job.member for job in jobs if is_adapted(job.member.module)]
+    flats = partition.gather([member.module.dsee_flat for member in adapted]) if adapted else []  # type: ignore[misc]
+    by_name = dict(zip((member.name for member in adapted), flats, strict=True))
+    found = {}
+    for index, stored in whole.items():
+        member = jobs[index].member
+        weight = stored.float()
+        if member.name in by_name:
+            delta = delta_record(member.module, by_name[member.name])
+            weight = weight + delta_block(delta, 0, member.shape[0]).to(weight.device)
+        found[member.name] = weight.t().contiguous() if member.transposed else weight.clone()
+    return found
+
+
+def _solve(
+    module: nn.Module, job: _Job, weight_OI: Tensor, gram_II: Tensor, config: PruneConfig
+) -> tuple[Tensor, Support | None]:
+    """Local. The new weight as stored, and the adapter's new support."""
+    member = job.member
+    solved = _swept(job, weight_OI, gram_II, config)
+    stored = to_storage(solved, member.param.dtype)
+    support = None
+    if is_adapted(member.module):
+        settings = model_state(module).config
+        assert settings is not None
+        support = _new_support(member, stored, settings)
+    return (stored.t().contiguous() if member.transposed else stored), support
+
+
+def _swept(job: _Job, weight_OI: Tensor, gram_II: Tensor, config: PruneConfig) -> Tensor:
+    """(O, I) float32, zero where it is pruned; inputs that are gone already are left out of the problem."""
+    if job.left is not None:
+        left = job.left.to(weight_OI.device)
+        inside = _swept(
+            dataclasses.replace(job, left=None), weight_OI[:, left], gram_II[left][:, left], config
+        )
+        return torch.zeros_like(weight_OI).index_copy_(1, left, inside)
+    if config.n_of_m:
+        removal: Count | Groups = Groups(*config.n_of_m)
+    elif config.scope == "row":
+        removal = Count(min(round(job.sparsity * weight_OI.shape[1]), weight_OI.shape[1] - 1), "row")
+    else:
+        removal = Count(min(round(job.sparsity * weight_OI.numel()), weight_OI.numel() - 1))
+    return sparsegpt(weight_OI, gram_II, removal).weight
+
+
+def _new_support(member: Member, weight_OI: Tensor, settings: DSEEConfig) -> Support | None:
+    """Sparse entries among those that stay, slice by slice."""
+    layer = member.module
+    spec: AdapterSpec = layer.dsee_spec  # type: ignore[assignment]
+    parts = []
+    for k, (start, stop) in enumerate(spec.slices if spec.num_sparse else ()):
+        part = weight_OI[start:stop]
+        generator = seeded(settings.seed, f"{member.name}:{k}:refit")
+        found = find_support(
+            part, spec.num_sparse, settings.support, settings.decomposition, generator, among=part != 0
+        )
+        parts.append((found.rows + start, found.cols))
+    if not parts:
+        return None
+    return Support(torch.cat([rows for rows, _ in parts]), torch.cat([cols for _, cols in parts]))
+
+
+def _write(
+    model: nn.Module,
+    jobs: Sequence[_Job],
+    owners: Mapping[str, int],
+    solved: Mapping[str, tuple[Tensor, Support | None]],
+    config: PruneConfig,
+    partition: Partition,
+) -> None:
+    """Collective. New weights into the shards, new supports to all ranks, D = 0."""
+    values = {at: solved[job.member.name][0] for at, job in enumerate(jobs) if job.member.name in solved}
+    partition.scatter([job.member.param for job in jobs], [owners[job.member.name] for job in jobs], values)
+    lines = []
+    for job in jobs:
+        layer = job.member.module
+        if not is_adapted(layer):
+            continue
+        spec: AdapterSpec = layer.dsee_spec  # type: ignore[assignment]
+        if spec.num_sparse:
+            support = solved[job.member.name][1] if job.member.name in solved else None
+            _share_support(layer, support, owners[job.member.name], partition)
+        a, b, v = (math.prod(shape) for shape in spec.shapes)
+        gone = torch.ones(b + v, dtype=torch.bool)
+        lines.append(Lines(layer.dsee_flat, 1, gone, (1, b + v), a))  # type: ignore[arg-type]
+    zero_lines(model, partition, lines)
+
+
+def _share_support(layer: nn.Module, support: Support | None, owner: int, partition: Partition) -> None:
+    rows, cols = layer.dsee_rows, layer.dsee_cols
+    if support is None:
+        packed = torch.empty(2, rows.numel(), dtype=torch.int32, device=partition.device)  # type: ignore[operator]
+    else:
+        packed = torch.stack([support.rows, support.cols]).to(partition.device)
+    partition.broadcast(packed, owner)
+    rows.copy_(packed[0])  # type: ignore[operator]
+    cols.copy_(packed[1])  # type: ignore[operator]
+    layer.dsee_prepare()  # type: ignore[operator]
+
+
+def _left(gone: Tensor | None) -> Tensor | None:
+    return None if gone is None else (~gone).nonzero().flatten()
+
+
+def _counts(members: Sequence[Member], partition: Partition) -> Counts:
+    """Collective. Zeros and entries of each matrix."""
+    shards = [partition.shard(member.param).data for member in members]
+    zeros = partition.sum_over_shards(
+        torch.tensor([shard.numel() - count_nonzero(shard) for shard in shards])
+    )
+    return {member.name: (count, member.numel) for member, count in zip(members, zeros.tolist(), strict=True)}
+
+
+def _reject_unsuited(
+    model: nn.Module, members: Mapping[str, tuple[Member, float]], partition: Partition
+) -> None:
+    for name, (member, _) in members.items():
+        if id(member.param) in partition.codecs:
+            raise TargetError(
+                f"{name}.weight is quantised, and re-fitted values would have to be rounded to its codes again; set "
+                "refit=False to prune by wanda alone, or load the base unquantised. Nothing was removed"
+            )
+    adapted = [member.module.dsee_flat for member, _ in members.values() if is_adapted(member.module)]
+    check_reachable(model, adapted)  # type: ignore[arg-type]
+
+
+def _reject_padding_only(calls: Sequence[Call], partition: Partition) -> None:
+    """Collective."""
+    masks = [token_mask(call.batch) for call in calls if call.counts]
+    counted = torch.tensor([sum(1 if mask is None else int(mask.sum()) for mask in masks)])
+    if not int(partition.sum_over_ranks(counted)):
+        raise CalibrationError(NO_TOKEN)
+
+
+def _stopped(module: nn.Module, error: Exception, done: Sequence[str]) -> Exception:
+    """The error itself while nothing is written; else one that says what is, after which nothing goes on."""
+    if not done:
+        return error
+    message = (
+        f"pruning stopped half way: {done[0]} to {done[-1]} are pruned and re-fitted, later blocks are not ({error}). "
+        "Load the model or the last checkpoint again"
+    )
+    model_state(module).broken = message
+    return PartitionError(message)

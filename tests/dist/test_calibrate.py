@@ -1,0 +1,136 @@
+"""Calibration, wanda and re-fitting on partitioned models against the dense path, under the real engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import dsee_scale
+from dsee_scale import PruneConfig, Statistics
+from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.errors import CalibrationError
+from dsee_scale.partition import unwrap
+from tests.dist.test_inject_prune import engine_for, train, whole_weights
+from tests.models import zero3_config
+from tests.unit.test_calibrate import batches, make
+
+ROWS = PruneConfig(sparsity=0.4, refit=False)
+REFIT = {"matrix": PruneConfig(sparsity=0.4), "rows": PruneConfig(sparsity=0.4, scope="row"), "2:4": PruneConfig(pattern="2:4", modules=("*attn*",))}
+
+
+def here(world_size: int) -> list[dict[str, torch.Tensor]]:
+    """This rank's part of the same five batches."""
+    return batches(5)[dist.get_rank() :: world_size]
+
+
+def live(family: str, ds_config: dict[str, Any]) -> Any:
+    return engine_for(make(family), ds_config)
+
+
+def statistics(family: str, ds_config: dict[str, Any], world_size: int) -> Statistics:
+    return dsee_scale.calibrate(live(family, ds_config), here(world_size))
+
+
+def pruned(
+    family: str, config: PruneConfig, ds_config: dict[str, Any], world_size: int, given: Statistics | None
+) -> dict[str, Any]:
+    """Weights, supports and adapters after a prune of a live engine, and after two more steps."""
+    engine = live(family, ds_config)
+    report = dsee_scale.prune(engine, config, given if given is not None else here(world_size))
+    found: dict[str, Any] = {"weights": whole_weights(engine), "matrices": report.matrices}
+    layers = adapted_layers(unwrap(engine))
+    found["supports"] = {name: torch.stack([m.dsee_rows, m.dsee_cols]) for name, m in layers.items()}
+    train(engine, steps=2)
+    found["trained"] = whole_weights(engine)
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_statistics_agree_and_the_same_ones_give_the_same_masks_on_1_2_3_ranks(pools, family):
+    model = make(family)
+    expected = dsee_scale.calibrate(model, batches(5))
+    dsee_scale.prune(model, ROWS, expected)
+    masks = {name: value == 0 for name, value in whole_weights(model).items()}
+    for world_size in (1, 2, 3):
+        found = pools(world_size).run(statistics, family, zero3_config(), world_size)
+        for each in found:
+            assert each.tokens == expected.tokens and each.fingerprint == expected.fingerprint
+            for name, value in expected.squares.items():
+                torch.testing.assert_close(each.squares[name], value, rtol=1e-5, atol=1e-7)
+                assert torch.equal(each.squares[name], found[0].squares[name])
+        for each in pools(world_size).run(pruned, family, ROWS, zero3_config(), world_size, expected):
+            for name, value in each["weights"].items():
+                if "dsee" not in name:
+                    assert torch.equal(value == 0, masks[name]), (world_size, name)
+
+
+ENGINES = {
+    "zero3": (zero3_config(), 2),
+    "zero3, 3 ranks": (zero3_config(), 3),
+    "zero3, resident": (zero3_config(stage3_param_persistence_threshold=10**7), 2),
+    "zero3, offload": (zero3_config(offload_param={"device": "cpu"}, offload_optimizer={"device": "cpu"}), 2),
+    "zero2": (zero3_config(stage=2), 2),
+}
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.parametrize("case", list(REFIT))
+def test_refitted_weights_are_those_of_the_dense_path_and_training_goes_on(pools, case, engine):
+    ds_config, world_size = ENGINES[engine]
+    family = "everything"
+    model = make(family)
+    report = dsee_scale.prune(model, REFIT[case], batches(5))
+    expected = whole_weights(model)
+    for found in pools(world_size).run(pruned, family, REFIT[case], ds_config, world_size, None):
+        assert found["matrices"] == report.matrices
+        for name, layer in adapted_layers(model).items():
+            weight = f"{name}.weight"
+            assert torch.equal(found["trained"][weight], found["weights"][weight]), name
+            if weight.removesuffix(".weight") not in report.matrices:
+                continue
+            # Sums over ranks round otherwise, and an entry near the threshold may swap with its neighbour.
+            same = (found["weights"][weight] == 0) == (expected[weight] == 0)
+            assert same.float().mean() > 0.97, name
+            close = (found["weights"][weight] - expected[weight]).norm() / expected[weight].norm()
+            assert close < 0.2, (name, close)
+            rows, cols = found["supports"][name].long()
+            assert (found["weights"][weight][rows, cols] != 0).all()
+            flat = found["weights"][f"{name}.dsee_flat"]
+            rest = flat[layer.dsee_spec.rank * layer.dsee_spec.shape[1] :]
+            assert not rest.any() and found["trained"][f"{name}.dsee_flat"][-len(rest) :].any()
+
+
+def refused(padding_only: bool) -> tuple[str, bool]:
+    engine = live("llama", zero3_config())
+    before = whole_weights(engine)
+    data = here(2) if dist.get_rank() == 0 else []
+    if padding_only:
+        data = [{**batch, "attention_mask": torch.zeros(2, 12, dtype=torch.int64)} for batch in here(2)]
+    with pytest.raises(CalibrationError) as caught:
+        dsee_scale.prune(engine, PruneConfig(), data)
+    after = whole_weights(engine)
+    return str(caught.value), all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("padding_only", "words"), [(False, "1 of 2 ranks have no calibration batch"), (True, "no token")]
+)
+def test_bad_calibration_is_the_same_error_on_every_rank(pools, padding_only, words):
+    found = pools(2).run(refused, padding_only)
+    assert found[0][0] == found[1][0] and words in found[0][0]
+    assert all(unchanged for _, unchanged in found)
+
+
+def losses_after(calibrate: bool) -> list[float]:
+    engine = live("llama", zero3_config())
+    train(engine, steps=1)
+    if calibrate:
+        dsee_scale.calibrate(engine, here(2))
+    return train(engine, steps=2)
+
+
+def test_calibrating_a_live_engine_leaves_training_as_it_was(pools):
+    assert pools(2).run(losses_after, True) == pools(2).run(losses_after, False)

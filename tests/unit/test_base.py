@@ -1,0 +1,89 @@
+"""A re-fitted base is written once; adapters know it by content and go onto no other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import dsee_scale
+from dsee_scale import FormatError, PruneConfig
+from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.adapters.state import model_state
+from dsee_scale.export.base import save_base
+from dsee_scale.export.from_files import export_files
+from dsee_scale.passes.fingerprint import as_text, rounded_sum
+from tests.models import token_batch
+from tests.unit.test_calibrate import batches, make
+
+
+def refitted() -> torch.nn.Module:
+    model = make("everything")
+    dsee_scale.prune(model, PruneConfig(), batches())
+    for index, layer in enumerate(adapted_layers(model).values()):
+        generator = torch.Generator().manual_seed(index)
+        layer.dsee_B.data.copy_(torch.randn(layer.dsee_B.shape, generator=generator) * 0.05)
+    return model
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(token_batch()).logits
+
+
+def test_an_adapter_goes_onto_the_base_that_was_saved_and_onto_no_other(tmp_path):
+    model = refitted()
+    make("everything", trained=False).save_pretrained(tmp_path / "original")
+    save_base(model, tmp_path / "base")
+    dsee_scale.save_adapter(model, tmp_path / "adapter")
+    for dtype in (torch.float32, torch.bfloat16):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+        record = dsee_scale.load_adapter(base, tmp_path / "adapter")
+        assert record.base["id"] == str(tmp_path / "base") and record.refitted
+        if dtype == torch.float32:
+            assert torch.equal(logits(base), logits(model))
+    other = make("everything", trained=False)
+    for layer in adapted_layers(other).values():
+        dsee_scale.adapters.linear.detach(layer)
+    before = [param.clone() for param in other.parameters()]
+    with pytest.raises(FormatError, match=r"re-fitted.*q_proj\.weight is another one.*`base` folder"):
+        dsee_scale.load_adapter(other, tmp_path / "adapter")
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+    assert not adapted_layers(other) and not model_state(other).pruned
+
+
+def test_export_files_takes_the_saved_base_alone(tmp_path):
+    model = refitted()
+    save_base(model, tmp_path / "base")
+    dsee_scale.save_adapter(model, tmp_path / "adapter")
+    export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    dsee_scale.export_model(model, tmp_path / "live")
+    found, live = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "live"))
+    assert torch.equal(logits(found), logits(live))
+    stale = refitted()
+    stale.model.layers[0].self_attn.q_proj.weight.data[0] *= 2
+    save_base(stale, tmp_path / "stale")
+    with pytest.raises(FormatError, match=r"re-fitted.*q_proj\.weight is another one"):
+        export_files(tmp_path / "adapter", tmp_path / "stale", tmp_path / "out2")
+    assert not (tmp_path / "out2").exists()
+
+
+def test_a_checksum_does_not_depend_on_where_a_weight_is_cut():
+    weight = torch.randn(1001, generator=torch.Generator().manual_seed(0))
+    whole = rounded_sum(weight, 0)
+    for cut in (0, 1, 500, 1001):
+        assert as_text(rounded_sum(weight[:cut], 0) + rounded_sum(weight[cut:], cut)) == as_text(whole)
+    assert as_text(rounded_sum(weight.bfloat16(), 0)) == as_text(whole)
+    swapped = weight.clone()
+    swapped[[3, 4]] = swapped[[4, 3]]
+    assert as_text(rounded_sum(swapped, 0)) != as_text(whole)
+
+
+def test_a_later_pruning_renews_the_checksums(tmp_path):
+    model = refitted()
+    save_base(model, tmp_path / "base")
+    dsee_scale.prune(model, PruneConfig(sparsity=0.7, score="W"))
+    dsee_scale.save_adapter(model, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    dsee_scale.load_adapter(base, tmp_path / "adapter")
+    assert torch.equal(logits(base), logits(model))

@@ -1,0 +1,312 @@
+"""Activation-aware pruning and re-fitting in one process, against the formulas themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import dsee_scale
+from dsee_scale import DSEEConfig, PruneConfig, Statistics
+from dsee_scale.adapters.families import find_units
+from dsee_scale.adapters.linear import adapted_layers, is_adapted
+from dsee_scale.adapters.targets import linear_kind
+from dsee_scale.errors import CalibrationError, ConfigError, FormatError, TargetError
+from dsee_scale.passes.pools import block_linears
+from tests.models import build, gpt2_config, llama_config, token_batch
+from tests.unit.test_prune import dense_delta
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+FAMILIES = {
+    "llama": (llama_config, DSEEConfig(rank=3, num_sparse=7, target_modules=("q_proj", "down_proj"))),
+    "gpt2": (
+        gpt2_config,
+        DSEEConfig(rank=3, num_sparse=7, target_modules=("c_attn",), output_slices={"c_attn": ("q", "v")}),
+    ),
+    "everything": (llama_config, DSEEConfig(rank=3, num_sparse=7, target_modules=ALL)),
+}
+
+
+def batches(count: int = 4, length: int = 12) -> list[dict[str, torch.Tensor]]:
+    """Right-padded ones, each to another length."""
+    found = []
+    for index in range(count):
+        mask = torch.ones(2, length, dtype=torch.int64)
+        mask[1, length - 1 - index :] = 0
+        found.append({"input_ids": token_batch(seed=index, length=length), "attention_mask": mask})
+    return found
+
+
+def make(family: str, dtype: torch.dtype = torch.float32, trained: bool = True) -> nn.Module:
+    config, dsee = FAMILIES[family]
+    model = build(config(), dtype)
+    dsee_scale.inject(model, dsee)
+    for index, layer in enumerate(adapted_layers(model).values() if trained else ()):
+        generator = torch.Generator().manual_seed(index)
+        for param in (layer.dsee_B, layer.dsee_values):
+            param.data.copy_(torch.randn(param.shape, generator=generator) * 0.05)
+    return model
+
+
+def effective(layer: nn.Module) -> torch.Tensor:
+    """W + D, outputs x inputs, by the formula."""
+    transposed = linear_kind(layer) == "conv1d"
+    weight = (layer.weight.t() if transposed else layer.weight).detach().double()
+    if not is_adapted(layer):
+        return weight
+    if len(layer.dsee_spec.slices) == 1:
+        return weight + dense_delta(layer)[1].double()
+    rank = layer.dsee_spec.rank
+    for k, (start, stop) in enumerate(layer.dsee_spec.slices):
+        at = sum(b - a for a, b in layer.dsee_spec.slices[:k])
+        b_OR = layer.dsee_B[at : at + stop - start].detach().double()
+        weight[start:stop] += (
+            layer.dsee_spec.scaling * b_OR @ layer.dsee_A[k * rank : (k + 1) * rank].detach().double()
+        )
+    at = (layer.dsee_rows.long(), layer.dsee_cols.long())
+    return weight.index_put(
+        at, layer.dsee_spec.scaling * layer.dsee_values.detach().double(), accumulate=True
+    )
+
+
+def inputs_of(model: nn.Module, data: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Every layer's inputs at tokens that count, stacked, caught one layer at a time."""
+    found: dict[str, list[torch.Tensor]] = {}
+    mask: list[torch.Tensor] = []
+    layers = block_linears(model)
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda _, args, name=name: found.setdefault(name, []).append(args[0][mask[-1]])
+        )
+        for name, layer in layers.items()
+    ]
+    with torch.no_grad():
+        for batch in data:
+            mask.append(batch["attention_mask"].bool())
+            model.eval()(**batch)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts).double() for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_statistics_are_the_inputs_squares_without_padding(family):
+    model, data = make(family), batches()
+    expected = inputs_of(model, data)
+    model.train()
+    found = dsee_scale.calibrate(model, data)
+    assert model.training and found.squares.keys() == expected.keys()
+    for name, x_TI in expected.items():
+        assert found.tokens[name] == len(x_TI) == 2 * 4 * 12 - (1 + 2 + 3 + 4)
+        torch.testing.assert_close(found.squares[name].double(), x_TI.square().sum(0), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_wanda_removes_the_same_share_of_each_row_by_weight_times_input(family):
+    model, data = make(family), batches()
+    norms = {name: x_TI.square().mean(0).sqrt() for name, x_TI in inputs_of(model, data).items()}
+    scores = {name: effective(layer).abs() * norms[name] for name, layer in block_linears(model).items()}
+    report = dsee_scale.prune(model, PruneConfig(sparsity=0.4, refit=False), data)
+    for name, layer in block_linears(model).items():
+        weight = layer.weight.t() if linear_kind(layer) == "conv1d" else layer.weight
+        gone, k = weight == 0, round(0.4 * weight.shape[1])
+        assert (gone.sum(1) == k).all(), name
+        lowest = torch.zeros_like(gone).scatter_(1, scores[name].argsort(dim=1)[:, :k], True)
+        assert (gone != lowest).sum() <= 2, name  # rounding may swap two entries of one score
+        assert report.matrices[name] == (k * len(weight), weight.numel())
+
+
+@pytest.mark.parametrize("settings", [dict(pattern="2:4"), dict(scope="global"), dict(scope="matrix")])
+def test_wanda_goes_with_every_pattern_and_scope(settings):
+    model = make("everything")
+    model = build(llama_config(intermediate_size=52))
+    dsee_scale.inject(model, FAMILIES["everything"][1])
+    report = dsee_scale.prune(model, PruneConfig(**settings, refit=False), batches())
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["heads", "neurons"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_units_that_add_least_to_the_blocks_output_go(family, kind):
+    config, dsee = FAMILIES[family]
+    sizes = dict(num_key_value_heads=5) if family == "llama" else {}
+    model, data = build(config(**sizes)), batches()
+    dsee_scale.inject(model, dsee)
+    xs = inputs_of(model, data)
+    expected = {}
+    for layer in find_units(model, kind, lambda p: p.shape):
+        (part,) = [part for part in layer.parts if part.side == "inputs"]
+        adds = effective(part.module).square().sum(0) * xs[part.name].square().mean(0)
+        scores = torch.zeros(layer.num_units, dtype=torch.float64).index_add_(0, part.unit_of, adds)
+        expected[part.name] = (scores.argsort()[: round(layer.num_units / 2)], part)
+    dsee_scale.prune(model, PruneConfig(pattern=kind, scope="matrix"), data)
+    for name, (gone, part) in expected.items():
+        columns = effective(part.module).abs().sum(0)
+        zero = (
+            torch.zeros(int(part.unit_of.max()) + 1, dtype=torch.float64).index_add_(0, part.unit_of, columns)
+            == 0
+        )
+        assert set(zero.nonzero().flatten().tolist()) == set(gone.tolist()), name
+
+
+def test_ties_within_a_row_go_in_order():
+    model = make("llama", trained=False)
+    for layer in block_linears(model).values():
+        layer.weight.data.fill_(0.25)
+    statistics = dsee_scale.calibrate(model, batches())
+    flat = dataclasses.replace(
+        statistics, squares={n: torch.ones_like(s) for n, s in statistics.squares.items()}
+    )
+    dsee_scale.prune(model, PruneConfig(sparsity=0.3, refit=False), flat)
+    for layer in block_linears(model).values():
+        k = round(0.3 * layer.weight.shape[1])
+        assert (layer.weight[:, :k] == 0).all() and (layer.weight[:, k:] == 0.25).all()
+
+
+def relative_change(
+    model: nn.Module, before: dict[str, torch.Tensor], data: list[dict[str, torch.Tensor]]
+) -> float:
+    """How far the last hidden states moved."""
+    with torch.no_grad():
+        after = torch.cat([model.eval()(**b).logits[b["attention_mask"].bool()] for b in data])
+    return float((after - before["logits"]).norm() / before["logits"].norm())
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_refitting_moves_the_logits_less_than_wanda_alone(family, pattern):
+    data = batches(16, length=20)
+    changes = {}
+    for refit in (False, True):
+        model = make(family) if pattern == "unstructured" else _divisible(family)
+        with torch.no_grad():
+            logits = torch.cat([model.eval()(**b).logits[b["attention_mask"].bool()] for b in data])
+        report = dsee_scale.prune(model, PruneConfig(pattern=pattern, refit=refit), data)
+        assert report.sparsity == pytest.approx(0.5, abs=0.01)
+        if refit:
+            _check_refitted(model, pattern)
+            changes[refit] = relative_change(model, {"logits": logits}, data)
+        else:
+            changes[refit] = relative_change(model, {"logits": logits}, data)
+    assert changes[True] < 0.9 * changes[False], changes
+
+
+def _divisible(family: str) -> nn.Module:
+    config, dsee = FAMILIES[family]
+    model = build(config(intermediate_size=52) if family != "gpt2" else config())
+    dsee_scale.inject(model, dsee)
+    return model
+
+
+def _check_refitted(model: nn.Module, pattern: str) -> None:
+    for name, layer in block_linears(model).items():
+        weight = layer.weight.t() if linear_kind(layer) == "conv1d" else layer.weight
+        gone = weight == 0
+        if pattern == "2:4":
+            assert (gone.view(len(weight), -1, 4).sum(-1) == 2).all(), name
+        else:
+            assert gone.sum() == round(0.5 * weight.numel()), name
+        if is_adapted(layer):
+            assert not layer.dsee_B.any() and not layer.dsee_values.any() and layer.dsee_A.any()
+            assert (weight[layer.dsee_rows.long(), layer.dsee_cols.long()] != 0).all(), name
+            assert (effective(layer) == weight).all()
+
+
+def test_a_second_refit_keeps_the_zeros_of_the_first():
+    model, data = make("everything"), batches()
+    dsee_scale.prune(model, PruneConfig(sparsity=0.3), data)
+    first = {name: layer.weight == 0 for name, layer in block_linears(model).items()}
+    dsee_scale.prune(model, PruneConfig(sparsity=0.6), data)
+    for name, layer in block_linears(model).items():
+        assert (layer.weight[first[name]] == 0).all()
+        assert (layer.weight == 0).sum() == round(0.6 * layer.weight.numel())
+
+
+def test_small_bounds_for_gram_matrices_change_nothing():
+    one, two = make("everything"), make("everything")
+    dsee_scale.prune(one, PruneConfig(), batches())
+    config = PruneConfig(gram_memory_mib=1)
+    object.__setattr__(config, "gram_memory_mib", 0)  # below any matrix: one input at a time
+    dsee_scale.prune(two, config, batches())
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_saved_statistics_give_the_same_masks_and_no_other_model_takes_them(tmp_path):
+    one, two = make("llama"), make("llama")
+    found = dsee_scale.calibrate(one, batches())
+    found.save(tmp_path / "statistics.safetensors")
+    config = PruneConfig(refit=False)
+    dsee_scale.prune(one, config, batches())
+    dsee_scale.prune(two, config, Statistics.load(tmp_path / "statistics.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    for stale in (one, make("llama", trained=False)):  # other zeros, other adapter values
+        before = [param.clone() for param in stale.parameters()]
+        with pytest.raises(CalibrationError, match=r"another state.*calibrate again"):
+            dsee_scale.prune(stale, config, found)
+        assert all(torch.equal(a, b) for a, b in zip(before, stale.parameters(), strict=True))
+    (tmp_path / "statistics.safetensors").write_bytes(b"damaged")
+    with pytest.raises(FormatError, match="no calibration statistics"):
+        Statistics.load(tmp_path / "statistics.safetensors")
+
+
+def padding_only() -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": token_batch(), "attention_mask": torch.zeros(2, 12, dtype=torch.int64)}]
+
+
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (None, r"pass calibration=batches.*score='W'.*Nothing was removed"),
+        ([], "have no calibration batch"),
+        (padding_only(), "no token of the calibration batches counts"),
+    ],
+)
+def test_bad_calibration_is_refused_and_nothing_is_removed(refit, data, words):
+    model = make("llama")
+    before = [param.clone() for param in model.parameters()]
+    with pytest.raises(CalibrationError, match=words):
+        dsee_scale.prune(model, PruneConfig(refit=refit), data)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_activations_that_are_not_finite_are_named(refit):
+    model = make("llama")
+    model.model.embed_tokens.weight.data[:, 3] = float("inf")
+    before = [param.clone() for param in model.parameters()]
+    with pytest.raises(CalibrationError, match="NaN or infinity"):
+        dsee_scale.prune(model, PruneConfig(refit=refit), batches())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_refit_wants_batches_rather_than_statistics():
+    model = make("llama")
+    with pytest.raises(CalibrationError, match=r"refit needs the batches.*refit=False"):
+        dsee_scale.prune(model, PruneConfig(), dsee_scale.calibrate(model, batches()))
+
+
+def test_refit_outside_of_the_blocks_is_refused():
+    model = build(llama_config(tie_word_embeddings=False))
+    with pytest.raises(TargetError, match=r"lm_head lies outside.*refit=False"):
+        dsee_scale.prune(model, PruneConfig(modules=("lm_head", "q_proj")), batches())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(refit=True, score="W"), "refit chooses by activations"),
+        (dict(refit=True, scope="global"), "'row' or 'matrix', found 'global'"),
+        (dict(refit=True, pattern="heads"), "'unstructured' or N:M, found 'heads'"),
+        (dict(scope="row", pattern="2:4"), "scope 'row' goes with pattern 'unstructured'"),
+        (dict(pattern="heads", num_per_layer=1, sparsity=0.5), "num_per_layer says how many"),
+        (dict(pattern="1:4", sparsity=0.5), "means a sparsity of 0.75"),
+        (dict(pattern="heads", scope="matrix", min_per_layer=2), "min_per_layer goes with scope 'global'"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        PruneConfig(**settings)
