@@ -131,10 +131,8 @@ class CountChooser:
     def choose_(self, w_IO: Tensor, upper_I: Tensor, gone_IO: Tensor, block: int) -> None:
         """Mark what goes of a block of inputs."""
         share = self._share(block + 1) - self._share(block)
-        costs_OI = (w_IO / upper_I[:, None]).square_().masked_fill_(gone_IO, math.inf).T.contiguous()
-        if not self._per_row:
-            costs_OI, share = costs_OI.view(1, -1), share.view(1)
-        gone_IO |= _lowest(costs_OI, share).view(gone_IO.shape[::-1]).T
+        costs_IO = (w_IO / upper_I[:, None]).square_().masked_fill_(gone_IO, math.inf)
+        gone_IO |= _lowest_of_rows(costs_IO, share) if self._per_row else _lowest(costs_IO, int(share))
 
     def _share(self, block: int) -> Tensor:
         return (2 * self._extra * self._before[block] + self._total) // (2 * self._total)
@@ -154,28 +152,34 @@ class GroupChooser:
         gone_IO |= lowest_in_groups(groups, self._removal.m - self._removal.n).reshape(gone_IO.shape)
 
 
-def _lowest(costs: Tensor, num_lowest: Tensor) -> Tensor:
-    """The smallest costs of each line, of equal ones the first.
-
-    Args:
-        costs: (lines, n), infinite where a place is not to be had.
-        num_lowest: (lines,) int64, at most as many as there are finite costs.
-
-    Returns:
-        (lines, n) bool, `num_lowest` of each line True.
-    """
-    place = (num_lowest - 1).clamp(min=0)[:, None]
-    if costs.device.type == "cpu":  # NumPy selects and sorts several times as fast as torch.
-        ordered = (
-            np.partition(costs.numpy(), int(place[0]), axis=1) if len(costs) == 1 else np.sort(costs.numpy())
-        )
-        threshold = torch.from_numpy(ordered).gather(1, place)
+def _lowest(costs_IO: Tensor, num_lowest: int) -> Tensor:
+    """(I, O) bool: the `num_lowest` smallest of all costs, of equal ones the first by (output, input)."""
+    if num_lowest == 0:
+        return torch.zeros_like(costs_IO, dtype=torch.bool)
+    if costs_IO.device.type == "cpu":  # Several times as fast as torch's kthvalue.
+        threshold = float(np.partition(costs_IO.numpy(), num_lowest - 1, axis=None)[num_lowest - 1])
     else:
-        threshold = costs.sort(dim=1).values.gather(1, place)
-    threshold.masked_fill_(num_lowest[:, None] == 0, -1)
-    found = costs <= threshold
-    if bool((found.sum(dim=1) == num_lowest).all()):
+        threshold = float(costs_IO.flatten().kthvalue(num_lowest).values)
+    found = costs_IO <= threshold
+    if int(found.sum()) == num_lowest:
         return found
-    tied = costs == threshold
-    missing = num_lowest - (costs < threshold).sum(dim=1)
-    return (costs < threshold) | (tied & (tied.cumsum(dim=1) <= missing[:, None]))
+    below = costs_IO < threshold
+    tied_OI = (costs_IO == threshold).T.contiguous()
+    first_OI = tied_OI.flatten().cumsum(0).view(tied_OI.shape) <= num_lowest - int(below.sum())
+    return below | (tied_OI & first_OI).T
+
+
+def _lowest_of_rows(costs_IO: Tensor, num_lowest_O: Tensor) -> Tensor:
+    """(I, O) bool: so many of the smallest costs of each output, of equal ones the first."""
+    if costs_IO.device.type == "cpu":  # Several times as fast as torch's sort.
+        ordered_OI = torch.from_numpy(np.sort(costs_IO.T.contiguous().numpy(), axis=1))
+    else:
+        ordered_OI = costs_IO.T.sort(dim=1).values
+    threshold_O = ordered_OI.gather(1, (num_lowest_O - 1).clamp(min=0)[:, None])[:, 0]
+    threshold_O.masked_fill_(num_lowest_O == 0, -1)
+    found = costs_IO <= threshold_O
+    if torch.equal(found.sum(dim=0), num_lowest_O):
+        return found
+    below = costs_IO < threshold_O
+    tied = costs_IO == threshold_O
+    return below | (tied & (tied.cumsum(dim=0) <= num_lowest_O - below.sum(dim=0)))
