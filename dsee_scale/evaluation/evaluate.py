@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dsee_scale.data.encoding import Choice, Generation, pad
+from dsee_scale.data.encoding import IGNORED, Choice, Generation, pad
 from dsee_scale.distributed import gather_objects, rank, world_size
 from dsee_scale.errors import ConfigError
 from dsee_scale.evaluation.label_logits import logits_at, predicting, select_logits
@@ -144,28 +144,15 @@ def _count_choices(
     if all(len(answer) == 1 for choice in choices for answer in choice.answers):
         # One forward pass serves all label strings: they are read from the same position.
         rows = [choice.prompt + choice.answers[0] for choice in choices]
-        chosen = _label_logits(model, module, rows, [len(c.prompt) for c in choices], pad_id, device)
-        log_p = functional.log_softmax(chosen, dim=-1)
+        labels = [[IGNORED] * len(choice.prompt) + choice.answers[0] for choice in choices]
+        log_p = functional.log_softmax(_forward(model, module, rows, labels, pad_id, device)[0], dim=-1)
         answers = torch.tensor([[a[0] for a in choice.answers] for choice in choices], device=device)
         nll = -log_p.gather(1, answers)
     else:
         rows = [choice.prompt + answer for choice in choices for answer in choice.answers]
-        labels = [[-100] * len(c.prompt) + answer for c in choices for answer in c.answers]
+        labels = [[IGNORED] * len(c.prompt) + answer for c in choices for answer in c.answers]
         nll = _row_nll(model, module, rows, labels, pad_id, device)[0].view(len(choices), -1)
     add_choices(tally, choices[:counted], nll.tolist())
-
-
-def _label_logits(
-    model: nn.Module,
-    module: nn.Module,
-    rows: list[list[int]],
-    starts: list[int],
-    pad_id: int,
-    device: torch.device,
-) -> Tensor:
-    """Logits at the last prompt position of each row, (rows, vocabulary) in float32."""
-    labels = [[-100] * start + row[start:] for start, row in zip(starts, rows, strict=True)]
-    return _forward(model, module, rows, labels, pad_id, device)[0]
 
 
 def _row_nll(
@@ -194,7 +181,7 @@ def _forward(
     """Logits where a label follows, these labels, and where they are in the padded batch."""
     ids = torch.tensor(pad(rows, pad_id), device=device)
     mask = torch.tensor(pad([[1] * len(row) for row in rows], 0), device=device)
-    known = torch.tensor(pad(labels, -100), device=device)
+    known = torch.tensor(pad(labels, IGNORED), device=device)
     wanted = predicting(known)
     with logits_at(module, wanted):
         logits = model(input_ids=ids, attention_mask=mask).logits
