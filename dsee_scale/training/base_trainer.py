@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from dsee_scale.adapters.state import model_state
-from dsee_scale.checkpoint.folder import open_folder
+from dsee_scale.checkpoint.folder import check_output, open_folder
 from dsee_scale.checkpoint.training_state import (
     KIND,
     STATE_FILE,
@@ -26,8 +28,10 @@ from dsee_scale.checkpoint.training_state import (
 )
 from dsee_scale.errors import ConfigError
 from dsee_scale.training.journal import Journal, to_jsonable
-from dsee_scale.training.survival import RunWatch, check_trained_values
+from dsee_scale.training.survival import RunWatch, check_trained_values, newest_first
 from dsee_scale.training.timeline import Timeline
+
+logger = logging.getLogger(__name__)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -43,6 +47,23 @@ def read_record(folder: Path) -> dict[str, Any]:
     return extra
 
 
+def delete_old_checkpoints(output: Path, limit: int | None, best: str = "") -> None:
+    """Delete a run's checkpoints beyond `limit`: the last one and the best one stay. Local.
+
+    transformers' own way deletes any folder called `checkpoint-*`, with all that is in it.
+    """
+    found = newest_first(output)
+    order = sorted(found, key=lambda folder: (folder != found[0], folder.name != best))
+    spared = max(limit or len(found), 2 if best in [folder.name for folder in found[1:]] else 1)
+    for folder in order[spared:]:
+        try:
+            check_output(folder, overwrite=True)
+        except ConfigError as error:
+            logger.warning("%s stays, beyond save_total_limit: %s", folder, error)
+        else:
+            shutil.rmtree(folder)
+
+
 class AdapterTrainer(Trainer):
     """One optimizer and one engine from the first step to the last; loss and evaluation are transformers' own.
 
@@ -56,6 +77,7 @@ class AdapterTrainer(Trainer):
         callbacks = [self.watch, *(kwargs.pop("callbacks", None) or [])]
         super().__init__(callbacks=callbacks, **kwargs)
         self._checkpoint: Path | None = None
+        self._saved_step = -1
         self._random_state: dict[str, Tensor] = {}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -197,12 +219,12 @@ class AdapterTrainer(Trainer):
                 extra=self._record(),
                 overwrite=True,
             )
+        self._saved_step = self.state.global_step
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=output,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
+            # Who wants no checkpoints gets those that a pruning and the end need, one at a time.
+            limit = 1 if self.args.save_strategy == SaveStrategy.NO else self.args.save_total_limit
+            delete_old_checkpoints(
+                Path(output), limit, best=Path(self.state.best_model_checkpoint or "").name
             )
 
     def _record(self) -> dict[str, Any]:

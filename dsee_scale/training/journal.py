@@ -27,6 +27,7 @@ class Journal:
     Attributes:
         run: what was run: model, task, world size, settings.
         phases: one entry for each point where quality was measured, in order.
+        prunings: the prunings that were done, each with its step and settings.
         matrices: module name -> [zeros, entries] after the last pruning.
         seconds: time of each kind of work.
         sizes: bytes of adapter, masks and exported weights.
@@ -34,6 +35,7 @@ class Journal:
 
     run: dict[str, Any] = dataclasses.field(default_factory=dict)
     phases: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    prunings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     matrices: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -69,6 +71,7 @@ class Journal:
     def restore(self, values: dict[str, Any]) -> None:
         """Take over the phases and times of an interrupted run; what this launch is stays."""
         self.phases = list(values.get("phases", []))
+        self.prunings = list(values.get("prunings", []))
         self.matrices = dict(values.get("matrices", {}))
         for work, seconds in values.get("seconds", {}).items():
             self.seconds[work] = self.seconds.get(work, 0.0) + seconds

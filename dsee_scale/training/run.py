@@ -77,6 +77,7 @@ def _run(recipe: Recipe, args: TrainingArguments, journal: Journal) -> Path:
         if main:
             _write_recipe(recipe, output)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.timeline.check_finished(trainer.state.global_step, journal.prunings)
     with journal.timed("save"):
         save_adapter(trainer.model_wrapped, output / "adapter", overwrite=True)
     if recipe.export is not None:
@@ -112,6 +113,11 @@ def build_trainer(
         train_rows, evaluation = _encode(recipe, encoder)
     timeline = build_timeline(recipe, args, steps_per_epoch(len(train_rows), args))
     args.max_steps = timeline.num_steps
+    if checkpoint is not None:
+        with raise_on_all_ranks(what=f"reading {checkpoint}"):
+            record = read_record(checkpoint)
+            step, done = record["trainer"]["global_step"], record["journal"].get("prunings", [])
+            timeline.check_resumed(step, done, str(checkpoint))
     with journal.timed("load"):
         set_seed(args.seed)
         model = load_model(_base(recipe, args, checkpoint), model_dtype(recipe, args), tokenizer)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments, get_scheduler
 
 from dsee_scale.config import PruneConfig
-from dsee_scale.errors import ConfigError
+from dsee_scale.errors import ConfigError, RunError
 from dsee_scale.passes.schedule import CubicSchedule, GradualConfig
 from dsee_scale.recipe.recipe import Recipe
 from dsee_scale.recipe.sections import RetuneConfig
@@ -66,6 +66,10 @@ class PruneEvent:
     configs: tuple[PruneConfig, ...]
     """What is set to zero then, in order; sparsity is the total, zeros of earlier events included."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the journal, by which a resumed run knows what was done."""
+        return {"step": self.step, "prune": [config.to_dict() for config in self.configs]}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timeline:
@@ -88,6 +92,54 @@ class Timeline:
     def learning_rates(self) -> list[float]:
         """Learning rate of every step."""
         return [phase.learning_rate * factor for phase in self.phases for factor in phase.multipliers()]
+
+    def check_resumed(self, step: int, done: Sequence[Mapping[str, Any]], where: str) -> None:
+        """Refuse to go on from a checkpoint that is beyond this run's end, or that was pruned otherwise.
+
+        Args:
+            step: the checkpoint's.
+            done: prunings that it has done, as `PruneEvent.to_dict` gives them.
+            where: names the checkpoint.
+
+        Raises:
+            ConfigError: see above. A pruning due at the very step may be missing: it is made up for.
+        """
+        if step > self.num_steps:
+            raise ConfigError(
+                f"{where} is at step {step}, and this run ends at step {self.num_steps}: nothing would be trained. "
+                "Lengthen training or retune, or resume an earlier checkpoint"
+            )
+        due = [event.to_dict() for event in self.prune_events if event.step <= step]
+        if list(done) not in (due, [event for event in due if event["step"] < step]):
+            raise ConfigError(
+                f"{where} is at step {step} and was pruned {_at_steps(done)}; by this recipe it would have been pruned "
+                f"{_at_steps(due)}{_otherwise(done, due)}. Resume with the settings that it was made with "
+                "(training.max_steps, prune, gradual), or an earlier checkpoint"
+            )
+
+    def check_finished(self, step: int, done: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse to call a run a success that did not train or prune all that was planned.
+
+        Raises:
+            RunError: naming what is missing.
+        """
+        planned = [event.to_dict() for event in self.prune_events]
+        if step != self.num_steps or list(done) != planned:
+            raise RunError(
+                f"the run stands at step {step} of {self.num_steps} and was pruned {_at_steps(done)}, while "
+                f"{_at_steps(planned)} was planned{_otherwise(done, planned)}: nothing was saved or exported from it. "
+                "Relaunch with --resume"
+            )
+
+
+def _at_steps(events: Sequence[Mapping[str, Any]]) -> str:
+    steps = [str(event.get("step")) for event in events]
+    return f"at step {', '.join(steps)}" if steps else "never"
+
+
+def _otherwise(done: Sequence[Mapping[str, Any]], planned: Sequence[Mapping[str, Any]]) -> str:
+    same = [event.get("step") for event in done] == [event.get("step") for event in planned]
+    return ", with other settings" if same and list(done) != list(planned) else ""
 
 
 def build_timeline(recipe: Recipe, args: TrainingArguments, steps_per_epoch: int) -> Timeline:
@@ -149,9 +201,19 @@ def _prune_events(
 
 
 def steps_per_epoch(num_rows: int, args: TrainingArguments) -> int:
-    """Optimizer steps in one pass over `num_rows`, counted as the Trainer counts them."""
+    """Optimizer steps in one pass over `num_rows`, counted as the Trainer counts them.
+
+    Raises:
+        ConfigError: the rows are too few for a single batch.
+    """
     per_step = args.per_device_train_batch_size * args.world_size
     batches = num_rows // per_step if args.dataloader_drop_last else math.ceil(num_rows / per_step)
+    if not batches:
+        raise ConfigError(
+            f"the training data make {num_rows} examples, and training.dataloader_drop_last drops a batch of fewer "
+            f"than {per_step} (per_device_train_batch_size * world size): no step would be made. Lower "
+            "per_device_train_batch_size, or set dataloader_drop_last to false"
+        )
     return max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
 

@@ -19,6 +19,7 @@ from dsee_scale.export.base import BASE_FOLDER, save_base
 from dsee_scale.passes.prune_model import prune
 from dsee_scale.training.base_trainer import AdapterTrainer
 from dsee_scale.training.journal import count_zeros, peak_memory, reset_peak_memory, sparsity
+from dsee_scale.training.timeline import PruneEvent
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class DSEETrainer(AdapterTrainer):
         self.evaluation, self.generation = evaluation, generation
         self.calibration_samples = calibration_samples
         super().__init__(compute_loss_func=self._label_loss, **kwargs)
-        self.add_callback(PhaseCallback(self))
+        self.phases = PhaseCallback(self)
+        self.add_callback(self.phases)
 
     def compute_loss(
         self,
@@ -101,6 +103,15 @@ class DSEETrainer(AdapterTrainer):
             tally += Tally(hypotheses=texts, references=[item.references for item in data.generations])
         return tally.metrics()
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Collective. The parent's; then, whatever `save_strategy` is, a checkpoint before a pruning and at the end."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        step = self.state.global_step
+        if self._saved_step != step and (self.phases.is_due(self.state) or step == self.timeline.num_steps):
+            self._save_checkpoint(self.module, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.phases.prune_if_due(self.state)
+
     def _label_loss(
         self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
@@ -111,8 +122,8 @@ class DSEETrainer(AdapterTrainer):
 class PhaseCallback(TrainerCallback):
     """Prunes at the timeline's events and measures each phase's end on the live engine.
 
-    It acts after an optimizer step and before that step's checkpoint, so a checkpoint of step t holds the
-    masks of every event up to t, and a resumed run never prunes twice.
+    A pruning comes after its step's checkpoint, so nothing that goes wrong in it costs the training before it; the
+    journal says which ones are done, and a resumed run makes up for the one that its checkpoint has not.
     """
 
     def __init__(self, trainer: DSEETrainer) -> None:
@@ -122,26 +133,21 @@ class PhaseCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Measure the untouched model; prune at once if there is no tune phase."""
+        """Measure the untouched model; prune at once if there is no tune phase, or the checkpoint is not pruned yet."""
         self._phase_started = time.perf_counter()
         if state.global_step == 0:
             self._measure("before", trained=False)
-            self._prune_if_due(args, state)
+        self.prune_if_due(state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Prune if this step is one of the timeline's."""
+        """Measure a phase's end."""
         events = self.timeline.prune_events
         if events and state.global_step == events[0].step:
             self._measure("tuned")
-        self._prune_if_due(args, state)
-        if state.global_step == self.timeline.num_steps:
-            last = self.timeline.phases[-1]
-            if last.name == "retune":
-                self._measure("retuned")
-            elif not events:
-                self._measure("tuned")
+        if not self.is_due(state):
+            self._measure_end(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -150,21 +156,41 @@ class PhaseCallback(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None and self.journal.phases:
             self._measure(self.journal.phases[-1]["phase"], trained=False, step=state.best_global_step)
 
-    def _prune_if_due(self, args: TrainingArguments, state: TrainerState) -> None:
+    def is_due(self, state: TrainerState) -> bool:
+        """Whether this step's pruning is still to be done."""
+        return any(self._undone(event, state) for event in self.timeline.prune_events)
+
+    def prune_if_due(self, state: TrainerState) -> None:
+        """Collective. This step's pruning, unless it is done."""
         for event in self.timeline.prune_events:
-            if event.step != state.global_step:
+            if not self._undone(event, state):
                 continue
             with self.journal.timed("prune"):
                 report = prune(self._trainer.model_wrapped, event.configs, self._trainer.calibration())
             if any(config.refit for config in event.configs):
                 with self.journal.timed("save base"):
-                    folder = Path(str(args.output_dir)) / BASE_FOLDER
+                    folder = Path(str(self._trainer.args.output_dir)) / BASE_FOLDER
                     save_base(self._trainer.model_wrapped, folder, tokenizer=self._trainer.processing_class)
+            self.journal.prunings.append(event.to_dict())
             self.journal.matrices = {name: list(counts) for name, counts in report.matrices.items()}
             if event is self.timeline.prune_events[-1]:
                 self._measure("pruned", trained=False)
                 # A tuned model that is not pruned must never win against the pruned ones.
                 state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+            self._measure_end(state)
+
+    def _undone(self, event: PruneEvent, state: TrainerState) -> bool:
+        return event.step == state.global_step and event.to_dict() not in self.journal.prunings
+
+    def _measure_end(self, state: TrainerState) -> None:
+        """Collective. What the last phase reached, once its last step and pruning are done."""
+        if state.global_step != self.timeline.num_steps:
+            return
+        last = self.timeline.phases[-1]
+        if last.name == "retune":
+            self._measure("retuned")
+        elif not self.timeline.prune_events:
+            self._measure("tuned")
 
     def _measure(self, name: str, *, trained: bool = True, step: int | None = None) -> None:
         """Collective. Quality, sparsity, time and memory at this point."""
