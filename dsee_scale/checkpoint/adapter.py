@@ -1,7 +1,7 @@
 """Save and load an adapter: A, B, S2, the modules trained in full, and the masks. Never a base weight.
 
-A folder holds `dsee_config.json` (see `AdapterRecord`), `dsee_adapter.safetensors`, and where weights were
-pruned `dsee_masks.safetensors`. The names differ from PEFT's on purpose: transformers looks for those.
+A folder holds `dsee_config.json` (see `AdapterRecord`), what is trained in `dsee_adapter.safetensors`, and where
+weights were pruned `dsee_masks.safetensors`. The names differ from PEFT's on purpose: transformers looks for those.
 """
 
 from __future__ import annotations
@@ -33,10 +33,8 @@ from dsee_scale.checkpoint.record import (
 from dsee_scale.checkpoint.tensors import (
     TensorReader,
     TensorSpec,
-    TensorWriter,
     aligned,
-    batches,
-    file_metadata,
+    write_dealt,
 )
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import DSEEError, FormatError, TargetError
@@ -166,23 +164,12 @@ def _stream_adapter(partition: Partition, module: nn.Module, new: NewFolder) -> 
         [spec for name, layer in layers.items() for spec in _layer_specs(name, layer)]
         + [TensorSpec(name, param.dtype, tuple(partition.shape(param))) for name, param in trained.items()]
     )
-    writer: TensorWriter | None = None
-    with raise_on_all_ranks(partition):
-        if partition.rank == 0:
-            writer = TensorWriter(new, f"{STEM}.safetensors", specs, file_metadata(KIND))
-    error: Exception | None = None
-    for batch in batches(specs):
-        whole = _gathered(partition, [spec.name for spec in batch], layers, trained)
-        try:
-            for spec in batch if writer is not None and error is None else ():
-                writer.write(spec.name, whole[spec.name])  # type: ignore[union-attr]
-        except Exception as caught:  # the other ranks go on to the next batch: follow, then fail together
-            error = caught
-    with raise_on_all_ranks(partition):
-        if error is not None:
-            raise error
-        if writer is not None:
-            writer.close()
+
+    def produce(shares: list[list[str]]) -> list[Tensor]:
+        whole = _gathered(partition, shares[0], layers, trained)
+        return [whole[name] for name in shares[0]] if partition.rank == 0 else []
+
+    write_dealt(partition, new, STEM, specs, produce, files=1, kind=KIND)
 
 
 def _layer_specs(name: str, layer: Any) -> list[TensorSpec]:

@@ -220,7 +220,7 @@ def write_dealt(
     files: int,
     kind: str,
 ) -> None:
-    """Collective. Write tensors of one dtype batch by batch; of each batch every rank writes a share.
+    """Collective. Write tensors in their specs' order, batch by batch; of each batch every rank writes a share.
 
     Extra memory: one batch (64 MiB, or one tensor).
 
