@@ -22,7 +22,8 @@ import torch
 from _report import Report, median_seconds_each, parser
 from torch import Tensor
 
-from dsee_scale.adapters.sparse_residual import backward_, forward_, prepare
+from dsee_scale.adapters.sparse_residual import backward_, forward_
+from dsee_scale.adapters.support import prepare
 
 
 class Case:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.lowrank_sparse import Update, add_update
-from dsee_scale.adapters.sparse_residual import prepare
 from dsee_scale.adapters.state import MASK_UPDATE, model_state
+from dsee_scale.adapters.support import prepare
 from dsee_scale.adapters.under_mask import MaskedLayer, masked_product
 from dsee_scale.algorithms.delta import AdapterSpec, Delta
 from dsee_scale.errors import TargetError

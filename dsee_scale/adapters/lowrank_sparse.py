@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsee_scale.adapters.sparse_residual import PreparedSupport, backward_, forward_
+from dsee_scale.adapters.sparse_residual import backward_, forward_
+from dsee_scale.adapters.support import PreparedSupport
 from dsee_scale.algorithms.delta import AdapterSpec
 
 

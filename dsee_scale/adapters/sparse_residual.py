@@ -1,8 +1,7 @@
 """The sparse residual: y += x S2^T, its input gradient and its value gradient, with S2 never made dense.
 
-All three are sums over S2's entries, and the first two are the same sum with rows and columns swapped:
-`target += values * source`, from input columns to output rows or back. A `Route` is that sum prepared for
-one direction. Every sum runs in a fixed order, without atomics: the same bits on every run.
+All three are sums over S2's entries, along the routes that `support` prepares. Every sum runs in a fixed order,
+without atomics: the same bits on every run.
 
 Shapes: T tokens, O outputs, I inputs, N entries of S2 (over all slices), U distinct targets; M and J are
 the target's and the source's side, O and I or the other way round.
@@ -10,97 +9,18 @@ the target's and the source's side, O and I or the other way round.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Method = Literal["gather", "bags", "triton"]
+from dsee_scale.adapters.support import PreparedSupport, Route
 
 BLOCK_TOKENS = {"cpu": 128, "cuda": 4096}
 """Tokens that `bags` transposes at once: few enough that a block stays in a core's cache."""
 GATHER_ELEMENTS = 2**20
 """Elements that `gather` holds at once in each of its temporaries."""
-
-
-def choose_method(num_entries: int, shape: tuple[int, int], device: torch.device) -> Method:
-    """The fastest method, by measurement (benchmarks/sparse_residual.py).
-
-    `gather` touches N elements a token, with strides. `bags` transposes x and y so that each entry is a
-    contiguous multiply-add over tokens, which pays once the entries outnumber what is transposed. On a GPU
-    Triton does either, and `bags` stands in where Triton is missing: `gather` would need atomics there.
-    """
-    if device.type == "cuda":
-        return "triton" if importlib.util.find_spec("triton") else "bags"
-    return "gather" if num_entries <= sum(shape) // 4 else "bags"
-
-
-@dataclass(frozen=True, eq=False)
-class Route:
-    """One direction of the product: `target[:, row of e] += values[e] * source[:, column of e]`.
-
-    Attributes:
-        source: (N,) column of the source for each entry.
-        order: (N,) position in S2's own order of each entry, None where the orders agree.
-        targets: (U,) distinct columns of the target; in the entries' order where there is no `group`.
-        group: (N,) which of `targets` each entry goes to, None where each has its own. `gather` only.
-        starts: (U + 1,) where each target's entries begin. `bags` and `triton` only.
-    """
-
-    source: Tensor
-    order: Tensor | None
-    targets: Tensor
-    group: Tensor | None = None
-    starts: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class PreparedSupport:
-    """Where S2's entries are, with what the products need precomputed: a few int vectors of length N.
-
-    Attributes:
-        rows: int32 (N,) output index of each entry; the very tensor that it was made from.
-        cols: int32 (N,) input index.
-        forward: from input columns to output rows.
-        backward: from output rows to input columns.
-        method: how the products are computed.
-        transposed: whether they run on transposed activations; always true for `bags`.
-    """
-
-    rows: Tensor
-    cols: Tensor
-    forward: Route
-    backward: Route
-    method: Method
-    transposed: bool
-
-
-def prepare(
-    rows: Tensor, cols: Tensor, shape: tuple[int, int], method: Method | None = None
-) -> PreparedSupport:
-    """Precompute for a fixed support. Reads values, so it synchronises with a GPU: call it once.
-
-    Args:
-        rows: int32 (N,) output indices, ascending.
-        cols: int32 (N,) input indices.
-        shape: (O, I).
-        method: None chooses the fastest.
-    """
-    method = method or choose_method(rows.numel(), shape, rows.device)
-    if method == "gather":
-        rows_long, cols_long = rows.long(), cols.long()
-        forward, backward = _gather_route(cols_long, rows_long), _gather_route(rows_long, cols_long)
-    else:
-        by_col = torch.argsort(cols, stable=True)
-        targets = method == "triton"
-        forward = _sorted_route(cols, rows, None, shape[0], targets)
-        backward = _sorted_route(rows[by_col], cols[by_col], by_col.int(), shape[1], targets)
-    transposed = method == "bags" or (method == "triton" and rows.numel() > sum(shape) // 4)
-    return PreparedSupport(rows, cols, forward, backward, method, transposed)
 
 
 def forward_(y_TO: Tensor, x_TI: Tensor, values_N: Tensor, support: PreparedSupport) -> None:
@@ -176,25 +96,6 @@ def _backward_triton(
         _triton().value_gradient_(total, dy, x, support.rows, support.cols, support.transposed)
     if dx is not None:
         _triton().accumulate_(dx, dy, values_N, support.backward, support.transposed)
-
-
-def _gather_route(source: Tensor, target: Tensor) -> Route:
-    """A route for `gather`, whose indices are int64 because PyTorch's gather takes nothing else."""
-    targets, group = torch.unique(target, return_inverse=True)
-    if targets.numel() == target.numel():
-        return Route(source, None, target)
-    return Route(source, None, targets, group)
-
-
-def _sorted_route(source: Tensor, target: Tensor, order: Tensor | None, size: int, skip_empty: bool) -> Route:
-    """A route with the entries grouped by target; all of the targets, or those that have entries."""
-    counts = torch.bincount(target, minlength=size)
-    targets = torch.arange(size, dtype=torch.int32, device=target.device)
-    if skip_empty:
-        targets, counts = targets[counts > 0], counts[counts > 0]
-    starts = torch.zeros(len(counts) + 1, dtype=torch.int32, device=target.device)
-    torch.cumsum(counts, 0, out=starts[1:])
-    return Route(source, order, targets, starts=starts)
 
 
 def _blocks(num_tokens: int, support: PreparedSupport) -> Iterator[tuple[int, int]]:

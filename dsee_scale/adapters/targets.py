@@ -18,6 +18,21 @@ from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.partition.quantized import quantised_kind
 
 FUSED_PARTS = ("q", "k", "v")
+BYPASSED = {
+    "MultiheadAttention": ("out_proj",),
+    "TransformerEncoderLayer": ("linear1", "linear2"),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "JambaMambaMixer": ("dt_proj",),
+    "Mamba2Mixer": ("out_proj",),
+    "Zamba2MambaMixer": ("out_proj",),
+    "BambaMixer": ("out_proj",),
+    "FalconH1Mixer": ("out_proj",),
+    "NemotronHMamba2Mixer": ("out_proj",),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+}
+"""Linear layers that are never called, by their owner's class: it hands their weights to a fused function."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +103,7 @@ def find_targets(
     linears = [name for name, module in modules.items() if linear_kind(module)]
     chosen = _chosen_names(modules, linears, config.target_modules)
     _reject_shared(model, chosen, modules)
+    _reject_bypassed(chosen, modules)
     targets = [_target(name, modules[name], config, shape_of) for name in chosen]
     _check_slices_used(config, chosen)
     return targets
@@ -144,6 +160,17 @@ def _reject_shared(model: nn.Module, chosen: list[str], modules: dict[str, nn.Mo
                 f"target {name} shares its weight with {others}; an update of one alone could not be exported: "
                 "choose other targets, or load the model with tie_word_embeddings=False"
             )
+
+
+def _reject_bypassed(chosen: list[str], modules: dict[str, nn.Module]) -> None:
+    for name in chosen:
+        owner, _, layer = name.rpartition(".")
+        for cls in type(modules.get(owner)).__mro__:
+            if layer in BYPASSED.get(cls.__name__, ()):
+                raise TargetError(
+                    f"target {name} would have no effect: its {cls.__name__} reads the layer's weight without calling "
+                    "the layer, so an adapter on it is never trained; choose other targets"
+                )
 
 
 def _target(

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsee_scale.adapters.sparse_residual import Route
+from dsee_scale.adapters.support import Route
 
 BLOCK_T = 128
 BLOCK_T_WIDE = 512

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
+from dsee_scale.adapters.gradients import GradientWatch
 from dsee_scale.adapters.state import model_state
 from dsee_scale.checkpoint.folder import check_output, open_folder
 from dsee_scale.checkpoint.training_state import (
@@ -26,7 +27,9 @@ from dsee_scale.checkpoint.training_state import (
     save_training_state,
     set_random_state,
 )
+from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError
+from dsee_scale.partition import unwrap
 from dsee_scale.training.journal import Journal, to_jsonable
 from dsee_scale.training.survival import RunWatch, check_trained_values, newest_first
 from dsee_scale.training.timeline import Timeline
@@ -64,6 +67,33 @@ def delete_old_checkpoints(output: Path, limit: int | None, best: str = "") -> N
             shutil.rmtree(folder)
 
 
+class GradientCallback(TrainerCallback):
+    """Ends a training whose first step leaves an adapter without a gradient. Any Hugging Face Trainer takes it."""
+
+    def __init__(self) -> None:
+        self._watch: GradientWatch | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        """Begin to watch."""
+        self._watch = GradientWatch(unwrap(model))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Collective, once. Raise on every rank if an adapter got no gradient."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            with raise_on_all_ranks():
+                watch.check()
+
+
 class AdapterTrainer(Trainer):
     """One optimizer and one engine from the first step to the last; loss and evaluation are transformers' own.
 
@@ -74,7 +104,7 @@ class AdapterTrainer(Trainer):
     def __init__(self, *, timeline: Timeline, journal: Journal, **kwargs: Any) -> None:
         self.timeline, self.journal = timeline, journal
         self.watch = RunWatch(timeline, journal)
-        callbacks = [self.watch, *(kwargs.pop("callbacks", None) or [])]
+        callbacks = [self.watch, GradientCallback(), *(kwargs.pop("callbacks", None) or [])]
         super().__init__(callbacks=callbacks, **kwargs)
         self._checkpoint: Path | None = None
         self._saved_step = -1

@@ -17,7 +17,8 @@ pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds, o
 
 from dsee_scale.adapters import triton_kernels  # noqa: E402
 from dsee_scale.adapters.linear import attach  # noqa: E402
-from dsee_scale.adapters.sparse_residual import backward_, choose_method, forward_, prepare  # noqa: E402
+from dsee_scale.adapters.sparse_residual import backward_, forward_  # noqa: E402
+from dsee_scale.adapters.support import choose_method, prepare  # noqa: E402
 from tests.unit.test_sparse_residual import dense, positions  # noqa: E402
 
 pytestmark = pytest.mark.gpu

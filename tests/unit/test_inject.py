@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import dsee_scale
 from dsee_scale import ConfigError, DSEEConfig, PruneConfig, TargetError
 from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.adapters.targets import BYPASSED
 from dsee_scale.algorithms.decompose import find_support
 from dsee_scale.passes.decompose_model import seeded
 from tests.models import build, gpt2_config, llama_config, token_batch
@@ -200,3 +202,24 @@ def test_an_injected_model_can_be_copied():
     twin = copy.deepcopy(model)
     assert adapted_layers(twin).keys() == adapted_layers(model).keys()
     assert torch.equal(twin(token_batch()).logits, model(token_batch()).logits)
+
+
+@pytest.mark.parametrize(
+    ("model", "target"),
+    [
+        (nn.Sequential(nn.MultiheadAttention(8, 2)), "out_proj"),
+        (nn.TransformerEncoderLayer(8, 2, 16), "linear1"),
+    ],
+)
+def test_layers_that_are_never_called_are_refused_by_name(model, target):
+    with pytest.raises(TargetError, match=f"{target} would have no effect: its "):
+        dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=3, target_modules=(target,)))
+
+
+def test_the_mixers_that_bypass_their_layers_exist_in_transformers():
+    """A renamed class would no longer be refused."""
+    found = set()
+    for name in ("mamba", "mamba2", "falcon_mamba", "jamba", "bamba", "falcon_h1", "zamba2", "nemotron_h"):
+        module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        found |= set(vars(module)) & BYPASSED.keys()
+    assert found >= {name for name in BYPASSED if name.endswith("Mixer")}

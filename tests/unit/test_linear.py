@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from dsee_scale.adapters import linear, sparse_residual
+from dsee_scale.adapters import linear
+from dsee_scale.adapters import support as support_module
 from dsee_scale.adapters.linear import (
     adapted_layers,
     attach,
@@ -106,7 +107,7 @@ def inputs(*shape, dtype=torch.float64, requires_grad=True):
 
 @pytest.fixture(params=["gather", "bags"])
 def method(request, monkeypatch):
-    monkeypatch.setattr(sparse_residual, "choose_method", lambda *_: request.param)
+    monkeypatch.setattr(support_module, "choose_method", lambda *_: request.param)
     return request.param
 
 

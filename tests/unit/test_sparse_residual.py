@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsee_scale.adapters.sparse_residual import backward_, choose_method, forward_, prepare
+from dsee_scale.adapters.sparse_residual import backward_, forward_
+from dsee_scale.adapters.support import choose_method, prepare
 
 METHODS = ("gather", "bags")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 5e-2}
