@@ -1,12 +1,14 @@
-"""A training step under real DeepSpeed ZeRO-3: PEFT's LoRA, dsee_scale, and the frozen model, in turn.
+"""A training step under real DeepSpeed ZeRO-3: PEFT's LoRA, dsee_scale before and after a prune, the frozen model.
 
     python benchmarks/training_step.py --json
 
 Same model, targets, rank, dtype and data on every side; dsee_scale trains 64 sparse entries a matrix
-besides. The model has the shape of SmolLM2-135M (30 layers, hidden 576) with random weights and a small
-vocabulary, so that the blocks and not the logits are timed. All engines live in the same processes and
-step in turn, so that a busy machine slows them alike.
+besides. "Under the mask" is dsee_scale after half of the weights were pruned: the step then trains (W + D) * M.
+The model has the shape of SmolLM2-135M (30 layers, hidden 576) with random weights and a small vocabulary, so
+that the blocks and not the logits are timed. All engines live in the same processes and step in turn, so that
+a busy machine slows them alike.
 
+- added: what a side adds to the frozen model's step, ours over PEFT's;
 - time: forward, backward and optimizer step, median over the rounds, slowest rank, for few and for many tokens:
   the more tokens, the more of a step is the frozen model's arithmetic, which is the same on every side;
 - cpu: processor time of a step on one rank, without waiting for others;
@@ -37,7 +39,7 @@ TARGETS = {
     "q and v": ("q_proj", "v_proj"),
     "all linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
 }
-SIDES = ("peft", "ours", "frozen")
+SIDES = ("peft", "ours", "masked", "frozen")
 RANK, NUM_SPARSE = 16, 64
 
 
@@ -56,13 +58,13 @@ def build_model(arguments: argparse.Namespace, ds_config: dict[str, Any]) -> nn.
 
 
 def adapt(model: nn.Module, side: str, targets: tuple[str, ...]) -> nn.Module:
-    """One of the three sides; what is trained has requires_grad, nothing else has."""
+    """One of the sides; what is trained has requires_grad, nothing else has."""
     if side == "peft":
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(targets), lora_dropout=0.0)
         return get_peft_model(model, config, autocast_adapter_dtype=False)
-    if side == "ours":
+    if side in ("ours", "masked"):
         import dsee_scale
 
         settings = dict(rank=RANK, alpha=2 * RANK, num_sparse=NUM_SPARSE, target_modules=targets)
@@ -88,7 +90,12 @@ def build_engine(side: str, targets: tuple[str, ...], arguments: argparse.Namesp
     }
     model = adapt(build_model(arguments, ds_config), side, targets)
     trained = [p for p in model.parameters() if p.requires_grad]
-    return deepspeed.initialize(model=model, model_parameters=trained, config=ds_config)[0]
+    engine = deepspeed.initialize(model=model, model_parameters=trained, config=ds_config)[0]
+    if side == "masked":
+        import dsee_scale
+
+        dsee_scale.prune(engine, dsee_scale.PruneConfig(sparsity=0.5, modules=targets))
+    return engine
 
 
 def step(engine: Any, tokens: torch.Tensor) -> float:
@@ -122,7 +129,7 @@ def time_rounds(
     cpu: dict[str, list[float]] = {side: [] for side in SIDES}
     for k in range(rounds):
         # The order turns, so that no side always runs after the same one.
-        for side in SIDES[k % 3 :] + SIDES[: k % 3]:
+        for side in SIDES[k % 4 :] + SIDES[: k % 4]:
             torch.distributed.barrier()
             start, start_cpu = time.perf_counter(), time.process_time()
             step(engines[side], tokens)
@@ -208,18 +215,28 @@ def report_case(arguments: argparse.Namespace, targets: str, report: Report) -> 
                 medians[side] = statistics.median(max(times) for times in rounds)
             ours, peft, frozen = medians["ours"], medians["peft"], medians["frozen"]
             details = {"frozen": frozen, "peft_over_frozen": peft / frozen}
-            name = "step time" if metric == "wall" else "step time, processor"
-            report.add(f"ZeRO-3, {targets}, {tokens} tokens a rank", name, "s", ours, peft, **details)
+            case, suffix = (
+                f"ZeRO-3, {targets}, {tokens} tokens a rank",
+                "" if metric == "wall" else ", processor",
+            )
+            report.add(case, f"step time{suffix}", "s", ours, peft, **details)
+            report.add(case, f"added over frozen{suffix}", "s", ours - frozen, peft - frozen)
+            report.add(
+                f"{case}, under the mask", f"step time{suffix}", "s", medians["masked"], peft, **details
+            )
     fetches = ranks[0]["fetches"]
     report.add(
         f"ZeRO-3, {targets}", "fetches", "1", fetches["ours"], fetches["peft"], frozen=fetches["frozen"]
     )
+    if arguments.no_memory:
+        return
     runs = 1 if arguments.quick else 3
     memory = {
         side: statistics.median(max(launch_ranks(arguments, targets, memory_of=side)) for _ in range(runs))
-        for side in ("ours", "peft")
+        for side in ("ours", "peft", "masked")
     }
     report.add(f"ZeRO-3, {targets}", "peak memory", "B", memory["ours"], memory["peft"])
+    report.add(f"ZeRO-3, {targets}, under the mask", "peak memory", "B", memory["masked"], memory["peft"])
 
 
 def main() -> None:
@@ -227,7 +244,9 @@ def main() -> None:
     arguments.add_argument("--hidden", type=int, default=576)
     arguments.add_argument("--layers", type=int, default=30)
     arguments.add_argument("--batch", type=int, default=2, help="sequences per rank")
-    arguments.add_argument("--lengths", type=int, nargs="+", default=[32, 256], help="tokens per sequence")
+    arguments.add_argument(
+        "--lengths", type=int, nargs="+", default=[32, 256, 1024], help="tokens per sequence"
+    )
     arguments.add_argument(
         "--threshold", type=int, default=100_000, help="stage3_param_persistence_threshold"
     )
@@ -236,6 +255,7 @@ def main() -> None:
     arguments.add_argument(
         "--processes", type=int, default=max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 2
     )
+    arguments.add_argument("--no-memory", action="store_true", help="times only")
     arguments.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
     arguments.add_argument("--targets", choices=TARGETS, help="only these")
     arguments.add_argument("--worker", help=argparse.SUPPRESS)

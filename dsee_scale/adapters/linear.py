@@ -18,7 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.lowrank_sparse import Update, add_update
+from dsee_scale.adapters.factors import make_fold
+from dsee_scale.adapters.lowrank_sparse import Update, adapted_linear, add_update
 from dsee_scale.adapters.state import MASK_UPDATE, model_state
 from dsee_scale.adapters.support import prepare
 from dsee_scale.adapters.under_mask import MaskedLayer, masked_product
@@ -48,6 +49,7 @@ class AdaptedLayer(nn.Module):
         dsee_under_mask: whether the weight's zeros mask the update too, see `train_under_mask`.
         dsee_base: the layer's own class.
         dsee_in_place: whether the update may be added into the base layer's output.
+        dsee_plain: whether the base class computes x W^T + bias and nothing else.
         dsee_quantised: whether the weight is stored in codes of bitsandbytes.
         dsee_update: the above, prepared for the products; derived, in no state dict.
     """
@@ -61,6 +63,7 @@ class AdaptedLayer(nn.Module):
     dsee_spec: AdapterSpec
     dsee_under_mask: bool
     dsee_in_place: bool
+    dsee_plain: bool
     dsee_quantised: bool
     dsee_update: Update
 
@@ -76,6 +79,8 @@ class AdaptedLayer(nn.Module):
         drops = self.training and self.dsee_spec.dropout > 0
         if self.dsee_under_mask and not drops:
             return self._masked(x, self.bias, "masked")
+        if not drops and not self.dsee_under_mask and self._is_plain(x):
+            return adapted_linear(x, self.weight, self.bias, self.dsee_flat, self._update())
         y = super().forward(x)
         if drops:
             x = nn.functional.dropout(x, self.dsee_spec.dropout)
@@ -98,6 +103,13 @@ class AdaptedLayer(nn.Module):
         """(K*N,), view of the whole parameter."""
         return self.dsee_spec.split(self.dsee_flat)[2]
 
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether base and update can be computed together."""
+        if not self.dsee_plain or self.weight.requires_grad:
+            return False
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        return autocast or x.dtype == self.weight.dtype == self.dsee_flat.dtype
+
     def _masked(self, x: Tensor, bias: Tensor | None, form: Literal["masked", "update"]) -> Tensor:
         weight = self.weight
         codec = find_codecs(self)[id(weight)] if self.dsee_quantised else None
@@ -115,7 +127,8 @@ class AdaptedLayer(nn.Module):
         if self.dsee_rows.is_meta:
             return
         support = prepare(self.dsee_rows, self.dsee_cols, self.dsee_spec.shape)
-        self.dsee_update = Update(self.dsee_spec, support, self.dsee_in_place)
+        fold = make_fold(self.dsee_spec, self.dsee_rows, self.dsee_cols)
+        self.dsee_update = Update(self.dsee_spec, support, fold, self.dsee_in_place)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._apply(*args, **kwargs)
@@ -146,6 +159,7 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
             "__module__": __name__,
             "dsee_base": base,
             "dsee_in_place": _keeps_no_output(base),
+            "dsee_plain": _is_plain(base),
             "dsee_quantised": _is_quantised(base),
         }
         _CLASSES[base] = type(f"Adapted{base.__name__}", (AdaptedLayer, base), namespace)
@@ -154,8 +168,11 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 
 def _keeps_no_output(base: type[nn.Module]) -> bool:
     """Whether the layer's backward is known not to need its output, so that it may be overwritten."""
-    known = base.forward is nn.Linear.forward or base.__name__ == "Conv1D"
-    return known or _is_quantised(base)
+    return _is_plain(base) or _is_quantised(base)
+
+
+def _is_plain(base: type[nn.Module]) -> bool:
+    return base.forward is nn.Linear.forward or base.__name__ == "Conv1D"
 
 
 def _is_quantised(base: type[nn.Module]) -> bool:

@@ -1,9 +1,11 @@
-"""The whole update of a layer's output, s * ((x A^T) B^T + x S2^T), as one autograd function.
+"""A layer's output with its update, x W^T + bias + s ((x A^T) B^T + x S2^T), as one autograd function.
 
-x is saved once for both parts, each weight's gradient is formed from it directly, and the sum is written
-into the base layer's output where nobody else needs that. No O x I tensor is made.
+x is saved once for everything, the gradient of x is summed in place, and each weight's gradient is formed from x
+directly. No O x I tensor is made. Where the base layer must compute its output itself (it is quantised, or has a
+forward of its own), the update is added to that.
 
-Shapes: T tokens, O outputs, I inputs, R rank, K slices, S outputs covered by the slices, N entries of S2.
+Shapes: T tokens, O outputs, I inputs, R rank, K slices, S outputs covered by the slices, N entries of S2, P columns of
+a slice's factors.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dsee_scale.adapters.factors import Factors, Fold, flat_gradient, folds, low_ranks, make_factors
 from dsee_scale.adapters.sparse_residual import backward_, forward_
 from dsee_scale.adapters.support import PreparedSupport
 from dsee_scale.algorithms.delta import AdapterSpec
@@ -27,12 +30,18 @@ class Update:
     Attributes:
         spec: the adapter's.
         support: the entries of S2, prepared for the products.
+        fold: where they stand in the factors, where there are few.
         in_place: whether the base output may be overwritten: its own backward does not need it.
     """
 
     spec: AdapterSpec
     support: PreparedSupport
+    fold: Fold | None
     in_place: bool
+
+    def fold_for(self, x: Tensor) -> Fold | None:
+        """The fold, where it pays for a product with x."""
+        return self.fold if folds(x.dtype, x.device) else None
 
 
 def add_update(y: Tensor, x: Tensor, flat: Tensor, update: Update) -> Tensor:
@@ -43,55 +52,132 @@ def add_update(y: Tensor, x: Tensor, flat: Tensor, update: Update) -> Tensor:
     Args:
         y: (..., O) base output; overwritten if `update.in_place`, so use the result instead.
         x: (..., I) input of the update.
-        flat: (K*R*I + S*R + N,), A, B and values one after the other.
+        flat: (K*R*I + S*R + K*N,), A, B and values one after the other.
         update: the rest.
 
     Returns:
         (..., O) in y's dtype.
     """
-    return _LowRankSparse.apply(y, x, flat, update)
+    return _AddUpdate.apply(y, x, flat, update)
 
 
-class _LowRankSparse(torch.autograd.Function):
+def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, flat: Tensor, update: Update) -> Tensor:
+    """x W^T + bias plus the update, where nn.Linear or Conv1D compute the former. No gradient for W.
+
+    Args:
+        x: (..., I), in the dtype of weight and flat unless autocast is on.
+        weight: W as it is stored, frozen.
+        bias: (O,) or None.
+        flat: as for `add_update`.
+        update: the rest.
+
+    Returns:
+        (..., O).
+    """
+    return _AdaptedLinear.apply(x, weight, bias, flat, update)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, flat: Tensor, update: Update
+    ) -> Tensor:
+        dtype = compute_dtype(x, weight)
+        x_cast = x.to(dtype)
+        y = _base_output(x_cast, weight, bias, update.spec.transposed)
+        y_TO, x_TI = y.view(-1, y.shape[-1]), x_cast.reshape(-1, x.shape[-1])
+        z_TKP = _add_product_(
+            y_TO, x_TI, make_factors(flat, update.spec, update.fold_for(x_TI), dtype), update
+        )
+        ctx.save_for_backward(x_cast, z_TKP, weight, flat)
+        ctx.update, ctx.x_dtype, ctx.bias_dtype = update, x.dtype, None if bias is None else bias.dtype
+        return y if torch.compiler.is_compiling() else y.data  # of a view autograd forbids in-place changes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, z_TKP, weight, flat = ctx.saved_tensors
+        need_x, _, need_bias, need_flat, _ = ctx.needs_input_grad
+        dy = dy.to(x.dtype)
+        dx = None
+        if need_x:
+            weight = weight.to(x.dtype)
+            dx = dy @ (weight.t() if ctx.update.spec.transposed else weight)
+        dy_TO, x_TI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        dx_TI = None if dx is None else dx.view(x_TI.shape)
+        dflat = _add_gradients_(dx_TI, dy_TO, x_TI, z_TKP, flat, ctx.update, need_flat)
+        dbias = dy_TO.sum(0).to(ctx.bias_dtype) if need_bias else None
+        return None if dx is None else dx.to(ctx.x_dtype), None, dbias, dflat, None
+
+
+class _AddUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, flat: Tensor, update: Update) -> Tensor:
-        spec, dtype = update.spec, compute_dtype(x, flat)
-        a, b, values = spec.split(flat.to(dtype))
-        x_TI = x.reshape(-1, a.shape[1]).to(dtype)
-        # The scaling goes into z, the smallest factor of the forward product and of B's gradient.
-        z_TKR = (x_TI @ a.t()).mul_(spec.scaling)
+        dtype = compute_dtype(x, flat)
+        x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
         out = _own(y, update.in_place)
-        out_TO = out.view(-1, y.shape[-1])
-        for start, stop, of_a, of_b in spec.per_slice():
-            _addmm_(out_TO[:, start:stop], z_TKR[:, of_a], b[of_b].t())
-        if spec.num_sparse:
-            forward_(out_TO, x_TI, values * spec.scaling, update.support)
-        ctx.save_for_backward(x_TI, z_TKR, flat)
+        factors = make_factors(flat, update.spec, update.fold_for(x_TI), dtype)
+        z_TKP = _add_product_(out.view(-1, y.shape[-1]), x_TI, factors, update)
+        ctx.save_for_backward(x_TI, z_TKP, flat)
         ctx.update, ctx.x_shape, ctx.x_dtype = update, x.shape, x.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_TI, z_TKR, flat = ctx.saved_tensors
-        update, spec, dtype = ctx.update, ctx.update.spec, x_TI.dtype
+        x_TI, z_TKP, flat = ctx.saved_tensors
         need_y, need_x, need_flat, _ = ctx.needs_input_grad
-        a, b, values = spec.split(flat.to(dtype))
-        dy_TO = dy.reshape(-1, dy.shape[-1]).to(dtype)
-        dz_TKR = _dz(dy_TO, b, spec)
-        # Not made as (T, I) and viewed: into a tensor that is no view autograd adds the base's gradient.
-        dx = dz_TKR.view(*ctx.x_shape[:-1], dz_TKR.shape[-1]) @ a if need_x else None
+        dy_TO = dy.reshape(-1, dy.shape[-1]).to(x_TI.dtype)
+        dx = torch.zeros(ctx.x_shape, dtype=x_TI.dtype, device=x_TI.device) if need_x else None
         dx_TI = None if dx is None else dx.view(x_TI.shape)
-        dvalues = None
-        if spec.num_sparse:
-            dvalues = backward_(dx_TI, dy_TO, x_TI, values * spec.scaling, update.support, need_flat)
-        dflat = None
-        if need_flat:
-            last = values if dvalues is None else dvalues.mul_(spec.scaling).to(dtype)
-            parts = [dz_TKR.t() @ x_TI, *_db(dy_TO, z_TKR, spec), last]
-            dflat = torch.cat([part.reshape(-1) for part in parts]).to(flat.dtype)
-        dx = None if dx is None else dx.to(ctx.x_dtype)
-        return dy if need_y else None, dx, dflat, None
+        dflat = _add_gradients_(dx_TI, dy_TO, x_TI, z_TKP, flat, ctx.update, need_flat)
+        return dy if need_y else None, None if dx is None else dx.to(ctx.x_dtype), dflat, None
+
+
+def _base_output(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """As the base layer computes it, to the bit."""
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if transposed and bias is not None:
+        return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+    return torch.nn.functional.linear(x, weight.t() if transposed else weight, bias)
+
+
+def _add_product_(y_TO: Tensor, x_TI: Tensor, factors: Factors, update: Update) -> Tensor:
+    """y += x D^T in place; returns x left^T, (T, K*P)."""
+    z_TKP = x_TI @ factors.left.t()
+    for start, stop, of_left, of_right in factors.spec.per_slice():
+        _addmm_(y_TO[:, start:stop], z_TKP[:, of_left], factors.right[of_right].t())
+    if factors.values is not None:
+        forward_(y_TO, x_TI, factors.values, update.support)
+    return z_TKP
+
+
+def _add_gradients_(
+    dx_TI: Tensor | None,
+    dy_TO: Tensor,
+    x_TI: Tensor,
+    z_TKP: Tensor,
+    flat: Tensor,
+    update: Update,
+    need_flat: bool,
+) -> Tensor | None:
+    """dx += dy D in place; returns the gradient of `flat` if it is wanted."""
+    spec, fold = update.spec, update.fold_for(x_TI)
+    factors = make_factors(flat, spec, fold, x_TI.dtype)
+    slices = list(factors.spec.per_slice())
+    parts = [dy_TO[:, start:stop] @ factors.right[of_right] for start, stop, _, of_right in slices]
+    dz_TKP = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if dx_TI is not None:
+        dx_TI.addmm_(dz_TKP, factors.left)
+    dvalues = None
+    if factors.values is not None:
+        dvalues = backward_(dx_TI, dy_TO, x_TI, factors.values, update.support, need_flat)
+    if not need_flat:
+        return None
+    dright = torch.empty_like(factors.right)
+    for start, stop, of_left, of_right in slices:
+        torch.mm(dy_TO[:, start:stop].t(), z_TKP[:, of_left], out=dright[of_right])
+    return flat_gradient(flat, spec, fold, low_ranks(dz_TKP, spec).t() @ x_TI, dright, dvalues)
 
 
 def compute_dtype(x: Tensor, own: Tensor) -> torch.dtype:
@@ -122,14 +208,3 @@ def _addmm_(out: Tensor, left: Tensor, right: Tensor) -> None:
         out.addmm_(left, right)
     else:
         out.add_(left @ right)
-
-
-def _dz(dy_TO: Tensor, b: Tensor, spec: AdapterSpec) -> Tensor:
-    """Gradient of x A^T, (T, K*R)."""
-    parts = [dy_TO[:, start:stop] @ b[of_b] for start, stop, _, of_b in spec.per_slice()]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).mul_(spec.scaling)
-
-
-def _db(dy_TO: Tensor, z_TKR: Tensor, spec: AdapterSpec) -> list[Tensor]:
-    """Gradient of B's rows, slice by slice."""
-    return [dy_TO[:, start:stop].t() @ z_TKR[:, of_a] for start, stop, of_a, _ in spec.per_slice()]

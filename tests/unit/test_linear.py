@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from dsee_scale.adapters import linear
+from dsee_scale.adapters import linear, lowrank_sparse
 from dsee_scale.adapters import support as support_module
 from dsee_scale.adapters.linear import (
     adapted_layers,
@@ -105,9 +105,14 @@ def inputs(*shape, dtype=torch.float64, requires_grad=True):
     return x.requires_grad_(requires_grad)
 
 
-@pytest.fixture(params=["gather", "bags"])
+@pytest.fixture(params=["gather", "bags", "folded", "beside the base"])
 def method(request, monkeypatch):
-    monkeypatch.setattr(support_module, "choose_method", lambda *_: request.param)
+    """The ways to compute a product: S2 by either sum, S2 within the factors, base and update apart."""
+    chosen = request.param if request.param in ("gather", "bags") else "gather"
+    monkeypatch.setattr(support_module, "choose_method", lambda *_: chosen)
+    monkeypatch.setattr(lowrank_sparse, "folds", lambda *_: request.param == "folded")
+    if request.param == "beside the base":
+        monkeypatch.setattr(linear.AdaptedLayer, "_is_plain", lambda *_: False)
     return request.param
 
 
