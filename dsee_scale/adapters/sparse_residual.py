@@ -92,8 +92,13 @@ def _backward_bags(
 def _backward_triton(
     dx: Tensor | None, total: Tensor | None, dy: Tensor, x: Tensor, values_N: Tensor, support: PreparedSupport
 ) -> None:
+    if not dy.shape[0]:
+        return
+    if support.transposed:  # once for both sums; what is transposed already costs nothing to transpose again
+        dy = dy.t().contiguous().t()
     if total is not None:
-        _triton().value_gradient_(total, dy, x, support.rows, support.cols, support.transposed)
+        x = x.t().contiguous().t() if support.transposed else x
+        _triton().value_gradient_(total, dy, x, support.rows, support.cols)
     if dx is not None:
         _triton().accumulate_(dx, dy, values_N, support.backward, support.transposed)
 

@@ -20,7 +20,7 @@ from dsee_scale.adapters.support import Route
 
 BLOCK_T = 128
 BLOCK_T_WIDE = 512
-"""Tokens per program: in `accumulate_`, and per step of `value_gradient_`."""
+"""Tokens per program: in `accumulate_`, and in `value_gradient_`."""
 
 
 def accumulate_(
@@ -56,17 +56,26 @@ def accumulate_(
     target_TM.add_(sums_MT.t())
 
 
-def value_gradient_(
-    total_N: Tensor, dy_TO: Tensor, x_TI: Tensor, rows: Tensor, cols: Tensor, transposed: bool
-) -> None:
-    """`total[e] += sum over tokens of dy[:, rows[e]] * x[:, cols[e]]`, in place; total in float32."""
-    if transposed:
-        dy_TO, x_TI = dy_TO.t().contiguous().t(), x_TI.t().contiguous().t()
-    _value_gradient[(rows.numel(),)](
-        total_N, dy_TO, x_TI, rows, cols,
-        x_TI.shape[0], dy_TO.stride(0), dy_TO.stride(1), x_TI.stride(0), x_TI.stride(1),
+def value_gradient_(total_N: Tensor, dy_TO: Tensor, x_TI: Tensor, rows: Tensor, cols: Tensor) -> None:
+    """`total[e] += sum over tokens of dy[:, rows[e]] * x[:, cols[e]]`, in place; total in float32.
+
+    The tokens are split over programs, so that a few entries fill a GPU, and their sums are added in order.
+
+    Args:
+        total_N: one for each entry.
+        dy_TO: any strides; fastest where the tokens are contiguous.
+        x_TI: any strides.
+        rows: (N,) columns of dy.
+        cols: (N,) columns of x.
+    """
+    num_tokens = x_TI.shape[0]
+    parts = total_N.new_empty(triton.cdiv(num_tokens, BLOCK_T_WIDE), rows.numel())
+    _value_gradient[(rows.numel(), parts.shape[0])](
+        parts, dy_TO, x_TI, rows, cols,
+        num_tokens, rows.numel(), dy_TO.stride(0), dy_TO.stride(1), x_TI.stride(0), x_TI.stride(1),
         BLOCK_T=BLOCK_T_WIDE, WIDE=_wide(x_TI),
     )  # fmt: skip
+    total_N.add_(parts.sum(0))
 
 
 def _wide(tensor: Tensor) -> tl.dtype:
@@ -94,18 +103,15 @@ def _accumulate(
 
 @triton.jit
 def _value_gradient(
-    total, dy, x, rows, cols,
-    num_tokens, dy_t, dy_o, x_t, x_i,
+    parts, dy, x, rows, cols,
+    num_tokens, num_entries, dy_t, dy_o, x_t, x_i,
     BLOCK_T: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    entry = tl.program_id(0)
+    entry, part = tl.program_id(0), tl.program_id(1)
     row = tl.load(rows + entry).to(tl.int64)
     column = tl.load(cols + entry).to(tl.int64)
-    sums = tl.zeros((BLOCK_T,), dtype=WIDE)
-    for start in range(0, num_tokens, BLOCK_T):
-        tokens = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-        here = tokens < num_tokens
-        left = tl.load(dy + tokens * dy_t + row * dy_o, mask=here, other=0.0)
-        right = tl.load(x + tokens * x_t + column * x_i, mask=here, other=0.0)
-        sums += left.to(WIDE) * right.to(WIDE)
-    tl.store(total + entry, tl.load(total + entry) + tl.sum(sums, 0))
+    tokens = (part * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    here = tokens < num_tokens
+    left = tl.load(dy + tokens * dy_t + row * dy_o, mask=here, other=0.0)
+    right = tl.load(x + tokens * x_t + column * x_i, mask=here, other=0.0)
+    tl.store(parts + part * num_entries + entry, tl.sum(left.to(WIDE) * right.to(WIDE), 0))

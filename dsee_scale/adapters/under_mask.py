@@ -11,6 +11,7 @@ Shapes: T tokens, O outputs, I inputs, R rank, N entries of S2, W the slice's wi
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -104,12 +105,24 @@ def _decoded(weight: Tensor, layer: MaskedLayer) -> Tensor:
     return layer.codec.decode(weight)[0].view(layer.spec.storage_shape)
 
 
+def _fused(weight: Tensor, flat: Tensor) -> bool:
+    """Whether one kernel forms the merged weight: on a GPU with Triton, not in float64."""
+    on_gpu = weight.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return on_gpu and torch.float64 not in (weight.dtype, flat.dtype) and not torch.compiler.is_compiling()
+
+
 def _merged(weight: Tensor, flat: Tensor, layer: MaskedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(W + D) * M, or D * M, as (O, I), rounded once; and W's entries."""
     entries = _decoded(weight, layer)
-    delta = Delta.of(layer.spec, flat, layer.rows, layer.cols)
     out = torch.empty(entries.shape, dtype=dtype, device=entries.device)
-    merged_weight(entries, delta, pruned=True, form=layer.form, out=out)
+    if _fused(entries, flat):
+        from dsee_scale.adapters.triton_merge import merge_under_mask_
+
+        base = layer.form == "masked"
+        merge_under_mask_(out, entries, flat, layer.rows, layer.cols, layer.spec, base=base)
+    else:
+        delta = Delta.of(layer.spec, flat, layer.rows, layer.cols)
+        merged_weight(entries, delta, pruned=True, form=layer.form, out=out)
     return (out.t() if layer.spec.transposed else out), entries
 
 

@@ -16,9 +16,12 @@ if DEVICE == "cpu":
 pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds, or with `pip install triton`")
 
 from dsee_scale.adapters import triton_kernels  # noqa: E402
-from dsee_scale.adapters.linear import attach  # noqa: E402
+from dsee_scale.adapters.linear import attach, train_under_mask  # noqa: E402
 from dsee_scale.adapters.sparse_residual import backward_, forward_  # noqa: E402
 from dsee_scale.adapters.support import choose_method, prepare  # noqa: E402
+from dsee_scale.adapters.triton_merge import merge_under_mask_  # noqa: E402
+from dsee_scale.algorithms.delta import Delta, merged_weight  # noqa: E402
+from tests.unit.test_delta import make_spec  # noqa: E402
 from tests.unit.test_sparse_residual import dense, positions  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -90,21 +93,22 @@ def test_views_with_strides_are_read_and_written_in_place(transposed):
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("under_mask", [False, True])
 @pytest.mark.parametrize("count", [64, 20_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_adapted_layer_on_the_gpu_equals_the_one_on_the_cpu(dtype, count):
+def test_an_adapted_layer_on_the_gpu_equals_the_one_on_the_cpu(dtype, count, under_mask):
     rows, cols = positions((1024, 768), count)
     layers = {}
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
         layer = torch.nn.Linear(768, 1024).to(device, dtype)
-        settings = dict(
-            transposed=False, rank=8, scaling=2.0, slices=((0, 1024),), dtype=dtype, device=device
-        )
+        spec = make_spec((1024, 768), ((0, 1024),), False, 8, count, 2.0)
         generator = torch.Generator().manual_seed(0)
-        attach(layer, shape=(1024, 768), rows=rows, cols=cols, generator=generator, **settings)
+        attach(layer.requires_grad_(False), spec, rows, cols, generator=generator, dtype=dtype, device=device)
         with torch.no_grad():
             layer.dsee_values.copy_(torch.linspace(-1, 1, count))
+            layer.weight[torch.arange(1024) % 2 == 0, ::3] = 0
+        train_under_mask(layer, under_mask)
         layers[device] = layer
     x = torch.randn(300, 768).to(dtype)
     results = []
@@ -131,3 +135,29 @@ def test_the_gpu_gives_the_same_bits_on_every_run():
             forward_(out, x, values, support)
             results.append((out, backward_(None, dy, x, values, support)))
         assert all(torch.equal(a, b) for run in results for a, b in zip(run, results[0], strict=True))
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slices", [((0, 150),), ((0, 40), (90, 150))])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("count", [0, 30])
+def test_the_merged_weight_is_that_of_the_blocks(count, transposed, slices, dtype, out_dtype):
+    spec = make_spec((150, 70), slices, transposed, 5, count, 1.7)
+    generator = torch.Generator().manual_seed(3)
+    flat = torch.randn(spec.numel, generator=generator).to(DEVICE, dtype)
+    weight = torch.randn(spec.storage_shape, generator=generator)
+    weight = weight.masked_fill(torch.rand(weight.shape, generator=generator) < 0.5, 0).to(DEVICE, dtype)
+    at = [
+        start * 70 + torch.randperm((stop - start) * 70, generator=generator)[:count].sort().values
+        for start, stop in slices
+    ]
+    rows, cols = (torch.cat(at) // 70).int().to(DEVICE), (torch.cat(at) % 70).int().to(DEVICE)
+    for form in ("masked", "update"):
+        out = torch.full_like(weight, 9, dtype=out_dtype)
+        merge_under_mask_(out, weight, flat, rows, cols, spec, base=form == "masked")
+        delta = Delta.of(spec, flat, rows, cols)
+        expected = merged_weight(weight, delta, pruned=True, form=form, out=torch.empty_like(out))
+        bound = 2**-7 if torch.bfloat16 in (dtype, out_dtype) else 1e-5
+        torch.testing.assert_close(out, expected, rtol=bound, atol=1e-5)
+        assert not out[weight == 0].any() and out[weight != 0].any()
