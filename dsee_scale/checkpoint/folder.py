@@ -16,15 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dsee_scale.checkpoint.contents import check_output
+from dsee_scale.checkpoint.files import MANIFEST, read_json, sha256
 from dsee_scale.distributed import raise_on_all_ranks
-from dsee_scale.errors import ConfigError, FormatError
+from dsee_scale.errors import FormatError
 from dsee_scale.partition.port import Partition
 from dsee_scale.version import __version__
 
-MANIFEST = "dsee_manifest.json"
-OWN_PREFIX = "dsee_"
 FORMAT_VERSION = 1
-_CHUNK = 1 << 22
 
 
 class HashedFile:
@@ -66,12 +65,13 @@ class NewFolder:
     """A folder in the making; its files appear under their names when all is done.
 
     Attributes:
+        folder: where it goes, links followed.
         partial: where files are written meanwhile; the same path on every rank.
     """
 
     def __init__(self, partition: Partition, folder: str | Path, *, kind: str) -> None:
         self.partition, self.kind = partition, kind
-        self.folder = Path(os.path.abspath(folder))
+        self.folder = Path(os.path.realpath(folder))
         self.partial = self.folder.with_name(f".{self.folder.name}.partial")
         self._records: dict[str, dict[str, Any]] = {}
 
@@ -105,7 +105,7 @@ class NewFolder:
         """Collective. Refuse a folder that must not be replaced; start an empty partial one."""
         with raise_on_all_ranks(self.partition):
             if self.partition.rank == 0:
-                check_output(self.folder, overwrite)
+                check_output(self.folder, self.kind, overwrite)
                 shutil.rmtree(self.partial, ignore_errors=True)
                 self.partial.mkdir(parents=True)
 
@@ -217,31 +217,6 @@ def open_folder(folder: str | Path, kinds: Sequence[str]) -> StoredFolder:
     return StoredFolder(path, str(kind), files)
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuse a target that is not empty, or whose replacement would delete what is not ours.
-
-    Raises:
-        ConfigError: see the message.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output {folder} is a file; name a folder")
-    present = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    if not present:
-        return
-    if not overwrite:
-        raise ConfigError(f"output folder {folder} is not empty; choose another one or pass overwrite=True")
-    # By their names too: a damaged manifest must not keep a damaged checkpoint in the way of a new one.
-    ours = {name for name in present if name.startswith(OWN_PREFIX)}
-    with contextlib.suppress(FormatError):
-        ours |= {name.split("/")[0] for name in read_json(folder / MANIFEST).get("files", {})}
-    foreign = [name for name in present if name not in ours and not name.startswith(".")]
-    if foreign:
-        raise ConfigError(
-            f"output folder {folder} holds files that dsee_scale did not write ({', '.join(foreign[:5])}); "
-            "overwrite=True would delete them: move them or choose another folder"
-        )
-
-
 def replace_folder(new: Path, folder: Path) -> None:
     """Rename `new` to `folder`; what was there is moved aside first and deleted last."""
     previous = folder.with_name(f".{folder.name}.previous")
@@ -251,32 +226,6 @@ def replace_folder(new: Path, folder: Path) -> None:
     os.rename(new, folder)
     _fsync_folder(folder.parent)
     shutil.rmtree(previous, ignore_errors=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        FormatError: the file is missing, truncated, or no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise FormatError(f"{path} is damaged: no valid JSON ({error}); use another copy") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"{path} holds a {type(value).__name__}, expected a JSON object")
-    return value
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check_size(path: Path, record: Any) -> None:

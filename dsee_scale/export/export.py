@@ -15,6 +15,7 @@ from dsee_scale.adapters.linear import adapted_layers, delta_record
 from dsee_scale.adapters.state import model_state, reject_broken
 from dsee_scale.algorithms.delta import Delta
 from dsee_scale.checkpoint.adapter import write_adapter
+from dsee_scale.checkpoint.contents import reject_input
 from dsee_scale.checkpoint.folder import NewFolder
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import TargetError
@@ -52,7 +53,7 @@ def export_model(
             cut out of the files of the first two; of the others they stay as zeros.
         tokenizer: saved along (or a processor); anything with `save_pretrained`.
         max_shard_size: size of a weight file at most, unless one weight is larger.
-        overwrite: replace an earlier export. A folder with other files in it is never replaced.
+        overwrite: replace an earlier export. A folder with other files in it, or with changed ones, is never replaced.
         progress: show a progress bar on rank 0; None shows it if a person watches.
 
     Returns:
@@ -68,6 +69,10 @@ def export_model(
     reject_broken(module)
     with raise_on_all_ranks(partition):
         check_delta(delta)
+        if (
+            delta != "none"
+        ):  # the weights of a new base were read long ago, and its old folder is no one else's
+            reject_input(Path(folder), [getattr(getattr(module, "config", None), "_name_or_path", None)])
         reject_unknown_quantisation(module, partition)
         source = LiveModel(
             module, partition, max_shard_size, cut=delta not in WITHOUT_UPDATE, tokenizer=tokenizer

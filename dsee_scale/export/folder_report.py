@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.patterns import groups_hold
 from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER
-from dsee_scale.checkpoint.folder import MANIFEST, StoredFolder, open_folder, read_json
+from dsee_scale.checkpoint.files import MANIFEST, read_json
+from dsee_scale.checkpoint.folder import StoredFolder, open_folder
 from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord
 from dsee_scale.checkpoint.tensors import TensorReader
 from dsee_scale.checkpoint.training_state import KIND as TRAINING_STATE

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from dsee_scale.algorithms.delta import Delta
 from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER, open_adapter, read_layer
 from dsee_scale.checkpoint.adapter import STEM as ADAPTER_STEM
-from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, open_folder, read_json
+from dsee_scale.checkpoint.contents import reject_input
+from dsee_scale.checkpoint.files import read_json
+from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import apply_mask, open_masks
 from dsee_scale.checkpoint.record import (
@@ -68,6 +70,7 @@ def export_files(
         FormatError: a file is damaged or missing, or adapter and base do not fit.
     """
     check_delta(delta)
+    reject_input(Path(output), (adapter, base))
     stored = open_folder(adapter, KINDS_WITH_ADAPTER)
     stored.verify(stored.names(ADAPTER_STEM) + stored.names(MASKS))
     source = StoredModel(stored, Path(base), cut=delta not in WITHOUT_UPDATE)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.algorithms.patterns import groups_hold
-from dsee_scale.checkpoint.folder import MANIFEST, open_folder, read_json
+from dsee_scale.checkpoint.files import MANIFEST, read_json
+from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.errors import FormatError, TargetError
 from dsee_scale.export.report import KIND
 from dsee_scale.export.structure import STRUCTURE_FILE, BlockSizes, read_structure, resize_blocks

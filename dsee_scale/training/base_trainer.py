@@ -18,7 +18,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, Trai
 
 from dsee_scale.adapters.gradients import GradientWatch
 from dsee_scale.adapters.state import model_state
-from dsee_scale.checkpoint.folder import check_output, open_folder
+from dsee_scale.checkpoint.contents import check_output
+from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.checkpoint.training_state import (
     KIND,
     STATE_FILE,
@@ -60,7 +61,7 @@ def delete_old_checkpoints(output: Path, limit: int | None, best: str = "") -> N
     spared = max(limit or len(found), 2 if best in [folder.name for folder in found[1:]] else 1)
     for folder in order[spared:]:
         try:
-            check_output(folder, overwrite=True)
+            check_output(folder, KIND, overwrite=True)
         except ConfigError as error:
             logger.warning("%s stays, beyond save_total_limit: %s", folder, error)
         else:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dsee_scale.checkpoint import masks as masks_module
-from dsee_scale.checkpoint.folder import MANIFEST, HashedFile, new_folder, open_folder
+from dsee_scale.checkpoint.files import MANIFEST
+from dsee_scale.checkpoint.folder import HashedFile, new_folder, open_folder
 from dsee_scale.checkpoint.masks import (
     apply_mask,
     open_masks,
@@ -28,14 +29,14 @@ from dsee_scale.checkpoint.tensors import TensorReader, runs, write_tensors
 from dsee_scale.errors import ConfigError, FormatError
 from dsee_scale.partition import open_partition
 
-KINDS = ("test",)
+KINDS = ("adapter",)
 
 
 def save(folder, tensors, *, overwrite=False, before_commit=lambda new: None):
     partition = open_partition(nn.Linear(1, 1))
-    with new_folder(partition, folder, kind="test", overwrite=overwrite) as new:
-        new.write_json("about.json", {"a": 1})
-        write_tensors(new, "part.safetensors", tensors, kind="test")
+    with new_folder(partition, folder, kind="adapter", overwrite=overwrite) as new:
+        new.write_json("dsee_config.json", {"a": 1})
+        write_tensors(new, "dsee_adapter.safetensors", tensors, kind="adapter")
         before_commit(new)
 
 
@@ -81,7 +82,7 @@ def test_a_saved_mask_zeroes_the_same_entries_of_another_weight(tmp_path, dtype,
     with torch.no_grad():
         model.weight[torch.rand(7, 13) < 0.4] = 0
     partition = open_partition(model)
-    with new_folder(partition, tmp_path / "m", kind="test", overwrite=False) as new:
+    with new_folder(partition, tmp_path / "m", kind="adapter", overwrite=False) as new:
         save_masks(partition, new, {"weight": model.weight}, 1)
     reader = open_masks(open_folder(tmp_path / "m", KINDS))
     assert os.path.getsize(tmp_path / "m" / "dsee_masks.safetensors") < 300
@@ -98,7 +99,7 @@ def test_masks_of_many_weights_spread_over_files_are_all_found(tmp_path):
     weights = {f"w{i}": nn.Parameter(torch.randn(i + 1, 9).relu()) for i in range(5)}
     model = nn.Module()
     partition = open_partition(model)
-    with new_folder(partition, tmp_path / "m", kind="test", overwrite=False) as new:
+    with new_folder(partition, tmp_path / "m", kind="adapter", overwrite=False) as new:
         save_masks(partition, new, weights, 1)
     reader = open_masks(open_folder(tmp_path / "m", KINDS))
     for name, weight in weights.items():
@@ -126,9 +127,9 @@ def test_a_written_file_is_read_by_safetensors_itself(tmp_path):
         "empty": torch.empty(0, 4),
     }
     save(tmp_path / "out", tensors)
-    read = load_file(tmp_path / "out" / "part.safetensors")
+    read = load_file(tmp_path / "out" / "dsee_adapter.safetensors")
     assert read.keys() == tensors.keys()
-    reader = TensorReader([tmp_path / "out" / "part.safetensors"])
+    reader = TensorReader([tmp_path / "out" / "dsee_adapter.safetensors"])
     for name, tensor in tensors.items():
         assert torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype
         assert torch.equal(reader.read(name), tensor)
@@ -137,7 +138,7 @@ def test_a_written_file_is_read_by_safetensors_itself(tmp_path):
 def test_a_finished_folder_is_listed_whole_and_leaves_nothing_beside(tmp_path):
     save(tmp_path / "out", {"x": torch.ones(3)})
     stored = open_folder(tmp_path / "out", KINDS)
-    assert set(stored.files) == {"about.json", "part.safetensors"}
+    assert set(stored.files) == {"dsee_config.json", "dsee_adapter.safetensors"}
     stored.verify(list(stored.files))
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -147,7 +148,7 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path):
     with pytest.raises(ConfigError, match="not empty"):
         save(tmp_path / "out", {"x": torch.zeros(3)})
     save(tmp_path / "out", {"x": torch.zeros(3)}, overwrite=True)
-    assert torch.equal(load_file(tmp_path / "out" / "part.safetensors")["x"], torch.zeros(3))
+    assert torch.equal(load_file(tmp_path / "out" / "dsee_adapter.safetensors")["x"], torch.zeros(3))
 
 
 def test_what_a_killed_save_left_behind_does_not_matter(tmp_path):
@@ -155,9 +156,9 @@ def test_what_a_killed_save_left_behind_does_not_matter(tmp_path):
     for left in (".out.partial", ".out.previous"):
         (tmp_path / left).mkdir()
         (tmp_path / left / "model.safetensors").write_bytes(b"half")
-    assert torch.equal(load_file(tmp_path / "out" / "part.safetensors")["x"], torch.ones(3))
+    assert torch.equal(load_file(tmp_path / "out" / "dsee_adapter.safetensors")["x"], torch.ones(3))
     save(tmp_path / "out", {"x": torch.zeros(3)}, overwrite=True)
-    assert torch.equal(load_file(tmp_path / "out" / "part.safetensors")["x"], torch.zeros(3))
+    assert torch.equal(load_file(tmp_path / "out" / "dsee_adapter.safetensors")["x"], torch.zeros(3))
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -181,7 +182,7 @@ def test_an_error_while_saving_leaves_the_previous_content(tmp_path):
 
     with pytest.raises(ValueError, match="stop"):
         save(tmp_path / "out", {"x": torch.zeros(3)}, overwrite=True, before_commit=fail)
-    open_folder(tmp_path / "out", KINDS).verify(["part.safetensors"])
+    open_folder(tmp_path / "out", KINDS).verify(["dsee_adapter.safetensors"])
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -194,19 +195,19 @@ def test_a_full_disk_names_the_file(tmp_path):
 
 
 def damage_truncate(folder):
-    path = folder / "part.safetensors"
+    path = folder / "dsee_adapter.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
 
 
 def damage_flip(folder):
-    path = folder / "part.safetensors"
+    path = folder / "dsee_adapter.safetensors"
     data = bytearray(path.read_bytes())
     data[-2] ^= 1
     path.write_bytes(data)
 
 
 def damage_remove(folder):
-    (folder / "part.safetensors").unlink()
+    (folder / "dsee_adapter.safetensors").unlink()
 
 
 def damage_manifest(folder):
@@ -231,9 +232,9 @@ def damage_no_manifest(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_truncate, r"part\.safetensors is \d+ bytes long"),
-        (damage_flip, r"part\.safetensors is damaged: its SHA-256"),
-        (damage_remove, r"part\.safetensors is missing"),
+        (damage_truncate, r"dsee_adapter\.safetensors is \d+ bytes long"),
+        (damage_flip, r"dsee_adapter\.safetensors is damaged: its SHA-256"),
+        (damage_remove, r"dsee_adapter\.safetensors is missing"),
         (damage_manifest, r"dsee_manifest\.json is damaged"),
         (damage_version, "format version 99"),
         (damage_kind, "holds a 'other'"),
