@@ -1,7 +1,9 @@
 """DSEE for large decoders: tune through a low-rank update plus a sparse residual, prune, export."""
 
 from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
-from dsee_scale.config import DecompositionConfig, DSEEConfig, Pool, PruneConfig
+from dsee_scale.config import DecompositionConfig as DecompositionConfig
+from dsee_scale.config import DSEEConfig, PruneConfig
+from dsee_scale.config import Pool as Pool
 from dsee_scale.errors import CalibrationError as CalibrationError
 from dsee_scale.errors import ConfigError as ConfigError
 from dsee_scale.errors import DSEEError as DSEEError
@@ -10,6 +12,7 @@ from dsee_scale.errors import PartitionError as PartitionError
 from dsee_scale.errors import TargetError as TargetError
 from dsee_scale.export.export import export_model
 from dsee_scale.export.load import load_pretrained
+from dsee_scale.export.lora import export_lora as export_lora
 from dsee_scale.passes.calibrate import Statistics as Statistics
 from dsee_scale.passes.calibrate import calibrate
 from dsee_scale.passes.inject_model import inject, trainable_parameters
@@ -20,8 +23,6 @@ from dsee_scale.version import __version__
 __all__ = [
     "CubicSchedule",
     "DSEEConfig",
-    "DecompositionConfig",
-    "Pool",
     "PruneConfig",
     "__version__",
     "calibrate",

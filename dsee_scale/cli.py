@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dsee_scale.errors import ConfigError, DSEEError, RunStoppedError
 from dsee_scale.version import __version__
@@ -140,7 +140,11 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         epilog="example: dsee-scale export out/adapter --base models/llama --output out/model --delta masked",
     )
     command.add_argument("folder", metavar="FOLDER", help="what save_adapter or a training run wrote")
-    command.add_argument("--base", required=True, metavar="FOLDER", help="folder of the base model")
+    command.add_argument(
+        "--base",
+        metavar="FOLDER",
+        help="folder of the base model (what the adapter names, where it is a folder)",
+    )
     command.add_argument("--output", required=True, metavar="FOLDER", help="where the model goes")
     command.add_argument(
         "--delta",
@@ -148,6 +152,18 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         default="masked",
         help="masked: (W + D) * M, as sparse as W (default); dense: W * M + D; separate: W * M with the "
         "adapter beside it",
+    )
+    command.add_argument(
+        "--format",
+        choices=("model", "lora"),
+        default="model",
+        help="model: weights with the update in them (default); lora: a LoRA folder for PEFT and vLLM, with the "
+        "pruned base in it",
+    )
+    command.add_argument(
+        "--uniform-rank",
+        action="store_true",
+        help="lora: the same rank for every module, for servers with one scale",
     )
     command.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -214,6 +230,17 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from dsee_scale.export.from_files import export_files
+    from dsee_scale.export.lora import export_lora_files
 
-    report = export_files(args.folder, args.base, args.output, delta=args.delta, overwrite=args.overwrite)
+    report: Any
+    if args.format == "lora":
+        if args.delta != "masked":
+            raise ConfigError("--delta goes with --format model: a LoRA is always beside the frozen weights")
+        report = export_lora_files(
+            args.folder, args.output, base=args.base, uniform_rank=args.uniform_rank, overwrite=args.overwrite
+        )
+    else:
+        if args.uniform_rank:
+            raise ConfigError("--uniform-rank goes with --format lora")
+        report = export_files(args.folder, args.base, args.output, delta=args.delta, overwrite=args.overwrite)
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)

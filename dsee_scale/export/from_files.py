@@ -45,7 +45,7 @@ WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gg
 
 def export_files(
     adapter: str | Path,
-    base: str | Path,
+    base: str | Path | None,
     output: str | Path,
     *,
     delta: DeltaForm = "masked",
@@ -59,7 +59,7 @@ def export_files(
 
     Args:
         adapter: what `save_adapter` or `save_training_state` wrote.
-        base: folder of the base model with safetensors files.
+        base: folder of the base model with safetensors files; None takes the folder that the adapter names.
         output: output folder.
         delta: as in `export_model`.
         overwrite: replace an earlier export.
@@ -73,7 +73,7 @@ def export_files(
     reject_input(Path(output), (adapter, base))
     stored = open_folder(adapter, KINDS_WITH_ADAPTER)
     stored.verify(stored.names(ADAPTER_STEM) + stored.names(MASKS))
-    source = StoredModel(stored, Path(base), cut=delta not in WITHOUT_UPDATE)
+    source = StoredModel(stored, base, cut=delta not in WITHOUT_UPDATE)
     return write_model(source, output, delta, overwrite=overwrite, progress=progress)
 
 
@@ -84,15 +84,16 @@ class StoredModel:
         FormatError: naming the file and what does not fit.
     """
 
-    def __init__(self, stored: StoredFolder, base: Path, *, cut: bool) -> None:
+    def __init__(self, stored: StoredFolder, base: str | Path | None, *, cut: bool) -> None:
         self.partition = open_partition(nn.Module())
-        self.folder, self.base_folder = stored, base
         self.record = AdapterRecord.read(stored)
+        base = Path(base or self.record.base.get("id") or "")
+        self.folder, self.base_folder = stored, base
         self.pruned: Mapping[str, Mapping[str, Any]] = self.record.pruned
         self._where = str(stored.path / CONFIG_FILE)
-        if not base.is_dir():
+        if not base.name or not base.is_dir():
             name = self.record.base.get("id") or "the base model"
-            raise FormatError(f"base {base} is no folder; give the folder of {name}")
+            raise FormatError(f"base {base} is no folder; give the folder of {name} (--base)")
         self._weights = TensorReader(base_files(base))
         _check_config(self.record, base, self._where)
         self._keys = _base_keys(self.record, self._weights, base)

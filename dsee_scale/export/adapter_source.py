@@ -1,0 +1,90 @@
+"""Where an adapter's matrices come from: a live model, wherever its weights are, or a saved folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsee_scale.adapters.linear import adapted_layers, delta_record
+from dsee_scale.adapters.state import model_state
+from dsee_scale.algorithms.delta import AdapterSpec, Delta
+from dsee_scale.checkpoint.adapter import open_adapter, read_layer
+from dsee_scale.checkpoint.folder import StoredFolder
+from dsee_scale.checkpoint.record import AdapterRecord, base_identity, trained_in_full
+from dsee_scale.config import UNIT_PATTERNS
+from dsee_scale.export.structure import Structure, find_structure, recorded_model
+from dsee_scale.partition import Partition, open_partition
+
+
+class LiveAdapter:
+    """The adapter of a model in memory.
+
+    Attributes:
+        partition: the ranks; rank 0 writes.
+        specs: adapted modules by name.
+        supports: int32 rows and columns of S2 of each.
+        dtypes: of each one's A, B and values.
+        config: settings of the injection.
+        base: identity of the base model.
+        pruned: how each weight was pruned.
+        trained: names of parameters trained in full besides.
+        gone: module name -> (O,) bool, outputs of heads and neurons that were removed.
+    """
+
+    def __init__(self, module: nn.Module, partition: Partition) -> None:
+        self.partition, self._layers = partition, adapted_layers(module)
+        layers: dict[str, Any] = self._layers
+        self.specs = {name: layer.dsee_spec for name, layer in layers.items()}
+        self.supports = {name: (layer.dsee_rows, layer.dsee_cols) for name, layer in layers.items()}
+        self.dtypes = {name: layer.dsee_flat.dtype for name, layer in layers.items()}
+        self.config, self.pruned = model_state(module).config, model_state(module).pruned
+        self.base, self.trained = base_identity(module), list(trained_in_full(module))
+        self.gone = _removed_outputs(self.specs, find_structure(module, partition.shape))
+
+    def read(self, names: Sequence[str]) -> list[Delta]:
+        """Collective. Whole copies of their parameters on every rank; no base weight."""
+        layers: list[Any] = [self._layers[name] for name in names]
+        flats = self.partition.gather([layer.dsee_flat for layer in layers])
+        return [delta_record(layer, flat) for layer, flat in zip(layers, flats, strict=True)]
+
+
+class StoredAdapter:
+    """The adapter of a saved folder, with the same attributes."""
+
+    def __init__(self, stored: StoredFolder) -> None:
+        record = AdapterRecord.read(stored)
+        self.partition = open_partition(nn.Module())
+        self.specs, self.config, self.base = record.modules, record.config, record.base
+        self.pruned, self.trained = record.pruned, list(record.trained)
+        self._reader = open_adapter(stored, record)
+        parts = {name: read_layer(self._reader, name, spec) for name, spec in self.specs.items()}
+        self.supports = {name: (rows, cols) for name, (*_, rows, cols) in parts.items()}
+        self.dtypes = {name: a.dtype for name, (a, *_) in parts.items()}
+        structure = None
+        if any(kind in how for how in record.pruned.values() for kind in UNIT_PATTERNS):
+            model = recorded_model(record.base, record.pruned, str(stored.path))
+            structure = find_structure(model, lambda param: param.shape)
+        self.gone = _removed_outputs(self.specs, structure)
+
+    def read(self, names: Sequence[str]) -> list[Delta]:
+        """D of some modules."""
+        return [Delta(self.specs[n], *read_layer(self._reader, n, self.specs[n])) for n in names]
+
+
+AdapterSource = LiveAdapter | StoredAdapter
+
+
+def _removed_outputs(specs: Mapping[str, AdapterSpec], structure: Structure | None) -> dict[str, Tensor]:
+    """Adapted modules that lost outputs with their heads or neurons: (O,) bool, True where gone."""
+    found: dict[str, Tensor] = {}
+    kept_lines = structure.kept if structure is not None else {}
+    for name, spec in specs.items():
+        axis, kept = kept_lines.get(f"{name}.weight", (None, None))
+        if axis == (1 if spec.transposed else 0):
+            gone = torch.ones(spec.shape[0], dtype=torch.bool)
+            gone[kept] = False
+            found[name] = gone
+    return found
