@@ -94,7 +94,7 @@ def build_engine(side: str, targets: tuple[str, ...], arguments: argparse.Namesp
     if side == "masked":
         import dsee_scale
 
-        dsee_scale.prune(engine, dsee_scale.PruneConfig(sparsity=0.5, modules=targets))
+        dsee_scale.prune(engine, dsee_scale.PruneConfig(sparsity=0.5, score="W", modules=targets))
     return engine
 
 

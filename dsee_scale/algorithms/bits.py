@@ -16,6 +16,8 @@ CHECKSUM_CHUNK = 2**22
 
 CPU_CHUNK = 2**17
 """Entries handled at once on the CPU: what leaves a core's cache costs several times as much."""
+DEVICE_CHUNK = 2**24
+"""The same on an accelerator, where it bounds what is held besides."""
 
 
 def nonzero(tensor: Tensor) -> Tensor:
@@ -64,11 +66,15 @@ def zero_where_zero_(target: Tensor, weight: Tensor) -> Tensor:
     """
     width = weight.element_size()
     by_bits = target.device.type == "cpu" and target.element_size() == width and width in INTEGERS
-    if not by_bits or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return target.masked_fill_(weight == 0, 0)
-    # By integers: comparing and filling takes thirty times as long as the products of bits.
-    words, keep = target.view(INTEGERS[width]), weight.detach().view(INTEGERS[width])
-    rows = max(1, CPU_CHUNK // max(1, math.prod(target.shape[1:])))
-    for target_part, weight_part in zip(words.split(rows), keep.split(rows), strict=True):
-        target_part.mul_(weight_part.bitwise_and(torch.iinfo(keep.dtype).max).clamp_max_(1))
+    # In blocks: on the CPU they stay in a core's cache, on an accelerator they bound the mask's memory.
+    rows = max(1, (CPU_CHUNK if by_bits else DEVICE_CHUNK) // max(1, math.prod(target.shape[1:])))
+    for part, weights in zip(target.split(rows), weight.detach().split(rows), strict=True):
+        if not by_bits:
+            part.masked_fill_(weights == 0, 0)
+            continue
+        # By integers: comparing and filling takes thirty times as long as the products of bits.
+        bits = weights.view(INTEGERS[width])
+        part.view(bits.dtype).mul_(bits.bitwise_and(torch.iinfo(bits.dtype).max).clamp_max_(1))
     return target

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from dsee_scale.algorithms import compiled
-from dsee_scale.algorithms.bits import CPU_CHUNK, INTEGERS
+from dsee_scale.algorithms.bits import CPU_CHUNK, DEVICE_CHUNK, INTEGERS
 
 BINS = 2**16
-DEVICE_CHUNK = 2**24
 
 
 class Loops(Protocol):
