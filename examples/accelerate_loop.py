@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     accelerator = Accelerator(mixed_precision="bf16")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16, trust_remote_code=False)
     accelerator.print(dsee_scale.inject(model, DSEEConfig(rank=16, alpha=32, num_sparse=64)))
     optimizer = make_optimizer(accelerator, dsee_scale.trainable_parameters(model), args.learning_rate)
     loader = DataLoader(token_blocks(args.text, args.model, args.block_size), batch_size=2)  # type: ignore[arg-type]

@@ -53,7 +53,7 @@ def main() -> None:
     ds_config = deepspeed_config(args.deepspeed_config, args.learning_rate)
 
     hf_ds = HfDeepSpeedConfig(ds_config)  # keep it alive: weights are partitioned while they load
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16, trust_remote_code=False)
     report = dsee_scale.inject(model, DSEEConfig(rank=16, alpha=32, num_sparse=64))  # (dsee)
     engine, *_ = deepspeed.initialize(
         model=model,

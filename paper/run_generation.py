@@ -103,7 +103,7 @@ def load_model(name: str, dtype: torch.dtype | None) -> torch.nn.Module:
         return load_pretrained(name, dtype=dtype)
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False)
 
 
 def main(argv: list[str]) -> int:

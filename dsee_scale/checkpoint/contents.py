@@ -17,22 +17,35 @@ OWN_NAMES = {
     "adapter": _ADAPTER,
     "training_state": rf"{_ADAPTER}|dsee_state\.json|dsee_(optimizer|random){_PARTS}",
     "export": r"dsee_(manifest|export|structure)\.json",
+    "lora": r"dsee_manifest\.json",
 }
 """Names that no one else gives to files: they go even where they are damaged, so that a damaged checkpoint is never in
 the way of a new one."""
 MODEL_NAMES = (
-    rf"model{_PARTS}|model\.safetensors\.index\.json|(config|generation_config)\.json|adapter/({_ADAPTER})|"
+    rf"model{_PARTS}|model\.safetensors\.index\.json|(config|generation_config)\.json|"
     r"tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)|"
     r"vocab\.(json|txt)|merges\.txt|(tokenizer|spiece|sentencepiece\.bpe)\.model|"
     r"(pre)?processor_config\.json|(video_)?preprocessor_config\.json|(LICENSE|NOTICE|USE_POLICY|README)(\.(md|txt))?|"
     r"(configuration|modeling|tokenization)_\w+\.py"
 )
 """Other files of an exported model: they go only where they are what was written."""
+FOLDERS_WITHIN = {"export": {"adapter": "adapter"}, "lora": {"base": "export"}}
+"""Kinds of saved folders that lie in others, by name."""
+OTHER_NAMES = {"export": MODEL_NAMES, "lora": r"adapter_config\.json|adapter_model\.safetensors"}
 
 
-def is_model_file(name: str) -> bool:
-    """Whether transformers may read a file of this name from a model's folder."""
-    return re.fullmatch(MODEL_NAMES, name) is not None
+ALSO_READ = r"adapter_config\.json|(adapter_model|pytorch_model)\b.*|.*\.py"
+"""What transformers would read besides, if someone laid it into an exported model's folder."""
+
+
+def unlisted(folder: Path, listed: Iterable[str]) -> list[str]:
+    """Files that would be read with a model, but that its manifest does not list. Local."""
+    known = set(listed)
+    return [
+        path.name
+        for path in sorted(folder.iterdir())
+        if path.name not in known and re.fullmatch(f"{MODEL_NAMES}|{ALSO_READ}", path.name)
+    ]
 
 
 def check_output(folder: Path, kind: str, overwrite: bool) -> None:
@@ -47,16 +60,13 @@ def check_output(folder: Path, kind: str, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(f"output folder {folder} is not empty; choose another one or pass overwrite=True")
-    try:
-        manifest = read_json(folder / MANIFEST)
-    except FormatError:
-        manifest = {}
+    manifest = _manifest(folder)
     if manifest.get("format", kind) != kind:
         raise ConfigError(
             f"output folder {folder} holds a saved {manifest['format']}, which a new {kind} must not replace; choose "
             "another folder"
         )
-    foreign = _foreign(folder, kind, manifest.get("files"))
+    foreign = _foreign(folder, kind)
     if foreign:
         raise ConfigError(
             f"output folder {folder} holds files that dsee_scale did not write, or that were changed since "
@@ -80,28 +90,33 @@ def reject_input(output: Path, inputs: Iterable[str | Path | None]) -> None:
             )
 
 
-def _foreign(folder: Path, kind: str, listed: Any) -> list[str]:
-    """Names of all that an overwrite must not delete; looks into folders within."""
-    listed = listed if isinstance(listed, Mapping) else {}
-    own = OWN_NAMES.get(kind, "|".join(OWN_NAMES.values()))
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / MANIFEST)
+    except FormatError:
+        return {}
+
+
+def _foreign(folder: Path, kind: str) -> list[str]:
+    """Names of all that an overwrite must not delete; looks into the folders within that belong there."""
+    listed = _manifest(folder).get("files")
     found = []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            found.append(name)
-        elif path.is_dir():
-            if kind != "export" or name != "adapter":
-                found.append(name)
-        elif not (re.fullmatch(own, name) or _as_written(path, name, kind, listed.get(name))):
-            found.append(name)
+    for path in sorted(folder.iterdir()):
+        inner = FOLDERS_WITHIN.get(kind, {}).get(path.name)
+        if path.is_dir() and not path.is_symlink() and inner:
+            found += [f"{path.name}/{name}" for name in _foreign(path, inner)]
+        elif not path.is_file() or path.is_symlink():
+            found.append(path.name)
+        elif not re.fullmatch(OWN_NAMES[kind], path.name):
+            record = listed.get(path.name) if isinstance(listed, Mapping) else None
+            if not (re.fullmatch(OTHER_NAMES.get(kind, "$"), path.name) and _as_written(path, record)):
+                found.append(path.name)
     return found
 
 
-def _as_written(path: Path, name: str, kind: str, record: Any) -> bool:
+def _as_written(path: Path, record: Any) -> bool:
     return (
-        kind == "export"
-        and is_model_file(name)
-        and isinstance(record, Mapping)
+        isinstance(record, Mapping)
         and record.get("size") == path.stat().st_size
         and record.get("sha256") == sha256(path)
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dsee_scale.checkpoint.contents import check_output
+from dsee_scale.checkpoint.contents import check_output, unlisted
 from dsee_scale.checkpoint.files import MANIFEST, read_json, sha256
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import FormatError
@@ -182,12 +182,32 @@ class StoredFolder:
                     "copy it again or use another checkpoint"
                 )
 
+    def verify_all(self, *, rank: int = 0, world_size: int = 1) -> None:
+        """Compare all hashes (or this rank's share), and refuse files that would be used but have none. Local."""
+        self.verify(sorted(self.files), rank=rank, world_size=world_size)
+        added = unlisted(self.path, self.files)
+        if added:
+            raise FormatError(
+                f"{self.path / added[0]} is not in {MANIFEST}, and would be read with the model; remove it, or save "
+                "the folder anew"
+            )
+
     def json(self, name: str) -> dict[str, Any]:
         """Read one of the folder's JSON files, checked against its hash."""
         if name not in self.files:
             raise FormatError(f"{self.path} holds no {name}; {MANIFEST} lists {', '.join(self.files)}")
         self.verify([name])
         return read_json(self.path / name)
+
+
+def open_if_saved(folder: Path, kinds: Sequence[str]) -> StoredFolder | None:
+    """`open_folder` for a folder that dsee_scale saved; None for any other one. Local.
+
+    Raises:
+        FormatError: see `open_folder`; the manifest is gone, and files of ours say that there was one.
+    """
+    ours = [path.name for path in folder.glob("dsee_*.json")] if folder.is_dir() else []
+    return open_folder(folder, kinds) if ours else None
 
 
 def open_folder(folder: str | Path, kinds: Sequence[str]) -> StoredFolder:

@@ -194,7 +194,7 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
     hand; `quantization` is how the base was quantised, None for not at all.
     """
     config = getattr(model, "config", None)
-    values = lasting_config(config) if hasattr(config, "to_dict") else None
+    values = lasting_config(config.to_dict()) if hasattr(config, "to_dict") else None  # type: ignore[union-attr]
     codecs = find_codecs(model)
     floating = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in codecs)
     full = json.loads(config.to_json_string()) if values is not None else {}  # type: ignore[union-attr]
@@ -210,9 +210,9 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def lasting_config(config: Any) -> dict[str, Any]:
-    """A transformers config as plain values, without what changes from load to load."""
-    return _without_volatile(json.loads(json.dumps(config.to_dict(), default=str)))
+def lasting_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A transformers config's values, plain, without what changes from load to load."""
+    return _without_volatile(json.loads(json.dumps(values, default=str)))
 
 
 def config_hash(values: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ def check_export(
     *,
     batch_size: int,
     device: torch.device,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Collective. Score the exported folder in a fresh Python process that never imports dsee_scale.
 
@@ -40,6 +41,7 @@ def check_export(
         tokenizer: the live tokenizer.
         batch_size: rows per forward pass.
         device: where the live model's inputs go.
+        trust_remote_code: whether code that came with the model, and is in the folder, may run.
 
     Returns:
         On rank 0 `quality`, `max_logit_difference` to the live model, `same_tokens`, `seconds`; else {}.
@@ -52,6 +54,7 @@ def check_export(
     texts = [tokenizer.decode(row["prompt"]) for row in rows[:LOGIT_ROWS]]
     request = {
         "folder": str(folder.resolve()),
+        "trust_remote_code": trust_remote_code,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": _roomy_device(folder),
         "batch_size": batch_size,

@@ -1,7 +1,7 @@
 """A program that judges an exported folder with stock transformers only; it never imports dsee_scale.
 
 `export_check` runs this file's text in a fresh Python: `python -c TEXT REQUEST.json ANSWER.json`.
-REQUEST: {"folder": ..., "dtype": ..., "device": ..., "batch_size": ..., "texts": [...],
+REQUEST: {"folder": ..., "trust_remote_code": false, "dtype": ..., "device": ..., "batch_size": ..., "texts": [...],
 "rows": [{"prompt": [token, ...], "answers": [[token, ...], ...]}, ...]}.
 ANSWER: {"nll": [[one per answer], ...] for each row, "tokens": ids of each text, "logits": of the first rows
 at their last prompt position, "dsee_scale_imported": false, "seconds": ...}.
@@ -48,9 +48,11 @@ def main(request_path, answer_path):
     started = time.perf_counter()
     with open(request_path, encoding="utf-8") as file:
         request = json.load(file)
-    tokenizer = AutoTokenizer.from_pretrained(request["folder"])
+    trust = {"trust_remote_code": request["trust_remote_code"]}
+    tokenizer = AutoTokenizer.from_pretrained(request["folder"], **trust)
     dtype = getattr(torch, request["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype=dtype).to(request["device"]).eval()
+    model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype=dtype, **trust)
+    model = model.to(request["device"]).eval()
     order = sorted(range(len(request["rows"])), key=lambda i: len(request["rows"][i]["prompt"]))
     nll = [None] * len(order)
     for start in range(0, len(order), request["batch_size"]):

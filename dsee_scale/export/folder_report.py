@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.patterns import groups_hold
 from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER
-from dsee_scale.checkpoint.files import MANIFEST, read_json
-from dsee_scale.checkpoint.folder import StoredFolder, open_folder
+from dsee_scale.checkpoint.files import read_json
+from dsee_scale.checkpoint.folder import StoredFolder, open_if_saved
 from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord
 from dsee_scale.checkpoint.tensors import TensorReader
 from dsee_scale.checkpoint.training_state import KIND as TRAINING_STATE
@@ -127,11 +127,11 @@ def inspect_folder(folder: str | Path, *, verify: bool = False, progress: bool =
     path = Path(folder)
     if not path.is_dir():
         raise FormatError(f"{path} is no folder")
-    if not (path / MANIFEST).is_file():
+    stored = open_if_saved(path, (*KINDS_WITH_ADAPTER, EXPORT))
+    if stored is None:
         return _model_report(path, None, {}, progress)
-    stored = open_folder(path, (*KINDS_WITH_ADAPTER, EXPORT))
     if verify:
-        stored.verify(list(stored.files))
+        stored.verify_all()
     if stored.kind == EXPORT:
         report = stored.json(REPORT_FILE)
         share = 100 * report["num_zero"] / max(report["num_pruned"], 1)
@@ -204,7 +204,9 @@ def _model_report(
         tensor = reader.read(name)
         kept = count_nonzero(tensor)
         matrices.append(Matrix(name, spec.shape, tensor.numel() - kept, _pattern(tensor, kept)))
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config: dict[str, Any] = {}
+    if (folder / "config.json").is_file():
+        config = stored.json("config.json") if stored else read_json(folder / "config.json")
     facts = {
         "class": ", ".join(config.get("architectures") or ["-"]),
         **facts,

@@ -17,7 +17,7 @@ from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER, open_adapter, read
 from dsee_scale.checkpoint.adapter import STEM as ADAPTER_STEM
 from dsee_scale.checkpoint.contents import reject_input
 from dsee_scale.checkpoint.files import read_json
-from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, open_folder
+from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, open_folder, open_if_saved
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import apply_mask, open_masks
 from dsee_scale.checkpoint.record import (
@@ -33,6 +33,7 @@ from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
 from dsee_scale.export.plan import Entry, ExportPlan
 from dsee_scale.export.report import INDEX_FILE, ExportReport
+from dsee_scale.export.report import KIND as EXPORT
 from dsee_scale.export.structure import Structure, find_structure, recorded_model, smaller_config
 from dsee_scale.export.writer import WITHOUT_UPDATE, DeltaForm, check_delta, write_model
 from dsee_scale.partition import open_partition
@@ -95,6 +96,9 @@ class StoredModel:
             name = self.record.base.get("id") or "the base model"
             raise FormatError(f"base {base} is no folder; give the folder of {name} (--base)")
         self._weights = TensorReader(base_files(base))
+        saved = open_if_saved(base, (EXPORT,))
+        if saved is not None:
+            saved.verify_all()
         _check_config(self.record, base, self._where)
         self._keys = _base_keys(self.record, self._weights, base)
         self._adapter, self._masks = open_adapter(stored, self.record), open_masks(stored)
@@ -241,10 +245,13 @@ def _trained_keys(reader: TensorReader, record: AdapterRecord, keys: dict[str, s
 def _check_config(record: AdapterRecord, base: Path, where: str) -> None:
     if record.base.get("config") is None or not (base / "config.json").is_file():
         return
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    try:
-        values = lasting_config(AutoConfig.from_pretrained(str(base)))
-    except (OSError, ValueError) as error:
+    raw = read_json(base / "config.json")
+    try:  # a model with code of its own is compared by what its file says: the code is never run
+        known = str(raw.get("model_type")) in CONFIG_MAPPING
+        config = AutoConfig.from_pretrained(str(base), trust_remote_code=False) if known else None
+    except Exception as error:  # each config class refuses values in its own way
         raise FormatError(f"{base / 'config.json'} cannot be read: {error}") from error
+    values = lasting_config(raw if config is None else config.to_dict())
     check_base(record.base, {"id": str(base), "config": values, "config_sha256": config_hash(values)}, where)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.algorithms.patterns import groups_hold
-from dsee_scale.checkpoint.files import MANIFEST, read_json
-from dsee_scale.checkpoint.folder import open_folder
+from dsee_scale.checkpoint.files import read_json
+from dsee_scale.checkpoint.folder import open_if_saved
 from dsee_scale.errors import FormatError, TargetError
 from dsee_scale.export.report import KIND
 from dsee_scale.export.structure import STRUCTURE_FILE, BlockSizes, read_structure, resize_blocks
@@ -34,19 +34,20 @@ def load_pretrained(
         device: where the model goes; None is the CPU.
         semi_structured: let 2:4 weights run through PyTorch's semi-structured kernels (NVIDIA, compute
             capability 8.0 or more, half precision). The model is for inference then.
-        verify: compare the weight files with their saved hashes first.
+        verify: compare all files with their saved hashes first.
 
     Returns:
         The transformers model, in evaluation mode.
 
     Raises:
-        FormatError: a file is damaged, incomplete or of an unknown version.
+        FormatError: a file is damaged, incomplete, changed or of an unknown version; the folder needs code of its own,
+            which is never run here.
         TargetError: `semi_structured` without a fitting device or weight.
     """
     path = Path(folder)
-    stored = open_folder(path, (KIND,)) if (path / MANIFEST).is_file() else None
+    stored = open_if_saved(path, (KIND,))
     if stored is not None and verify:
-        stored.verify([name for name in stored.files if name.endswith(".safetensors")])
+        stored.verify_all()
     config, stock = _config_and_class(path)
     blocks = None
     if (path / STRUCTURE_FILE).is_file():
@@ -105,7 +106,11 @@ def _config_and_class(path: Path) -> tuple[Any, Any]:
 
     if not (path / "config.json").is_file():
         raise FormatError(f"{path} holds no config.json; expected a folder that export_model wrote")
-    config = transformers.AutoConfig.from_pretrained(path)
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # each config class refuses values in its own way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FormatError(f"{path / 'config.json'} cannot be read: {reason}") from error
     name = (config.architectures or ["none"])[0]
     stock = getattr(transformers, name, None)
     if stock is None:

@@ -19,6 +19,7 @@ from dsee_scale.algorithms.cover import Cover, as_low_rank, smallest_cover
 from dsee_scale.algorithms.delta import Delta
 from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER
 from dsee_scale.checkpoint.adapter import STEM as ADAPTER_STEM
+from dsee_scale.checkpoint.contents import reject_input
 from dsee_scale.checkpoint.folder import NewFolder, new_folder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.tensors import TensorSpec, TensorWriter, aligned, batches
@@ -141,6 +142,7 @@ def export_lora_files(
         overwrite: replace an earlier export.
         progress: as in `export_lora`.
     """
+    reject_input(Path(folder), (adapter,))
     stored = open_folder(adapter, KINDS_WITH_ADAPTER)
     stored.verify(stored.names(ADAPTER_STEM) + stored.names(MASKS))
     source = StoredAdapter(stored)

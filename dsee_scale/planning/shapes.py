@@ -94,7 +94,7 @@ def find_shape(name: str) -> ModelShape:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ConfigError(f"{name} holds no config.json; expected a model folder, {_others()}")
     try:
-        found = AutoConfig.from_pretrained(name)
+        found = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(

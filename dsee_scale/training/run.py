@@ -25,6 +25,7 @@ from dsee_scale.evaluation.evaluate import EvaluationSet
 from dsee_scale.evaluation.export_check import check_export
 from dsee_scale.export.base import BASE_FOLDER
 from dsee_scale.export.export import export_model
+from dsee_scale.export.report import KIND as EXPORT
 from dsee_scale.partition import open_partition
 from dsee_scale.passes.inject_model import inject
 from dsee_scale.recipe.recipe import Recipe
@@ -81,7 +82,7 @@ def _run(recipe: Recipe, args: TrainingArguments, journal: Journal) -> Path:
     with journal.timed("save"):
         save_adapter(trainer.model_wrapped, output / "adapter", overwrite=True)
     if recipe.export is not None:
-        _export(recipe.export, trainer, output / "model")
+        _export(recipe, recipe.export, trainer, output / "model")
     with raise_on_all_ranks(what="writing the report"):
         if main:
             _write_numbers(output, journal, trainer.state.log_history)
@@ -120,7 +121,9 @@ def build_trainer(
             timeline.check_resumed(step, done, str(checkpoint))
     with journal.timed("load"):
         set_seed(args.seed)
-        model = load_model(_base(recipe, args, checkpoint), model_dtype(recipe, args), tokenizer)
+        with raise_on_all_ranks(what="reading the re-fitted base"):
+            base = _base(recipe, args, checkpoint)
+        model = load_model(base, model_dtype(recipe, args), tokenizer)
     with journal.timed("inject"):
         if checkpoint is None:
             inject(model, recipe.dsee)
@@ -156,6 +159,7 @@ def _base(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None) -> M
         raise FormatError(
             f"{checkpoint} goes on from re-fitted weights, and {folder} is missing; resume an older checkpoint"
         )
+    open_folder(folder, (EXPORT,)).verify_all(rank=args.process_index, world_size=args.world_size)
     return dataclasses.replace(recipe.model, name=str(folder), revision=None)
 
 
@@ -192,7 +196,7 @@ def _check_same_adapters(recipe: Recipe, checkpoint: Path) -> None:
         raise ConfigError(f"{checkpoint} was trained with other dsee settings ({'; '.join(differing)})")
 
 
-def _export(config: ExportConfig, trainer: DSEETrainer, folder: Path) -> None:
+def _export(recipe: Recipe, config: ExportConfig, trainer: DSEETrainer, folder: Path) -> None:
     """Collective. Write the Hugging Face folder and, where it is one, judge it in stock transformers."""
     journal, live = trainer.journal, trainer.model_wrapped
     with journal.timed("export"):
@@ -213,6 +217,7 @@ def _export(config: ExportConfig, trainer: DSEETrainer, folder: Path) -> None:
             trainer.processing_class,
             batch_size=trainer.args.eval_batch_size,
             device=trainer.args.device,
+            trust_remote_code=recipe.model.trust_remote_code,
         )
     memory, blocks = peak_memory(), count_zeros(live)
     if found:

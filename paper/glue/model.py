@@ -295,6 +295,7 @@ def _own_order(config: Any, classes: Sequence[str]) -> list[str]:
 def _hub(model: ModelArguments) -> dict[str, Any]:
     return {
         "cache_dir": model.cache_dir,
+        "trust_remote_code": False,
         "revision": model.model_revision,
         "token": True if model.use_token else None,
     }
