@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dsee_scale.adapters.linear import delta_record, is_adapted, restore_under_mask
-from dsee_scale.adapters.state import model_state
+from dsee_scale.adapters.state import model_state, reject_broken
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.decompose import Support, find_support
 from dsee_scale.algorithms.delta import AdapterSpec, delta_block
@@ -104,7 +104,8 @@ def refit(
     with evaluating(module):
         layers = {name: member.module for name, (member, _) in members.items()}
         with watching(layers, lambda *_: None) as watch:
-            calls = capture(model, blocks, batches, partition, compute_device(module, partition))
+            where = torch.device("cpu") if config.inputs_on_cpu else compute_device(module, partition)
+            calls = capture(model, blocks, batches, partition, where)
         _reject_padding_only(calls, partition)
         jobs = [
             _Job(member, sparsity, watch.leaders.get(name, name), _left(removed.get(name)))
@@ -393,4 +394,5 @@ def _stopped(module: nn.Module, error: Exception, done: Sequence[str]) -> Except
         "Load the model or the last checkpoint again"
     )
     model_state(module).broken = message
+    module.register_forward_pre_hook(lambda *_: reject_broken(module))
     return PartitionError(message)

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
+
+import dsee_scale
 from safetensors import safe_open
 
 from dsee_scale.errors import ConfigError, DSEEError
@@ -195,6 +198,28 @@ def test_bad_input_is_the_same_error_on_every_rank(finished, inputs, pools, tmp_
         assert found[0] == found[1], message
         assert message.lower() in found[0][1].lower(), found[0]
         assert not output.exists() or not any(output.iterdir()), message
+
+
+def test_a_refitted_run_writes_its_base_once_and_resumes_from_it(inputs, pools, tmp_path):
+    """The default pruning: by activations, re-fitted. A checkpoint holds none of the new weights."""
+    changes = dict(prune={"sparsity": 0.5}, data__calibration_samples=24)
+    pools(2).run(run_recipe, tiny_recipe(inputs, tmp_path / "run", **changes), timeout=LONG)
+    phases = json.loads((tmp_path / "run" / "metrics.json").read_text())["phases"]
+    zeros, entries = zero_share(tmp_path / "run" / "model")
+    assert [phase["zeros"] for phase in phases[2:]] == [zeros] * 3 and zeros == pytest.approx(entries / 2, abs=14)
+    assert phases[-1]["same_tokens"] is True
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "base")
+    dsee_scale.load_adapter(base, tmp_path / "run" / "adapter")
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "run" / "checkpoint-8", resumed / "checkpoint-8")
+    values = tiny_recipe(inputs, resumed, training__resume_from_checkpoint=True, **changes)
+    found = pools(2).run(run_and_tell, values, timeout=LONG)
+    assert found[0] == found[1] and "base is missing; resume an older checkpoint" in found[0][1]
+    shutil.copytree(tmp_path / "run" / "base", resumed / "base")
+    pools(2).run(run_recipe, values, timeout=LONG)
+    assert losses(resumed) == losses(tmp_path / "run")
+    files = [folder / "adapter" / "dsee_adapter.safetensors" for folder in (tmp_path / "run", resumed)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_completion_with_bleu_and_gradual_pruning(inputs, pools, tmp_path):

@@ -13,7 +13,8 @@ from dsee_scale import DSEEConfig, PruneConfig, Statistics
 from dsee_scale.adapters.families import find_units
 from dsee_scale.adapters.linear import adapted_layers, is_adapted
 from dsee_scale.adapters.targets import linear_kind
-from dsee_scale.errors import CalibrationError, ConfigError, FormatError, TargetError
+from dsee_scale.errors import CalibrationError, ConfigError, FormatError, PartitionError, TargetError
+from dsee_scale.passes import refit_model
 from dsee_scale.passes.pools import block_linears
 from tests.models import build, gpt2_config, llama_config, token_batch
 from tests.unit.test_prune import dense_delta
@@ -281,6 +282,31 @@ def test_activations_that_are_not_finite_are_named(refit):
     with pytest.raises(CalibrationError, match="NaN or infinity"):
         dsee_scale.prune(model, PruneConfig(refit=refit), batches())
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_refit_that_stops_half_way_says_where_and_the_model_refuses_to_go_on(monkeypatch):
+    model, solve, calls = make("llama"), refit_model.sparsegpt, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 9:  # in the second of two blocks
+            raise MemoryError("no memory is left")
+        return solve(*args)
+
+    monkeypatch.setattr(refit_model, "sparsegpt", failing)
+    with pytest.raises(
+        PartitionError, match=r"layers\.0 to model\.layers\.0 are pruned.*no memory is left.*Load"
+    ) as caught:
+        dsee_scale.prune(model, PruneConfig(), batches())
+    for use in (
+        lambda: model(token_batch()),
+        lambda: dsee_scale.prune(model, PruneConfig(score="W")),
+        lambda: dsee_scale.save_adapter(model, "unused"),
+        lambda: dsee_scale.export_model(model, "unused"),
+    ):
+        with pytest.raises(PartitionError) as again:
+            use()
+        assert str(again.value) == str(caught.value)
 
 
 def test_refit_wants_batches_rather_than_statistics():
