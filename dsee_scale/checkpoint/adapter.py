@@ -18,6 +18,7 @@ from dsee_scale.adapters.targets import Target, linear_kind
 from dsee_scale.algorithms.decompose import Support
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, new_folder, open_folder
+from dsee_scale.checkpoint.lora_folder import is_lora_folder, load_lora, open_lora
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import apply_mask, check_masks, masked_sum, open_masks, save_masks
 from dsee_scale.checkpoint.record import (
@@ -36,8 +37,9 @@ from dsee_scale.checkpoint.tensors import (
     aligned,
     write_dealt,
 )
+from dsee_scale.config import SupportMethod
 from dsee_scale.distributed import raise_on_all_ranks
-from dsee_scale.errors import DSEEError, FormatError, TargetError
+from dsee_scale.errors import ConfigError, DSEEError, FormatError, TargetError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.quantized import prepare_quantised
 from dsee_scale.passes.fingerprint import as_text
@@ -72,27 +74,44 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
         write_adapter(partition, module, new)
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> AdapterRecord:
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    num_sparse: int | float | None = 0,
+    support: SupportMethod = "grebsmo",
+) -> AdapterRecord:
     """Collective. Put a saved adapter into a freshly loaded base model, and apply its masks in place.
 
-    Call it where `inject` would stand: after the weights are loaded, whole or partitioned by ZeRO-3, and
-    before `deepspeed.initialize`. Every rank reads the files; masks are applied shard by shard.
+    Call it where `inject` would stand: after the weights are loaded, before `deepspeed.initialize`. Every rank reads
+    the files; masks are applied shard by shard.
 
     Args:
         model: the base model, raw.
-        folder: what `save_adapter` or `save_training_state` wrote.
+        folder: what `save_adapter` or `save_training_state` wrote; or a LoRA folder of stock PEFT, to go on from.
+        num_sparse: for a PEFT folder: N, trainable entries of S2 per matrix, as in `DSEEConfig`; they start at zero.
+        support: for a PEFT folder: how their positions are chosen.
 
     Returns:
         What the files say.
 
     Raises:
         TargetError: the model is an engine, or has adapters already.
+        ConfigError: `num_sparse` where the folder has its own.
         FormatError: a file is damaged, of another version, or made for another model.
     """
     partition = open_partition(model)
     with raise_on_all_ranks(partition):
         _reject_unready(model)
         prepare_quantised(model)
+        lora = open_lora(folder) if is_lora_folder(folder) else None
+        if lora is None and num_sparse:
+            raise ConfigError(
+                f"num_sparse {num_sparse!r} goes with a PEFT folder; the adapter in {folder} has its own: leave it out"
+            )
+    if lora is not None:
+        return load_lora(partition, model, lora, num_sparse=num_sparse, support=support)
+    with raise_on_all_ranks(partition):
         stored = open_folder(folder, KINDS_WITH_ADAPTER)
         names = stored.names(STEM) + stored.names(MASKS)
         stored.verify(names, rank=partition.rank, world_size=partition.world_size)
