@@ -75,11 +75,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = Fals
 
 
 def load_adapter(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    num_sparse: int | float | None = 0,
-    support: SupportMethod = "grebsmo",
+    model: nn.Module, folder: str | Path, *, num_sparse: float | None = 0, support: SupportMethod = "grebsmo"
 ) -> AdapterRecord:
     """Collective. Put a saved adapter into a freshly loaded base model, and apply its masks in place.
 

@@ -106,7 +106,7 @@ def load_lora(
     model: nn.Module,
     lora: LoraFolder,
     *,
-    num_sparse: int | float | None,
+    num_sparse: float | None,
     support: SupportMethod,
 ) -> AdapterRecord:
     """Collective. Adapt the modules of a PEFT folder with its values; the outputs are those that PEFT gives.
