@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-from dsee_scale.settings import JsonConfig, at_least, fraction, tuple_of_str
+from dsee_scale.settings import JsonConfig, at_least, fraction, regex_problems, tuple_of_str
 
 SupportMethod = Literal["grebsmo", "magnitude", "random"]
 DecompositionPreset = Literal["fast", "reference"]
@@ -92,12 +92,7 @@ class DSEEConfig(JsonConfig):
         if not self.target_modules:
             problems.append("target_modules is empty; name at least one module suffix, e.g. 'q_proj'")
         if isinstance(self.target_modules, str):
-            try:
-                re.compile(self.target_modules)
-            except re.error as error:
-                problems.append(
-                    f"target_modules {self.target_modules!r} is not a regular expression: {error}"
-                )
+            problems += regex_problems("target_modules", self.target_modules)
         return problems + fraction(self, "dropout") + at_least(self, 0, "seed")
 
     @property
@@ -173,9 +168,7 @@ class PruneConfig(JsonConfig):
 
     def __post_init__(self) -> None:
         self.convert("modules", tuple_of_str)
-        self.convert(
-            "pools", lambda ps: tuple(Pool.from_dict(p) if isinstance(p, Mapping) else p for p in ps)
-        )
+        self.convert("pools", lambda ps: tuple(p if isinstance(p, Pool) else Pool.from_dict(p) for p in ps))
         super().__post_init__()
 
     def problems(self) -> list[str]:
@@ -190,7 +183,7 @@ class PruneConfig(JsonConfig):
     @property
     def n_of_m(self) -> tuple[int, int] | None:
         """(N, M) of an N:M pattern, None for the others."""
-        found = re.fullmatch(r"(\d+):(\d+)", str(self.pattern))
+        found = re.fullmatch(r"(\d{1,6}):(\d{1,6})", str(self.pattern))
         return (int(found[1]), int(found[2])) if found else None
 
     @property

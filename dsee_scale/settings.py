@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import importlib
 import json
+import math
+import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -15,6 +18,8 @@ from dsee_scale.errors import ConfigError
 
 T = TypeVar("T", bound="JsonConfig")
 
+LARGEST = 1e18
+"""Beyond it no setting makes sense, and libraries overflow in ways of their own."""
 WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a mapping"}
 
 
@@ -56,8 +61,10 @@ class JsonConfig:
     def load(cls: type[T], path: str | Path) -> T:
         """Read a JSON file that `save` wrote, or one written by hand."""
         try:
-            values = json.loads(Path(path).read_text())
-        except json.JSONDecodeError as error:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not valid JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds a {type(values).__name__}, expected a JSON object")
@@ -117,6 +124,58 @@ def fraction(config: Any, *names: str) -> list[str]:
     ]
 
 
+MOST_REPEATS = 4
+LONGEST_PATTERN = 1000
+
+
+def regex_problems(name: str, pattern: str) -> list[str]:
+    """What is wrong with a regular expression, time included: Python's has no limit, and some need 2^n steps."""
+    if len(pattern) > LONGEST_PATTERN:
+        return [
+            f"{name} is a regular expression of {len(pattern)} characters, expected at most {LONGEST_PATTERN}"
+        ]
+    try:
+        re.compile(pattern)
+        parser: Any = getattr(re, "_parser", None) or importlib.import_module(
+            "sre_parse"
+        )  # its name until 3.10
+        repeats = list(_open_repeats(parser.parse(pattern)))
+    except (re.error, RecursionError, OverflowError) as error:
+        return [f"{name} {pattern!r} is not a regular expression: {error}"]
+    if len(repeats) > MOST_REPEATS or any(repeats):
+        return [
+            f"{name} {pattern!r} may take for ever; expected at most {MOST_REPEATS} of '*' and '+', none of them over "
+            "alternatives or over another one"
+        ]
+    return []
+
+
+def _open_repeats(part: Any) -> Iterator[bool]:
+    """For each unbounded repeat within a parsed expression: whether a choice or a repeat stands inside."""
+    for code, argument in part if hasattr(part, "data") else ():
+        inner = [each for each in _flat(argument) if hasattr(each, "data")]
+        if str(code).endswith("REPEAT") and argument[1] > MOST_REPEATS:
+            yield any(str(c).endswith(("REPEAT", "BRANCH")) for each in inner for c, _ in _all_codes(each))
+        for each in inner:
+            yield from _open_repeats(each)
+
+
+def _all_codes(part: Any) -> Iterator[tuple[Any, Any]]:
+    for code, argument in part:
+        yield code, argument
+        for each in _flat(argument):
+            if hasattr(each, "data"):
+                yield from _all_codes(each)
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _flat(each)
+    else:
+        yield value
+
+
 def type_problems(config: Any) -> list[str]:
     """A sentence for each field whose value has another type than it declares."""
     hints = get_type_hints(type(config))
@@ -128,8 +187,11 @@ def type_problem(name: str, value: Any, hint: Any) -> str | None:
     """A sentence if `value` is none of the types in `hint`, else None.
 
     Knows what settings use: int, float (whole numbers too), str, bool, enums by value, Literal, None, lists,
-    tuples and mappings (their elements are not looked at), and unions of these. Other types pass.
+    tuples and mappings, with the types of what they hold, and unions of these. Other types pass. A number that is not
+    finite, wherever it stands, is none.
     """
+    if where := next(not_finite(value), None):
+        return f"{name}{where[0]} is {where[1]}, expected a finite number"
     options = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
     if any(_fits(value, option) for option in options):
         return None
@@ -151,16 +213,39 @@ def _fits(value: Any, option: Any) -> bool:
     if option is bool:
         return isinstance(value, bool)
     if option in (int, float):
-        return isinstance(value, (int, option)) and not isinstance(value, bool)
+        return isinstance(value, (int, option)) and not isinstance(value, bool) and abs(value) < LARGEST
     if option is str:
         return isinstance(value, str)
     if isinstance(origin, type) and issubclass(origin, enum.Enum):
         return isinstance(value, str) and value in [member.value for member in origin]
     if origin in (list, tuple):
-        return isinstance(value, (list, tuple))
+        inner = [each for each in get_args(option) if each is not Ellipsis] or [Any]
+        return isinstance(value, (list, tuple)) and all(
+            any(_fits_union(each, one) for one in inner) for each in value
+        )
     if origin in (dict, Mapping):
-        return isinstance(value, Mapping)
+        keys, values = get_args(option) or (Any, Any)
+        return isinstance(value, Mapping) and all(
+            _fits_union(key, keys) and _fits_union(each, values) for key, each in value.items()
+        )
     return True
+
+
+def _fits_union(value: Any, hint: Any) -> bool:
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else [hint]
+    return any(_fits(value, option) for option in options)
+
+
+def not_finite(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Where a nested value holds NaN or infinity, and which."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from not_finite(each, f"{path}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, each in enumerate(value):
+            yield from not_finite(each, f"{path}[{index}]")
 
 
 def _in_words(option: Any) -> str:
@@ -170,5 +255,6 @@ def _in_words(option: Any) -> str:
     if isinstance(origin, type) and issubclass(origin, enum.Enum):
         return "one of " + ", ".join(member.value for member in origin)
     if origin in (list, tuple):
-        return "a list"
+        inner = [each for each in get_args(option) if each in WORDS]
+        return f"a list of {WORDS[inner[0]].removeprefix('a ')}" if inner else "a list"
     return WORDS.get(dict if origin is Mapping else option, str(option))

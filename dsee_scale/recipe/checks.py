@@ -8,9 +8,10 @@ from importlib.util import find_spec
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from dsee_scale.errors import ConfigError
-from dsee_scale.settings import unknown_keys
+from dsee_scale.settings import nearest, unknown_keys
 
 
 def check_deepspeed_config(config: Mapping[str, Any], args: TrainingArguments, source: str) -> None:
@@ -74,6 +75,34 @@ def _same(found: Any, expected: Any) -> bool:
         return False
 
 
+SEEDS = 2**32 - 1
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, 2**31)),
+    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit"), (1, 2**31)),
+    **dict.fromkeys(("seed", "data_seed"), (0, SEEDS)),
+    **dict.fromkeys(("dataloader_num_workers",), (0, 1024)),
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps"), (1e-9, 2**31)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), (0, 1 - 1e-12)),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "num_train_epochs"), (0, 2**31)),
+    "adam_epsilon": (1e-300, 1),
+    "learning_rate": (1e-300, 1e300),
+    "ddp_timeout": (1, 10**8),
+    "max_steps": (-1, 2**31),
+}
+"""Smallest and largest value of TrainingArguments that transformers does not look at, or only once it is too late."""
+
+
+def argument_problems(section: Mapping[str, Any]) -> list[str]:
+    """A sentence for each of the Trainer's arguments that is out of range."""
+    return [
+        f"{name} must lie in [{low:g}, {high:g}], found {value!r}"
+        for name, (low, high) in RANGES.items()
+        if isinstance(value := section.get(name), (int, float))
+        and not isinstance(value, bool)
+        and not low <= value <= high
+    ]
+
+
 EXTRA = "pip install 'dsee_scale[quant]'"
 MARKS = ("8bit", "paged", "bnb", "lion", "ademamix")
 """Parts of the names of the Trainer's optimizers that bitsandbytes brings, ..."""
@@ -105,7 +134,10 @@ def from_bitsandbytes(optim: str) -> bool:
 
 
 def missing_optimizer(optim: Any) -> str | None:
-    """A sentence if `training.optim` needs bitsandbytes and it is not installed."""
+    """A sentence if there is no such `training.optim`, or it needs bitsandbytes and that is not installed."""
+    known = [str(member.value) for member in OptimizerNames]
+    if isinstance(optim, str) and optim not in known:
+        return f"optim {optim!r} is unknown; {nearest(optim, known) or 'valid: ' + ', '.join(known)}"
     if isinstance(optim, str) and from_bitsandbytes(optim) and find_spec("bitsandbytes") is None:
         return f"optim {optim!r} needs bitsandbytes, which is not installed: {EXTRA}"
     return None

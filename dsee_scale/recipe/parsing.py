@@ -12,12 +12,25 @@ import yaml
 
 from dsee_scale.errors import ConfigError
 
+LONGEST_FILE = 1 << 20
+MOST_VALUES = 20_000
+"""In a recipe, each `*alias` counted as all that it stands for."""
+
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML as people write it: `1e-4` is a number, and a key given twice is an error.
+    """YAML as people write it: `1e-4` is a number, a date is text, and a key given twice is an error.
 
-    YAML 1.1, which PyYAML follows, wants a dot in a float and keeps the last of two equal keys.
+    YAML 1.1, which PyYAML follows, wants a dot in a float and keeps the last of two equal keys. What aliases blow up is
+    refused before it is made.
     """
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The document, if it is of a sane size."""
+        node: yaml.Node | None = super().get_single_node()
+        sizes: dict[int, int] = {}
+        if node is not None and _num_values(node, sizes) > MOST_VALUES:
+            raise ConfigError(f"it holds more than {MOST_VALUES:,} values once its aliases are written out")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping whose keys are all different."""
@@ -28,8 +41,19 @@ class RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+def _num_values(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Values below a node; shared nodes are counted as often as they are named, and visited once."""
+    if id(node) not in sizes:
+        sizes[id(node)] = MOST_VALUES  # a node that holds itself has no end
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        flat = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
+        sizes[id(node)] = 1 + sum(_num_values(each, sizes) for each in flat)
+    return sizes[id(node)]
+
+
 RecipeLoader.yaml_implicit_resolvers = {
-    first: list(rules) for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:timestamp"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
@@ -43,13 +67,21 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: the file is missing, is not valid YAML, or is no mapping.
     """
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=RecipeLoader)
+        with Path(path).open("rb") as file:
+            text = file.read(LONGEST_FILE + 1)
+        if len(text) > LONGEST_FILE:
+            raise ConfigError(f"it is longer than {LONGEST_FILE:,} bytes")
+        values = yaml.load(text.decode("utf-8"), Loader=RecipeLoader)
     except OSError as error:
         raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path} is not valid YAML: {error}") from error
-    except ConfigError as error:
-        raise ConfigError(f"recipe {path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"recipe {path} is not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except RecursionError as error:
+        raise ConfigError(f"recipe {path} is nested too deeply") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise ConfigError(f"recipe {path}: {error}") from error
+        raise ConfigError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(
             f"recipe {path} holds a {type(values).__name__}, expected sections such as 'model:'"
@@ -64,7 +96,9 @@ def parse_value(text: str) -> Any:
     """
     try:
         value = yaml.load(text, Loader=RecipeLoader)
-    except yaml.YAMLError:
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         return text
     if isinstance(value, str) and value == text.strip():
         return text

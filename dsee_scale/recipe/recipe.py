@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from dsee_scale.config import DSEEConfig, PruneConfig
 from dsee_scale.errors import ConfigError
 from dsee_scale.passes.schedule import GradualConfig
-from dsee_scale.recipe.checks import missing_optimizer
+from dsee_scale.recipe.checks import argument_problems, missing_optimizer
 from dsee_scale.recipe.parsing import find_file, parse_command_line, read_yaml, set_nested
 from dsee_scale.recipe.sections import (
     SCHEDULES,
@@ -23,7 +23,7 @@ from dsee_scale.recipe.sections import (
     ModelConfig,
     RetuneConfig,
 )
-from dsee_scale.settings import JsonConfig, reject_unknown_keys, type_problem
+from dsee_scale.settings import JsonConfig, not_finite, reject_unknown_keys, type_problem
 
 PATHS = {
     "model": ("name", "tokenizer"),
@@ -137,6 +137,9 @@ def read_with_base(path: Path) -> dict[str, Any]:
 def build_recipe(values: Mapping[str, Any]) -> Recipe:
     """A recipe from nested plain values, every section checked."""
     reject_unknown_keys(values, [f.name for f in dataclasses.fields(Recipe)], where="recipe")
+    endless = [f"{path.removeprefix('.')} is {value}" for path, value in not_finite(values)]
+    if endless:
+        raise ConfigError(f"recipe: {'; '.join(endless)}: expected finite numbers")
     built: dict[str, Any] = {}
     for name, section in values.items():
         if name == "training":
@@ -189,6 +192,7 @@ def _checked_training(section: Mapping[str, Any]) -> dict[str, Any]:
     for name, reason in REFUSED_ARGUMENTS.items():
         if section.get(name):
             problems.append(f"{name} is not possible here: {reason}")
+    problems += argument_problems(section)
     problems.append(missing_optimizer(section.get("optim")))
     schedule = section.get("lr_scheduler_type", "linear")
     if schedule not in SCHEDULES:

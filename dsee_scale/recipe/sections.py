@@ -90,7 +90,7 @@ class DataConfig(JsonConfig):
     """Template of the text to learn, for `completion`: `" {ref}"`."""
     label_column: str = "label"
     """Column with the class, for `classification`."""
-    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    labels: Mapping[str | int, str] = dataclasses.field(default_factory=dict)
     """Class -> the string that the model should answer: `{positive: " positive"}`."""
     max_length: int = 512
     """Tokens per example; longer prompts lose their beginning, longer chats their end. The block size for
@@ -127,6 +127,8 @@ class DataConfig(JsonConfig):
             found.append(
                 "labels go with task 'classification', and only with it: {negative: \" negative\", ...}"
             )
+        if len({str(key) for key in self.labels}) != len(self.labels):
+            found.append(f"labels name a class twice, as text and as a number: {dict(self.labels)}")
         if len(self.labels) == 1 or len(set(self.labels.values())) != len(self.labels):
             found.append(f"labels need at least two different strings, found {dict(self.labels)}")
         if self.generate_samples and self.task != "completion":
