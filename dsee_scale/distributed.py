@@ -37,11 +37,46 @@ def world_size(group: Any = None) -> int:
 
 
 def communication_device(group: Any, device: torch.device) -> torch.device:
-    """Where tensors must lie for a group's backend; `device` where the backend takes any."""
+    """Where tensors must lie for a group's backend; `device`, that of the weights, where the backend takes any.
+
+    Raises:
+        PartitionError: under NCCL nothing tells which GPU is this process's.
+    """
     backend = str(dist.get_backend(group))
     if "nccl" in backend:
-        return torch.device("cuda", torch.cuda.current_device())
+        bound = getattr(group or dist.group.WORLD, "bound_device_id", None)
+        local = os.environ.get("LOCAL_RANK")
+        return own_gpu(
+            bound or device,
+            current=torch.cuda.current_device(),
+            count=torch.cuda.device_count(),
+            local_rank=int(local) if local else None,
+        )
     return torch.device("cpu") if "gloo" in backend else device
+
+
+def own_gpu(device: torch.device, *, current: int, count: int, local_rank: int | None) -> torch.device:
+    """The GPU that this process communicates from, also before `torch.cuda.set_device` was called. Local.
+
+    Args:
+        device: what the process group is bound to, or where the weights lie.
+        current: PyTorch's current GPU, 0 where nothing was set.
+        count: GPUs that this process sees.
+        local_rank: what the launcher says, if it does.
+
+    Raises:
+        PartitionError: it could be any of several.
+    """
+    if device.type == "cuda":
+        return device if device.index is not None else torch.device("cuda", current)
+    if current or count == 1 or local_rank == 0:
+        return torch.device("cuda", current)
+    if local_rank is not None and local_rank < count:
+        return torch.device("cuda", local_rank)
+    raise PartitionError(
+        f"the processes communicate by NCCL, the weights are on {device.type}, and which of {count} GPUs is this "
+        "process's is not known; call torch.cuda.set_device before, or set LOCAL_RANK"
+    )
 
 
 @contextlib.contextmanager
@@ -87,9 +122,7 @@ def raise_first(error: Exception | None, *, group: Any = None) -> None:
     if source == world_size(group):
         return
     errors = gather_objects(None if error is None else _portable(error, rank(group)), group=group)
-    if error is not None and rank(group) == source:
-        raise error
-    raise errors[source]  # type: ignore[misc]
+    raise errors[source] from error  # type: ignore[misc]
 
 
 def _portable(error: Exception, of_rank: int) -> DSEEError:

@@ -30,7 +30,8 @@ from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec, part_name, w
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError, FormatError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
-from dsee_scale.partition.optimizer_state import MASTER, OptimizerState, open_optimizer
+from dsee_scale.partition.engine_state import open_optimizer
+from dsee_scale.partition.optimizer_state import MASTER, OptimizerState
 
 logger = logging.getLogger(__name__)
 

@@ -10,18 +10,14 @@ the number of ranks, and know no optimizer state before the first step; hence th
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from dsee_scale.distributed import communication_device
-from dsee_scale.errors import PartitionError, TargetError
-from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.eight_bit_moments import is_eight_bit, make_state, read_moment, write_moment
 
 MASTER = "master"
@@ -164,6 +160,11 @@ class OptimizerState:
                     group[key] = tuple(value) if isinstance(group[key], tuple) else value
         return True
 
+    @property
+    def waiting(self) -> bool:
+        """Whether gradients wait for the next step."""
+        return False
+
     def refresh(self) -> None:
         """Collective. After `put`: carry master values over into the parameters that compute."""
 
@@ -177,173 +178,6 @@ class OptimizerState:
             dist.all_reduce(there.view(torch.int32), group=self._process_group)
             tensor = there.cpu()
         return tensor
-
-
-class Zero3State(OptimizerState):
-    """DeepSpeed ZeRO-3, offloaded to CPU or not."""
-
-    def __init__(
-        self,
-        engine_optimizer: Any,
-        named: Mapping[str, nn.Parameter],
-        sizes: Mapping[str, int],
-        partition: Partition,
-    ) -> None:
-        self.zero, self.partition, self.params = engine_optimizer, partition, list(named.values())
-        stretches = {}
-        for name, param in named.items():
-            group, offset, stored = self.zero.grad_position[self.zero.get_param_id(param)]
-            rank = self.zero._get_param_partition_rank(param)
-            start = min(rank * stored, sizes[name])
-            length = min(stored, sizes[name] - start)
-            if length:
-                stretches[name] = Stretch(
-                    start,
-                    length,
-                    self.zero.fp32_partitioned_groups_flat[group],
-                    offset,
-                    self._keeper(group),
-                    self.zero.sub_group_to_group_id[group],
-                )
-        process_group = self.zero._get_param_partition_group(next(iter(named.values())))
-        device = communication_device(process_group, torch.device("cpu"))
-        keepers = [self.zero.optimizer, *filter(None, [getattr(self.zero, "backup_optimizer", None)])]
-        super().__init__(stretches, sizes, keepers, group=process_group, sharded=True, device=device)
-
-    def refresh(self) -> None:
-        """Collective. Masters to shards, and from there to trained parameters that are resident, in one transfer.
-
-        DeepSpeed's own way (`checkpoint_event_epilogue`) gathers every resident parameter, frozen ones too.
-        """
-        for index in range(len(self.zero.fp32_partitioned_groups_flat)):
-            self.zero._reassign_or_swap_out_partitioned_parameters(index)
-        self.zero.invalidate_secondary_tensor()
-        resident = [param for param in self.params if param.data.numel()]
-        for param, value in zip(resident, self.partition.gather(resident), strict=True):
-            param.data.copy_(value)
-
-    def _keeper(self, group: int) -> Any:
-        where = getattr(self.zero, "subgroup_to_device", {}).get(group, "cpu")
-        return self.zero.optimizer if where == "cpu" else self.zero.backup_optimizer
-
-
-class FlatGroupsState(OptimizerState):
-    """DeepSpeed ZeRO-1, ZeRO-2 and the bf16 optimizer: one long flat tensor per group, cut at any place."""
-
-    def __init__(
-        self,
-        engine_optimizer: Any,
-        named: Mapping[str, nn.Parameter],
-        sizes: Mapping[str, int],
-        partition: Partition,
-    ) -> None:
-        self.zero = engine_optimizer
-        flats = getattr(self.zero, "single_partition_of_fp32_groups", None)
-        flats = self.zero.fp32_groups_flat_partition if flats is None else flats
-        stretches, process_group = {}, None
-        for name, param in named.items():
-            process_group = param._dp_group  # type: ignore[attr-defined]
-            mapping = param._hp_mapping  # type: ignore[attr-defined]
-            if mapping is not None:
-                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                group = mapping.param_group_index
-                stretches[name] = Stretch(
-                    there.start, there.numel, flats[group], here.start, self.zero.optimizer, group
-                )
-        device = communication_device(process_group, torch.device("cpu"))
-        super().__init__(
-            stretches, sizes, [self.zero.optimizer], group=process_group, sharded=True, device=device
-        )
-
-    def refresh(self) -> None:
-        """Collective. Masters to the parameters of every rank; link moments that `put` made."""
-        self.zero._hp_optimizer_states_linked = False
-        if all(stretch.state for stretch in self.stretches.values()):
-            self.zero._lazy_init_hp_params_optimizer_state()
-        self.zero.update_lp_params()
-
-
-def open_optimizer(model: nn.Module, optimizer: Any = None) -> OptimizerState:
-    """The optimizer state behind a DeepSpeed engine, or of a plain optimizer.
-
-    Args:
-        model: an engine, or a model with the optimizer given apart.
-        optimizer: a torch optimizer, or Accelerate's wrapper; unused with an engine. None, without an
-            engine, gives the parameters alone.
-
-    Raises:
-        PartitionError: a kind of engine whose state cannot be reached.
-        TargetError: nothing is trained.
-    """
-    named = {name: param for name, param in unwrap(model).named_parameters() if param.requires_grad}
-    if not named:
-        raise TargetError("the model has no trainable parameter; call dsee_scale.inject first")
-    partition = open_partition(model)
-    sizes = {name: partition.shape(param).numel() for name, param in named.items()}
-    if is_engine(model):
-        optimizer = model.optimizer
-    while hasattr(optimizer, "optimizer") and not _is_deepspeed(optimizer):
-        optimizer = optimizer.optimizer
-    if _is_deepspeed(optimizer):
-        _reject_unreachable(optimizer)
-        _reject_unknown(optimizer, named)
-        kind = Zero3State if hasattr(optimizer, "fp32_partitioned_groups_flat") else FlatGroupsState
-        return kind(optimizer, named, sizes, partition)
-    return _plain_state(named, sizes, optimizer)
-
-
-def _is_deepspeed(optimizer: Any) -> bool:
-    return any(cls.__name__ == "DeepSpeedOptimizer" for cls in type(optimizer).__mro__)
-
-
-def _reject_unreachable(optimizer: Any) -> None:
-    kinds = [cls.__name__ for cls in type(optimizer).__mro__]
-    reason = None
-    if getattr(optimizer, "swap_optimizer", False):
-        reason = 'the optimizer is offloaded to NVMe; set "offload_optimizer": {"device": "cpu"}'
-    elif any("SuperOffload" in kind or "ZenFlow" in kind for kind in kinds) or getattr(
-        optimizer, "zenflow", False
-    ):
-        reason = f"{kinds[0]} keeps its state elsewhere; turn SuperOffload and ZenFlow off"
-    elif not any(hasattr(optimizer, a) for a in ("fp32_partitioned_groups_flat", "update_lp_params")):
-        reason = f"{kinds[0]} is not supported; use ZeRO stage 1, 2 or 3, or bf16"
-    if reason:
-        raise PartitionError(
-            f"the optimizer state cannot be saved or loaded: {reason} in the DeepSpeed config"
-        )
-
-
-def _reject_unknown(optimizer: Any, named: Mapping[str, nn.Parameter]) -> None:
-    groups: Iterable[Any] = next(
-        getattr(optimizer, a) for a in ("fp16_groups", "bit16_groups", "bf16_groups") if hasattr(optimizer, a)
-    )
-    known = {id(param) for group in groups for param in group}
-    missing = [name for name, param in named.items() if id(param) not in known]
-    if missing:
-        raise PartitionError(
-            f"{missing[0]} and {len(missing) - 1} more trainable parameters are unknown to the optimizer; "
-            "give model_parameters=dsee_scale.trainable_parameters(model) to deepspeed.initialize"
-        )
-
-
-def _plain_state(
-    named: Mapping[str, nn.Parameter], sizes: Mapping[str, int], optimizer: Any
-) -> OptimizerState:
-    keeper = optimizer if optimizer is not None else _NoOptimizer()
-    where = {id(param): index for index, group in enumerate(keeper.param_groups) for param in group["params"]}
-    stretches = {
-        name: Stretch(0, param.numel(), param, 0, keeper, where.get(id(param), 0))
-        for name, param in named.items()
-    }
-    return OptimizerState(stretches, sizes, [keeper], device=torch.device("cpu"))
-
-
-class _NoOptimizer:
-    """Keeps nothing, for a model without an optimizer."""
-
-    def __init__(self) -> None:
-        self.state: dict[Any, dict[str, Any]] = collections.defaultdict(dict)
-        self.param_groups: list[dict[str, Any]] = []
 
 
 def _moment_dtype(stretch: Stretch) -> torch.dtype:

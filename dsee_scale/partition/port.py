@@ -116,6 +116,13 @@ class Partition(Protocol):
         `decode` makes entries of one.
         """
 
+    def collect(self, params: Sequence[nn.Parameter], owners: Sequence[int]) -> dict[int, Tensor]:
+        """Collective. The parameters that this rank owns, whole and decoded, by index; nobody else gets them.
+
+        One exchange, for many small parameters such as adapters. Extra memory: `exchange_bytes`. A tensor may
+        alias the model's own storage: read it, do not write to it.
+        """
+
     def scatter(
         self,
         params: Sequence[nn.Parameter],

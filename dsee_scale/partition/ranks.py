@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dsee_scale.distributed import communication_device, raise_first
 from dsee_scale.errors import PartitionError
-from dsee_scale.partition.port import Shard
+from dsee_scale.partition.port import Exchange, Shard
 from dsee_scale.partition.quantized import Codec, find_codecs
 
 
@@ -50,6 +50,23 @@ class Ranks:
             if stretch.codec is not None and stretch.codes is not None:
                 stretch.codec.zero(stretch.codes, stretch.data)
             settle(stretch.data.device)
+
+    def collect(self, params: Sequence[nn.Parameter], owners: Sequence[int]) -> dict[int, Tensor]:
+        """Collective. The parameters that this rank owns, whole and decoded, by index."""
+        size = self.exchange_bytes(params, owners)
+        workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
+        whole = self.start_exchange(params, owners, workspace).wait()
+        return {index: self.decode(params[index], stored) for index, stored in whole.items()}
+
+    def exchange_bytes(self, params: Sequence[nn.Parameter], owners: Sequence[int]) -> int:
+        """See `Partition.exchange_bytes`."""
+        raise NotImplementedError
+
+    def start_exchange(
+        self, params: Sequence[nn.Parameter], owners: Sequence[int], workspace: Tensor
+    ) -> Exchange:
+        """See `Partition.start_exchange`."""
+        raise NotImplementedError
 
     def _reject_codecs(self, params: Sequence[nn.Parameter]) -> None:
         """Refuse to write values into quantised weights."""
@@ -112,7 +129,9 @@ class Ranks:
     def barrier(self) -> None:
         """Collective. Wait for every rank."""
         if self.world_size > 1:
-            dist.all_reduce(torch.zeros(1, device=self.device), group=self.group)
+            flag = torch.zeros(1, device=self.device)
+            dist.all_reduce(flag, group=self.group)
+            flag.item()  # on a GPU the host only enqueues a collective, and would go on
 
     def raise_together(self, error: Exception | None) -> None:
         """Collective. Raise the first rank's error on every rank; return if there is none."""

@@ -125,7 +125,7 @@ class Zero3Partition(Ranks):
 
     def exchange_bytes(self, params: Sequence[Any], owners: Sequence[int]) -> int:
         """This rank's shards of all matrices, and every rank's shards of the matrices it owns."""
-        sizes = [_shard_bytes(p) for p in params]
+        sizes = [_shard_bytes(p) if is_partitioned(p) else 0 for p in params]
         owned = sum(size for size, owner in zip(sizes, owners, strict=True) if owner == self.rank)
         return sum(sizes) + self.world_size * owned
 
@@ -230,8 +230,11 @@ class AllToAll:
         self, partition: Zero3Partition, params: Sequence[Any], owners: Sequence[int], workspace: Tensor
     ) -> None:
         self.partition, self.params = partition, params
-        self.mine = [i for i, owner in enumerate(owners) if owner == partition.rank]
-        order = sorted(range(len(params)), key=lambda i: owners[i])
+        owned = [i for i, owner in enumerate(owners) if owner == partition.rank]
+        self.mine = [i for i in owned if is_partitioned(params[i])]
+        self.replicas = {i: params[i].detach() for i in owned if not is_partitioned(params[i])}
+        managed = [i for i, param in enumerate(params) if is_partitioned(param)]
+        order = sorted(managed, key=lambda i: owners[i])
         sent = [0] * partition.world_size
         at = 0
         for i in order:
@@ -257,7 +260,7 @@ class AllToAll:
         """The owned matrices, in their true shapes, by index."""
         self.work.wait()
         whole = self.partition._assemble(self.incoming, [self.params[i] for i in self.mine])
-        return dict(zip(self.mine, whole, strict=True))
+        return {**dict(zip(self.mine, whole, strict=True)), **self.replicas}
 
 
 def _shard_bytes(param: Any) -> int:

@@ -25,7 +25,6 @@ from dsee_scale.algorithms.refit import Count, Groups, sparsegpt, to_storage
 from dsee_scale.config import DSEEConfig, PruneConfig
 from dsee_scale.errors import CalibrationError, PartitionError, TargetError
 from dsee_scale.partition import Partition, unwrap
-from dsee_scale.partition.zero_lines import Lines, check_reachable, zero_lines
 from dsee_scale.passes.blocks import Call, advance, capture, find_blocks, run_block
 from dsee_scale.passes.calibrate import NO_TOKEN, Batches, compute_device, evaluating, token_mask, watching
 from dsee_scale.passes.deal import deal
@@ -33,6 +32,7 @@ from dsee_scale.passes.decompose_model import seeded
 from dsee_scale.passes.pools import Member, WeightPool
 from dsee_scale.passes.progress import show_progress
 from dsee_scale.passes.prune_checks import note_pattern
+from dsee_scale.passes.zero_lines import Lines, check_reachable, zero_lines
 
 Counts = dict[str, tuple[int, int]]
 

@@ -154,11 +154,15 @@ ENGINES = {
         "zero_hpz_partition_size": 2,
         "stage3_param_persistence_threshold": 10_000_000,
     },
+    "accumulation": {"gradient_accumulation_steps": 2},
 }
+"""Settings of `zero_optimization`, and the one of DeepSpeed's that stands beside it."""
 
 
 def zero3_engine_config(dtype: torch.dtype, zero: dict[str, Any]) -> dict[str, Any]:
     config = zero3_config(dtype, **zero)
+    accumulation = config["zero_optimization"].pop("gradient_accumulation_steps", 1)
+    config["gradient_accumulation_steps"] = accumulation
     if "offload_optimizer" in zero:
         config["optimizer"]["params"].pop("torch_adam")
     return config
@@ -176,7 +180,7 @@ def test_pruning_a_live_engine_equals_the_dense_path(pools, kind):
 
 def train(engine: Any, steps: int) -> list[float]:
     losses = []
-    for _ in range(steps):
+    for _ in range(steps * engine.gradient_accumulation_steps()):
         ids = token_batch().to(engine.device)
         loss = engine(ids, labels=ids).loss
         engine.backward(loss)
@@ -210,7 +214,7 @@ def tune_prune_retune(dtype: torch.dtype, ds_config: dict[str, Any]) -> tuple[di
 def test_zeros_stay_zero_through_the_retune_and_nothing_else_changes(pools, kind, dtype):
     results = pools(2).run(tune_prune_retune, dtype, zero3_engine_config(dtype, ENGINES[kind]))
     assert results[0][2] == results[1][2]
-    assert results[0][2][2] < results[0][2][0]
+    assert results[0][2][-1] < results[0][2][0]
 
 
 def losses_after_prune(ds_config: dict[str, Any]) -> list[float]:

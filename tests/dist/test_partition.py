@@ -39,8 +39,9 @@ def read_everything(dtype: torch.dtype, zero: dict) -> None:
     workspace = torch.empty(port.exchange_bytes(params, owners), dtype=torch.uint8)
     mine = port.start_exchange(params, owners, workspace).wait()
     assert sorted(mine) == [i for i, o in enumerate(owners) if o == port.rank]
-    for i, value in mine.items():
-        assert torch.equal(value, whole[list(named)[i]])
+    for found in (mine, port.collect(params, owners)):
+        for i, value in found.items():
+            assert torch.equal(value, whole[list(named)[i]])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -131,16 +132,17 @@ def test_owners_write_whole_values_into_every_shard(pools, world_size, dtype):
         assert found == pytest.approx(losses["zero3"], rel=1e-5 if exact else 2e-2), kind
 
 
-def fail_on_one_rank() -> str:
+def fail_on_one_rank() -> tuple[str, str]:
     model = partition(build(llama_config()), zero3_config())
     port = open_partition(model)
     port.raise_together(None)
     try:
         port.raise_together(ValueError("weight 7 is bad") if port.rank == port.world_size - 1 else None)
     except Exception as error:
-        return str(error)
-    return ""
+        return type(error).__name__, str(error)
+    return "", ""
 
 
 def test_an_error_of_one_rank_is_raised_on_all(pools):
-    assert all("weight 7 is bad" in text for text in pools(3).run(fail_on_one_rank))
+    found = pools(3).run(fail_on_one_rank)
+    assert found == [("PartitionError", "rank 2: ValueError: weight 7 is bad")] * 3

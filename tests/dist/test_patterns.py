@@ -14,7 +14,8 @@ from dsee_scale.adapters.linear import adapted_layers, is_adapted
 from dsee_scale.adapters.removed_units import removed_units
 from dsee_scale.algorithms.patterns import groups_hold
 from dsee_scale.partition import open_partition, unwrap
-from dsee_scale.partition.optimizer_state import open_optimizer
+from dsee_scale.partition.engine_state import open_optimizer
+from dsee_scale.passes.zero_lines import reset_state
 from tests.dist.test_inject_prune import (
     check_hierarchical,
     ENGINES,
@@ -24,7 +25,7 @@ from tests.dist.test_inject_prune import (
     whole_weights,
     zero3_engine_config,
 )
-from tests.models import build, gpt2_config, llama_config, partition, zero3_config
+from tests.models import build, gpt2_config, llama_config, partition, token_batch, zero3_config
 
 
 def sized_llama(**changes: Any) -> Any:
@@ -169,11 +170,11 @@ def test_patterns_on_a_live_engine_equal_the_dense_path(pools, kind):
             assert torch.equal(found[name], expected[name]), name
 
 
-def zeros_of_units(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+def zeros_of_units(module: torch.nn.Module, kinds: Any = ("heads", "neurons")) -> dict[str, torch.Tensor]:
     """Entries of parameters that must be zero: by name, in their flat order."""
     port = open_partition(module)
     expected: dict[str, torch.Tensor] = {}
-    for kind in ("heads", "neurons"):
+    for kind in kinds:
         for layer in find_units(module, kind, port.shape):
             units = removed_units(module, layer)
             assert units.any()
@@ -209,8 +210,8 @@ def retune(family: str, dtype: torch.dtype, ds_config: dict[str, Any], on_stage_
     expected = zeros_of_units(module)
     at_prune = whole_weights(engine)
     count = 0
-    for step in range(3):
-        ids = dsee_scale_batch(step)
+    for step in range(2 * engine.gradient_accumulation_steps()):
+        ids = token_batch(seed=20 + step)
         loss = engine(ids, labels=ids).loss
         engine.backward(loss)
         count += check_gradients(module, expected)
@@ -256,12 +257,6 @@ def check_gradients(module: torch.nn.Module, expected: dict[str, torch.Tensor]) 
     return count
 
 
-def dsee_scale_batch(step: int) -> torch.Tensor:
-    from tests.models import token_batch
-
-    return token_batch(seed=20 + step)
-
-
 @pytest.mark.parametrize("kind", list(ENGINES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", list(CONFIGS))
@@ -272,9 +267,89 @@ def test_the_retune_keeps_removed_units_at_exactly_zero(pools, family, dtype, ki
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_retune_keeps_removed_units_at_zero_under_zero_1_and_2(pools, stage):
-    config = zero3_config(torch.bfloat16)
-    config["zero_optimization"] = {"stage": stage}
+    config = stage_config(stage)
     assert all(count > 100 for count in pools(2).run(retune, "llama", torch.bfloat16, config, False))
+
+
+def stage_config(stage: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
+    config = zero3_config(dtype)
+    if stage < 3:
+        config["zero_optimization"] = {"stage": stage}
+    return config
+
+
+def between_micro_steps(stage: int) -> list[str]:
+    """Heads are removed at every place of a step; where that was refused."""
+    config = {**stage_config(stage), "gradient_accumulation_steps": 2}
+    engine = engine_for(make("llama", torch.bfloat16, config if stage == 3 else None), config)
+    refused = []
+
+    def remove_heads(place: str) -> None:
+        before = whole_weights(engine)
+        try:
+            dsee_scale.prune(engine, PruneConfig(pattern="heads", num_per_layer=2, score="W"))
+        except PartitionError as error:
+            assert "right after the engine.step()" in str(error)
+            assert all(torch.equal(before[name], new) for name, new in whole_weights(engine).items())
+            refused.append(place)
+
+    for micro_step in ("first", "second"):
+        ids = token_batch()
+        engine.backward(engine(ids, labels=ids).loss)
+        remove_heads(f"after the {micro_step} backward")
+        engine.step()
+        remove_heads(f"after the {micro_step} step")
+    expected = zeros_of_units(unwrap(engine), ("heads",))
+    train(engine, 2)
+    after = whole_weights(engine)
+    assert not any(after[name].reshape(-1)[lines].any() for name, lines in expected.items())
+    return refused
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_units_are_not_removed_while_gradients_wait(pools, stage):
+    expected = ["after the first backward", "after the first step", "after the second backward"]
+    assert pools(2).run(between_micro_steps, stage) == [expected] * 2
+
+
+def reset_adapters(stage: int, zero: dict[str, Any]) -> None:
+    """Half of the adapters get zeros, half get values; they are then trained as if they had never been."""
+    dtype = torch.bfloat16
+    config = zero3_engine_config(dtype, zero) if stage == 3 else stage_config(stage)
+    engine = engine_for(make("llama", dtype, config if stage == 3 else None), config)
+    train(engine, 2)
+    layers = adapted_layers(unwrap(engine))
+    params = [layer.dsee_flat for layer in layers.values()]
+    port = open_partition(engine)
+    values = {
+        index: torch.randn(port.shape(param), generator=torch.Generator().manual_seed(index)).to(dtype)
+        for index, param in enumerate(params)
+        if index % 2
+    }
+    before = whole_weights(engine)
+    reset_state(engine, port, params, values)
+    kept = open_optimizer(engine)
+    names = [f"{name}.dsee_flat" for name in layers]
+    whole = dict(zip(names, port.gather(params), strict=True))
+    for key in ("master", *kept.moments()):
+        for index, found in enumerate(kept.gather([(name, key) for name in names])):
+            new = values.get(index, torch.zeros(1)) if key == "master" else torch.zeros(1)
+            assert torch.equal(found, new.float().expand_as(found)), (key, names[index])
+    for index, name in enumerate(names):
+        assert torch.equal(whole[name].reshape(-1), values.get(index, whole[name] * 0).reshape(-1)), name
+    others = [name for name in before if name not in names]
+    after = whole_weights(engine)
+    assert all(torch.equal(before[name], after[name]) for name in others)
+    train(engine, 1)
+    moved = whole_weights(engine)
+    rate = config["optimizer"]["params"]["lr"]
+    for name in names:  # Adam's first step is at most the learning rate, a later one with no memory a bit more
+        assert 0 < (moved[name].float() - whole[name].float()).abs().max() < 8 * rate, name
+
+
+@pytest.mark.parametrize("kind", [1, 2, *ENGINES])
+def test_trained_parameters_start_anew(pools, kind):
+    pools(2).run(reset_adapters, *((kind, {}) if isinstance(kind, int) else (3, ENGINES[kind])))
 
 
 def losses_after_patterns(ds_config: dict[str, Any]) -> list[float]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dsee_scale.partition.eight_bit_moments import is_eight_bit, read_moment, write_moment
-from dsee_scale.partition.optimizer_state import MASTER, open_optimizer
+from dsee_scale.partition.engine_state import open_optimizer
+from dsee_scale.partition.optimizer_state import MASTER
 
 optim = pytest.importorskip("bitsandbytes").optim
 

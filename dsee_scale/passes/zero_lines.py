@@ -1,8 +1,8 @@
-"""Set rows or columns of parameters to zero for good, wherever values and optimizer state are stored."""
+"""Set lines of parameters to zero, or trained ones anew, wherever values and optimizer state are stored."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,8 @@ from dsee_scale.algorithms.patterns import zero_along_axis_
 from dsee_scale.errors import PartitionError
 from dsee_scale.partition import Partition, is_engine, unwrap
 from dsee_scale.partition.eight_bit_moments import is_eight_bit
-from dsee_scale.partition.optimizer_state import Stretch, open_optimizer
+from dsee_scale.partition.engine_state import open_optimizer
+from dsee_scale.partition.optimizer_state import MASTER, Stretch
 
 _HOOKS: list[Any] = []
 _WAITING: Any = WeakTensorKeyDictionary()
@@ -50,10 +51,11 @@ class Lines:
 
 
 def check_reachable(model: nn.Module, params: Sequence[nn.Parameter]) -> None:
-    """Refuse trained parameters whose optimizer state `zero_lines` could not reach. Local.
+    """Refuse trained parameters whose optimizer state could not be reached or would be moved on. Local.
 
     Raises:
-        PartitionError: DeepSpeed trains them, and `model` is not its engine.
+        PartitionError: DeepSpeed trains them, and `model` is not its engine; or its next step would use
+            gradients from before.
     """
     trained = [param for param in params if param.requires_grad]
     owned = any(hasattr(param, mark) for param in trained for mark in ("_z3_optimizer", "_hp_mapping"))
@@ -62,15 +64,60 @@ def check_reachable(model: nn.Module, params: Sequence[nn.Parameter]) -> None:
             f"a DeepSpeed optimizer holds state of what is removed, and {type(model).__name__} is not its "
             "engine; pass the engine that deepspeed.initialize returned"
         )
-    if trained and is_engine(model):
-        open_optimizer(model)
+    if trained and is_engine(model) and open_optimizer(model).waiting:
+        raise PartitionError(
+            "gradients from before are still waiting for the optimizer's next step, which would move what is set "
+            "to zero now; call this right after the engine.step() that ends a gradient accumulation (where "
+            "engine.is_gradient_accumulation_boundary() was true)"
+        )
+
+
+def reset_state(
+    model: nn.Module,
+    partition: Partition,
+    params: Sequence[nn.Parameter],
+    values: Mapping[int, Tensor] | None = None,
+) -> None:
+    """Give trained parameters new values, zeros unless given, and let the optimizer forget their moments. Local.
+
+    Master values follow. The number of steps is kept: ZeRO-1 and 2 have one for all parameters together.
+
+    Args:
+        model: an engine, or any model whose optimizer is a torch one.
+        partition: port to its weights.
+        params: trained parameters, such as `dsee_flat` of adapted layers.
+        values: by index into `params`, whole values that every rank holds; any shape with as many entries.
+
+    Raises:
+        PartitionError: see `check_reachable`; nothing has been changed then.
+    """
+    check_reachable(model, params)
+    sizes = [partition.shape(param).numel() for param in params]
+    zero_lines(
+        model,
+        partition,
+        [
+            Lines(param, 0, torch.ones(1, dtype=torch.bool), (1, n))
+            for param, n in zip(params, sizes, strict=True)
+        ],
+    )
+    given = {index: value.reshape(-1) for index, value in (values or {}).items()}
+    partition.assign([params[index] for index in given], list(given.values()))
+    if given and is_engine(model):
+        names = {id(param): name for name, param in unwrap(model).named_parameters()}
+        kept = open_optimizer(model)
+        for index, flat in given.items():
+            stretch = kept.stretches.get(names[id(params[index])])
+            if stretch is not None:
+                stretch.write(MASTER, flat[stretch.start : stretch.start + stretch.length])
 
 
 def zero_lines(model: nn.Module, partition: Partition, lines: Sequence[Lines]) -> None:
     """Zero lines of parameters in every stored copy, and in the master values and moments of an optimizer.
 
-    Local. A moment that is left would move a zeroed parameter on without any gradient. A DeepSpeed engine
-    knows its optimizer; the state of any other torch optimizer is cleared when it makes its next step.
+    Local, after `check_reachable`. A moment that is left would move a zeroed parameter on without any gradient.
+    A DeepSpeed engine knows its optimizer; the state of any other torch optimizer, and gradients, are cleared
+    when it makes its next step.
 
     Args:
         model: what `prune` was given.
