@@ -139,11 +139,6 @@ def _chosen_names(
 def _unsupported(name: str, module: nn.Module, linears: list[str]) -> TargetError:
     inside = sorted({n.rsplit(".", 1)[-1] for n in linears if n.startswith(name + ".")})
     kind = type(module).__name__
-    if hasattr(module, "mp_group"):
-        return TargetError(
-            f"target {name} is a tensor-parallel {kind}, which is not supported; "
-            "train with ZeRO-3 without tensor parallelism"
-        )
     hint = f"; linear layers inside it: {', '.join(inside)}" if inside else ""
     return TargetError(f"target {name} is a {kind}, expected nn.Linear or Conv1D{hint}")
 

@@ -6,13 +6,19 @@ from torch import nn
 
 from dsee_scale.partition.dense import DensePartition
 from dsee_scale.partition.port import Exchange, Partition, Shard
+from dsee_scale.partition.unknown_engines import reject_unknown_engines
 from dsee_scale.partition.zero3 import Zero3Partition, is_partitioned
 
 __all__ = ["Exchange", "Partition", "Shard", "is_engine", "open_partition", "unwrap"]
 
 
 def open_partition(model: nn.Module) -> Partition:
-    """The port to the weights of a raw model, a DeepSpeed engine, a DDP or an Accelerate-prepared model."""
+    """The port to the weights of a raw model, a DeepSpeed engine, a DDP or an Accelerate-prepared model.
+
+    Raises:
+        PartitionError: the model is split in a way that is not known here.
+    """
+    reject_unknown_engines(model)
     module = unwrap(model)
     if any(is_partitioned(param) for param in module.parameters()):
         return Zero3Partition(module)

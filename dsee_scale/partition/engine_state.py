@@ -140,6 +140,11 @@ def open_optimizer(model: nn.Module, optimizer: Any = None) -> OptimizerState:
     return _plain_state(named, sizes, optimizer)
 
 
+def owned_by_deepspeed(param: nn.Parameter) -> bool:
+    """Whether a DeepSpeed optimizer trains this parameter, told without its engine."""
+    return any(hasattr(param, mark) for mark in ("_z3_optimizer", "_hp_mapping"))
+
+
 def _is_deepspeed(optimizer: Any) -> bool:
     return any(cls.__name__ == "DeepSpeedOptimizer" for cls in type(optimizer).__mro__)
 

@@ -19,7 +19,9 @@ from dsee_scale.config import DSEEConfig
 from dsee_scale.errors import TargetError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.quantized import compute_dtype, prepare_quantised, quantised_kind
+from dsee_scale.passes.coverage import Coverage, block_coverage
 from dsee_scale.passes.decompose_model import decompose_model, seeded
+from dsee_scale.passes.pools import block_linears
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +35,14 @@ class InjectionReport:
         trainable: number of trainable parameters.
         total: number of all parameters, adapters included.
         seconds: time for decomposition and injection.
+        coverage: how much of the blocks the targets are.
     """
 
     targets: tuple[tuple[str, tuple[int, int], int, int], ...]
     trainable: int
     total: int
     seconds: float
+    coverage: Coverage
 
     def __str__(self) -> str:
         groups: dict[tuple[str, tuple[int, int], int, int], int] = {}
@@ -52,6 +56,7 @@ class InjectionReport:
             lines.append(f"  {count:4d} x {suffix:<16} {o} x {i}{parts}, {sparse}")
         share = 100 * self.trainable / self.total
         lines.append(f"  {self.trainable:,} of {self.total:,} parameters are trained ({share:.3f}%)")
+        lines.append(f"  the adapted matrices hold {self.coverage}")
         return "\n".join(lines)
 
 
@@ -191,4 +196,10 @@ def _report(model: nn.Module, targets: list[Target], partition: Partition, secon
         trainable=sum(n for n, trained in sizes if trained),
         total=sum(n for n, _ in sizes),
         seconds=seconds,
+        coverage=block_coverage(
+            model,
+            [t.module.weight for t in targets],  # type: ignore[misc]
+            block_linears(model).values(),
+            partition.shape,
+        ),
     )

@@ -13,6 +13,7 @@ from dsee_scale.adapters.linear import is_adapted
 from dsee_scale.adapters.targets import linear_kind, matches
 from dsee_scale.config import Pool, PruneConfig
 from dsee_scale.errors import ConfigError, TargetError
+from dsee_scale.passes.coverage import block_prefixes
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,11 @@ class WeightPool:
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers inside the repeated blocks (the model's ModuleLists): no embedding, no output head."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    prefixes = tuple(block_prefixes(model))
     return {
         name: module
         for name, module in model.named_modules()
-        if linear_kind(module) and any(name.startswith(prefix + ".") for prefix in lists)
+        if linear_kind(module) and name.startswith(prefixes)
     }
 
 
@@ -87,10 +88,10 @@ def find_pools(
     """The pools of a pruning; with scope `matrix` or `row` each weight is a pool of its own.
 
     Raises:
-        TargetError: `modules` matches nothing.
+        TargetError: `modules` matches nothing, or a weight that is more than a linear layer's.
         ConfigError: a pool is empty, or two pools share a weight.
     """
-    weights = _prunable(model, config)
+    weights = _once(model, _prunable(model, config))
     assert config.pools or config.sparsity is not None, "PruneConfig settles it"
     pools = config.pools or (Pool(name="all", sparsity=config.sparsity or 0.0),)
     taken: dict[str, str] = {}
@@ -144,6 +145,26 @@ def _prunable(model: nn.Module, config: PruneConfig) -> dict[str, nn.Module]:
                 f"PruneConfig.modules {pattern!r} matches no linear layer; existing: {_suffixes(linears)}"
             )
     return {name: module for name, module in linears.items() if matches(name, config.modules)}
+
+
+def _once(model: nn.Module, chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Layers that share a weight count once, under the first one's name; a weight tied to an embedding is refused."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    holders: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(param), []).append(name)
+    first: dict[int, str] = {}
+    for name, module in chosen.items():
+        weight = id(module.weight)
+        first.setdefault(weight, name)
+        for other in holders.get(weight, []):
+            owner = other.rpartition(".")[0]
+            if not linear_kind(modules[owner]):
+                raise TargetError(
+                    f"{name}.weight is also {other}, of a {type(modules[owner]).__name__}, which would be pruned with "
+                    f"it; leave {name} out of the pruning, or load the model with tie_word_embeddings=False"
+                )
+    return {name: module for name, module in chosen.items() if first[id(module.weight)] == name}
 
 
 def _selects(pool: Pool, name: str, module: nn.Module) -> bool:

@@ -18,8 +18,10 @@ from dsee_scale.adapters.state import MASK_UPDATE, model_state
 from dsee_scale.config import SCORES_WITHOUT_ADAPTER, PruneConfig
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.partition import Partition, open_partition, unwrap
+from dsee_scale.partition.engine_state import owned_by_deepspeed
+from dsee_scale.passes.coverage import LEAST, Coverage, block_coverage
 from dsee_scale.passes.fingerprint import contents
-from dsee_scale.passes.pools import WeightPool, find_pools
+from dsee_scale.passes.pools import WeightPool, block_linears, find_pools
 from dsee_scale.passes.prune_nm import check_divisible
 from dsee_scale.passes.prune_structured import UnitPlan, check_units_reachable, plan_units
 
@@ -32,11 +34,13 @@ class Checked:
         plan: the heads or neurons, for these patterns.
         pools: the weights.
         removed: for N:M, the inputs that went with heads or neurons before, as `removed_inputs` gives them.
+        coverage: how much of the blocks the pools are.
     """
 
     plan: UnitPlan | None
     pools: list[WeightPool]
     removed: dict[str, Tensor]
+    coverage: Coverage
 
 
 def check_pruning(
@@ -62,10 +66,11 @@ def check_pruning(
         _reject_uncounted(pools, config.pattern, config.n_of_m[1], uncounted or {})
         removed = removed_inputs(module, partition.shape)
         check_divisible(pools, config.n_of_m[1], removed)
+    coverage = _coverage(module, pools, config, partition)
     _reject_unready(model, module, pools, config, partition)
     if plan:
         check_units_reachable(model, plan)
-    return Checked(plan, pools, removed)
+    return Checked(plan, pools, removed, coverage)
 
 
 def check_in_order(model: nn.Module, configs: Sequence[PruneConfig]) -> list[Checked]:
@@ -141,12 +146,38 @@ def _reject_unready(
             f"score {config.score!r} needs adapters and the model has none; call dsee_scale.inject(model, ...) "
             "first, or choose score='W'"
         )
+    known_to_train = model is not module or bool(adapted_layers(module))
     for pool in pools:
         for member in pool.members:
             name = f"{member.name}.weight"
             partition.writable(name, member.param)
-            if model is not module and member.param.requires_grad:
+            if member.param.requires_grad and (known_to_train or _has_trained(member.param)):
                 raise TargetError(
                     f"{name} is being trained, so its zeros would not stay; expected frozen weights: call "
-                    "dsee_scale.inject(model, ...) before the engine is made, or leave this module out of the pruning"
+                    "dsee_scale.inject(model, ...) before the engine is made, or leave this module out of the pruning "
+                    "(PruneConfig.modules) and of trained_modules"
                 )
+
+
+def _has_trained(param: nn.Parameter) -> bool:
+    """Whether somebody trains a parameter, where the model itself does not tell."""
+    return param.grad is not None or owned_by_deepspeed(param)
+
+
+def _coverage(
+    module: nn.Module, pools: Sequence[WeightPool], config: PruneConfig, partition: Partition
+) -> Coverage:
+    """What a pruning covers; refuse "every linear weight" where that is a small part of the blocks, as with experts."""
+    linears = block_linears(module)
+    members = [member.param for pool in pools for member in pool.members]
+    coverage = block_coverage(module, members, linears.values(), partition.shape)
+    beyond = sum(coverage.missed.values())
+    told = config.removes_units or config.modules or (config.pools and all(p.modules for p in config.pools))
+    if not told and beyond > (1 - LEAST) * coverage.total:
+        suffixes = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        raise TargetError(
+            f"pruning reaches no more than {coverage.total - beyond:,} of the blocks' {coverage.total:,} matrix "
+            f"parameters ({100 * (1 - beyond / coverage.total):.1f}%): in no linear layer are {coverage.names()}. If "
+            f"you mean the others alone, say so: modules={suffixes}"
+        )
+    return coverage

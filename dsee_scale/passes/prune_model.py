@@ -16,6 +16,7 @@ from dsee_scale.config import PruneConfig
 from dsee_scale.errors import CalibrationError, ConfigError
 from dsee_scale.partition import Partition, open_partition, unwrap
 from dsee_scale.passes.calibrate import Batches, Statistics, calibrate
+from dsee_scale.passes.coverage import Coverage
 from dsee_scale.passes.fingerprint import fingerprint
 from dsee_scale.passes.progress import show_progress
 from dsee_scale.passes.prune_checks import check_in_order, check_pruning, note_contents, note_pattern
@@ -37,12 +38,14 @@ class PruneReport:
         seconds: time of the whole pass.
         units: block and kind -> (heads or neurons that are gone, all of them), for those patterns.
         by_magnitude: matrices that no calibration token reached: scored by |W| under score `wanda`.
+        coverage: how much of the blocks the matrices are; of a sequence, those of the last pruning.
     """
 
     matrices: dict[str, tuple[int, int]]
     seconds: float
     units: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     by_magnitude: tuple[str, ...] = ()
+    coverage: Coverage | None = None
 
     @property
     def removed(self) -> int:
@@ -66,6 +69,7 @@ class PruneReport:
             self.seconds + later.seconds,
             {**self.units, **later.units},
             (*self.by_magnitude, *later.by_magnitude),
+            later.coverage,
         )
 
     def __str__(self) -> str:
@@ -76,6 +80,8 @@ class PruneReport:
             f"dsee_scale: {self.removed:,} of {self.total:,} weights are zero ({100 * self.sparsity:.2f}%), "
             f"in {len(self.matrices)} matrices, {self.seconds:.1f} s"
         ]
+        if self.coverage:
+            lines.append(f"  pruned were {self.coverage}")
         for kind in dict.fromkeys(name.rsplit(" ", 1)[-1] for name in self.units):
             layers = [counts for name, counts in self.units.items() if name.endswith(f" {kind}")]
             gone, all_units = map(sum, zip(*layers, strict=True))
@@ -189,7 +195,9 @@ def _prune_once(
     if config.refit:
         assert calibration is not None and not isinstance(calibration, Statistics)
         matrices = refit(model, pools, config, calibration, checked.removed, partition, progress=progress)
-        return _reported(PruneReport(matrices, time.perf_counter() - started), partition)
+        return _reported(
+            PruneReport(matrices, time.perf_counter() - started, coverage=checked.coverage), partition
+        )
     statistics = _statistics(model, config, calibration, partition, progress)
     rankings = find_rankings(pools, config, partition, statistics)
     units: dict[str, tuple[int, int]] = {}
@@ -205,7 +213,8 @@ def _prune_once(
         note_pattern(module, matrices, config)
         restore_under_mask(module)
     seen = [] if statistics is None else [name for name in matrices if not statistics.tokens.get(name)]
-    return _reported(PruneReport(matrices, time.perf_counter() - started, units, tuple(seen)), partition)
+    seconds = time.perf_counter() - started
+    return _reported(PruneReport(matrices, seconds, units, tuple(seen), checked.coverage), partition)
 
 
 def _reported(report: PruneReport, partition: Partition) -> PruneReport:

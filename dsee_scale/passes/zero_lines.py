@@ -15,7 +15,7 @@ from dsee_scale.algorithms.patterns import zero_along_axis_
 from dsee_scale.errors import PartitionError
 from dsee_scale.partition import Partition, is_engine, unwrap
 from dsee_scale.partition.eight_bit_moments import is_eight_bit
-from dsee_scale.partition.engine_state import open_optimizer
+from dsee_scale.partition.engine_state import open_optimizer, owned_by_deepspeed
 from dsee_scale.partition.optimizer_state import MASTER, Stretch
 
 _HOOKS: list[Any] = []
@@ -58,8 +58,7 @@ def check_reachable(model: nn.Module, params: Sequence[nn.Parameter]) -> None:
             gradients from before.
     """
     trained = [param for param in params if param.requires_grad]
-    owned = any(hasattr(param, mark) for param in trained for mark in ("_z3_optimizer", "_hp_mapping"))
-    if owned and not is_engine(model):
+    if any(map(owned_by_deepspeed, trained)) and not is_engine(model):
         raise PartitionError(
             f"a DeepSpeed optimizer holds state of what is removed, and {type(model).__name__} is not its "
             "engine; pass the engine that deepspeed.initialize returned"

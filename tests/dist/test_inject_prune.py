@@ -236,40 +236,6 @@ def test_pruning_reaches_the_secondary_shards_of_hierarchical_partitioning(pools
     check_hierarchical(pools, losses_after_prune)
 
 
-def gathered_during_prune() -> int:
-    from deepspeed.runtime.zero import partition_parameters
-
-    model = make("llama", torch.float32, zero3_config())
-    calls = 0
-    original = partition_parameters.Init._all_gather
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        return original(*args, **kwargs)
-
-    partition_parameters.Init._all_gather = counting
-    largest: list[int] = []
-    gather = torch.distributed.all_gather_into_tensor
-
-    def watching(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        largest.append(output.numel() * output.element_size())
-        return gather(output, *args, **kwargs)
-
-    torch.distributed.all_gather_into_tensor = watching
-    try:
-        dsee_scale.prune(model, PruneConfig(sparsity=0.5, score="WABS"))
-    finally:
-        partition_parameters.Init._all_gather = original
-        torch.distributed.all_gather_into_tensor = gather
-    return calls + len(largest)
-
-
-def test_pruning_gathers_no_weight(pools):
-    """Before `initialize` even the adapters are replicas, so a pruning needs no gather at all."""
-    assert pools(2).run(gathered_during_prune) == [0, 0]
-
-
 def bad_weight(rank_with_nan: int) -> str:
     model = partition(build(llama_config()), zero3_config())
     param = model.model.layers[1].self_attn.v_proj.weight

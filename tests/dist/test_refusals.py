@@ -110,3 +110,72 @@ def test_a_rank_that_runs_out_of_memory_within_a_round_is_followed_to_the_end(po
     assert rounds > 1
     assert text == other
     assert "lower decomposition.round_memory_mib (now 16)" in text
+
+
+def unknown_engines() -> list[str]:
+    """What inject and prune say to models that are split otherwise; no rank may wait for another one."""
+    texts = []
+    for made in (fully_sharded, tensor_parallel, pipelined, experts_of_deepspeed):
+        model = made()
+        for call in (
+            lambda: dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=3, target_modules=("0",))),  # noqa: B023
+            lambda: dsee_scale.prune(model, PruneConfig(sparsity=0.5, modules=("0",), score="W")),  # noqa: B023
+        ):
+            with pytest.raises(dsee_scale.PartitionError) as caught:
+                call()
+            texts.append(str(caught.value))
+    return texts
+
+
+def fully_sharded() -> torch.nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    return fully_shard(torch.nn.Sequential(torch.nn.Linear(8, 8)), mesh=mesh)
+
+
+def tensor_parallel() -> torch.nn.Module:
+    from deepspeed.module_inject.layers import LinearLayer
+
+    return torch.nn.Sequential(torch.nn.Linear(8, 8), LinearLayer(torch.nn.Linear(8, 8), mp_group=None))
+
+
+def pipelined() -> torch.nn.Module:
+    from deepspeed.pipe import PipelineModule
+
+    layers = [torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)]
+    return PipelineModule(layers, num_stages=torch.distributed.get_world_size(), partition_method="uniform")
+
+
+def experts_of_deepspeed() -> torch.nn.Module:
+    from deepspeed.moe.layer import MoE
+
+    expert = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    return torch.nn.Sequential(torch.nn.Linear(8, 8), MoE(hidden_size=8, expert=expert, num_experts=2))
+
+
+def test_models_that_are_split_otherwise_are_refused_by_name(pools):
+    texts = pools(2).run(unknown_engines)
+    assert texts[0] == texts[1]
+    for index, name in enumerate(("FSDP", "AutoTP", "pipeline", "mixture-of-experts")):
+        for text in texts[0][2 * index : 2 * index + 2]:
+            assert name in text and "DDP or ZeRO-1, 2 or 3" in text
+
+
+def trained_behind_an_engine(stage: int) -> str:
+    """The raw module of an engine that trains all of it, which prune cannot tell from any other."""
+    import deepspeed
+
+    config = zero3_config()
+    config["zero_optimization"]["stage"] = stage
+    model = build(llama_config())
+    deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    with pytest.raises(dsee_scale.TargetError) as caught:
+        dsee_scale.prune(model, PruneConfig(sparsity=0.5, score="W"))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_weights_that_an_engine_trains_are_refused_on_its_raw_module(pools, stage):
+    assert all("is being trained" in text for text in pools(2).run(trained_behind_an_engine, stage))

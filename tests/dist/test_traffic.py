@@ -1,0 +1,79 @@
+"""What injection and pruning hold and send: never a whole weight but on the rank that decomposes it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dsee_scale
+from dsee_scale import DSEEConfig, PruneConfig
+from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.algorithms.loops import BINS
+from dsee_scale.config import DecompositionConfig
+from dsee_scale.partition import open_partition
+from tests.dist.test_inject_prune import ENGINES, engine_for, make, train, zero3_engine_config
+from tests.models import build, llama_config, partition, zero3_config
+from tests.watch import Watch
+
+MATRIX = 512 * 512 * 4
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+LAYERS = 12
+NUM_SPARSE = 50
+
+
+def memory_of_injection() -> tuple[int, list[tuple[str, int]]]:
+    sizes = dict(hidden_size=512, intermediate_size=64, num_attention_heads=8, num_key_value_heads=8)
+    model = build(llama_config(**sizes, head_dim=64, num_hidden_layers=LAYERS))
+    partition(model, zero3_config())
+    config = DSEEConfig(
+        rank=3,
+        num_sparse=NUM_SPARSE,
+        target_modules=TARGETS,
+        decomposition=DecompositionConfig(rank=8, round_memory_mib=1),
+    )
+    with Watch() as watch:
+        dsee_scale.inject(model, config)
+    return watch.peak, watch.sent
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_injection_holds_its_shard_and_the_matrices_it_owns_at_the_moment(pools, world_size):
+    """Of 48 matrices, two rounds of one for each rank are on their way, and one is decomposed."""
+    for peak, sent in pools(world_size).run(memory_of_injection):
+        on_the_way = 2 * (MATRIX + MATRIX)  # in each round a rank sends shards of all its matrices, and gets one
+        decomposed = 8 * MATRIX
+        adapters = LAYERS * len(TARGETS) * (6 * 512 + NUM_SPARSE) * 8
+        assert MATRIX < peak < on_the_way + decomposed + adapters < LAYERS * len(TARGETS) * MATRIX / 2
+        matrices = [size for name, size in sent if name == "alltoall_base"]
+        assert len(matrices) == LAYERS * len(TARGETS) // world_size
+        assert all(size <= 2 * MATRIX + 8 * world_size for size in matrices)
+        assert all(size <= 8 * NUM_SPARSE for name, size in sent if name != "alltoall_base")
+
+
+PRUNINGS = {
+    "unstructured": PruneConfig(sparsity=0.5, score="WABS"),
+    "2:4": PruneConfig(pattern="2:4", score="WABS", modules=("q_proj", "k_proj", "v_proj")),
+    "neurons": PruneConfig(pattern="neurons", sparsity=0.3, score="WABS"),
+}
+
+
+def traffic_of_pruning(config: PruneConfig, kind: str) -> tuple[list[tuple[str, int]], int]:
+    ds_config = zero3_engine_config(torch.float32, ENGINES[kind])
+    engine = engine_for(make("llama", torch.float32, ds_config), ds_config)
+    train(engine, 1)
+    with Watch() as watch:
+        dsee_scale.prune(engine, config)
+    port = open_partition(engine)
+    layers = adapted_layers(engine.module).values()
+    return watch.sent, sum(4 * (port.shape(layer.dsee_flat).numel() + 2) for layer in layers)
+
+
+@pytest.mark.parametrize("kind", ["zero3", "hierarchical, resident", "offload"])
+@pytest.mark.parametrize("pruning", list(PRUNINGS))
+def test_pruning_a_live_engine_sends_adapters_and_counts_but_no_weight(pools, pruning, kind):
+    for sent, adapters in pools(2).run(traffic_of_pruning, PRUNINGS[pruning], kind):
+        whole = [size for name, size in sent if name == "allgather_base"]
+        assert len(whole) == 1 and whole[0] <= 1.5 * adapters  # each rank's piece, and all of them
+        others = [(name, size) for name, size in sent if name != "allgather_base"]
+        assert {name for name, _ in others} == {"allreduce"}
+        assert max(size for _, size in others) <= 8 * BINS
