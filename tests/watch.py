@@ -5,12 +5,21 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-HOST_SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
-"""Operators whose result decides what the host does next: on a GPU it waits for them."""
+HOST_SYNCS = (
+    "_local_scalar_dense",
+    "nonzero",
+    "is_nonzero",
+    "equal",
+    "bincount",
+    "masked_select",
+    "_unique2",
+)
+"""Operators for which the host waits on a GPU: their result, or its size, is needed at once."""
 
 
 class Watch(TorchDispatchMode):
@@ -19,7 +28,7 @@ class Watch(TorchDispatchMode):
     Attributes:
         peak: most bytes that were alive at once, of what was made inside.
         sent: (collective, bytes of all its tensors), in order; DeepSpeed's own ones too.
-        syncs: host synchronisations by operator; copies from a tensor to a Python list or number count one.
+        syncs: the operators at which the host would wait for a GPU.
     """
 
     def __init__(self) -> None:
@@ -36,7 +45,7 @@ class Watch(TorchDispatchMode):
         if space in ("c10d", "_c10d_functional"):
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             self.sent.append((name.strip("_"), sum(t.numel() * t.element_size() for t in tensors)))
-        elif name in HOST_SYNCS:
+        elif name in HOST_SYNCS or (name.startswith("index") and _by_mask(args)):
             self.syncs.append(name)
         given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if _is_real(leaf)}
         for leaf in tree_leaves(result):
@@ -60,6 +69,11 @@ class Watch(TorchDispatchMode):
         if not self._holders[at]:
             del self._holders[at]
             self._alive -= self._sizes.pop(at)
+
+
+def _by_mask(args: Any) -> bool:
+    """Whether a tensor is indexed by booleans."""
+    return any(isinstance(leaf, Tensor) and leaf.dtype == torch.bool for leaf in tree_leaves(args[1:2]))
 
 
 def _is_real(leaf: Any) -> bool:

@@ -20,6 +20,11 @@ DEVICE_CHUNK = 2**24
 """The same on an accelerator, where it bounds what is held besides."""
 
 
+def is_host(device: torch.device) -> bool:
+    """Whether results are there as soon as an operator returns, and small blocks pay because of the caches."""
+    return device.type == "cpu"
+
+
 def nonzero(tensor: Tensor) -> Tensor:
     """tensor != 0, as a bool in its shape: False for -0.0, True for NaN and the smallest subnormals."""
     if not tensor.is_floating_point() or tensor.element_size() not in INTEGERS or not tensor.is_contiguous():

@@ -20,13 +20,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsee_scale.algorithms import bits
 from dsee_scale.algorithms.bits import zero_where_zero_
 
 BLOCK_ENTRIES = 2**17
 """Entries of a block, at most (but at least a row): 512 KiB in float32, so that a block and its scores stay
-in a core's cache. Part of what fixes the rounding, so the same everywhere."""
+in a core's cache. Part of what fixes the rounding, so the same on every rank."""
 DEVICE_BLOCK_ENTRIES = 2**24
-"""The same for a merged weight on an accelerator, whose rounding decides nothing."""
+"""The same on an accelerator, where a block costs some kernel launches."""
 
 Form = Literal["masked", "dense", "update"]
 Shapes = tuple[tuple[int, int], tuple[int, int], tuple[int]]
@@ -220,18 +221,24 @@ class FlatBlock:
         return block.reshape(-1)[self.skip : self.skip + self.numel]
 
 
-def flat_blocks(shape: tuple[int, int], start: int, numel: int) -> Iterator[FlatBlock]:
+def block_entries(device: torch.device) -> int:
+    """Entries of a block on a device: what fits a cache, or what keeps an accelerator busy."""
+    return BLOCK_ENTRIES if bits.is_host(device) else DEVICE_BLOCK_ENTRIES
+
+
+def flat_blocks(shape: tuple[int, int], start: int, numel: int, device: torch.device) -> Iterator[FlatBlock]:
     """The blocks that a stretch touches, in order; the parts together are the stretch.
 
     Args:
         shape: (rows, columns) of the weight as it is stored.
         start: flat position where the stretch begins.
         numel: its length; 0 gives no block.
+        device: where it lies; on every rank of the same kind, since blocks fix the rounding.
     """
     rows, columns = shape
     stop = start + numel
     assert start >= 0 and stop <= rows * columns, (shape, start, numel)
-    step = max(1, BLOCK_ENTRIES // max(1, columns))
+    step = max(1, block_entries(device) // max(1, columns))
     while start < stop:
         row = start // columns // step * step
         last = min(row + step, rows)
@@ -256,8 +263,7 @@ def merged_weight(
         out = torch.empty(weight.shape, dtype=weight.dtype)
     rows, columns = delta.storage_shape
     device = delta.a.device
-    entries = BLOCK_ENTRIES if device.type == "cpu" else DEVICE_BLOCK_ENTRIES
-    step = rows if torch.compiler.is_compiling() else max(1, entries // columns)
+    step = rows if torch.compiler.is_compiling() else max(1, block_entries(device) // columns)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         w, target = weight[start:stop].to(device), out[start:stop]

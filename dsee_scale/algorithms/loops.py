@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dsee_scale.algorithms import compiled
+from dsee_scale.algorithms import bits, compiled
 from dsee_scale.algorithms.bits import CPU_CHUNK, DEVICE_CHUNK, INTEGERS
 
 BINS = 2**16
@@ -34,7 +34,7 @@ class Loops(Protocol):
     def count_ties(self, ranked: Tensor, key: int, offset: int, shift: int, histogram: Tensor) -> None:
         """Add 1 to bin (offset + i) >> shift of `histogram` for each entry i whose key is `key`."""
 
-    def zero_up_to_(self, weight: Tensor, ranked: Tensor, last: int) -> int:
+    def zero_up_to_(self, weight: Tensor, ranked: Tensor, last: int) -> int | Tensor:
         """Zero, in place, the entries of `weight` whose keys are at most `last`.
 
         Args:
@@ -43,34 +43,46 @@ class Loops(Protocol):
             last: largest key that goes, at least 0.
 
         Returns:
-            How many entries that are.
+            How many entries that are; on an accelerator a tensor of no dimension, for which nobody has waited.
         """
 
 
 class TorchLoops:
-    """Any device; on the CPU in chunks that stay in a core's cache."""
+    """Any device; on the CPU in chunks that stay in a core's cache, on an accelerator without waiting for it."""
 
     def count_digits(self, ranked: Tensor, shift: int, prefix: int, histogram: Tensor) -> None:
         """See Loops."""
         for _, key in _keys_in_chunks(ranked):
-            if shift + 16 < 8 * ranked.element_size():
-                key = key[(key >> (shift + 16)) == prefix] & (BINS - 1)
-            histogram += torch.bincount(key >> shift, minlength=BINS)
+            inside = (key >> (shift + 16)) == prefix if shift + 16 < 8 * ranked.element_size() else None
+            if bits.is_host(key.device):
+                key = key if inside is None else key[inside]
+                histogram += torch.bincount((key >> shift) & (BINS - 1), minlength=BINS)
+            else:  # others add 0 to the bin of their low bits, where no two are likely to meet
+                ones = torch.ones_like(key) if inside is None else inside.to(key.dtype)
+                histogram.scatter_add_(0, ((key >> shift) & (BINS - 1)).long(), ones.long())
 
     def count_ties(self, ranked: Tensor, key: int, offset: int, shift: int, histogram: Tensor) -> None:
         """See Loops."""
         for start, found in _keys_in_chunks(ranked):
-            position = (found == key).nonzero().flatten().add_(start + offset)
-            histogram += torch.bincount(position.bitwise_right_shift_(shift), minlength=BINS)
+            first, skip = divmod(start + offset, 1 << shift)
+            if bits.is_host(found.device):
+                position = (found == key).nonzero().flatten().add_(skip)
+                counts = torch.bincount(position.bitwise_right_shift_(shift))
+            else:
+                after = -(skip + found.numel()) % (1 << shift)
+                tied = torch.nn.functional.pad(found == key, (skip, after))
+                counts = tied.view(-1, 1 << shift).sum(dim=1)
+            histogram[first : first + counts.numel()] += counts
 
-    def zero_up_to_(self, weight: Tensor, ranked: Tensor, last: int) -> int:
+    def zero_up_to_(self, weight: Tensor, ranked: Tensor, last: int) -> int | Tensor:
         """See Loops. Multiplies bits by 0 or 1: masked_fill_ takes four times as long on the CPU."""
-        removed = 0
-        bits = _bits(weight)
+        removed: int | Tensor = 0
+        words = _bits(weight)
         for start, key in _keys_in_chunks(ranked):
             kept = key > last
-            bits[start : start + key.numel()].mul_(kept)
-            removed += key.numel() - int(torch.count_nonzero(kept))
+            words[start : start + key.numel()].mul_(kept)
+            gone = key.numel() - torch.count_nonzero(kept)
+            removed = removed + (int(gone) if bits.is_host(gone.device) else gone)
         return removed
 
 
@@ -85,7 +97,7 @@ def choose_loops(num_entries: int, device: torch.device, use_compiled: bool | No
     Raises:
         RuntimeError: `use_compiled` is True but numba cannot be imported.
     """
-    if device.type == "cpu" and use_compiled is not False:
+    if bits.is_host(device) and use_compiled is not False:
         fast = compiled.load(1 if use_compiled else num_entries, insist=bool(use_compiled))
         if fast is not None:
             return fast
@@ -110,11 +122,11 @@ def in_key_width(ranked: Tensor, key_bits: int) -> Iterator[tuple[int, Tensor]]:
 
 def _keys_in_chunks(ranked: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(offset, keys) with the keys made from one chunk's bits."""
-    bits = _bits(ranked)
-    magnitude = torch.iinfo(bits.dtype).max
+    words = _bits(ranked)
+    magnitude = torch.iinfo(words.dtype).max
     chunk = _chunk(ranked)
-    for start in range(0, bits.numel(), chunk):
-        yield start, bits[start : start + chunk] & magnitude
+    for start in range(0, words.numel(), chunk):
+        yield start, words[start : start + chunk] & magnitude
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -122,4 +134,4 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _chunk(tensor: Tensor) -> int:
-    return CPU_CHUNK if tensor.device.type == "cpu" else DEVICE_CHUNK
+    return CPU_CHUNK if bits.is_host(tensor.device) else DEVICE_CHUNK

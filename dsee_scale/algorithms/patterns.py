@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsee_scale.algorithms.delta import BLOCK_ENTRIES, flat_blocks
+from dsee_scale.algorithms.delta import block_entries, flat_blocks
 from dsee_scale.algorithms.score import Ranking, block_scores, keys, ranked_blocks
 
 SMALL_GROUP = 32
@@ -70,7 +70,7 @@ def key_blocks(weight: Tensor, start: int, ranking: Ranking) -> Iterator[tuple[T
         if not ranked.is_floating_point():
             yield ranked, position
             continue
-        for part in ranked.split(BLOCK_ENTRIES):
+        for part in ranked.split(block_entries(ranked.device)):
             yield keys(part.float().abs(), part), position
             position += part.numel()
 
@@ -104,12 +104,12 @@ def score_blocks(weight: Tensor, start: int, ranking: Ranking) -> Iterator[tuple
     mode = _WITHOUT_RECIPROCAL.get(ranking.mode, ranking.mode)
     ranking = dataclasses.replace(ranking, mode=mode)  # type: ignore[arg-type]
     if ranking.by_magnitude:
-        for part in weight.split(BLOCK_ENTRIES):
+        for part in weight.split(block_entries(weight.device)):
             yield part.float().abs(), start
             start += part.numel()
         return
     shape = ranking.shape if ranking.delta is None else ranking.delta.storage_shape
-    for block in flat_blocks(shape, start, weight.numel()):
+    for block in flat_blocks(shape, start, weight.numel(), weight.device):
         entries = weight[block.start - start : block.start - start + block.numel]
         yield block_scores(ranking, entries, block), block.start
 
@@ -120,7 +120,8 @@ def largest_exponent(blocks: Iterable[tuple[Tensor, int]]) -> Tensor:
     Raises:
         ValueError: a score is NaN or infinite.
     """
-    largest = max((float(part.max()) for part, _ in blocks if part.numel()), default=0.0)
+    maxima = [part.max() for part, _ in blocks if part.numel()]
+    largest = float(torch.stack(maxima).max()) if maxima else 0.0
     if not math.isfinite(largest):
         raise ValueError("a score is NaN or infinite: the weights or the adapter hold NaN or infinity")
     found = torch.zeros(EXPONENTS, dtype=torch.int64)

@@ -179,7 +179,7 @@ def ranked_blocks(
         shape = ranking.shape
     elif ranking.mode != "random" and ranking.delta is not None:
         shape = ranking.delta.storage_shape
-    for block in flat_blocks(shape, start, weight.numel()):
+    for block in flat_blocks(shape, start, weight.numel(), weight.device):
         if wants is not None and not wants(block.start, block.numel):
             continue
         entries = weight[block.start - start : block.start - start + block.numel]

@@ -65,7 +65,6 @@ class CutSearch:
 
     Attributes:
         cut: the result; None until it is found. Every rank finds it in the same round.
-        histogram: (65536,) int64, this rank's counts of this round.
     """
 
     def __init__(
@@ -89,7 +88,8 @@ class CutSearch:
         assert 0 <= num_remove <= total, (num_remove, total)
         assert key_bits in (16, 32), key_bits
         self.cut: Cut | None = None
-        self.histogram = torch.zeros(BINS, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(BINS, dtype=torch.int64, device=device)
+        self._elsewhere: dict[torch.device, Tensor] = {}
         self._key_bits = key_bits
         self._total = total
         self._use_compiled = use_compiled
@@ -100,6 +100,14 @@ class CutSearch:
             self._finish(0, 0)
         elif num_remove == total:
             self._finish((1 << (key_bits - 1)) - 1, 0)
+
+    @property
+    def histogram(self) -> Tensor:
+        """(65536,) int64, this rank's counts of this round."""
+        for counts in self._elsewhere.values():
+            self._counts += counts.to(self._counts.device)
+        self._elsewhere.clear()
+        return self._counts
 
     def wants(self, position: int, numel: int) -> bool:
         """Whether entries position to position + numel matter in this round. Skipping others is allowed."""
@@ -116,13 +124,11 @@ class CutSearch:
         if not self.wants(position, ranked.numel()):
             return
         loops = choose_loops(self._total, ranked.device, self._use_compiled)
-        here = self.histogram
+        here = self._counts
         if ranked.device != here.device:
-            here = torch.zeros(BINS, dtype=torch.int64, device=ranked.device)
+            here = self._elsewhere.setdefault(ranked.device, torch.zeros_like(here, device=ranked.device))
         for offset, part in in_key_width(ranked, self._key_bits):
             self._round.count(loops, part, position + offset, here)
-        if here is not self.histogram:
-            self.histogram += here.to(self.histogram.device)
 
     def advance(self, summed: Tensor) -> None:
         """End the round with the histogram summed over all ranks; clears `histogram` for the next one.
@@ -143,7 +149,8 @@ class CutSearch:
         self._expected = int(counts[bin])
         self._below -= int(through[bin]) - self._expected
         self._round = self._round.inside(bin)
-        self.histogram.zero_()
+        self._counts.zero_()
+        self._elsewhere.clear()
         if self._below == 0:
             self._finish(*self._round.first())
 
@@ -240,7 +247,7 @@ def global_cut(
 
 def apply_cut_(
     weight: Tensor, ranked: Tensor, position: int, cut: Cut, *, use_compiled: bool | None = None
-) -> int:
+) -> int | Tensor:
     """Zero, in place, the entries of one block that a cut removes.
 
     Args:
@@ -252,17 +259,17 @@ def apply_cut_(
 
     Returns:
         Entries removed, those that were zero before included; over all blocks of a pool that is exactly
-        `num_remove`.
+        `num_remove`. On an accelerator a tensor of no dimension: add them up before reading one.
     """
     assert weight.is_contiguous() and weight.shape == ranked.shape, (weight.shape, ranked.shape)
     loops = choose_loops(weight.numel(), weight.device, use_compiled)
-    removed = 0
+    removed: int | Tensor = 0
     for offset, part in in_key_width(ranked, cut.key_bits):
         entries = weight[offset : offset + part.numel()]
         # Of the entries that tie at the cut's key, those at an earlier position go.
         split = min(max(cut.position - position - offset, 0), part.numel())
         if split:
-            removed += loops.zero_up_to_(entries[:split], part[:split], cut.key)
+            removed = removed + loops.zero_up_to_(entries[:split], part[:split], cut.key)
         if split < part.numel() and cut.key > 0:
-            removed += loops.zero_up_to_(entries[split:], part[split:], cut.key - 1)
+            removed = removed + loops.zero_up_to_(entries[split:], part[split:], cut.key - 1)
     return removed

@@ -62,7 +62,7 @@ def _apply(
 
 
 def _apply_to(member: Member, stored: Shard, ranking: Ranking, cut: Cut) -> int:
-    return sum(
-        apply_cut_(entries, ranked, member.start + position, cut)
-        for entries, ranked, position in ranked_blocks(stored.data, stored.start, ranking)
-    )
+    zeros: int | torch.Tensor = 0
+    for entries, ranked, position in ranked_blocks(stored.data, stored.start, ranking):
+        zeros = zeros + apply_cut_(entries, ranked, member.start + position, cut)
+    return int(zeros)  # one wait for each matrix on an accelerator

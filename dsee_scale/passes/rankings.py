@@ -19,12 +19,12 @@ def find_rankings(
     with_delta = [m for m in members if is_adapted(m.module) and config.score not in ("W", "random")]
     small = [m.module.dsee_flat for m in with_delta]
     whole = partition.gather(small) if small else []  # type: ignore[arg-type]
-    deltas = {m.name: delta_record(m.module, flat) for m, flat in zip(with_delta, whole, strict=True)}
-    for name, delta in deltas.items():
-        if not (all_finite(delta.a) and all_finite(delta.b) and all_finite(delta.values)):
+    for member, flat in zip(with_delta, whole, strict=True):
+        if not all_finite(flat):
             raise TargetError(
-                f"the adapter of {name} holds NaN or infinity; load an earlier checkpoint first"
+                f"the adapter of {member.name} holds NaN or infinity; load an earlier checkpoint first"
             )
+    deltas = {m.name: delta_record(m.module, flat) for m, flat in zip(with_delta, whole, strict=True)}
     norms = {m.name: statistics.norms(m.name) for m in members} if statistics is not None else {}
     return {
         m.name: Ranking(

@@ -129,7 +129,7 @@ def test_flat_blocks_cover_each_stretch_once_and_start_at_absolute_rows(shape, c
         seen = []
         for start, stop in itertools.pairwise(edges):
             at = start
-            for block in flat_blocks(shape, start, stop - start):
+            for block in flat_blocks(shape, start, stop - start, torch.device("cpu")):
                 assert block.start_row % step == 0
                 assert block.stop_row == min(rows, block.start_row + step)
                 assert block.start == at and block.numel > 0
@@ -156,7 +156,7 @@ def test_update_of_a_stretch_does_not_depend_on_where_the_stretch_begins(cuts, t
     def stretch(start, stop):
         return [
             block.part(delta_block(delta, block.start_row, block.stop_row))
-            for block in flat_blocks(delta.storage_shape, start, stop - start)
+            for block in flat_blocks(delta.storage_shape, start, stop - start, torch.device("cpu"))
         ]
 
     with pytest.MonkeyPatch.context() as patch:
