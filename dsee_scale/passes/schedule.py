@@ -29,11 +29,16 @@ class GradualConfig(JsonConfig):
 class CubicSchedule(GradualConfig):
     """Sparsity that rises fast at first and slowly at the end (Zhu and Gupta 2017, arXiv 1710.01878, eq. 1).
 
-    In a training loop:
+    In a training loop, right after a step of the optimizer (heads and neurons are refused while accumulated
+    gradients wait for one):
 
-        for step, batch in enumerate(loader):
-            if schedule.due(step):
-                dsee_scale.prune(engine, schedule.config(base_config, step))
+        done = engine.global_steps
+        for batch in loader:
+            engine.backward(loss_of(engine, batch))
+            engine.step()
+            if engine.global_steps > done and schedule.due(engine.global_steps):
+                dsee_scale.prune(engine, schedule.config(base_config, engine.global_steps))
+            done = engine.global_steps
     """
 
     final_sparsity: float

@@ -20,7 +20,7 @@ from dsee_scale.partition.optimizer_state import MASTER, Stretch
 
 _HOOKS: list[Any] = []
 _WAITING: Any = WeakTensorKeyDictionary()
-"""Parameter -> lines of it whose gradients and moments a plain optimizer still has to forget."""
+"""Parameter -> lines of it whose moments a plain optimizer still has to forget."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +115,8 @@ def zero_lines(model: nn.Module, partition: Partition, lines: Sequence[Lines]) -
     """Zero lines of parameters in every stored copy, and in the master values and moments of an optimizer.
 
     Local, after `check_reachable`. A moment that is left would move a zeroed parameter on without any gradient.
-    A DeepSpeed engine knows its optimizer; the state of any other torch optimizer, and gradients, are cleared
-    when it makes its next step.
+    A DeepSpeed engine knows its optimizer; the moments of any other torch optimizer are cleared when it makes its
+    next step.
 
     Args:
         model: what `prune` was given.
@@ -161,22 +161,25 @@ def _clear_moments(stretch: Stretch, lines: Lines) -> None:
 
 @torch.no_grad()
 def _clear_before_step(optimizer: Any, *_: Any) -> None:
-    """Clear gradients and moments of the lines that wait, once. Runs before any torch optimizer's step."""
+    """Clear the moments of the lines that wait, once. Runs before any torch optimizer's step."""
     for param in [param for param in _WAITING if _trains(optimizer, param)]:
         for one in _WAITING.pop(param):
-            lines = Lines(param, *one)
-            if param.grad is not None:
-                lines.clear(param.grad.view(-1), 0)
-            _clear_moments(Stretch(0, param.numel(), param, 0, optimizer, 0), lines)
+            _clear_moments(Stretch(0, param.numel(), param, 0, optimizer, 0), Lines(param, *one))
 
 
 def _trains(optimizer: Any, param: Tensor) -> bool:
     return any(param is one for group in optimizer.param_groups for one in group["params"])
 
 
+@torch.no_grad()
 def _clear_later(lines: Sequence[Lines]) -> None:
-    """Wait for the optimizer, which no parameter knows. A hook cannot take itself off: it stays, idle."""
+    """Clear gradients now and moments later: no parameter knows its optimizer.
+
+    The hook cannot take itself off: it stays, idle.
+    """
     if not _HOOKS:
         _HOOKS.append(register_optimizer_step_pre_hook(_clear_before_step))
     for one in lines:
+        if one.param.grad is not None:
+            one.clear(one.param.grad.view(-1), 0)
         _WAITING.setdefault(one.param, []).append((one.axis, one.gone, one.shape, one.offset))

@@ -15,7 +15,6 @@ from dsee_scale.adapters.removed_units import removed_units
 from dsee_scale.algorithms.patterns import groups_hold
 from dsee_scale.partition import open_partition, unwrap
 from dsee_scale.partition.engine_state import open_optimizer
-from dsee_scale.passes.zero_lines import reset_state
 from tests.dist.test_inject_prune import (
     check_hierarchical,
     ENGINES,
@@ -276,80 +275,6 @@ def stage_config(stage: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, A
     if stage < 3:
         config["zero_optimization"] = {"stage": stage}
     return config
-
-
-def between_micro_steps(stage: int) -> list[str]:
-    """Heads are removed at every place of a step; where that was refused."""
-    config = {**stage_config(stage), "gradient_accumulation_steps": 2}
-    engine = engine_for(make("llama", torch.bfloat16, config if stage == 3 else None), config)
-    refused = []
-
-    def remove_heads(place: str) -> None:
-        before = whole_weights(engine)
-        try:
-            dsee_scale.prune(engine, PruneConfig(pattern="heads", num_per_layer=2, score="W"))
-        except PartitionError as error:
-            assert "right after the engine.step()" in str(error)
-            assert all(torch.equal(before[name], new) for name, new in whole_weights(engine).items())
-            refused.append(place)
-
-    for micro_step in ("first", "second"):
-        ids = token_batch()
-        engine.backward(engine(ids, labels=ids).loss)
-        remove_heads(f"after the {micro_step} backward")
-        engine.step()
-        remove_heads(f"after the {micro_step} step")
-    expected = zeros_of_units(unwrap(engine), ("heads",))
-    train(engine, 2)
-    after = whole_weights(engine)
-    assert not any(after[name].reshape(-1)[lines].any() for name, lines in expected.items())
-    return refused
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_units_are_not_removed_while_gradients_wait(pools, stage):
-    expected = ["after the first backward", "after the first step", "after the second backward"]
-    assert pools(2).run(between_micro_steps, stage) == [expected] * 2
-
-
-def reset_adapters(stage: int, zero: dict[str, Any]) -> None:
-    """Half of the adapters get zeros, half get values; they are then trained as if they had never been."""
-    dtype = torch.bfloat16
-    config = zero3_engine_config(dtype, zero) if stage == 3 else stage_config(stage)
-    engine = engine_for(make("llama", dtype, config if stage == 3 else None), config)
-    train(engine, 2)
-    layers = adapted_layers(unwrap(engine))
-    params = [layer.dsee_flat for layer in layers.values()]
-    port = open_partition(engine)
-    values = {
-        index: torch.randn(port.shape(param), generator=torch.Generator().manual_seed(index)).to(dtype)
-        for index, param in enumerate(params)
-        if index % 2
-    }
-    before = whole_weights(engine)
-    reset_state(engine, port, params, values)
-    kept = open_optimizer(engine)
-    names = [f"{name}.dsee_flat" for name in layers]
-    whole = dict(zip(names, port.gather(params), strict=True))
-    for key in ("master", *kept.moments()):
-        for index, found in enumerate(kept.gather([(name, key) for name in names])):
-            new = values.get(index, torch.zeros(1)) if key == "master" else torch.zeros(1)
-            assert torch.equal(found, new.float().expand_as(found)), (key, names[index])
-    for index, name in enumerate(names):
-        assert torch.equal(whole[name].reshape(-1), values.get(index, whole[name] * 0).reshape(-1)), name
-    others = [name for name in before if name not in names]
-    after = whole_weights(engine)
-    assert all(torch.equal(before[name], after[name]) for name in others)
-    train(engine, 1)
-    moved = whole_weights(engine)
-    rate = config["optimizer"]["params"]["lr"]
-    for name in names:  # Adam's first step is at most the learning rate, a later one with no memory a bit more
-        assert 0 < (moved[name].float() - whole[name].float()).abs().max() < 8 * rate, name
-
-
-@pytest.mark.parametrize("kind", [1, 2, *ENGINES])
-def test_trained_parameters_start_anew(pools, kind):
-    pools(2).run(reset_adapters, *((kind, {}) if isinstance(kind, int) else (3, ENGINES[kind])))
 
 
 def losses_after_patterns(ds_config: dict[str, Any]) -> list[float]:

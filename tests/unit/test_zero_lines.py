@@ -1,0 +1,49 @@
+"""Trained parameters of a plain model start anew under torch's and bitsandbytes' optimizers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsee_scale.partition import open_partition
+from dsee_scale.passes.zero_lines import reset_state
+
+RATE = 1e-2
+
+
+class Two(torch.nn.Module):
+    """Both large enough for moments in 8 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset = torch.nn.Parameter(torch.randn(70, 80, generator=torch.Generator().manual_seed(0)))
+        self.kept = torch.nn.Parameter(torch.randn(5000, generator=torch.Generator().manual_seed(1)))
+
+
+def step(model: Two, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    for param in model.parameters():
+        param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(seed)).sign()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit"])
+@pytest.mark.parametrize("given", [False, True])
+def test_trained_parameters_of_a_plain_model_start_anew(name, given):
+    cls = getattr(torch.optim if name == "AdamW" else pytest.importorskip("bitsandbytes").optim, name)
+    model, twin = Two(), Two()
+    optimizers = [cls(each.parameters(), lr=RATE, weight_decay=0.0) for each in (model, twin)]
+    for each, optimizer in zip((model, twin), optimizers, strict=True):
+        for seed in range(3):
+            step(each, optimizer, seed)
+    values = torch.ones(70, 80) if given else torch.zeros(70, 80)
+    reset_state(model, open_partition(model), [model.reset], {0: values.view(-1)} if given else None)
+    assert torch.equal(model.reset, values)
+    assert torch.equal(model.kept, twin.kept)
+    assert model.reset.grad is not None and not model.reset.grad.any()
+    step(model, optimizers[0], 3)
+    # Only the last gradient, of size 1, is remembered; bias is corrected for four steps.
+    expected = RATE * (0.1 / (1 - 0.9**4)) / (0.001 / (1 - 0.999**4)) ** 0.5
+    moved = (model.reset - values).abs()
+    assert moved.max() < 1.05 * expected and moved.min() > 0.95 * expected
+    step(twin, optimizers[1], 3)
+    assert torch.equal(model.kept, twin.kept)
