@@ -131,10 +131,13 @@ def _share(support: Support | None, target: Target, owner: int, partition: Parti
 
 
 def _explain(error: Exception, config: DSEEConfig) -> Exception:
+    setting = f"decomposition.round_memory_mib (now {config.decomposition.round_memory_mib})"
+    return explain_shortage(error, "while decomposing a round of matrices", setting)
+
+
+def explain_shortage(error: Exception, where: str, setting: str) -> Exception:
+    """A PartitionError that names what to lower, if memory ended; any other error as it is. Local."""
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return PartitionError(
-            "out of memory while decomposing a round of matrices; lower "
-            f"decomposition.round_memory_mib (now {config.decomposition.round_memory_mib}): {error}"
-        )
+        return PartitionError(f"out of memory {where}; lower {setting}: {error}")
     return error

@@ -8,6 +8,7 @@ among the entries that stay.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +24,13 @@ from dsee_scale.algorithms.decompose import Support, find_support
 from dsee_scale.algorithms.delta import AdapterSpec, delta_block
 from dsee_scale.algorithms.refit import Count, Groups, sparsegpt, to_storage
 from dsee_scale.config import DSEEConfig, PruneConfig
+from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import CalibrationError, PartitionError, TargetError
 from dsee_scale.partition import Partition, unwrap
 from dsee_scale.passes.blocks import Call, advance, capture, find_blocks, run_block
 from dsee_scale.passes.calibrate import NO_TOKEN, Batches, compute_device, evaluating, token_mask, watching
 from dsee_scale.passes.deal import deal
-from dsee_scale.passes.decompose_model import seeded
+from dsee_scale.passes.decompose_model import explain_shortage, seeded
 from dsee_scale.passes.pools import Member, WeightPool
 from dsee_scale.passes.progress import show_progress
 from dsee_scale.passes.prune_checks import note_pattern
@@ -146,20 +148,26 @@ def _refit_block(
     )
     solved: dict[str, tuple[Tensor, Support | None]] = {}
     for group in _groups(jobs, config.gram_memory_mib << 20):
-        grams = _collect(module, block, index, group, calls, owners, partition)
-        weights = _owned_weights(group, owners, partition)
-        failure: Exception | None = None
-        try:
+        grams = _collect(module, block, index, group, calls, owners, config, partition)
+        weights = _owned_weights(group, owners, config, partition)
+        with _alike(partition, config):
             for job in group:
-                if owners[job.member.name] == partition.rank:
-                    solved[job.member.name] = _solve(
-                        module, job, weights[job.member.name], grams[job.leader], config
-                    )
-        except Exception as error:  # every owner gets this far; they fail together
-            failure = error
-        partition.raise_together(failure)
+                name = job.member.name
+                if owners[name] == partition.rank:
+                    solved[name] = _solve(module, job, weights[name], grams[job.leader], config)
         del grams, weights
     _write(model, jobs, owners, solved, config, partition)
+
+
+@contextlib.contextmanager
+def _alike(partition: Partition, config: PruneConfig) -> Iterator[None]:
+    """Collective at its end: an error of one rank's local work is every rank's; a shortage names what to lower."""
+    with raise_on_all_ranks(partition):
+        try:
+            yield
+        except Exception as error:
+            setting = f"gram_memory_mib (now {config.gram_memory_mib})"
+            raise explain_shortage(error, "while re-fitting a block", setting) from error
 
 
 def _groups(jobs: Sequence[_Job], max_bytes: int) -> Iterator[list[_Job]]:
@@ -186,6 +194,7 @@ def _collect(
     jobs: Sequence[_Job],
     calls: Sequence[Call],
     owners: Mapping[str, int],
+    config: PruneConfig,
     partition: Partition,
 ) -> dict[str, Tensor]:
     """Collective. X^T X / tokens of the inputs of matrices that this rank owns, (I, I) float32, by leader.
@@ -195,10 +204,11 @@ def _collect(
     """
     leaders = {job.leader: job for job in jobs}
     device = compute_device(module, partition)
-    sums = {
-        name: torch.zeros(job.member.num_inputs, job.member.num_inputs, device=device)
-        for name, job in leaders.items()
-    }
+    with _alike(partition, config):  # a rank without the memory must not leave the others in a forward pass
+        sums = {
+            name: torch.zeros(job.member.num_inputs, job.member.num_inputs, device=device)
+            for name, job in leaders.items()
+        }
     tokens = dict.fromkeys(leaders, 0)
 
     def take(name: str, x_TI: Tensor) -> None:
@@ -241,14 +251,15 @@ def _reduced(
 
 
 def _owned_weights(
-    jobs: Sequence[_Job], owners: Mapping[str, int], partition: Partition
+    jobs: Sequence[_Job], owners: Mapping[str, int], config: PruneConfig, partition: Partition
 ) -> dict[str, Tensor]:
     """Collective. Whole W + D, (O, I) float32, of the matrices that this rank owns."""
     params = [job.member.param for job in jobs]
     dealt = [owners[job.member.name] for job in jobs]
-    workspace = torch.empty(
-        partition.exchange_bytes(params, dealt), dtype=torch.uint8, device=partition.device
-    )
+    with _alike(partition, config):
+        workspace = torch.empty(
+            partition.exchange_bytes(params, dealt), dtype=torch.uint8, device=partition.device
+        )
     whole = partition.start_exchange(params, dealt, workspace).wait()
     adapted = [job.member for job in jobs if is_adapted(job.member.module)]
     flats = partition.gather([member.module.dsee_flat for member in adapted]) if adapted else []  # type: ignore[misc]

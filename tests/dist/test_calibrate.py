@@ -11,7 +11,8 @@ import torch.distributed as dist
 import dsee_scale
 from dsee_scale import PruneConfig, Statistics
 from dsee_scale.adapters.linear import adapted_layers
-from dsee_scale.errors import CalibrationError
+from dsee_scale.errors import CalibrationError, PartitionError
+from dsee_scale.passes import refit_model
 from dsee_scale.partition import unwrap
 from tests.dist.test_inject_prune import engine_for, train, whole_weights
 from tests.models import zero3_config
@@ -122,6 +123,29 @@ def test_bad_calibration_is_the_same_error_on_every_rank(pools, padding_only, wo
     found = pools(2).run(refused, padding_only)
     assert found[0][0] == found[1][0] and words in found[0][0]
     assert all(unchanged for _, unchanged in found)
+
+
+def out_of_memory() -> tuple[str, bool]:
+    """Rank 1 has no room to solve its first matrix."""
+    engine = live("llama", zero3_config())
+    before = whole_weights(engine)
+
+    def solve(*_: Any) -> None:
+        raise MemoryError("no room for a factorisation")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(refit_model, "sparsegpt", solve)
+        with pytest.raises(PartitionError) as caught:
+            dsee_scale.prune(engine, PruneConfig(), here(2))
+    after = whole_weights(engine)
+    return str(caught.value), all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_rank_without_memory_to_solve_is_the_same_error_on_every_rank(pools):
+    found = pools(2).run(out_of_memory)
+    assert found[0] == found[1] and found[0][1]
+    assert "out of memory while re-fitting a block; lower gram_memory_mib (now 4096)" in found[0][0]
 
 
 def losses_after(calibrate: bool) -> list[float]:

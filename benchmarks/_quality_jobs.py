@@ -1,0 +1,93 @@
+"""The jobs of benchmarks/quality.py: what is learned, from which rows, and how it is judged."""
+
+from __future__ import annotations
+
+import csv
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from dsee_scale.data.encoding import Encoder
+from dsee_scale.data.rows import load_rows
+from dsee_scale.evaluation.evaluate import EvaluationSet
+from dsee_scale.recipe.sections import DataConfig
+
+METRIC = {"sentiment": "accuracy", "e2e": "loss", "text": "perplexity"}
+"""What a job's rows are compared by."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job, as tokens.
+
+    Attributes:
+        name: `sentiment`, `e2e` or `text`.
+        train: columns `input_ids` and `labels`.
+        evaluation: held-out examples.
+        generation: arguments of `generate`.
+        batch_size: rows of a step.
+    """
+
+    name: str
+    train: Dataset
+    evaluation: EvaluationSet
+    generation: dict[str, int]
+    batch_size: int
+
+
+def load_job(
+    name: str, tokenizer: PreTrainedTokenizerBase, files: Sequence[Path], work: Path, num_eval: int
+) -> Job:
+    """Read and encode a job's rows.
+
+    Args:
+        name: see `Job`.
+        tokenizer: the model's.
+        files: `sentiment`: train.csv and validation.csv of examples/demo; `e2e`: one CSV with mr and ref, of which a
+            sixth of the meaning representations is held out; `text`: text to train on and text to judge by.
+        work: where a split is kept.
+        num_eval: held-out rows at most.
+    """
+    if name == "e2e":
+        files = split_meanings(files[0], work)
+    common = {"train_file": str(files[0]), "validation_file": str(files[1]), "max_eval_samples": num_eval}
+    configs = {
+        "sentiment": dict(
+            task="classification",
+            prompt="Review: {text}\nSentiment:",
+            labels={"negative": " negative", "positive": " positive"},
+            max_length=64,
+        ),
+        "e2e": dict(task="completion", prompt="{mr} ||", completion=" {ref}", max_length=192),
+        "text": dict(task="language_modelling", separator="\n", max_length=256),
+    }
+    config = DataConfig(**common, **configs[name])  # type: ignore[arg-type]
+    encoder, (train, held_out) = Encoder(tokenizer, config), load_rows(config)
+    classified = config.task == "classification"
+    evaluation = EvaluationSet(
+        answers=() if classified else encoder.evaluation_examples(held_out)[:num_eval],
+        choices=encoder.choices(held_out) if classified else (),
+        generations=encoder.generations(held_out, 60) if name == "e2e" else (),
+        pad_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
+    )
+    generation = {"max_new_tokens": 64, "num_beams": 4, "no_repeat_ngram_size": 4}
+    return Job(name, encoder.training_examples(train), evaluation, generation, 16 if classified else 8)
+
+
+def split_meanings(source: Path, work: Path) -> list[Path]:
+    """train.csv and held-out.csv without a meaning representation in common."""
+    with source.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    meanings = sorted({row["mr"] for row in rows})
+    held_out = set(random.Random(0).sample(meanings, len(meanings) // 6))
+    paths = [work / "e2e-train.csv", work / "e2e-held-out.csv"]
+    for path, inside in zip(paths, (False, True), strict=True):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["mr", "ref"], extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(row for row in rows if (row["mr"] in held_out) == inside)
+    return paths
