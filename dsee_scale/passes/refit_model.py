@@ -9,7 +9,6 @@ among the entries that stay.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -20,50 +19,23 @@ from tqdm.auto import tqdm
 from dsee_scale.adapters.linear import delta_record, is_adapted, restore_under_mask
 from dsee_scale.adapters.state import model_state, reject_broken
 from dsee_scale.algorithms.bits import count_nonzero
-from dsee_scale.algorithms.decompose import Support, find_support
+from dsee_scale.algorithms.decompose import Support
 from dsee_scale.algorithms.delta import AdapterSpec, delta_block
-from dsee_scale.algorithms.refit import Count, Groups, sparsegpt, to_storage
-from dsee_scale.config import DSEEConfig, PruneConfig
+from dsee_scale.config import PruneConfig
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import CalibrationError, PartitionError, TargetError
 from dsee_scale.partition import Partition, unwrap
 from dsee_scale.passes.blocks import Call, advance, capture, find_blocks, run_block
 from dsee_scale.passes.calibrate import NO_TOKEN, Batches, compute_device, evaluating, token_mask, watching
 from dsee_scale.passes.deal import deal
-from dsee_scale.passes.decompose_model import explain_shortage, seeded
+from dsee_scale.passes.decompose_model import explain_shortage
 from dsee_scale.passes.pools import Member, WeightPool
 from dsee_scale.passes.progress import show_progress
 from dsee_scale.passes.prune_checks import note_pattern
+from dsee_scale.passes.refit_matrix import Job, solve
 from dsee_scale.passes.zero_lines import Lines, check_reachable, zero_lines
 
 Counts = dict[str, tuple[int, int]]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Job:
-    """One matrix to solve.
-
-    Attributes:
-        member: the weight.
-        sparsity: the fraction that goes.
-        leader: the module under whose name its input is collected.
-        left: (K,) inputs that are still there, where heads or neurons took some; None for all.
-    """
-
-    member: Member
-    sparsity: float
-    leader: str
-    left: Tensor | None
-
-    @property
-    def gram_bytes(self) -> int:
-        return 4 * self.member.num_inputs**2
-
-    @property
-    def cost(self) -> int:
-        """Multiplications of the solver, about."""
-        outputs = self.member.numel // self.member.num_inputs
-        return self.member.num_inputs**2 * (self.member.num_inputs + outputs)
 
 
 @torch.no_grad()
@@ -110,7 +82,7 @@ def refit(
             calls = capture(model, blocks, batches, partition, where)
         _reject_padding_only(calls, partition)
         jobs = [
-            _Job(member, sparsity, watch.leaders.get(name, name), _left(removed.get(name)))
+            Job(member, sparsity, watch.leaders.get(name, name), _left(removed.get(name)))
             for name, (member, sparsity) in members.items()
         ]
         for index, (name, block) in enumerate(tqdm(blocks, desc="refit", unit="block", disable=hidden)):
@@ -132,7 +104,7 @@ def _refit_block(
     model: nn.Module,
     block: nn.Module,
     index: int,
-    jobs: Sequence[_Job],
+    jobs: Sequence[Job],
     calls: Sequence[Call],
     config: PruneConfig,
     partition: Partition,
@@ -154,7 +126,7 @@ def _refit_block(
             for job in group:
                 name = job.member.name
                 if owners[name] == partition.rank:
-                    solved[name] = _solve(module, job, weights[name], grams[job.leader], config)
+                    solved[name] = solve(module, job, weights[name], grams[job.leader], config)
         del grams, weights
     _write(model, jobs, owners, solved, config, partition)
 
@@ -170,12 +142,12 @@ def _alike(partition: Partition, config: PruneConfig) -> Iterator[None]:
             raise explain_shortage(error, "while re-fitting a block", setting) from error
 
 
-def _groups(jobs: Sequence[_Job], max_bytes: int) -> Iterator[list[_Job]]:
+def _groups(jobs: Sequence[Job], max_bytes: int) -> Iterator[list[Job]]:
     """Matrices whose Gram matrices fit into the bound together; those with one input stay together."""
-    by_leader: dict[str, list[_Job]] = {}
+    by_leader: dict[str, list[Job]] = {}
     for job in jobs:
         by_leader.setdefault(job.leader, []).append(job)
-    group: list[_Job] = []
+    group: list[Job] = []
     used = 0
     for sharing in by_leader.values():
         if group and used + sharing[0].gram_bytes > max_bytes:
@@ -191,7 +163,7 @@ def _collect(
     module: nn.Module,
     block: nn.Module,
     index: int,
-    jobs: Sequence[_Job],
+    jobs: Sequence[Job],
     calls: Sequence[Call],
     owners: Mapping[str, int],
     config: PruneConfig,
@@ -228,7 +200,7 @@ def _collect(
 def _reduced(
     sums: dict[str, Tensor],
     tokens: Mapping[str, int],
-    jobs: Sequence[_Job],
+    jobs: Sequence[Job],
     owners: Mapping[str, int],
     partition: Partition,
 ) -> dict[str, Tensor]:
@@ -251,7 +223,7 @@ def _reduced(
 
 
 def _owned_weights(
-    jobs: Sequence[_Job], owners: Mapping[str, int], config: PruneConfig, partition: Partition
+    jobs: Sequence[Job], owners: Mapping[str, int], config: PruneConfig, partition: Partition
 ) -> dict[str, Tensor]:
     """Collective. Whole W + D, (O, I) float32, of the matrices that this rank owns."""
     params = [job.member.param for job in jobs]
@@ -275,58 +247,9 @@ def _owned_weights(
     return found
 
 
-def _solve(
-    module: nn.Module, job: _Job, weight_OI: Tensor, gram_II: Tensor, config: PruneConfig
-) -> tuple[Tensor, Support | None]:
-    """Local. The new weight as stored, and the adapter's new support."""
-    member = job.member
-    solved = _swept(job, weight_OI, gram_II, config)
-    stored = to_storage(solved, member.param.dtype)
-    support = None
-    if is_adapted(member.module):
-        settings = model_state(module).config
-        assert settings is not None
-        support = _new_support(member, stored, settings)
-    return (stored.t().contiguous() if member.transposed else stored), support
-
-
-def _swept(job: _Job, weight_OI: Tensor, gram_II: Tensor, config: PruneConfig) -> Tensor:
-    """(O, I) float32, zero where it is pruned; inputs that are gone already are left out of the problem."""
-    if job.left is not None:
-        left = job.left.to(weight_OI.device)
-        inside = _swept(
-            dataclasses.replace(job, left=None), weight_OI[:, left], gram_II[left][:, left], config
-        )
-        return torch.zeros_like(weight_OI).index_copy_(1, left, inside)
-    if config.n_of_m:
-        removal: Count | Groups = Groups(*config.n_of_m)
-    elif config.scope == "row":
-        removal = Count(min(round(job.sparsity * weight_OI.shape[1]), weight_OI.shape[1] - 1), "row")
-    else:
-        removal = Count(min(round(job.sparsity * weight_OI.numel()), weight_OI.numel() - 1))
-    return sparsegpt(weight_OI, gram_II, removal).weight
-
-
-def _new_support(member: Member, weight_OI: Tensor, settings: DSEEConfig) -> Support | None:
-    """Sparse entries among those that stay, slice by slice."""
-    layer = member.module
-    spec: AdapterSpec = layer.dsee_spec  # type: ignore[assignment]
-    parts = []
-    for k, (start, stop) in enumerate(spec.slices if spec.num_sparse else ()):
-        part = weight_OI[start:stop]
-        generator = seeded(settings.seed, f"{member.name}:{k}:refit")
-        found = find_support(
-            part, spec.num_sparse, settings.support, settings.decomposition, generator, among=part != 0
-        )
-        parts.append((found.rows + start, found.cols))
-    if not parts:
-        return None
-    return Support(torch.cat([rows for rows, _ in parts]), torch.cat([cols for _, cols in parts]))
-
-
 def _write(
     model: nn.Module,
-    jobs: Sequence[_Job],
+    jobs: Sequence[Job],
     owners: Mapping[str, int],
     solved: Mapping[str, tuple[Tensor, Support | None]],
     config: PruneConfig,

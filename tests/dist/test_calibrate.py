@@ -12,7 +12,7 @@ import dsee_scale
 from dsee_scale import PruneConfig, Statistics
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.errors import CalibrationError, PartitionError
-from dsee_scale.passes import refit_model
+from dsee_scale.passes import refit_matrix
 from dsee_scale.partition import unwrap
 from tests.dist.test_inject_prune import engine_for, train, whole_weights
 from tests.models import zero3_config
@@ -135,7 +135,7 @@ def out_of_memory() -> tuple[str, bool]:
 
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            patch.setattr(refit_model, "sparsegpt", solve)
+            patch.setattr(refit_matrix, "sparsegpt", solve)
         with pytest.raises(PartitionError) as caught:
             dsee_scale.prune(engine, PruneConfig(), here(2))
     after = whole_weights(engine)

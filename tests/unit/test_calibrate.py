@@ -14,7 +14,7 @@ from dsee_scale.adapters.families import find_units
 from dsee_scale.adapters.linear import adapted_layers, is_adapted
 from dsee_scale.adapters.targets import linear_kind
 from dsee_scale.errors import CalibrationError, ConfigError, FormatError, PartitionError, TargetError
-from dsee_scale.passes import refit_model
+from dsee_scale.passes import refit_matrix
 from dsee_scale.passes.pools import block_linears
 from tests.models import build, gpt2_config, llama_config, token_batch
 from tests.unit.test_prune import dense_delta
@@ -285,7 +285,7 @@ def test_activations_that_are_not_finite_are_named(refit):
 
 
 def test_a_refit_that_stops_half_way_says_where_and_the_model_refuses_to_go_on(monkeypatch):
-    model, solve, calls = make("llama"), refit_model.sparsegpt, []
+    model, solve, calls = make("llama"), refit_matrix.sparsegpt, []
 
     def failing(*args):
         calls.append(args)
@@ -293,7 +293,7 @@ def test_a_refit_that_stops_half_way_says_where_and_the_model_refuses_to_go_on(m
             raise MemoryError("no memory is left")
         return solve(*args)
 
-    monkeypatch.setattr(refit_model, "sparsegpt", failing)
+    monkeypatch.setattr(refit_matrix, "sparsegpt", failing)
     with pytest.raises(
         PartitionError, match=r"layers\.0 to model\.layers\.0 are pruned.*no memory is left.*Load"
     ) as caught:

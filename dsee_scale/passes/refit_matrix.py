@@ -1,0 +1,95 @@
+"""What the owner of a matrix does to it in a re-fit: choose, solve, and place the adapter's sparse entries anew."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from dsee_scale.adapters.linear import is_adapted
+from dsee_scale.adapters.state import model_state
+from dsee_scale.algorithms.decompose import Support, find_support
+from dsee_scale.algorithms.delta import AdapterSpec
+from dsee_scale.algorithms.refit import sparsegpt, to_storage
+from dsee_scale.algorithms.sweep import Count, Groups
+from dsee_scale.config import DSEEConfig, PruneConfig
+from dsee_scale.passes.decompose_model import seeded
+from dsee_scale.passes.pools import Member
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """One matrix to solve.
+
+    Attributes:
+        member: the weight.
+        sparsity: the fraction that goes.
+        leader: the module under whose name its input is collected.
+        left: (K,) inputs that are still there, where heads or neurons took some; None for all.
+    """
+
+    member: Member
+    sparsity: float
+    leader: str
+    left: Tensor | None
+
+    @property
+    def gram_bytes(self) -> int:
+        """Size of its input's Gram matrix in float32."""
+        return 4 * self.member.num_inputs**2
+
+    @property
+    def cost(self) -> int:
+        """Multiplications of the solver, about."""
+        outputs = self.member.numel // self.member.num_inputs
+        return self.member.num_inputs**2 * (self.member.num_inputs + outputs)
+
+
+def solve(
+    module: nn.Module, job: Job, weight_OI: Tensor, gram_II: Tensor, config: PruneConfig
+) -> tuple[Tensor, Support | None]:
+    """Local. The new weight as stored, and the adapter's new support."""
+    member = job.member
+    solved = _swept(job, weight_OI, gram_II, config)
+    stored = to_storage(solved, member.param.dtype)
+    support = None
+    if is_adapted(member.module):
+        settings = model_state(module).config
+        assert settings is not None
+        support = _new_support(member, stored, settings)
+    return (stored.t().contiguous() if member.transposed else stored), support
+
+
+def _swept(job: Job, weight_OI: Tensor, gram_II: Tensor, config: PruneConfig) -> Tensor:
+    """(O, I) float32, zero where it is pruned; inputs that are gone already are left out of the problem."""
+    if job.left is not None:
+        left = job.left.to(weight_OI.device)
+        inside = _swept(
+            dataclasses.replace(job, left=None), weight_OI[:, left], gram_II[left][:, left], config
+        )
+        return torch.zeros_like(weight_OI).index_copy_(1, left, inside)
+    if config.n_of_m:
+        removal: Count | Groups = Groups(*config.n_of_m)
+    elif config.scope == "row":
+        removal = Count(min(round(job.sparsity * weight_OI.shape[1]), weight_OI.shape[1] - 1), "row")
+    else:
+        removal = Count(min(round(job.sparsity * weight_OI.numel()), weight_OI.numel() - 1))
+    return sparsegpt(weight_OI, gram_II, removal).weight
+
+
+def _new_support(member: Member, weight_OI: Tensor, settings: DSEEConfig) -> Support | None:
+    """Sparse entries among those that stay, slice by slice."""
+    layer = member.module
+    spec: AdapterSpec = layer.dsee_spec  # type: ignore[assignment]
+    parts = []
+    for k, (start, stop) in enumerate(spec.slices if spec.num_sparse else ()):
+        part = weight_OI[start:stop]
+        generator = seeded(settings.seed, f"{member.name}:{k}:refit")
+        found = find_support(
+            part, spec.num_sparse, settings.support, settings.decomposition, generator, among=part != 0
+        )
+        parts.append((found.rows + start, found.cols))
+    if not parts:
+        return None
+    return Support(torch.cat([rows for rows, _ in parts]), torch.cat([cols for _, cols in parts]))
