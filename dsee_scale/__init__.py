@@ -16,8 +16,8 @@ from dsee_scale.export.lora import export_lora as export_lora
 from dsee_scale.passes.calibrate import Statistics as Statistics
 from dsee_scale.passes.calibrate import calibrate
 from dsee_scale.passes.inject_model import inject, trainable_parameters
-from dsee_scale.passes.prune_model import prune
-from dsee_scale.passes.schedule import CubicSchedule
+from dsee_scale.pruning.prune import prune
+from dsee_scale.pruning.schedule import CubicSchedule
 from dsee_scale.version import __version__
 
 __all__ = [

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from dsee_scale.config import DSEEConfig, PruneConfig
 from dsee_scale.errors import ConfigError
-from dsee_scale.passes.schedule import GradualConfig
+from dsee_scale.pruning.schedule import GradualConfig
 from dsee_scale.recipe.checks import argument_problems, missing_optimizer
 from dsee_scale.recipe.parsing import find_file, parse_command_line, read_yaml, set_nested
 from dsee_scale.recipe.sections import (

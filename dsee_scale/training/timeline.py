@@ -17,7 +17,7 @@ from transformers import TrainingArguments, get_scheduler
 
 from dsee_scale.config import PruneConfig
 from dsee_scale.errors import ConfigError, RunError
-from dsee_scale.passes.schedule import CubicSchedule, GradualConfig
+from dsee_scale.pruning.schedule import CubicSchedule, GradualConfig
 from dsee_scale.recipe.recipe import Recipe
 from dsee_scale.recipe.sections import RetuneConfig
 

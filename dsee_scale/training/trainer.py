@@ -16,7 +16,7 @@ from dsee_scale.errors import ConfigError
 from dsee_scale.evaluation.evaluate import EvaluationSet, Tally, evaluate, generate_texts
 from dsee_scale.evaluation.label_logits import label_loss, logits_at, predicting
 from dsee_scale.export.base import BASE_FOLDER, save_base
-from dsee_scale.passes.prune_model import prune
+from dsee_scale.pruning.prune import prune
 from dsee_scale.training.base_trainer import AdapterTrainer
 from dsee_scale.training.journal import count_zeros, peak_memory, reset_peak_memory, sparsity
 from dsee_scale.training.timeline import PruneEvent

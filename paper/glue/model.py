@@ -26,7 +26,7 @@ from dsee_scale.config import DecompositionConfig, DSEEConfig, Pool, PruneConfig
 from dsee_scale.errors import ConfigError
 from dsee_scale.passes.inject_model import inject
 from dsee_scale.passes.pools import block_linears
-from dsee_scale.passes.prune_model import PruneReport, prune
+from dsee_scale.pruning.prune import PruneReport, prune
 from paper.glue.arguments import SUPPORTS, GlueSettings, ModelArguments, needs_update
 
 logger = logging.getLogger(__name__)

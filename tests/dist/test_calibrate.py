@@ -12,7 +12,7 @@ import dsee_scale
 from dsee_scale import PruneConfig, Statistics
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.errors import CalibrationError, PartitionError
-from dsee_scale.passes import refit_matrix
+from dsee_scale.pruning import refit_matrix
 from dsee_scale.partition import unwrap
 from tests.dist.test_inject_prune import engine_for, train, whole_weights
 from tests.models import zero3_config

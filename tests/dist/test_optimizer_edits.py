@@ -12,7 +12,7 @@ from dsee_scale import PartitionError, PruneConfig
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.partition import open_partition, unwrap
 from dsee_scale.partition.engine_state import open_optimizer
-from dsee_scale.passes.zero_lines import reset_state
+from dsee_scale.pruning.zero_lines import reset_state
 from tests.dist.test_inject_prune import ENGINES, engine_for, train, whole_weights, zero3_engine_config
 from tests.dist.test_patterns import make, stage_config, zeros_of_units
 from tests.models import token_batch

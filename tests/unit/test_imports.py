@@ -23,6 +23,7 @@ ORDER = [
     "partition",
     "adapters",
     "passes",
+    "pruning",
     "checkpoint",
     "export",
     "recipe",

@@ -22,8 +22,8 @@ from dsee_scale.algorithms import patterns
 from dsee_scale.algorithms.delta import delta_block
 from dsee_scale.algorithms.score import Ranking
 from dsee_scale.partition import open_partition
-from dsee_scale.passes.prune_structured import plan_units
-from dsee_scale.passes.rankings import find_rankings  # the adapter of each matrix, as prune reads it
+from dsee_scale.pruning.rankings import find_rankings  # the adapter of each matrix, as prune reads it
+from dsee_scale.pruning.units import plan_units
 from tests.models import build, gpt2_config, llama_config, token_batch
 
 GROUPED = dict(num_attention_heads=6, num_key_value_heads=3, hidden_size=48, head_dim=4, intermediate_size=52)

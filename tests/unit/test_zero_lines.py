@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsee_scale.partition import open_partition
-from dsee_scale.passes.zero_lines import reset_state
+from dsee_scale.pruning.zero_lines import reset_state
 
 RATE = 1e-2
 

@@ -19,12 +19,12 @@ from dsee_scale.passes.calibrate import Batches, Statistics, calibrate
 from dsee_scale.passes.coverage import Coverage
 from dsee_scale.passes.fingerprint import fingerprint
 from dsee_scale.passes.progress import show_progress
-from dsee_scale.passes.prune_checks import check_in_order, check_pruning, note_contents, note_pattern
-from dsee_scale.passes.prune_lowest import remove_lowest
-from dsee_scale.passes.prune_nm import remove_in_rows, remove_n_of_m
-from dsee_scale.passes.prune_structured import remove_units
-from dsee_scale.passes.rankings import find_rankings, reject_not_finite
-from dsee_scale.passes.refit_model import refit
+from dsee_scale.pruning.checks import check_in_order, check_pruning, note_contents, note_pattern
+from dsee_scale.pruning.groups import remove_in_rows, remove_n_of_m
+from dsee_scale.pruning.lowest import remove_lowest
+from dsee_scale.pruning.rankings import find_rankings, reject_not_finite
+from dsee_scale.pruning.refit import refit
+from dsee_scale.pruning.units import remove_units
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def prune(
     Exactly round(sparsity * entries) weights of each pool are zero afterwards, ties included, the same ones
     on any number of ranks. Weights that are zero already count as removed first, so pruning again to a higher
     sparsity keeps earlier zeros. Masks need no memory: W is frozen, so its zeros stay. The patterns N:M,
-    heads and neurons are described in `prune_nm` and `prune_structured`. Of several prunings all are checked before
+    heads and neurons are described in `groups` and `units`. Of several prunings all are checked before
     the first removes anything.
 
     Peak extra memory per rank: whole copies of the adapters in float32, and a few blocks of 2 MiB.

@@ -31,9 +31,9 @@ from dsee_scale.passes.deal import deal
 from dsee_scale.passes.decompose_model import explain_shortage
 from dsee_scale.passes.pools import Member, WeightPool
 from dsee_scale.passes.progress import show_progress
-from dsee_scale.passes.prune_checks import note_pattern
-from dsee_scale.passes.refit_matrix import Job, solve
-from dsee_scale.passes.zero_lines import Lines, check_reachable, zero_lines
+from dsee_scale.pruning.checks import note_pattern
+from dsee_scale.pruning.refit_matrix import Job, solve
+from dsee_scale.pruning.zero_lines import Lines, check_reachable, zero_lines
 
 Counts = dict[str, tuple[int, int]]
 

@@ -37,7 +37,7 @@ from dsee_scale.config import PruneConfig
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.partition import Partition
 from dsee_scale.passes.pools import Member, WeightPool
-from dsee_scale.passes.zero_lines import Lines, check_reachable, zero_lines
+from dsee_scale.pruning.zero_lines import Lines, check_reachable, zero_lines
 
 Counts = dict[str, tuple[int, int]]
 READS_UPDATE_ALONE = ("AB", "ABS", "NAB", "NABS")
