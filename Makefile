@@ -8,7 +8,7 @@ export TORCH_EXTENSIONS_DIR ?= $(VENV)/torch_extensions
 NUM_PROCESSES ?= 2
 OUTPUT ?= runs/sentiment
 
-.PHONY: help setup test test-fast check format demo bench clean
+.PHONY: help setup test test-fast check format demo bench docs docs-serve clean
 
 help:  ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,7 +19,7 @@ setup: $(VENV)/.ready  ## Virtual environment with pinned versions
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,quant]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,quant,docs]'
 	$(BIN)/python tests/dist/extensions.py
 	touch $@
 
@@ -45,5 +45,11 @@ demo: setup  ## Tune, prune, retune and export a real decoder under ZeRO-3
 bench: setup  ## Every benchmark, quickly
 	for script in benchmarks/[a-z]*.py; do PATH="$(BIN):$$PATH" $(BIN)/python $$script --quick; done
 
+docs: setup  ## The site, into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+docs-serve: setup  ## The site while you write it, at http://127.0.0.1:8000
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build site *.egg-info

@@ -1,0 +1,77 @@
+"""What the docs print is run: Python blocks, recipes and commands, on models of a few thousand weights."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dsee_scale.cli import main
+from tests.models import build, llama_config
+from tests.unit.test_chat import MARKED
+
+ROOT = Path(__file__).parents[2]
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+LAUNCHED = {"deepspeed_loop.md"}
+"""Run under ZeRO-3 by tests/dist/test_readme.py."""
+PAGES = [
+    ROOT / "README.md",
+    *(p for p in sorted((ROOT / "docs" / "tutorials").glob("*.md")) if p.name not in LAUNCHED),
+]
+
+
+def write_model(folder: Path) -> None:
+    """A Llama with a tokenizer and a chat template."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    text = "Review: the film plot cast score scene end is great warm bright fine dull weak cold flat . "
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<pad>", "<eos>", "<unk>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    inner.train_from_iterator([text + "Sentiment: positive negative"] * 9, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    fast.chat_template = MARKED
+    fast.save_pretrained(folder)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    ids = dict(eos_token_id=1, pad_token_id=0, bos_token_id=None)
+    build(llama_config(vocab_size=len(fast), **sizes, **ids), torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_the_page_prints_runs(page, tmp_path, monkeypatch):
+    if page.name == "nf4.md":
+        pytest.importorskip("bitsandbytes")
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model")
+    names: dict = {}
+    ran = 0
+    for language, title, text in BLOCK.findall(page.read_text()):
+        text = text.replace(MODEL, str(tmp_path / "model"))
+        if title:
+            Path(title).write_text(text)
+        elif language == "python":
+            exec(compile(text, page.name, "exec"), names)
+            ran += 1
+        elif language == "bash":
+            for line in text.splitlines():
+                program, *words = shlex.split(line)
+                if words[0] == "run":  # the check starts a Python of its own, and is tested in tests/dist
+                    words += ["--export.check", "false"]
+                assert program == "dsee-scale" and main(words) == 0, line
+    assert ran, f"{page.name} has no Python block"
+
+
+def test_the_guides_name_every_tutorial():
+    nav = (ROOT / "mkdocs.yml").read_text()
+    pages = sorted(p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md"))
+    assert len(pages) > 15 and [page for page in pages if page not in nav] == []
