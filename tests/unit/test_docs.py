@@ -11,6 +11,7 @@ import pytest
 from dsee_scale.cli import main
 from tests.models import build, llama_config
 from tests.unit.test_chat import MARKED
+from tests.unit.test_imports import ORDER
 
 ROOT = Path(__file__).parents[2]
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -42,7 +43,9 @@ def write_model(folder: Path) -> None:
     )
     fast.chat_template = MARKED
     fast.save_pretrained(folder)
-    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    sizes = dict(
+        hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+    )
     ids = dict(eos_token_id=1, pad_token_id=0, bos_token_id=None)
     build(llama_config(vocab_size=len(fast), **sizes, **ids), torch.bfloat16).save_pretrained(folder)  # type: ignore[operator]
 
@@ -75,3 +78,10 @@ def test_the_guides_name_every_tutorial():
     nav = (ROOT / "mkdocs.yml").read_text()
     pages = sorted(p.relative_to(ROOT / "docs").as_posix() for p in (ROOT / "docs").rglob("*.md"))
     assert len(pages) > 15 and [page for page in pages if page not in nav] == []
+
+
+def test_the_architecture_lists_the_layers_in_their_order():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", text.split("## From a recipe")[0], flags=re.MULTILINE)
+    listed = [name.removesuffix("/").removesuffix(".py") for row in rows for name in re.findall(r"`(.*?)`", row)]
+    assert listed == [name for name in ORDER if not name.startswith("__")]
