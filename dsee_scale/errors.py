@@ -22,7 +22,7 @@ class FormatError(DSEEError, ValueError):
 
 
 class RunError(DSEEError, RuntimeError):
-    """Training cannot go on as it is set up: the loss or a trained value is no number any more."""
+    """Training cannot go on as it is set up: the loss or a trained value is NaN or infinite."""
 
 
 class RunStoppedError(DSEEError, RuntimeError):

@@ -174,7 +174,7 @@ def loss_curve(metrics: dict[str, Any]) -> str:
         (e["step"], e["learning_rate"]) for e in metrics["training"] if e.get("learning_rate") is not None
     ]
     if not points:
-        return ""
+        return "<p>No step was logged: set training.logging_steps below the number of steps.</p>"
     figure = _figure(WIDE, 3.6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     pruned = next((entry for entry in metrics["phases"] if entry["phase"] == "pruned"), None)

@@ -59,7 +59,7 @@ def run(recipe: Recipe) -> Path:
 
     Raises:
         DSEEError: bad settings, data or files; the same on every rank, before any training.
-        RunError: the loss is no number; the same on every rank.
+        RunError: the loss is NaN or infinite; the same on every rank.
         RunStoppedError: SIGTERM, after a checkpoint; or, on each rank that is left, that another rank is lost.
     """
     with kept_environment():

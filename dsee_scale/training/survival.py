@@ -1,6 +1,6 @@
-"""How a run ends before its time: told to stop, without one of its ranks, or with a loss that is no number.
+"""How a run ends early: by SIGTERM, when a rank is lost, or when the loss is NaN.
 
-In each case every rank leaves soon, with an error that says what to do, and the last checkpoint is whole.
+Each time every rank leaves soon, with an error that says what to do, and the last checkpoint is intact.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class RunWatch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Collective. Raise if a loss was no number; ask for a checkpoint if a rank was told to stop."""
+        """Collective. Raise if a loss was NaN or infinite; ask for a checkpoint if a rank was told to stop."""
         is_number = True if self._is_number is None else bool(self._is_number)
         self._is_number = None
         bad, stop = max_over_ranks(
@@ -122,7 +122,7 @@ class RunWatch(TrainerCallback):
 
 @torch.no_grad()
 def check_trained_values(model: nn.Module) -> None:
-    """Collective. A gradient that is no number leaves a finite loss, and parameters that must not be saved.
+    """Collective. A NaN gradient leaves a finite loss, and parameters that must not be saved.
 
     Raises:
         RunError: on every rank, naming the first parameter with a value that is not finite.

@@ -83,5 +83,7 @@ def test_the_guides_name_every_tutorial():
 def test_the_architecture_lists_the_layers_in_their_order():
     text = (ROOT / "docs" / "architecture.md").read_text()
     rows = re.findall(r"^\| (`.*?) \|", text.split("## From a recipe")[0], flags=re.MULTILINE)
-    listed = [name.removesuffix("/").removesuffix(".py") for row in rows for name in re.findall(r"`(.*?)`", row)]
+    listed = [
+        name.removesuffix("/").removesuffix(".py") for row in rows for name in re.findall(r"`(.*?)`", row)
+    ]
     assert listed == [name for name in ORDER if not name.startswith("__")]
