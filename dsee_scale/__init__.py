@@ -1,5 +1,8 @@
 """DSEE for large decoders: tune through a low-rank update plus a sparse residual, prune, export."""
 
+from typing import TYPE_CHECKING, Any
+
+from dsee_scale.adapters.disabled import adapters_disabled
 from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
 from dsee_scale.config import DecompositionConfig as DecompositionConfig
 from dsee_scale.config import DSEEConfig, PruneConfig
@@ -20,11 +23,16 @@ from dsee_scale.pruning.prune import prune
 from dsee_scale.pruning.schedule import CubicSchedule
 from dsee_scale.version import __version__
 
+if TYPE_CHECKING:
+    from dsee_scale.integrations.trainer_callback import DSEECallback
+
 __all__ = [
     "CubicSchedule",
+    "DSEECallback",
     "DSEEConfig",
     "PruneConfig",
     "__version__",
+    "adapters_disabled",
     "calibrate",
     "export_model",
     "inject",
@@ -34,3 +42,12 @@ __all__ = [
     "save_adapter",
     "trainable_parameters",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`DSEECallback` when it is asked for: it needs the Trainer, whose import takes seconds."""
+    if name != "DSEECallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dsee_scale.integrations.trainer_callback import DSEECallback
+
+    return DSEECallback

@@ -47,6 +47,7 @@ class AdaptedLayer(nn.Module):
         dsee_cols: int32 buffer (K*N,), each entry's input index; entries are sorted by (slice, row, col).
         dsee_spec: shape, slices, rank and the like.
         dsee_under_mask: whether the weight's zeros mask the update too, see `train_under_mask`.
+        dsee_disabled: whether the layer computes its base output alone, see `adapters_disabled`.
         dsee_base: the layer's own class.
         dsee_in_place: whether the update may be added into the base layer's output.
         dsee_plain: whether the base class computes x W^T + bias and nothing else.
@@ -57,6 +58,7 @@ class AdaptedLayer(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     dsee_base: type[nn.Module]
+    dsee_disabled: bool = False
     dsee_flat: nn.Parameter
     dsee_rows: Tensor
     dsee_cols: Tensor
@@ -76,6 +78,8 @@ class AdaptedLayer(nn.Module):
         Returns:
             (..., O), in the base output's dtype.
         """
+        if self.dsee_disabled:
+            return super().forward(x)
         drops = self.training and self.dsee_spec.dropout > 0
         if self.dsee_under_mask and not drops:
             return self._masked(x, self.bias, "masked")

@@ -30,7 +30,7 @@ from dsee_scale.partition import open_partition
 from dsee_scale.passes.inject_model import inject
 from dsee_scale.recipe.recipe import Recipe
 from dsee_scale.recipe.sections import ExportConfig, ModelConfig
-from dsee_scale.training.base_trainer import read_record
+from dsee_scale.training.checkpoints import read_record
 from dsee_scale.training.journal import Journal, count_zeros, peak_memory
 from dsee_scale.training.report import METRICS_FILE, write_metrics, write_report
 from dsee_scale.training.setup import (

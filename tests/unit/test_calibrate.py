@@ -14,8 +14,8 @@ from dsee_scale.adapters.families import find_units
 from dsee_scale.adapters.linear import adapted_layers, is_adapted
 from dsee_scale.adapters.targets import linear_kind
 from dsee_scale.errors import CalibrationError, ConfigError, FormatError, PartitionError, TargetError
-from dsee_scale.pruning import refit_matrix
 from dsee_scale.passes.pools import block_linears
+from dsee_scale.pruning import refit_matrix
 from tests.models import build, gpt2_config, llama_config, token_batch
 from tests.unit.test_prune import dense_delta
 

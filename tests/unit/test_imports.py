@@ -31,6 +31,7 @@ ORDER = [
     "evaluation",
     "planning",
     "training",
+    "integrations",
     "cli",
     "__main__",
     "__init__",

@@ -1,0 +1,1 @@
+"""Where others' pipelines meet this package."""

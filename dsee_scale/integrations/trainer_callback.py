@@ -1,0 +1,233 @@
+"""Tune, prune and retune in any Hugging Face Trainer, TRL's included, by one callback."""
+
+from __future__ import annotations
+
+import collections
+import inspect
+import itertools
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.config import PruneConfig
+from dsee_scale.errors import ConfigError, RunError, TargetError
+from dsee_scale.export.base import BASE_FOLDER, save_base
+from dsee_scale.pruning.prune import prune
+from dsee_scale.pruning.schedule import CubicSchedule
+from dsee_scale.training.base_trainer import GradientCallback
+from dsee_scale.training.checkpoints import AdapterCheckpoints
+
+logger = logging.getLogger(__name__)
+
+_CLASSES: dict[type, type] = {}
+
+
+class DSEECallback(GradientCallback):
+    """What a Trainer needs for an injected model: small checkpoints, and pruning on the way.
+
+        dsee_scale.inject(model, DSEEConfig(...))
+        trainer = SFTTrainer(model, args, train_dataset=data, callbacks=[DSEECallback(prune=PruneConfig(), at=0.3)])
+
+    Its checkpoints hold adapters, masks and optimizer state, never a base weight, and `trainer.save_model` writes the
+    adapter. To resume, put `load_adapter(model, checkpoint)` where `inject` stands (after a re-fit into the base in
+    `output_dir/base`), and `trainer.train(resume_from_checkpoint=checkpoint)`, on any number of ranks.
+
+    Pruning is collective. It comes after the optimizer step, before that step's checkpoint. What scores look at are
+    the model's own last inputs in training, each rank's. After a re-fit the new base is written to `output_dir/base`.
+    """
+
+    def __init__(
+        self,
+        prune: PruneConfig | Sequence[PruneConfig] | None = None,
+        at: float | CubicSchedule | None = None,
+        *,
+        calibration_batches: int = 64,
+    ) -> None:
+        """Settings, checked at once.
+
+        Args:
+            prune: what to remove; several, one after the other; None only makes checkpoints small.
+            at: when: a fraction of the training in [0, 1), a step (a whole number), or a schedule that prunes to a
+                rising sparsity.
+            calibration_batches: micro-batches that each rank keeps for scores that look at activations.
+
+        Raises:
+            ConfigError: settings that make no sense.
+        """
+        super().__init__()
+        self.configs = [prune] if isinstance(prune, PruneConfig) else list(prune or [])
+        self.at, self.calibration_batches = at, calibration_batches
+        self._check()
+        self._inputs: collections.deque[dict[str, Tensor]] = collections.deque(maxlen=calibration_batches)
+        self._trainer: Any = None
+        self._steps: list[int] = []
+
+    def _check(self) -> None:
+        problems = []
+        if bool(self.configs) != (self.at is not None):
+            problems.append("prune and at go together: what to remove, and when")
+        if isinstance(self.at, CubicSchedule):
+            if len(self.configs) > 1:
+                problems.append("a schedule goes with one PruneConfig")
+            if any(config.refit for config in self.configs):
+                problems.append(
+                    "a schedule does not go with refit, the default with score 'wanda': set refit=False"
+                )
+        elif isinstance(self.at, float) and not 0 <= self.at < 1:
+            problems.append(f"at {self.at!r} is no fraction of the training in [0, 1), nor a whole step")
+        elif isinstance(self.at, int) and self.at < 0:
+            problems.append(f"at {self.at!r} must be a step from 0 on")
+        if self.calibration_batches < 1:
+            problems.append(f"calibration_batches must be at least 1, found {self.calibration_batches!r}")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Take hold of the Trainer that is being made."""
+        trainer = _trainer_that_calls(self)
+        if not adapted_layers(trainer.model):
+            raise TargetError(
+                "DSEECallback found no adapters in the model: call dsee_scale.inject(model, config) before the "
+                f"{type(trainer).__name__} is made"
+            )
+        if args.push_to_hub:
+            raise ConfigError(
+                "push_to_hub uploads whole models; leave it out, and upload what save_adapter or export_model wrote"
+            )
+        keep_checkpoints_small(trainer)
+        self._trainer = trainer
+        if any(config.score == "wanda" for config in self.configs):
+            trainer.model.register_forward_pre_hook(self._note_inputs, with_kwargs=True)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Fix the steps; prune at once where the training is to begin with it."""
+        if self._trainer is None:
+            raise ConfigError(
+                "DSEECallback was added to a finished Trainer; give it as callbacks=[DSEECallback(...)]"
+            )
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        steps = self._planned(state.max_steps)
+        if steps and steps[-1] >= state.max_steps:
+            raise ConfigError(
+                f"the model is to be pruned at step {steps[-1]}, and training ends at step {state.max_steps}: "
+                "prune earlier, so that it is retuned"
+            )
+        started = state.global_step
+        # A checkpoint of a step holds what was removed at it.
+        self._steps = [step for step in steps if step > started or step == started == 0]
+        self._prune_if_due(state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Collective. Prune if this is the step."""
+        super().on_step_end(args, state, control, **kwargs)
+        self._prune_if_due(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Refuse to call a training a success that was not pruned as planned."""
+        if self._steps:
+            raise RunError(
+                f"training ended at step {state.global_step}, before the pruning at step {self._steps[0]}: "
+                "prune earlier, or train longer"
+            )
+
+    def _planned(self, max_steps: int) -> list[int]:
+        if isinstance(self.at, CubicSchedule):
+            last = self.at.start_step + self.at.num_steps
+            return [step for step in range(self.at.start_step, last + 1) if self.at.due(step)]
+        if self.at is None:
+            return []
+        return [round(self.at * max_steps) if isinstance(self.at, float) else self.at]
+
+    def _prune_if_due(self, state: TrainerState) -> None:
+        """Collective where it is due."""
+        if not self._steps or state.global_step != self._steps[0]:
+            return
+        trainer, step = self._trainer, self._steps.pop(0)
+        configs = self.configs
+        if isinstance(self.at, CubicSchedule):
+            configs = [self.at.config(configs[0], step)]
+        wanting = any(config.score == "wanda" for config in configs)
+        report = prune(trainer.model_wrapped, configs, self._calibration() if wanting else None)
+        if any(config.refit for config in configs):
+            folder = Path(str(trainer.args.output_dir)) / BASE_FOLDER
+            save_base(trainer.model_wrapped, folder, tokenizer=trainer.processing_class)
+        # A tuned model that is not pruned must never win against the pruned ones.
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        trainer.log({"sparsity": report.sparsity, "pruned_weights": report.removed})
+
+    def _calibration(self) -> list[dict[str, Tensor]]:
+        """This rank's last inputs; of a training that is to begin with the pruning, its first batches."""
+        if not self._inputs:
+            loader = itertools.islice(self._trainer.get_train_dataloader(), self.calibration_batches)
+            known = _arguments(self._trainer.model)
+            for batch in loader:
+                self._keep(
+                    {key: batch[key] for key in known if key in batch} if isinstance(batch, Mapping) else {}
+                )
+        if not self._inputs:
+            raise ConfigError(
+                f"the batches of this {type(self._trainer).__name__} are no inputs of the model, so a pruning before "
+                "the first step has nothing to look at: prune at step 1 or later, or by score='W'"
+            )
+        return list(self._inputs)
+
+    def _note_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what the model is trained on; not what it generates or is evaluated on."""
+        if module.training and kwargs.get("past_key_values") is None:
+            self._keep(dict(zip(_arguments(module), args, strict=False)) | kwargs)
+
+    def _keep(self, inputs: Mapping[str, Any]) -> None:
+        kept = {
+            key: value.detach().to("cpu", copy=True)
+            for key, value in inputs.items()
+            if isinstance(value, Tensor) and key != "labels"
+        }
+        if "input_ids" in kept or "inputs_embeds" in kept:
+            self._inputs.append(kept)
+
+
+def keep_checkpoints_small(trainer: Trainer) -> None:
+    """Let a Trainer save and load checkpoints as `AdapterCheckpoints` does, in place."""
+    own = type(trainer)
+    if isinstance(trainer, AdapterCheckpoints):
+        return
+    if own not in _CLASSES:
+        namespace = {"__module__": own.__module__, "__doc__": own.__doc__}
+        _CLASSES[own] = type(own.__name__, (AdapterCheckpoints, own), namespace)
+    trainer.__class__ = _CLASSES[own]
+
+
+def _arguments(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _trainer_that_calls(callback: DSEECallback) -> Any:
+    """The Trainer whose constructor is running: transformers (5.23) hands callbacks all of its parts but itself."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        found = frame.f_locals.get("self")
+        if isinstance(found, Trainer) and callback in found.callback_handler.callbacks:
+            return found
+        frame = frame.f_back
+    raise ConfigError(
+        "DSEECallback works in a Hugging Face Trainer: give it as callbacks=[DSEECallback(...)]"
+    )

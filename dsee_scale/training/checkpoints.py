@@ -1,0 +1,241 @@
+"""Checkpoints without base weights for any Hugging Face Trainer: how it saves, and how it goes on.
+
+What is overridden here is all that this package knows of the Trainer's insides; a new transformers that moves them
+is met in this one file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    SaveStrategy,
+    TrainOutput,
+    get_last_checkpoint,
+)
+
+from dsee_scale.adapters.state import model_state
+from dsee_scale.checkpoint.adapter import save_adapter
+from dsee_scale.checkpoint.contents import check_output
+from dsee_scale.checkpoint.folder import open_folder
+from dsee_scale.checkpoint.training_state import (
+    KIND,
+    STATE_FILE,
+    load_training_state,
+    random_state,
+    save_training_state,
+    set_random_state,
+)
+from dsee_scale.errors import ConfigError
+from dsee_scale.training.journal import to_jsonable
+from dsee_scale.training.survival import check_trained_values, newest_first
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    Base = Trainer
+else:
+    Base = object
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FOLDER = "adapter"
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a Trainer with `AdapterCheckpoints` noted in one of its checkpoints. Local.
+
+    Raises:
+        FormatError: the folder is no whole checkpoint.
+        ConfigError: it was saved by another program.
+    """
+    extra = open_folder(folder, (KIND,)).json(STATE_FILE)["extra"]
+    if not {"trainer", "global_batch"} <= extra.keys():
+        raise ConfigError(f"{folder} was saved by another training loop; load it with load_training_state")
+    return extra
+
+
+def delete_old_checkpoints(output: Path, limit: int | None, best: str = "") -> None:
+    """Delete a run's checkpoints beyond `limit`: the last one and the best one stay. Local.
+
+    transformers' own way deletes any folder called `checkpoint-*`, with all that is in it.
+    """
+    found = newest_first(output)
+    order = sorted(found, key=lambda folder: (folder != found[0], folder.name != best))
+    spared = max(limit or len(found), 2 if best in [folder.name for folder in found[1:]] else 1)
+    for folder in order[spared:]:
+        try:
+            check_output(folder, KIND, overwrite=True)
+        except ConfigError as error:
+            logger.warning("%s stays, beyond save_total_limit: %s", folder, error)
+        else:
+            shutil.rmtree(folder)
+
+
+class AdapterCheckpoints(Base):
+    """Stands before a Trainer: a checkpoint holds adapters, optimizer state and mask bits, is complete or not there,
+    and can be resumed on another number of processes."""
+
+    _checkpoint: Path | None = None
+    _saved_step = -1
+    _random_state: dict[str, Tensor]  # set before it is used
+
+    @property
+    def module(self) -> nn.Module:
+        """The transformers model, without engine."""
+        return self.model  # type: ignore[return-value]
+
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Collective. The parent's training, from its start or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: a folder `checkpoint-STEP`, or True for the last one. The raw model must have
+                got its adapters and masks from it already, by `load_adapter`.
+            *args: the parent's.
+            **kwargs: the parent's.
+        """
+        if not resume_from_checkpoint:
+            return super().train(None, *args, **kwargs)
+        if resume_from_checkpoint is True:
+            output = str(self.args.output_dir)
+            resume_from_checkpoint = get_last_checkpoint(output)
+            if resume_from_checkpoint is None:
+                raise ConfigError(f"{output} holds no checkpoint to resume; train from the start")
+        self._checkpoint = Path(str(resume_from_checkpoint))
+        record = read_record(self._checkpoint)
+        self._check_record(record)
+        # The parent reads its counters from a file of its own; ours are inside the checkpoint's one record.
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / TRAINER_STATE_NAME).write_text(json.dumps(record["trainer"]))
+            return super().train(folder, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Collective. Write the adapter; the Trainer's own way writes the frozen base."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        if folder == Path(str(self.args.output_dir)):
+            folder /= ADAPTER_FOLDER  # beside the checkpoints, which an overwrite would delete
+        save_adapter(self.model_wrapped, folder, overwrite=True)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        """The parent's set-up; what it would read with DeepSpeed's own loader is read here."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            assert self._checkpoint is not None
+            extra = load_training_state(
+                self.model_wrapped, self._checkpoint, optimizer=self._torch_optimizer()
+            )
+            self._random_state = random_state()
+            self._restore(extra)
+            self._move_scheduler_to(self.state.global_step)
+        return prepared
+
+    def _restore(self, record: dict[str, Any]) -> None:
+        """What a subclass noted in `_record`."""
+
+    def _run_epoch(self, **kwargs: Any) -> None:  # type: ignore[override]
+        """The parent would train one step more when a finished run is resumed (to export it again)."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
+    def _move_scheduler_to(self, step: int) -> None:
+        """A rate that is a function of the step alone goes on from it, also where a resumed run has changed it."""
+        scheduler = self._torch_scheduler()
+        if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            return
+        scheduler.last_epoch = step
+        rates = [base * scheduler.lr_lambdas[0](step) for base in scheduler.base_lrs]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+
+    def _torch_scheduler(self) -> Any:
+        """The scheduler without accelerate's wrappers."""
+        scheduler: Any = self.lr_scheduler
+        while not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) and hasattr(
+            scheduler, "scheduler"
+        ):
+            scheduler = scheduler.scheduler
+        return scheduler
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing: adapters and masks were put into the raw model, the rest follows when it is prepared."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Called once the batches of finished steps are skipped, which has used the generators."""
+        if checkpoint is not None:
+            set_random_state(self._random_state)
+
+    def _load_best_model(self) -> None:
+        folder = str(self.state.best_model_checkpoint)
+        load_training_state(self.model_wrapped, folder, optimizer=self._torch_optimizer(), generators=False)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Collective. Write `checkpoint-STEP`, then delete old ones beyond `save_total_limit`."""
+        check_trained_values(self.model_wrapped)
+        self.store_flos()
+        output = str(self.args.output_dir)
+        folder = Path(output) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(folder)
+        if self.is_deepspeed_enabled:
+            # accelerate 1.15 steps the engine once per optimizer step, so its count of micro-batches falls behind.
+            engine: Any = self.model_wrapped
+            engine.micro_steps = self.state.global_step * engine.gradient_accumulation_steps()
+        save_training_state(
+            self.model_wrapped,
+            folder,
+            optimizer=self._torch_optimizer(),
+            extra=self._record(),
+            overwrite=True,
+        )
+        self._saved_step = self.state.global_step
+        if self.args.should_save:
+            # Who wants no checkpoints gets those that a pruning and the end need, one at a time.
+            limit = 1 if self.args.save_strategy == SaveStrategy.NO else self.args.save_total_limit
+            delete_old_checkpoints(
+                Path(output), limit, best=Path(self.state.best_model_checkpoint or "").name
+            )
+
+    def _record(self) -> dict[str, Any]:
+        """What a checkpoint holds besides tensors."""
+        config = model_state(self.module).config
+        return to_jsonable(
+            {
+                "trainer": dataclasses.asdict(self.state),
+                "global_batch": self._global_batch,
+                "dsee": None if config is None else config.to_dict(),
+            }
+        )
+
+    def _check_record(self, record: dict[str, Any]) -> None:
+        if record["global_batch"] != self._global_batch:
+            raise ConfigError(
+                f"{self._checkpoint} was trained with {record['global_batch']} examples per step, this "
+                f"launch has {self._global_batch}: change per_device_train_batch_size or "
+                "gradient_accumulation_steps so that their product with the world size stays the same"
+            )
+
+    def _torch_optimizer(self) -> Any:
+        """The optimizer where there is no engine; an engine has its own."""
+        return None if self.is_deepspeed_enabled else getattr(self.optimizer, "optimizer", self.optimizer)
+
+    @property
+    def _global_batch(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -1,0 +1,201 @@
+"""A stock Trainer with one callback: tuned, pruned, retuned, with checkpoints that hold no base weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import dsee_scale
+from dsee_scale import CubicSchedule, DSEECallback, DSEEConfig, PruneConfig
+from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.errors import ConfigError, RunError, TargetError
+from dsee_scale.passes.pools import block_linears
+from tests.models import build, llama_config, token_batch
+
+CONFIG = DSEEConfig(rank=2, num_sparse=5, target_modules=("q_proj", "down_proj"), support="magnitude")
+
+
+class StockTrainer(Trainer):
+    """As a user's own subclass would be."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs)
+
+
+def rows() -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": ids, "labels": ids} for ids in token_batch(batch=24, length=10)]
+
+
+def model_of(base: Path | None = None) -> Any:
+    return build(llama_config()) if base is None else AutoModelForCausalLM.from_pretrained(base)
+
+
+def trainer_of(model: Any, folder: Path, callback: DSEECallback, **changes: Any) -> Trainer:
+    settings: dict[str, Any] = dict(
+        output_dir=str(folder),
+        max_steps=6,
+        save_steps=2,
+        logging_steps=1,
+        learning_rate=1e-2,
+        report_to="none",
+    )
+    args = TrainingArguments(
+        **(settings | changes), per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, seed=3
+    )
+    return StockTrainer(model, args, train_dataset=rows(), callbacks=[callback])
+
+
+def flats(model: Any) -> list[torch.Tensor]:
+    return [layer.dsee_flat.detach().clone() for layer in adapted_layers(model).values()]
+
+
+def zeros(model: Any) -> int:
+    return sum(int((m.weight == 0).sum()) for m in block_linears(model).values())
+
+
+def total(model: Any) -> int:
+    return sum(m.weight.numel() for m in block_linears(model).values())
+
+
+PRUNINGS = {
+    "refit": (PruneConfig(), 0.5),
+    "wanda": (PruneConfig(refit=False, scope="global"), 3),
+    "magnitude": (PruneConfig(score="WABS", mask_update=False), 3),
+}
+
+
+@pytest.mark.parametrize("name", list(PRUNINGS))
+def test_it_prunes_on_the_way_saves_no_base_weight_and_resumes_exactly(tmp_path, name):
+    prune, at = PRUNINGS[name]
+    model = model_of()
+    model.save_pretrained(tmp_path / "published")
+    dsee_scale.inject(model, CONFIG)
+    trainer = trainer_of(model, tmp_path / "run", DSEECallback(prune, at))
+    trainer.train()
+    assert type(trainer).__name__ == "StockTrainer" and isinstance(trainer, StockTrainer)
+    # The solver keeps one entry more or less where a row does not divide evenly.
+    assert zeros(model) == round(total(model) / 2) or (
+        prune.refit and abs(zeros(model) / total(model) - 0.5) < 0.02
+    )
+    assert any("sparsity" in entry for entry in trainer.state.log_history)
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    with safe_open(checkpoint / "dsee_adapter.safetensors", "pt") as file:
+        assert all(".dsee_" in key for key in file.keys())  # noqa: SIM118 (the reader is no mapping)
+    trained = sum(flat.numel() for flat in flats(model))
+    size = sum(path.stat().st_size for path in checkpoint.iterdir())
+    assert size < 4 * 4 * trained + total(model) / 8 + 80_000
+    expected, sparse = flats(model), {n: m.weight == 0 for n, m in block_linears(model).items()}
+
+    again = model_of((tmp_path / "run" / "base") if prune.refit else (tmp_path / "published"))
+    dsee_scale.load_adapter(again, checkpoint)
+    resumed = trainer_of(again, tmp_path / "run", DSEECallback(prune, at))
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 6
+    for found, wanted in zip(flats(again), expected, strict=True):
+        assert torch.equal(found, wanted)
+    for module, mask in sparse.items():
+        assert torch.equal(block_linears(again)[module].weight == 0, mask)
+
+
+def test_a_checkpoint_before_the_pruning_is_pruned_when_it_is_resumed(tmp_path):
+    prune = PruneConfig(score="W")
+    model = model_of()
+    model.save_pretrained(tmp_path / "published")
+    dsee_scale.inject(model, CONFIG)
+    trainer_of(model, tmp_path / "run", DSEECallback(prune, 3)).train()
+    again = model_of(tmp_path / "published")
+    dsee_scale.inject(again, CONFIG)  # the same supports: the checkpoint brings the rest
+    trainer_of(again, tmp_path / "run", DSEECallback(prune, 3)).train(
+        resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2")
+    )
+    assert zeros(again) == zeros(model)
+    for found, wanted in zip(flats(again), flats(model), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_a_schedule_prunes_to_a_rising_sparsity(tmp_path):
+    model = model_of()
+    dsee_scale.inject(model, CONFIG)
+    schedule = CubicSchedule(final_sparsity=0.6, start_step=1, num_steps=4, every=2)
+    callback = DSEECallback(PruneConfig(sparsity=0.6, score="W"), schedule)
+    trainer = trainer_of(model, tmp_path / "run", callback)
+    trainer.train()
+    found = [entry["sparsity"] for entry in trainer.state.log_history if "sparsity" in entry]
+    assert found == pytest.approx([schedule.sparsity(step) for step in (1, 3, 5)], abs=1e-4)
+    assert zeros(model) == round(0.6 * total(model))
+
+
+def test_several_prunings_before_the_first_step_see_the_first_batches(tmp_path):
+    model = model_of()
+    dsee_scale.inject(model, CONFIG)
+    configs = [
+        PruneConfig(pattern="neurons", num_per_layer=13),
+        PruneConfig(pattern="2:4", modules=("q_proj",)),
+    ]
+    trainer = trainer_of(model, tmp_path / "run", DSEECallback(configs, 0), max_steps=2)
+    trainer.train()
+    for layer in model.model.layers:
+        assert int((layer.mlp.up_proj.weight == 0).all(1).sum()) == 13
+        assert int((layer.self_attn.q_proj.weight == 0).sum()) == layer.self_attn.q_proj.weight.numel() // 2
+    trainer.save_model()
+    again = model_of(tmp_path / "run" / "base")
+    assert dsee_scale.load_adapter(again, tmp_path / "run" / "adapter").pruned
+
+
+def test_without_a_pruning_it_keeps_checkpoints_small_and_deletes_old_ones(tmp_path):
+    model = model_of()
+    dsee_scale.inject(model, CONFIG)
+    trainer = trainer_of(model, tmp_path / "run", DSEECallback(), save_total_limit=1)
+    trainer.train()
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]
+    assert zeros(model) == 0
+    with pytest.raises(ConfigError, match="examples per step"):
+        trainer_of(model, tmp_path / "run", DSEECallback(), gradient_accumulation_steps=2).train(
+            resume_from_checkpoint=True
+        )
+
+
+def test_what_makes_no_sense_is_refused(tmp_path):
+    refused = {
+        "go together": (PruneConfig(), None),
+        "no fraction": (PruneConfig(), 1.5),
+        "step from 0": (PruneConfig(), -1),
+        "does not go with refit": (
+            PruneConfig(),
+            CubicSchedule(final_sparsity=0.5, start_step=1, num_steps=2),
+        ),
+        "one PruneConfig": (
+            [PruneConfig(score="W")] * 2,
+            CubicSchedule(final_sparsity=0.5, start_step=1, num_steps=2),
+        ),
+    }
+    for words, (prune, at) in refused.items():
+        with pytest.raises(ConfigError, match=words):
+            DSEECallback(prune, at)
+    with pytest.raises(TargetError, match="inject"):
+        trainer_of(model_of(), tmp_path, DSEECallback())
+    model = model_of()
+    dsee_scale.inject(model, CONFIG)
+    with pytest.raises(ConfigError, match="so that it is retuned"):
+        trainer_of(model, tmp_path, DSEECallback(PruneConfig(score="W"), 6)).train()
+    late = trainer_of(model, tmp_path, DSEECallback())
+    late.add_callback(DSEECallback(PruneConfig(score="W"), 3))
+    with pytest.raises(ConfigError, match="finished Trainer"):
+        late.train()
+
+
+def test_a_training_that_ends_before_its_pruning_is_no_success(tmp_path):
+    class Stops(DSEECallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_step_end(args, state, control, **kwargs)
+            control.should_training_stop = True
+
+    model = model_of()
+    dsee_scale.inject(model, CONFIG)
+    with pytest.raises(RunError, match="before the pruning at step 3"):
+        trainer_of(model, tmp_path, Stops(PruneConfig(score="W"), 0.5)).train()
