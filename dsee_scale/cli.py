@@ -6,7 +6,9 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -85,10 +87,11 @@ def run_recipe(argv: Sequence[str]) -> int:
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING, format=f"[rank {rank}] %(message)s", force=True
     )
-    from dsee_scale.recipe.parsing import cache_folder
-    from dsee_scale.recipe.recipe import load_recipe
-
     try:
+        _stop_on_sigterm()
+        from dsee_scale.recipe.parsing import cache_folder
+        from dsee_scale.recipe.recipe import load_recipe
+
         recipe = load_recipe(argv[0], argv[1:], {"DSEE_SCALE_CACHE": str(cache_folder())})
         from dsee_scale.training.report import summary_table
         from dsee_scale.training.run import run
@@ -100,6 +103,20 @@ def run_recipe(argv: Sequence[str]) -> int:
     if rank == 0:
         print(f"\n{summary_table(output)}\n\nlook at {output / 'report.html'}")
     return 0
+
+
+def _stop_on_sigterm() -> None:
+    """From now on SIGTERM ends the run with the code for a relaunch; while it trains, after a checkpoint."""
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise RunStoppedError(
+            "told to stop by SIGTERM outside of training: nothing was lost but the work since the last checkpoint; "
+            "relaunch with --resume auto"
+        )
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -194,9 +194,17 @@ def base_files(folder: Path) -> list[Path]:
         FormatError: there are none, or one is missing.
     """
     if (folder / INDEX_FILE).is_file():
-        names = sorted(set(read_json(folder / INDEX_FILE).get("weight_map", {}).values()))
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise FormatError(f"{folder / INDEX_FILE} is damaged: it has no weight_map; use another copy")
+        names = sorted(set(map(str, weight_map.values())))
     else:
         names = [WEIGHTS_FILE]
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise FormatError(
+            f"{folder / INDEX_FILE} names {outside[0]!r}, expected names of files in its folder"
+        )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
         raise FormatError(

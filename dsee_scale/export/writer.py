@@ -85,7 +85,7 @@ def write_model(
     reject_untrained_form(source.pruned, delta)
     started, partition = time.perf_counter(), source.partition
     with new_folder(partition, folder, kind=KIND, overwrite=overwrite) as new:
-        with raise_on_all_ranks(partition):
+        with raise_on_all_ranks(partition, what="writing config and tokenizer"):
             if partition.rank == 0:
                 source.write_settings(new)
                 if source.structure and source.reason:

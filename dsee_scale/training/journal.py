@@ -43,6 +43,8 @@ class Journal:
     def __post_init__(self) -> None:
         self.doing = "start"
         """What this rank is doing now, for messages; not one of the numbers."""
+        self.started = False
+        """Whether the first step has begun."""
 
     def phase(self, name: str) -> dict[str, Any] | None:
         """The entry of a phase, if it has been measured."""

@@ -32,6 +32,7 @@ from dsee_scale.recipe.recipe import Recipe
 from dsee_scale.recipe.sections import ExportConfig, ModelConfig
 from dsee_scale.training.checkpoints import read_record
 from dsee_scale.training.journal import Journal, count_zeros, peak_memory
+from dsee_scale.training.lock import locked
 from dsee_scale.training.report import METRICS_FILE, write_metrics, write_report
 from dsee_scale.training.setup import (
     kept_environment,
@@ -39,6 +40,16 @@ from dsee_scale.training.setup import (
     load_tokenizer,
     model_dtype,
     training_arguments,
+)
+from dsee_scale.training.start import (
+    ADAPTER_FOLDER,
+    MODEL_FOLDER,
+    RECIPE_FILE,
+    RECIPE_MARK,
+    check_plan,
+    check_results,
+    check_weights,
+    explained_start,
 )
 from dsee_scale.training.survival import limited_waiting, newest_first, report_lost_rank, resume_folder
 from dsee_scale.training.timeline import build_timeline, steps_per_epoch
@@ -62,17 +73,24 @@ def run(recipe: Recipe) -> Path:
         RunError: the loss is NaN or infinite; the same on every rank.
         RunStoppedError: SIGTERM, after a checkpoint; or, on each rank that is left, that another rank is lost.
     """
-    with kept_environment():
+    journal = Journal()
+    with kept_environment(), explained_start(journal):
         args = training_arguments(recipe)
-        journal = Journal()
-        with limited_waiting(args.ddp_timeout), report_lost_rank(journal, args.ddp_timeout):
+        with (
+            limited_waiting(args.ddp_timeout),
+            report_lost_rank(journal, args.ddp_timeout),
+            locked(Path(str(args.output_dir))),
+        ):
             return _run(recipe, args, journal)
 
 
 def _run(recipe: Recipe, args: TrainingArguments, journal: Journal) -> Path:
-    checkpoint = resume_folder(recipe, args)
-    trainer = build_trainer(recipe, args, checkpoint, journal)
     output = Path(str(args.output_dir))
+    checkpoint = resume_folder(recipe, args)
+    with raise_on_all_ranks(what="looking at the output folder"):
+        if args.process_index == 0:
+            check_results(output)
+    trainer = build_trainer(recipe, args, checkpoint, journal)
     main = trainer.is_world_process_zero()
     with raise_on_all_ranks(what="writing the recipe"):
         if main:
@@ -80,9 +98,9 @@ def _run(recipe: Recipe, args: TrainingArguments, journal: Journal) -> Path:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.timeline.check_finished(trainer.state.global_step, journal.prunings)
     with journal.timed("save"):
-        save_adapter(trainer.model_wrapped, output / "adapter", overwrite=True)
+        save_adapter(trainer.model_wrapped, output / ADAPTER_FOLDER, overwrite=True)
     if recipe.export is not None:
-        _export(recipe, recipe.export, trainer, output / "model")
+        _export(recipe, recipe.export, trainer, output / MODEL_FOLDER)
     with raise_on_all_ranks(what="writing the report"):
         if main:
             _write_numbers(output, journal, trainer.state.log_history)
@@ -90,8 +108,8 @@ def _run(recipe: Recipe, args: TrainingArguments, journal: Journal) -> Path:
 
 
 def _write_recipe(recipe: Recipe, output: Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False))
+    text = yaml.safe_dump(recipe.to_dict(), sort_keys=False)
+    (output / RECIPE_FILE).write_text(RECIPE_MARK + text, encoding="utf-8")
 
 
 def _write_numbers(output: Path, journal: Journal, history: list[dict[str, float]]) -> None:
@@ -114,6 +132,7 @@ def build_trainer(
         train_rows, evaluation = _encode(recipe, encoder)
     timeline = build_timeline(recipe, args, steps_per_epoch(len(train_rows), args))
     args.max_steps = timeline.num_steps
+    done: list[dict[str, Any]] = []
     if checkpoint is not None:
         with raise_on_all_ranks(what=f"reading {checkpoint}"):
             record = read_record(checkpoint)
@@ -121,8 +140,9 @@ def build_trainer(
             timeline.check_resumed(step, done, str(checkpoint))
     with journal.timed("load"):
         set_seed(args.seed)
-        with raise_on_all_ranks(what="reading the re-fitted base"):
+        with raise_on_all_ranks(what="reading the base model"):
             base = _base(recipe, args, checkpoint)
+            check_weights(base.name)
         model = load_model(base, model_dtype(recipe, args), tokenizer)
     with journal.timed("inject"):
         if checkpoint is None:
@@ -131,6 +151,7 @@ def build_trainer(
             with raise_on_all_ranks(what=f"reading {checkpoint}"):
                 _check_same_adapters(recipe, checkpoint)
             load_adapter(model, checkpoint)
+    check_plan(model, recipe, timeline, done, tokenizer)
     if args.activation_checkpointing:
         # With every input frozen, reentrant checkpointing would cut the graph before the first adapter.
         model.enable_input_require_grads()  # type: ignore[operator]

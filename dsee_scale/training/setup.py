@@ -28,6 +28,7 @@ from dsee_scale.data.tokenizer import check_vocabulary, open_tokenizer
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError
 from dsee_scale.partition.quantized import prepare_quantised
+from dsee_scale.partition.zero_config import zero_problems
 from dsee_scale.recipe.checks import check_deepspeed_config
 from dsee_scale.recipe.parsing import find_file
 from dsee_scale.recipe.recipe import Recipe
@@ -70,6 +71,8 @@ def make_arguments(values: dict[str, Any]) -> TrainingArguments:
     values.setdefault("remove_unused_columns", False)
     if isinstance(values.get("deepspeed"), str):
         values["deepspeed"] = str(find_file("ds_configs", values["deepspeed"]))
+    if values.get("deepspeed") is not None:
+        _check_zero(values["deepspeed"])
     with_deepspeed = _reject_two_configs(values)
     if not torch.cuda.is_available():
         if with_deepspeed:
@@ -132,14 +135,21 @@ def _reject_two_configs(values: dict[str, Any]) -> bool:
     return True
 
 
+def _check_zero(source: Any) -> None:
+    problems = zero_problems(_read_config(source))
+    if problems:
+        named = source if isinstance(source, str) else "of the recipe"
+        raise ConfigError(f"DeepSpeed config {named}: {'; '.join(problems)}")
+
+
 def _read_config(source: Any) -> dict[str, Any]:
     if isinstance(source, dict):
         return source
     try:
-        config = json.loads(Path(source).read_text())
+        config = json.loads(Path(source).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"DeepSpeed config {source} cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"DeepSpeed config {source} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(

@@ -37,6 +37,7 @@ from dsee_scale.errors import ConfigError, DSEEError, FormatError, RunError, Run
 from dsee_scale.partition import open_partition, unwrap
 from dsee_scale.recipe.recipe import Recipe
 from dsee_scale.training.journal import Journal
+from dsee_scale.training.start import check_fresh
 
 if TYPE_CHECKING:
     from dsee_scale.training.timeline import Timeline
@@ -84,6 +85,7 @@ class RunWatch(TrainerCallback):
     ) -> None:
         """Note where the run is, for messages."""
         step = state.global_step
+        self._journal.started = True
         self._journal.doing = f"{self._timeline.phase_at(step).name}, step {step + 1}"
 
     def on_step_end(
@@ -234,7 +236,7 @@ def resume_folder(recipe: Recipe, args: TrainingArguments) -> Path | None:
     with raise_on_all_ranks(what=what):
         found = newest_first(output)
         if not wanted:
-            _check_empty(output)
+            check_fresh(output)
     if not wanted:
         return None
     found = from_rank0(found)  # file systems may show new folders to other ranks later
@@ -264,13 +266,6 @@ def existing(folder: Path) -> Path:
     if not folder.is_dir():
         raise ConfigError(f"checkpoint {folder} does not exist")
     return folder
-
-
-def _check_empty(output: Path) -> None:
-    if output.exists() and any(output.iterdir()):
-        raise ConfigError(
-            f"output folder {output} is not empty; choose another training.output_dir, or --resume"
-        )
 
 
 def newest_first(output: Path) -> list[Path]:

@@ -12,6 +12,7 @@ import pytest
 
 from dsee_scale.errors import ConfigError, DSEEError, RunError
 from dsee_scale.recipe.recipe import build_recipe
+from dsee_scale.training import lock
 from dsee_scale.training import trainer as training
 from dsee_scale.training.run import run
 from dsee_scale.training.timeline import Phase, PruneEvent, Timeline
@@ -45,8 +46,8 @@ def launch(values: dict[str, Any]) -> None:
         gc.collect()
 
 
-def refusal(values: dict[str, Any]) -> str:
-    with pytest.raises(ConfigError) as caught:
+def refusal(values: dict[str, Any], kind: type[DSEEError] = ConfigError) -> str:
+    with pytest.raises(kind) as caught:
         launch(values)
     return str(caught.value)
 
@@ -157,3 +158,122 @@ def test_the_check_counts_steps_and_prunings():
     for step, done in ((4, []), (6, [event.to_dict()]), (2, [event.to_dict()])):
         with pytest.raises(ConfigError):
             timeline.check_resumed(step, done, "c")
+
+
+def files(folder: Path) -> list[str]:
+    return (
+        sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")) if folder.exists() else []
+    )
+
+
+POOL = {"name": "a", "sparsity": 0.5}
+LATE = [
+    ({"prune": {"score": "W", "modules": ["nope"]}}, "'nope' matches no linear layer"),
+    ({"prune": {"score": "W", "pools": [{**POOL, "modules": ["nope"]}]}}, "pool 'a' matches no weight"),
+    ({"prune": {"score": "W", "pools": [POOL, {**POOL, "name": "b"}]}}, "pools 'a' and 'b' both hold"),
+    ({"prune": {"score": "W", "pattern": "3:7"}}, "7"),
+    ({"prune": {"pattern": "heads", "num_per_layer": 9, "score": "ABS"}}, "heads"),
+    ({"prune": {"pattern": "neurons", "num_per_layer": 99, "score": "ABS"}}, "neurons"),
+    ({"prune": [{"score": "W"}, {"score": "W", "modules": ["nope"]}]}, "'nope' matches no linear layer"),
+    ({"dsee__trained_modules": ["o_proj"]}, "is trained in full, so its zeros would not stay"),
+    ({"dsee__target_modules": ["nope"]}, "nope"),
+    ({"training__report_to": "nothing_like_it"}, "nothing_like_it"),
+    ({"training__optim": "galore_adamw"}, "galore"),
+    ({"training__deepspeed": {"zero_optimization": {"stage": 9}}}, "stage is 9"),
+    ({"training__deepspeed": {"zero_optimization": {"stage": 0}}}, "stage is 0"),
+    ({"training__deepspeed": {"zero_optimization": [3]}}, "expected a section"),
+    (
+        {"training__deepspeed": {"zero_optimization": {"stage": 3, "reduce_bucket_size": -1}}},
+        "reduce_bucket_size",
+    ),
+    ({"training__deepspeed": {"zero_optimization": {"stage": 3, "stge": 1}}}, "stge"),
+    ({"training__per_device_train_batch_size": 10**6}, "no step would be made"),
+    ({"data__generate_samples": 3}, "generate_samples goes with"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), LATE, ids=[message for _, message in LATE])
+def test_what_would_fail_after_the_tune_phase_is_refused_before_it(
+    inputs, tmp_path, monkeypatch, changes, message
+):
+    """And nothing of the refused start is left behind, so that the next one is not refused for it."""
+    monkeypatch.setattr(training.DSEETrainer, "training_step", lambda *_: pytest.fail("a step was made"))
+    said = refusal(plain(inputs, tmp_path / "run", **changes), DSEEError)
+    assert message in said and "\n" not in said
+    assert files(tmp_path / "run") in ([], ["recipe.yaml"])
+
+
+def damaged_model(inputs: Path, tmp_path: Path, change: str) -> Path:
+    model = Path(shutil.copytree(inputs / "model", tmp_path / "model"))
+    weights = model / "model.safetensors"
+    if change == "no weights":
+        weights.unlink()
+    elif change == "cut short":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif change == "header":
+        weights.write_bytes(b"\xff" * 100)
+    elif change == "outside":
+        shutil.move(weights, tmp_path / "secret.safetensors")
+        index = {"weight_map": {"x": "../secret.safetensors"}}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif change == "config":
+        (model / "config.json").write_text("[" * 100_000)
+    elif change == "no folder":
+        shutil.rmtree(model)
+    return model
+
+
+@pytest.mark.parametrize("change", ["no weights", "cut short", "header", "outside", "config", "no folder"])
+def test_a_model_that_does_not_load_is_one_line(inputs, tmp_path, change):
+    values = plain(inputs, tmp_path / "run", model={"name": str(damaged_model(inputs, tmp_path, change))})
+    assert "\n" not in refusal(values, DSEEError) and files(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("output", ["/proc/x", "/dev/null", "/dev/null/x", "a" * 300, "a\0b"])
+def test_an_impossible_output_folder_is_one_line(inputs, tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    assert "\n" not in refusal(plain(inputs, Path(output)))
+
+
+def test_two_runs_in_one_folder_are_refused_and_dead_ones_are_passed_over(inputs, tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    output = tmp_path / "run"
+    values = plain(inputs, output, data__train_file="nowhere.csv")
+    program = (
+        "import sys, time; from pathlib import Path; from dsee_scale.training.lock import locked\n"
+        f"with locked(Path({str(output)!r})):\n    print('held', flush=True); time.sleep(100)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and "held" in other.stdout.readline()
+        assert f"process {other.pid} on" in refusal(values)
+        other.kill()
+    assert (output / lock.LOCK_FILE).exists()
+    assert "nowhere.csv does not exist" in refusal(values)
+    assert not (output / lock.LOCK_FILE).exists()
+    foreign = {"host": "elsewhere", "pid": 1, "start": "x"}
+    (output / lock.LOCK_FILE).write_text(json.dumps(foreign))
+    assert "process 1 on elsewhere" in refusal(values)
+    os.utime(output / lock.LOCK_FILE, (0, 0))
+    assert "nowhere.csv does not exist" in refusal(values)
+    (output / lock.LOCK_FILE).write_text("{")
+    assert "nowhere.csv does not exist" in refusal(values)
+
+
+def test_a_failed_start_does_not_block_its_retry_and_what_is_anothers_does(inputs, tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training.DSEETrainer, "train", lambda *_, **__: 1 / 0)
+        assert "ZeroDivisionError" in refusal(plain(inputs, output))
+    assert files(output) == ["recipe.yaml"]
+    (output / "notes.txt").write_text("mine")
+    assert "is not empty (notes.txt)" in refusal(plain(inputs, output))
+    (output / "notes.txt").unlink()
+    (output / "recipe.yaml").write_text("mine")
+    assert "is not empty (recipe.yaml)" in refusal(plain(inputs, output))
+    assert "was not written by a run" in refusal(
+        plain(inputs, output, training__resume_from_checkpoint="auto")
+    )
+    assert (output / "recipe.yaml").read_text() == "mine"

@@ -1,0 +1,141 @@
+"""The start of a run: all that can be wrong is found before the first step, and said alike on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dsee_scale.checkpoint.adapter import KIND as ADAPTER
+from dsee_scale.checkpoint.contents import check_output
+from dsee_scale.checkpoint.tensors import TensorReader
+from dsee_scale.distributed import raise_on_all_ranks
+from dsee_scale.errors import ConfigError, DSEEError, TargetError
+from dsee_scale.export.base import BASE_FOLDER
+from dsee_scale.export.export import LiveModel, reject_unknown_quantisation
+from dsee_scale.export.from_files import WEIGHTS_FILE, base_files
+from dsee_scale.export.report import INDEX_FILE
+from dsee_scale.export.report import KIND as EXPORT
+from dsee_scale.export.writer import WITHOUT_UPDATE
+from dsee_scale.partition import open_partition
+from dsee_scale.passes.prune_checks import check_in_order
+from dsee_scale.recipe.recipe import Recipe
+from dsee_scale.training.journal import Journal
+from dsee_scale.training.lock import LOCK_FILE
+from dsee_scale.training.timeline import Timeline
+
+RECIPE_FILE = "recipe.yaml"
+RECIPE_MARK = "# Written by dsee-scale run: the recipe with its flags, as it ran.\n"
+ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
+
+
+@contextlib.contextmanager
+def explained_start(journal: Journal) -> Iterator[None]:
+    """Local. Whatever ends a run before its first step becomes a ConfigError of one line.
+
+    Libraries meet a wrong setting or file in their own ways, deep inside; to whoever started the run each is the same:
+    something must be changed first. What comes later, and is none of our errors, is left as it is.
+    """
+    try:
+        yield
+    except DSEEError:
+        raise
+    except Exception as error:
+        if journal.started:
+            raise
+        reason = " ".join(str(error).split())[:600] or "no reason given"
+        raise ConfigError(
+            f"the run cannot start: {journal.doing}: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def check_fresh(output: Path) -> None:
+    """Refuse an output folder that holds more than a start that failed leaves behind. Local.
+
+    Raises:
+        ConfigError: naming what is there.
+    """
+    ours = {LOCK_FILE}
+    if _is_recipe_of_ours(output / RECIPE_FILE):
+        ours.add(RECIPE_FILE)
+    with contextlib.suppress(ConfigError):
+        check_output(output / BASE_FOLDER, EXPORT, overwrite=True)
+        ours.add(BASE_FOLDER)
+    found = sorted(path.name for path in output.iterdir() if path.name not in ours) if output.exists() else []
+    if found:
+        raise ConfigError(
+            f"output folder {output} is not empty ({', '.join(found[:5])}); choose another training.output_dir, or "
+            "--resume"
+        )
+
+
+def check_results(output: Path) -> None:
+    """Refuse to start a run whose results would take the place of something else. Local.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if (output / RECIPE_FILE).exists() and not _is_recipe_of_ours(output / RECIPE_FILE):
+        raise ConfigError(f"{output / RECIPE_FILE} was not written by a run, which would replace it; move it")
+    for name, kind in ((ADAPTER_FOLDER, ADAPTER), (MODEL_FOLDER, EXPORT), (BASE_FOLDER, EXPORT)):
+        check_output(output / name, kind, overwrite=True)
+
+
+def check_weights(name: str) -> None:
+    """Refuse a model folder whose weight files are missing, cut short or elsewhere. Local.
+
+    Under ZeRO-3 one rank reads them, and would leave the others waiting.
+
+    Raises:
+        FormatError: naming the file.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return
+    if any((folder / file).is_file() for file in (WEIGHTS_FILE, INDEX_FILE)):
+        TensorReader(base_files(folder))
+    elif not any(folder.glob("pytorch_model*.bin")):
+        base_files(folder)
+
+
+def check_plan(
+    model: nn.Module, recipe: Recipe, timeline: Timeline, done: Sequence[Mapping[str, Any]], tokenizer: Any
+) -> None:
+    """Collective. Refuse a pruning or an export that cannot be done, as soon as the model has its adapters.
+
+    Args:
+        model: the raw model.
+        recipe: the run's.
+        timeline: when what is pruned.
+        done: the prunings that the checkpoint has done, from the journal.
+        tokenizer: exported along.
+
+    Raises:
+        TargetError, ConfigError: what `prune` and `export_model` would say later.
+    """
+    partition = open_partition(model)
+    with raise_on_all_ranks(partition, what="checking what will be pruned and exported"):
+        for event in timeline.prune_events:
+            if event.to_dict() in done:
+                continue
+            for checked in check_in_order(model, event.configs):
+                trained = [m.name for pool in checked.pools for m in pool.members if m.param.requires_grad]
+                if trained:
+                    raise TargetError(
+                        f"{trained[0]}.weight is to be pruned and is trained in full, so its zeros would not "
+                        "stay; leave it out of dsee.trained_modules, or of the pruning (prune.modules, prune.pools)"
+                    )
+        if recipe.export is not None:
+            reject_unknown_quantisation(model, partition)
+            cut = recipe.export.delta not in WITHOUT_UPDATE
+            LiveModel(model, partition, "2GB", cut=cut, tokenizer=tokenizer)
+
+
+def _is_recipe_of_ours(path: Path) -> bool:
+    if not path.is_file() or path.is_symlink():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(RECIPE_MARK)) == RECIPE_MARK.encode()
