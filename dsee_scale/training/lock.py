@@ -56,7 +56,8 @@ def _take(path: Path) -> None:
     if holder is not None and _is_alive(holder, path):
         raise ConfigError(
             f"another run is in output folder {path.parent}: process {holder.get('pid')} on {holder.get('host')}, "
-            f"since {holder.get('since')}. Choose another training.output_dir, or wait for it; if it is gone, delete {path}"
+            f"since {holder.get('since')}. Choose another training.output_dir, or wait for it; if it is gone, "
+            f"delete {path}"
         )
     own = path.with_name(f"{path.name}.{os.getpid()}")
     own.write_text(json.dumps(_self() | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}), encoding="utf-8")
