@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -59,9 +59,9 @@ class Encoder:
         """Columns `input_ids` and `labels`; labels are -100 where nothing is learned."""
         encode: Callable[..., Any] = self._pairs
         if self.config.task in ("language_modelling", "chat"):
-            encode = self._blocks if self.config.task == "language_modelling" else self._chats
+            encode = self._texts if self.config.task == "language_modelling" else self._chats
         workers = self.config.num_workers if self.config.num_workers > 1 else None
-        return rows.map(
+        encoded = rows.map(
             encode,
             batched=True,
             with_indices=self.config.task == "chat",
@@ -70,6 +70,13 @@ class Encoder:
             num_proc=workers,
             desc="tokenize",
         )
+        if self.config.task != "language_modelling":
+            return encoded
+        # In one process and over all rows: blocks must depend neither on the workers nor on their batches.
+        settings = {"rows": encoded, "size": self.config.max_length}
+        if next(pack(**settings), None) is None:
+            return Dataset.from_dict({"input_ids": [], "labels": []})
+        return Dataset.from_generator(pack, gen_kwargs=settings)  # type: ignore[return-value]
 
     def evaluation_examples(self, rows: Dataset) -> list[tuple[list[int], list[int]]]:
         """Tokens and labels of validation rows; each turn of a chat is an example of its own."""
@@ -129,20 +136,16 @@ class Encoder:
         kept = [(ids, labels) for ids, labels in cut if any(label != IGNORED for label in labels)]
         return {"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]}
 
-    def _blocks(self, columns: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-        """Texts joined and cut into blocks; a last short block is dropped unless it is the only one."""
-        size, separator = self.config.max_length, self.config.separator
-        stream: list[int] = []
+    def _texts(self, columns: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        """Tokens of each text with what separates it from the next one."""
+        separator, found = self.config.separator, []
         for text in columns[self.config.text_column]:
             if separator is not None:
-                stream += self._ids(text + separator, special=False)
+                found.append(self._ids(text + separator, special=False))
             elif text.strip():
                 # A document begins as the tokenizer begins a text: Llama's with <s>.
-                stream += [*self._ids(text, special=True), self.tokenizer.eos_token_id]
-        blocks = [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
-        if not blocks and len(stream) > 1:
-            blocks = [stream]
-        return {"input_ids": blocks, "labels": [[IGNORED, *block[1:]] for block in blocks]}
+                found.append([*self._ids(text, special=True), self.tokenizer.eos_token_id])
+        return {"input_ids": found}
 
     def _split(self, row: dict[str, Any], answer: str) -> tuple[list[int], list[int]]:
         """Tokens of prompt and answer, at most `max_length` together; the prompt loses its beginning."""
@@ -162,6 +165,29 @@ class Encoder:
         if special and ids and ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id):
             ids = ids[:-1]
         return ids
+
+
+def pack(rows: Dataset, size: int) -> Iterator[dict[str, list[int]]]:
+    """Texts joined and cut into blocks; a last short block is dropped unless it is the only one.
+
+    Args:
+        rows: column `input_ids`, tokens of each text.
+        size: tokens of a block.
+    """
+    stream: list[int] = []
+    packed = False
+    for row in rows:
+        stream += row["input_ids"]  # type: ignore[call-overload, index]
+        for start in range(0, len(stream) - size + 1, size):
+            packed = True
+            yield _block(stream[start : start + size])
+        stream = stream[len(stream) // size * size :]
+    if not packed and len(stream) > 1:
+        yield _block(stream)
+
+
+def _block(tokens: list[int]) -> dict[str, list[int]]:
+    return {"input_ids": tokens, "labels": [IGNORED, *tokens[1:]]}
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> list[list[int]]:

@@ -128,7 +128,9 @@ def build_trainer(
     with raise_on_all_ranks(what="loading the tokenizer"):
         tokenizer = load_tokenizer(recipe.model)
     encoder = Encoder(tokenizer, recipe.data)
-    with journal.timed("data"), raise_on_all_ranks(what="reading the data"):
+    # The first process of a machine tokenizes, the others read its cache.
+    first = args.main_process_first(desc="tokenizing")
+    with journal.timed("data"), raise_on_all_ranks(what="reading the data"), first:
         train_rows, evaluation = _encode(recipe, encoder)
     timeline = build_timeline(recipe, args, steps_per_epoch(len(train_rows), args))
     args.max_steps = timeline.num_steps

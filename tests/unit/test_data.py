@@ -177,6 +177,39 @@ def test_plain_text_is_packed_into_full_blocks(tmp_path, tokenizer):
     assert first == ids("a good film .")
 
 
+def test_blocks_do_not_depend_on_the_number_of_workers(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    words = ["a", "good", "film", "so", "bad"]
+    lines = [" ".join(words[: index % 5 + 1]) for index in range(1500)]
+    path.write_text("\n".join(lines) + "\n")
+    found = []
+    for workers in (1, 4):
+        config = DataConfig(
+            task="language_modelling",
+            train_file=str(path),
+            validation_file=str(path),
+            max_length=50,
+            num_workers=workers,
+        )
+        found.append(Encoder(tokenizer, config).training_examples(load_rows(config)[0])["input_ids"])
+    assert found[0] == found[1]
+    tokens = sum(len(ids(line + " <eos>")) for line in lines)
+    assert len(found[0]) == tokens // 50 > 20
+
+
+def test_a_text_of_one_token_gives_no_block(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text("so\n")
+    config = DataConfig(
+        task="language_modelling",
+        train_file=str(path),
+        validation_file=str(path),
+        max_length=64,
+        separator="",
+    )
+    assert len(Encoder(tokenizer, config).training_examples(load_rows(config)[0])) == 0
+
+
 def test_a_text_shorter_than_a_block_is_one_block(tmp_path, tokenizer):
     path = tmp_path / "a.txt"
     path.write_text("so bad\n")
