@@ -31,7 +31,7 @@ MODEL_NAMES = (
 """Other files of an exported model: they go only where they are what was written."""
 FOLDERS_WITHIN = {"export": {"adapter": "adapter"}, "lora": {"base": "export"}}
 """Kinds of saved folders that lie in others, by name."""
-OTHER_NAMES = {"export": MODEL_NAMES, "lora": r"adapter_config\.json|adapter_model\.safetensors"}
+OTHER_NAMES = {"export": MODEL_NAMES, "lora": r"adapter_config\.json|adapter_model\.safetensors|README\.md"}
 
 
 ALSO_READ = r"adapter_config\.json|(adapter_model|pytorch_model)\b.*|.*\.py"

@@ -39,6 +39,7 @@ def export_model(
     max_shard_size: int | str = "2GB",
     overwrite: bool = False,
     progress: bool | None = None,
+    notes: str = "",
 ) -> ExportReport:
     """Collective. Write the whole model, streaming one weight at a time to rank 0, which writes the files.
 
@@ -55,6 +56,7 @@ def export_model(
         max_shard_size: size of a weight file at most, unless one weight is larger.
         overwrite: replace an earlier export. A folder with other files in it, or with changed ones, is never replaced.
         progress: show a progress bar on rank 0; None shows it if a person watches.
+        notes: Markdown for the model card (`README.md`), such as what was measured.
 
     Returns:
         Sizes and sparsity, the same on every rank.
@@ -77,7 +79,7 @@ def export_model(
         source = LiveModel(
             module, partition, max_shard_size, cut=delta not in WITHOUT_UPDATE, tokenizer=tokenizer
         )
-    report = write_model(source, folder, delta, overwrite=overwrite, progress=progress)
+    report = write_model(source, folder, delta, overwrite=overwrite, progress=progress, notes=notes)
     if partition.rank == 0:
         logger.info("%s", report)
     return report
@@ -97,6 +99,8 @@ class LiveModel:
     ) -> None:
         self.module, self.partition, self.tokenizer = module, partition, tokenizer
         self.pruned: Mapping[str, Mapping[str, Any]] = model_state(module).pruned
+        self.tuned = model_state(module).config
+        self.base_id: str | None = getattr(getattr(module, "config", None), "_name_or_path", None) or None
         self.structure = find_structure(module, partition.shape) if cut else None
         smaller, self.reason = None, None
         if self.structure is not None:

@@ -91,6 +91,7 @@ class StoredModel:
         base = Path(base or self.record.base.get("id") or "")
         self.folder, self.base_folder = stored, base
         self.pruned: Mapping[str, Mapping[str, Any]] = self.record.pruned
+        self.tuned, self.base_id = self.record.config, self.record.base.get("id")
         self._where = str(stored.path / CONFIG_FILE)
         if not base.name or not base.is_dir():
             name = self.record.base.get("id") or "the base model"

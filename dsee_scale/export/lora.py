@@ -27,6 +27,7 @@ from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.export.adapter_source import AdapterSource, LiveAdapter, StoredAdapter
 from dsee_scale.export.base import BASE_FOLDER
+from dsee_scale.export.card import CARD_FILE, lora_card
 from dsee_scale.export.export import LiveModel, reject_unknown_quantisation
 from dsee_scale.export.from_files import StoredModel
 from dsee_scale.export.writer import write_model
@@ -60,17 +61,21 @@ class LoraReport:
     served_rank: int | None
     nbytes: int
 
+    @property
+    def serving(self) -> str:
+        """What vLLM must be told."""
+        if self.served_rank is None:
+            return f"vLLM serves rank {SERVED_RANKS[-1]} at most: train a lower rank or fewer sparse entries"
+        return f"vLLM: --enable-lora --max-lora-rank {self.served_rank}"
+
     def __str__(self) -> str:
         low, high = min(self.ranks.values()), self.rank
         ranks = f"rank {high}" if low == high else f"ranks {low} to {high}"
-        needs = f"--max-lora-rank {self.served_rank}"
-        if self.served_rank is None:
-            needs = f"a lower rank or fewer sparse entries: it serves {SERVED_RANKS[-1]} at most"
         return (
             f"dsee_scale: exported a LoRA of {len(self.ranks)} modules, {ranks}, to {self.folder} "
             f"({self.nbytes / 1e6:,.1f} MB)\n"
             f"  base: {self.base or 'unnamed, give it when you load the adapter'}\n"
-            f"  PEFT: PeftModel.from_pretrained(base, {self.folder!r}); vLLM: --enable-lora, {needs}"
+            f"  PEFT: PeftModel.from_pretrained(base, {self.folder!r}); {self.serving}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -231,7 +236,6 @@ def write_lora(plan: LoraPlan, new: NewFolder, base: str | None) -> LoraReport:
     """Collective. The files of a LoRA folder, batch by batch of modules."""
     source, partition = plan.source, plan.source.partition
     specs = aligned([spec for name in source.specs for spec in plan.specs(name)])
-    nbytes = 0
     writer: TensorWriter | None = None
     with raise_on_all_ranks(partition):
         if partition.rank == 0:
@@ -246,15 +250,17 @@ def write_lora(plan: LoraPlan, new: NewFolder, base: str | None) -> LoraReport:
                     writer.write(spec.name, factor)  # type: ignore[union-attr]
         except Exception as caught:  # the other ranks go on to the next batch: follow, then fail together
             error = caught
+    served = next((rank for rank in SERVED_RANKS if rank >= plan.rank), None)
+    report = LoraReport(str(new.folder), base, plan.ranks, plan.rank, served, sum(s.nbytes for s in specs))
+    card = lora_card(new.folder.name, base=base, tuned=source.config, rank=plan.rank, scope=report.serving)
     with raise_on_all_ranks(partition):
         if error is not None:
             raise error
         if writer is not None:
             writer.close()
+            (new.partial / CARD_FILE).write_text(card, encoding="utf-8")
             new.adopt()
-    nbytes = sum(spec.nbytes for spec in specs)
-    served = next((rank for rank in SERVED_RANKS if rank >= plan.rank), None)
-    return LoraReport(str(new.folder), base, plan.ranks, plan.rank, served, nbytes)
+    return report
 
 
 def reject_unlike_lora(source: AdapterSource) -> None:

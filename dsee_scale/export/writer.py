@@ -17,9 +17,10 @@ from dsee_scale.algorithms.delta import Delta, Form, merged_weight
 from dsee_scale.checkpoint.adapter import KIND as ADAPTER_KIND
 from dsee_scale.checkpoint.folder import NewFolder, new_folder
 from dsee_scale.checkpoint.tensors import TensorWriter
-from dsee_scale.config import UNIT_PATTERNS
+from dsee_scale.config import UNIT_PATTERNS, DSEEConfig
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError
+from dsee_scale.export.card import CARD_FILE, export_card
 from dsee_scale.export.plan import Entry, ExportPlan
 from dsee_scale.export.report import INDEX_FILE, KIND, REPORT_FILE, ExportReport, count_patterns
 from dsee_scale.export.structure import STRUCTURE_FILE, Structure
@@ -42,6 +43,8 @@ class Source(Protocol):
         structure: heads and neurons that are cut out; None for none.
         reason: why no stock config says the smaller shapes; None if one does.
         base: what a quantised base is merged as; None for other bases.
+        base_id: hub id or folder of the base model, where it is known.
+        tuned: settings of the adapters, None where there are none.
         as_trained: a weight as training saw it, float32, where the base was quantised; None where it is not known.
     """
 
@@ -51,6 +54,8 @@ class Source(Protocol):
     structure: Structure | None
     reason: str | None
     base: str | None
+    base_id: str | None
+    tuned: DSEEConfig | None
     as_trained: Callable[[Tensor], Tensor] | None
 
     def read(self, entries: list[Entry], *, updates: bool) -> Iterator[tuple[Tensor, Delta | None] | None]:
@@ -73,7 +78,13 @@ def check_delta(delta: str) -> None:
 
 
 def write_model(
-    source: Source, folder: str | Path, delta: DeltaForm, *, overwrite: bool, progress: bool | None
+    source: Source,
+    folder: str | Path,
+    delta: DeltaForm,
+    *,
+    overwrite: bool,
+    progress: bool | None,
+    notes: str = "",
 ) -> ExportReport:
     """Collective. Write a whole model; the folder appears when it is complete.
 
@@ -103,6 +114,10 @@ def write_model(
                 if len(source.plan.files) > 1:
                     new.write_json(INDEX_FILE, source.plan.index())
                 new.write_json(REPORT_FILE, report.to_dict())
+                card = export_card(
+                    report, base=source.base_id, tuned=source.tuned, pruned=source.pruned, notes=notes
+                )
+                (new.partial / CARD_FILE).write_text(card, encoding="utf-8")
                 new.adopt()
     return report
 

@@ -171,6 +171,18 @@ def _check_form(recipe: Recipe) -> None:
             "recipe: export.delta 'dense' writes W * M + D, and pruned matrices are trained as (W + D) * M; set "
             "export.delta to 'masked', or prune.mask_update to false"
         )
+    if recipe.export is None or recipe.export.adapter_format != "peft":
+        return
+    if under_mask:
+        raise ConfigError(
+            "recipe: export.adapter_format 'peft' writes W * M + D, and pruned matrices are trained as (W + D) * M: "
+            "set prune.mask_update to false, or export.delta to 'masked'"
+        )
+    if recipe.dsee.trained_modules:
+        raise ConfigError(
+            "recipe: export.adapter_format 'peft' writes a LoRA alone, without dsee.trained_modules; leave them out, "
+            "or set export.delta to 'masked'"
+        )
 
 
 def _settings(name: str, section: Any) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from dsee_scale.recipe.checks import quantization_problems
 from dsee_scale.settings import JsonConfig, at_least
 
 Task = Literal["language_modelling", "completion", "classification", "chat"]
+AdapterFormat = Literal["dsee", "peft"]
 DType = Literal["float32", "bfloat16", "float16"]
 
 SCHEDULES = (
@@ -176,5 +177,13 @@ class ExportConfig(JsonConfig):
 
     delta: DeltaForm = "masked"
     """`masked`: (W + D) * M, as sparse as W; `dense`: W * M + D; `separate`: sparse W, adapter beside it."""
+    adapter_format: AdapterFormat = "dsee"
+    """With delta `separate`: `dsee`, or `peft`, a LoRA folder for PEFT and vLLM with the pruned base in `base`."""
     check: bool = True
     """Reload the folder in stock transformers, without dsee_scale, and compare quality and logits."""
+
+    def problems(self) -> list[str]:
+        """What is wrong across fields."""
+        if self.adapter_format == "peft" and self.delta != "separate":
+            return [f"adapter_format 'peft' goes with delta 'separate', found {self.delta!r}"]
+        return []

@@ -65,8 +65,12 @@ def write_report(output: Path) -> Path:
 
 def summary_table(output: Path) -> str:
     """The phases as a plain-text table, for a terminal."""
-    metrics = json.loads((output / METRICS_FILE).read_text(encoding="utf-8"))
-    header, rows = _phase_cells(metrics["phases"])
+    return phase_table(json.loads((output / METRICS_FILE).read_text(encoding="utf-8"))["phases"])
+
+
+def phase_table(phases: list[dict[str, Any]]) -> str:
+    """Phases as a table in Markdown."""
+    header, rows = _phase_cells(phases)
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"

@@ -25,6 +25,7 @@ from dsee_scale.evaluation.evaluate import EvaluationSet
 from dsee_scale.evaluation.export_check import check_export
 from dsee_scale.export.base import BASE_FOLDER
 from dsee_scale.export.export import export_model
+from dsee_scale.export.lora import export_lora
 from dsee_scale.export.report import KIND as EXPORT
 from dsee_scale.partition import open_partition
 from dsee_scale.passes.inject_model import inject
@@ -33,7 +34,7 @@ from dsee_scale.recipe.sections import ExportConfig, ModelConfig
 from dsee_scale.training.checkpoints import read_record
 from dsee_scale.training.journal import Journal, count_zeros, peak_memory
 from dsee_scale.training.lock import locked
-from dsee_scale.training.report import METRICS_FILE, write_metrics, write_report
+from dsee_scale.training.report import METRICS_FILE, phase_table, write_metrics, write_report
 from dsee_scale.training.setup import (
     kept_environment,
     load_model,
@@ -222,6 +223,10 @@ def _check_same_adapters(recipe: Recipe, checkpoint: Path) -> None:
 def _export(recipe: Recipe, config: ExportConfig, trainer: DSEETrainer, folder: Path) -> None:
     """Collective. Write the Hugging Face folder and, where it is one, judge it in stock transformers."""
     journal, live = trainer.journal, trainer.model_wrapped
+    if config.adapter_format == "peft":
+        with journal.timed("export"):
+            export_lora(live, folder, tokenizer=trainer.processing_class, overwrite=True)
+        return
     with journal.timed("export"):
         report = export_model(
             live,
@@ -229,6 +234,7 @@ def _export(recipe: Recipe, config: ExportConfig, trainer: DSEETrainer, folder: 
             delta=config.delta,
             tokenizer=trainer.processing_class,
             overwrite=True,
+            notes=f"## What was measured\n\n{phase_table(journal.phases)}" if journal.phases else "",
         )
     if not config.check or config.delta == "separate" or report.loads_with != "transformers":
         return

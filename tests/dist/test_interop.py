@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer
 
 import dsee_scale
 from dsee_scale import DSEECallback, PruneConfig, adapters_disabled
 from dsee_scale.export.lora import export_lora
 from dsee_scale.partition import unwrap
+from tests.dist.run_inputs import tiny_recipe
 from tests.dist.test_inject_prune import engine_for, make, whole_weights
+from tests.dist.test_run import run_recipe
 from tests.models import build, llama_config, partition, token_batch, zero3_config
 from tests.unit.test_export import read_weights
 from tests.unit.test_trainer_callback import CONFIG
@@ -92,6 +94,22 @@ def test_a_peft_folder_goes_on_under_zero_3(pools, tmp_path):
     for found in pools(2).run(loaded, str(tmp_path), 4):
         torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-5)
         assert found[1] < found[0]
+
+
+def test_a_recipe_may_end_in_a_lora_on_its_pruned_base(inputs, pools, tmp_path):
+    changes = {"prune__mask_update": False, "prune__refit": False}
+    export = {"delta": "separate", "adapter_format": "peft"}
+    pools(2).run(run_recipe, tiny_recipe(inputs, tmp_path / "run", export=export, **changes), timeout=LONG)
+    folder = tmp_path / "run" / "model"
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    weights = [weight for name, weight in base.named_parameters() if "_proj" in name]
+    assert sum(int((weight == 0).sum()) for weight in weights) == sum(w.numel() for w in weights) // 2
+    peft = PeftModel.from_pretrained(base, folder)
+    again = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    dsee_scale.load_adapter(again, tmp_path / "run" / "adapter")
+    ids = token_batch(vocab=20)
+    with torch.no_grad():
+        torch.testing.assert_close(peft(ids).logits, again.eval()(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def trained(base: str, output: str, batch: int, checkpoint: str | None) -> dict[str, Any]:

@@ -97,6 +97,11 @@ def test_seed_is_the_trainers_and_others_need_their_section(recipe_file):
         (["stray"], "'stray' on the command line belongs to no setting"),
         (["--prune", "null"], "retune comes after prune"),
         (["--export.delta", "dense"], "prune.mask_update to false"),
+        (["--export.adapter_format", "peft"], "adapter_format 'peft' goes with delta 'separate'"),
+        (
+            ["--export.adapter_format", "peft", "--export.delta", "separate"],
+            r"adapter_format 'peft' writes W \* M \+ D.*prune.mask_update to false",
+        ),
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "no form per phase"),
         (["--auto_find_batch_size"], "auto_find_batch_size is not possible here"),
         (["--data.task", "completion"], "completion goes with task 'completion'"),
