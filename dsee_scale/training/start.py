@@ -21,7 +21,7 @@ from dsee_scale.export.report import INDEX_FILE
 from dsee_scale.export.report import KIND as EXPORT
 from dsee_scale.export.writer import WITHOUT_UPDATE
 from dsee_scale.partition import open_partition
-from dsee_scale.passes.prune_checks import check_in_order
+from dsee_scale.pruning.checks import check_in_order
 from dsee_scale.recipe.recipe import Recipe
 from dsee_scale.training.journal import Journal
 from dsee_scale.training.lock import LOCK_FILE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -154,3 +155,15 @@ def test_the_package_imports_neither_deepspeed_nor_a_device():
 def test_public_names_are_few_and_documented():
     assert len(dsee_scale.__all__) <= 14
     assert all(getattr(dsee_scale, name).__doc__ for name in dsee_scale.__all__ if not name.startswith("__"))
+
+
+def test_what_is_imported_exists():
+    """mypy passes over imports that it cannot find, ours among them."""
+    missing = {
+        (str(path.relative_to(PACKAGE)), name)
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (name := node.module or "").startswith("dsee_scale")
+        if importlib.util.find_spec(name) is None
+    }
+    assert not missing
