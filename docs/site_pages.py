@@ -28,6 +28,13 @@ COPIES = {
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the security page into the navigation where the repository has one."""
+    if (ROOT / "SECURITY.md").is_file() and config.nav:
+        config.nav[-1]["Project"].append({"Security": "security.md"})
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are not in docs/."""
     made = {page: (ROOT / source).read_text() for page, source in COPIES.items() if (ROOT / source).is_file()}
