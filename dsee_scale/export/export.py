@@ -55,7 +55,7 @@ def export_model(
         tokenizer: saved along (or a processor); anything with `save_pretrained`.
         max_shard_size: size of a weight file at most, unless one weight is larger.
         overwrite: replace an earlier export. A folder with other files in it, or with changed ones, is never replaced.
-        progress: show a progress bar on rank 0; None shows it if a person watches.
+        progress: show a progress bar on rank 0; None: only on a terminal.
         notes: Markdown for the model card (`README.md`), such as what was measured.
 
     Returns:

@@ -64,7 +64,7 @@ def export_files(
         output: output folder.
         delta: as in `export_model`.
         overwrite: replace an earlier export.
-        progress: show a progress bar; None shows it if a person watches.
+        progress: show a progress bar; None: only on a terminal.
 
     Raises:
         ConfigError: the output folder is not empty, or a setting is unknown.

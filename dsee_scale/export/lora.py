@@ -107,7 +107,7 @@ def export_lora(
             is written then. None names the model's own, or what is written beside.
         tokenizer: saved with the base that is written.
         overwrite: replace an earlier export. A folder with other files in it is never replaced.
-        progress: show a progress bar while a base is written; None shows it if a person watches.
+        progress: show a progress bar while a base is written; None: only on a terminal.
 
     Raises:
         TargetError: no module is adapted.

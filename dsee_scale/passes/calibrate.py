@@ -115,7 +115,7 @@ def calibrate(
         batches: model inputs: mappings of keyword arguments, tuples of positional ones, or tensors of token ids.
             Every rank brings its own, at least one.
         modules: further linear layers, by suffix or pattern; those of the blocks are always there.
-        progress: show a progress bar on rank 0; None shows it if a person watches.
+        progress: show a progress bar on rank 0; None: only on a terminal.
 
     Returns:
         The statistics, the same on every rank.

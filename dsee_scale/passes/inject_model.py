@@ -70,7 +70,7 @@ def inject(model: nn.Module, config: DSEEConfig, *, progress: bool | None = None
     Args:
         model: a raw model, whole or partitioned.
         config: what to inject.
-        progress: show a progress bar on rank 0; None shows it if a person watches.
+        progress: show a progress bar on rank 0; None: only on a terminal.
 
     Returns:
         A report of targets, true shapes and trainable parameters; it is logged on rank 0 too.

@@ -107,20 +107,21 @@ def prune(
 ) -> PruneReport:
     """Collective. Set the least important frozen weights to zero, in place, on the shards.
 
-    Exactly round(sparsity * entries) weights of each pool are zero afterwards, ties included, the same ones
-    on any number of ranks. Weights that are zero already count as removed first, so pruning again to a higher
-    sparsity keeps earlier zeros. Masks need no memory: W is frozen, so its zeros stay. The patterns N:M,
-    heads and neurons are described in `groups` and `units`. Of several prunings all are checked before
-    the first removes anything.
+    Exactly round(sparsity * entries) weights of each pool (with `refit`, of each matrix) are zero afterwards, ties
+    included; the same scores remove the same ones on any number of ranks. With `refit`, the default, the weights that
+    stay are solved anew block after block, and W + D becomes the frozen weight. Weights that are zero already go
+    first, so pruning again to a higher sparsity keeps earlier zeros. Masks need no memory: W is frozen, so its zeros
+    stay. Several prunings are all checked before the first one removes anything.
 
-    Peak extra memory per rank: whole copies of the adapters in float32, and a few blocks of 2 MiB.
+    Peak extra memory per rank: whole copies of the adapters in float32, and a few blocks of 2 MiB; with `refit`, one
+    block's inputs, up to `gram_memory_mib` of statistics, and the matrices of one block that the rank owns.
 
     Args:
         model: a raw model (whole or partitioned), a DeepSpeed engine, a DDP or an Accelerate-prepared model.
         config: what to remove; several, such as heads and then neurons, one after the other.
         calibration: for score `wanda`: model inputs, every rank its own, or what `calibrate` returned; for `refit`
             model inputs. See `calibrate`.
-        progress: show a progress bar on rank 0; None shows it if a person watches.
+        progress: show a progress bar on rank 0; None: only on a terminal.
 
     Returns:
         The zeros of each matrix.
