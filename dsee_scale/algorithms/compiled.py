@@ -9,14 +9,11 @@ only begun for a pool where it pays; once begun, every pool uses it.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from dsee_scale.algorithms.loops import Loops
 
 LOAD_FROM = 2**27
 """Entries of a pool from which compiling pays for itself."""
@@ -25,7 +22,7 @@ SIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 UNSIGNED = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
-def load(num_entries: int, *, insist: bool = False) -> Loops | None:
+def load(num_entries: int, *, insist: bool = False) -> CompiledLoops | None:
     """The compiled loops if they are in use already, if `num_entries` is worth it, or if one insists.
 
     Returns:
