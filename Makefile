@@ -43,7 +43,7 @@ demo: setup  ## Tune, prune, retune and export a real decoder under ZeRO-3
 	PATH="$(BIN):$$PATH" launch/single_node.sh launch/finetune.py recipes/sentiment.yaml --output_dir $(OUTPUT)
 
 bench: setup  ## Every benchmark, quickly
-	for script in benchmarks/[a-z]*.py; do PATH="$(BIN):$$PATH" $(BIN)/python $$script --quick; done
+	for script in benchmarks/[a-z]*.py; do PATH="$(BIN):$$PATH" $(BIN)/python $$script --quick || exit 1; done
 
 docs: setup  ## The site, into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
