@@ -13,9 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.errors import TargetError
+from dsee_scale.algorithms.score import all_finite
+from dsee_scale.errors import CalibrationError, TargetError
 from dsee_scale.partition import Partition
-from dsee_scale.passes.calibrate import Batches, compute_device, in_step, run_model, to_device
+from dsee_scale.passes.calibrate import (
+    NOT_FINITE,
+    Batches,
+    compute_device,
+    in_step,
+    run_model,
+    to_device,
+    token_mask,
+)
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 _SINGLE = "hidden_states"
@@ -78,9 +87,10 @@ def capture(
 
     Raises:
         TargetError: a block does not simply go on from the one before it.
-        CalibrationError: a rank without batches.
+        CalibrationError: a rank without batches, or activations that are not finite.
     """
     calls: list[Call] = []
+    finite = True
     for batch, counts in in_step(batches, partition):
         watch = _Capture(blocks, check=not calls)
         try:
@@ -88,12 +98,23 @@ def capture(
         finally:
             watch.close()
         calls.append(Call(batch, counts, watch.hidden.to(storage), watch.arguments, watch.keywords))
+        finite &= not counts or _finite(watch.last, token_mask(batch))
         if watch.broken is not None:
             raise TargetError(
                 f"{watch.broken} reads something else than what the block before it gives, so the model can't be "
                 "re-fitted block after block; set refit=False. Nothing was removed"
             )
+    # Before the first block is written: what comes later would leave the model half pruned.
+    partition.raise_together(None if finite else CalibrationError(NOT_FINITE))
     return calls
+
+
+def _finite(output: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether the last block's output is finite wherever tokens count."""
+    if output is None:
+        return True
+    counted = output if mask is None or mask.shape != output.shape[:2] else output[mask.to(output.device)]
+    return all_finite(counted)
 
 
 class _Capture:
@@ -106,7 +127,7 @@ class _Capture:
         self.broken: str | None = None
         self._names = [name for name, _ in blocks]
         self._check = check
-        self._last: Tensor | None = None
+        self.last: Tensor | None = None
         self._handles = []
         for _, block in blocks:
             self._handles.append(block.register_forward_pre_hook(self._before, with_kwargs=True))
@@ -120,13 +141,13 @@ class _Capture:
         hidden: Tensor = rest.pop(_SINGLE) if by_keyword else args[0]  # type: ignore[assignment]
         if not self.arguments:
             self.hidden = hidden.detach()
-        elif self._check and (self._last is None or not _same(hidden, self._last)):
+        elif self._check and (self.last is None or not _same(hidden, self.last)):
             self.broken = self.broken or self._names[len(self.arguments)]
         self.arguments.append((tuple(args[1:]), rest))
         self.keywords.append(by_keyword)
 
     def _after(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        self._last = first_tensor(output)
+        self.last = first_tensor(output)
 
     def close(self) -> None:
         for handle in self._handles:

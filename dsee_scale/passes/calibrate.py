@@ -33,6 +33,10 @@ NO_TOKEN = (
     "no token of the calibration batches counts: their attention masks leave out everything; expected at least one "
     "token. Nothing was changed"
 )
+NOT_FINITE = (
+    "the model's activations on the calibration batches hold NaN or infinity; check the batches and the model's "
+    "weights. Nothing was changed"
+)
 Batches = Iterable[Any]
 Take = Callable[[str, Tensor], None]
 

@@ -41,13 +41,19 @@ def find_rankings(
 
 
 def reject_not_finite(pools: list[WeightPool], partition: Partition) -> None:
-    """Collective. Name a weight with NaN or infinity on every rank, before anything is written."""
+    """Collective. Name a weight or an adapter with NaN or infinity on every rank, before anything is written."""
     error = None
     for member in (member for pool in pools for member in pool.members):
         if not all_finite(partition.shard(member.param).data):
             error = TargetError(
                 f"{member.name}.weight holds NaN or infinity; expected finite weights: check the checkpoint it "
                 "came from. Nothing was removed"
+            )
+            break
+        if is_adapted(member.module) and not all_finite(partition.shard(member.module.dsee_flat).data):  # type: ignore[arg-type]
+            error = TargetError(
+                f"the adapter of {member.name} holds NaN or infinity; load an earlier checkpoint first. "
+                "Nothing was removed"
             )
             break
     partition.raise_together(error)

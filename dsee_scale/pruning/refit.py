@@ -225,7 +225,7 @@ def _reduced(
 def _owned_weights(
     jobs: Sequence[Job], owners: Mapping[str, int], config: PruneConfig, partition: Partition
 ) -> dict[str, Tensor]:
-    """Collective. Whole W + D, (O, I) float32, of the matrices that this rank owns."""
+    """Collective. Whole W + D, (O, I) float32, of the matrices that this rank owns; zero wherever W is."""
     params = [job.member.param for job in jobs]
     dealt = [owners[job.member.name] for job in jobs]
     with _alike(partition, config):
@@ -243,6 +243,9 @@ def _owned_weights(
         if member.name in by_name:
             delta = delta_record(member.module, by_name[member.name])
             weight = weight + delta_block(delta, 0, member.shape[0]).to(weight.device)
+            weight.masked_fill_(
+                stored == 0, 0
+            )  # what an earlier pruning removed is gone, whatever D says there
         found[member.name] = weight.t().contiguous() if member.transposed else weight.clone()
     return found
 

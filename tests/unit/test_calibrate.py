@@ -219,6 +219,10 @@ def test_a_second_refit_keeps_the_zeros_of_the_first():
     model, data = make("everything"), batches()
     dsee_scale.prune(model, PruneConfig(sparsity=0.3), data)
     first = {name: layer.weight == 0 for name, layer in block_linears(model).items()}
+    for index, layer in enumerate(adapted_layers(model).values()):  # D is not zero where the weight is
+        layer.dsee_B.data.copy_(
+            torch.randn(layer.dsee_B.shape, generator=torch.Generator().manual_seed(index)) * 0.1
+        )
     dsee_scale.prune(model, PruneConfig(sparsity=0.6), data)
     for name, layer in block_linears(model).items():
         assert (layer.weight[first[name]] == 0).all()
@@ -313,6 +317,16 @@ def test_refit_wants_batches_rather_than_statistics():
     model = make("llama")
     with pytest.raises(CalibrationError, match=r"refit needs the batches.*refit=False"):
         dsee_scale.prune(model, PruneConfig(), dsee_scale.calibrate(model, batches()))
+
+
+def test_an_adapter_that_is_not_finite_is_named_before_anything_is_written():
+    model = make("everything")
+    model.model.layers[1].mlp.down_proj.dsee_values.data[0] = float("nan")
+    before = [param.clone() for param in model.parameters()]
+    with pytest.raises(TargetError, match=r"the adapter of model\.layers\.1\.mlp\.down_proj holds NaN"):
+        dsee_scale.prune(model, PruneConfig(), batches())
+    for a, b in zip(before, model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def test_refit_outside_of_the_blocks_is_refused():
