@@ -20,7 +20,14 @@ from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, new_folder, open_folder
 from dsee_scale.checkpoint.lora_folder import is_lora_folder, load_lora, open_lora
 from dsee_scale.checkpoint.masks import STEM as MASKS
-from dsee_scale.checkpoint.masks import apply_mask, check_masks, masked_sum, open_masks, save_masks
+from dsee_scale.checkpoint.masks import (
+    apply_mask,
+    check_kept,
+    check_masks,
+    masked_sum,
+    open_masks,
+    save_masks,
+)
 from dsee_scale.checkpoint.record import (
     CONFIG_FILE,
     AdapterRecord,
@@ -113,7 +120,8 @@ def load_adapter(
         stored.verify(names, rank=partition.rank, world_size=partition.world_size)
         record = AdapterRecord.read(stored)
         check_base(record.base, base_identity(model), str(stored.path / CONFIG_FILE))
-        tensors, masks = open_adapter(stored, record), open_masks(stored)
+        tensors = open_adapter(stored, record, rank=partition.rank, world_size=partition.world_size)
+        masks = open_masks(stored)
         targets = _targets(partition, model, record, stored)
         _check_weights(partition, model, record, stored)
     _check_contents(partition, model, record, masks, stored)
@@ -142,8 +150,16 @@ def write_adapter(partition: Partition, module: nn.Module, new: NewFolder, *, ma
     _stream_adapter(partition, module, new)
 
 
-def open_adapter(stored: StoredFolder, record: AdapterRecord) -> TensorReader:
-    """The adapter's tensors, their shapes and indices checked against the record. Local.
+def open_adapter(
+    stored: StoredFolder, record: AdapterRecord, *, rank: int = 0, world_size: int = 1
+) -> TensorReader:
+    """The adapter's tensors, checked against the record: shapes, indices, finite values, and the masks' counts. Local.
+
+    Args:
+        stored: the folder.
+        record: what it says.
+        rank: values and masks are read of this rank's share alone, ...
+        world_size: ... of so many.
 
     Raises:
         FormatError: naming file and tensor.
@@ -156,7 +172,13 @@ def open_adapter(stored: StoredFolder, record: AdapterRecord) -> TensorReader:
             _check_support(reader, name, module)
     for name, shape in record.trained.items():
         reader.expect(name, shape)
-    check_masks(open_masks(stored), {name: how["shape"] for name, how in record.pruned.items()})
+    masks = open_masks(stored)
+    check_masks(masks, {name: how["shape"] for name, how in record.pruned.items()})
+    floating = [name for name in reader.names() if reader.spec(name).dtype.is_floating_point]
+    for name in floating[rank::world_size]:
+        reader.reject_not_finite(name, reader.read(name))
+    for name, how in list(record.pruned.items())[rank::world_size]:
+        check_kept(masks, name, how["shape"], how["kept"])
     return reader
 
 
@@ -285,7 +307,13 @@ def _targets(
                 f"{where}: {name}.weight is {tuple(partition.shape(weight))} in this model, the adapter was "
                 f"made for {expected}; load the base that it was made for"
             )
-        targets.append(Target(name, layer, saved.shape, saved.transposed, saved.slices, saved.num_sparse))
+        target = Target(name, layer, saved.shape, saved.transposed, saved.slices, saved.num_sparse)
+        if record.config is None or target.spec(record.config) != saved:
+            raise FormatError(
+                f"{where}: {name} and `config` contradict each other (rank {saved.rank}, scaling {saved.scaling:g}, "
+                f"dropout {saved.dropout:g}); the file is damaged"
+            )
+        targets.append(target)
     return targets
 
 

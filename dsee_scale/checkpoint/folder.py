@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dsee_scale.checkpoint.contents import check_output, unlisted
-from dsee_scale.checkpoint.files import MANIFEST, read_json, sha256
+from dsee_scale.checkpoint.files import MANIFEST, is_inside, read_json, sha256
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import FormatError
 from dsee_scale.partition.port import Partition
@@ -233,6 +233,8 @@ def open_folder(folder: str | Path, kinds: Sequence[str]) -> StoredFolder:
     if kind not in kinds or not isinstance(files, dict):
         raise FormatError(f"{path} holds a {kind!r}, expected: {' or '.join(kinds)}")
     for name, record in files.items():
+        if not is_inside(name) or not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
+            raise FormatError(f"{path / MANIFEST} is damaged: it lists {name[:100]!r} as {str(record)[:100]}")
         _check_size(path / name, record)
     return StoredFolder(path, str(kind), files)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dsee_scale.algorithms.bits import CPU_CHUNK, INTEGERS, count_nonzero, nonzero
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec, write_dealt
+from dsee_scale.errors import FormatError
 from dsee_scale.partition.port import Partition
 from dsee_scale.passes.fingerprint import rounded_sum
 
@@ -157,6 +158,21 @@ def check_masks(reader: TensorReader, shapes: Mapping[str, Sequence[int]]) -> No
     """
     for name, shape in shapes.items():
         reader.expect(name, (packed_size(math.prod(shape)),), torch.uint8)
+
+
+def check_kept(reader: TensorReader, name: str, shape: Sequence[int], kept: int) -> None:
+    """Count a mask's bits. Local.
+
+    Raises:
+        FormatError: they are not as many as the record says.
+    """
+    numel, cpu = math.prod(shape), torch.device("cpu")
+    found = sum(count_nonzero(keep) for _, keep in _keep_blocks(reader, name, 0, numel, cpu))
+    if found != kept:
+        raise FormatError(
+            f"{reader.where(name)}: the mask of {name} keeps {found:,} of {numel:,} entries, the record says {kept:,}; "
+            "the files are damaged or of different adapters"
+        )
 
 
 def open_masks(folder: StoredFolder) -> TensorReader:

@@ -17,11 +17,13 @@ from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.targets import find_modules
 from dsee_scale.algorithms.delta import AdapterSpec
+from dsee_scale.checkpoint.files import damaged
 from dsee_scale.checkpoint.folder import StoredFolder
 from dsee_scale.config import DSEEConfig
 from dsee_scale.errors import ConfigError, FormatError, TargetError
 from dsee_scale.partition.port import Partition
 from dsee_scale.partition.quantized import find_codecs
+from dsee_scale.settings import type_problems
 
 CONFIG_FILE = "dsee_config.json"
 PREFIX = "dsee_"
@@ -67,23 +69,17 @@ class AdapterRecord:
         Raises:
             FormatError: a value is missing or makes no sense.
         """
-        where = stored.path / CONFIG_FILE
         values = stored.json(CONFIG_FILE)
-        try:
+        with damaged(stored.path / CONFIG_FILE):
             if values["modules"] and not values["config"]:
                 raise ConfigError("modules are adapted but `config` is empty")
             return cls(
                 base=dict(values["base_model"]),
                 config=DSEEConfig.from_dict(values["config"]) if values["config"] else None,
                 modules={name: _module_record(name, m) for name, m in values["modules"].items()},
-                trained={name: tuple(map(int, shape)) for name, shape in values["trained"].items()},
-                pruned={
-                    name: {**p, "shape": tuple(map(int, p["shape"]))} for name, p in values["pruned"].items()
-                },
+                trained={name: _shape(name, shape) for name, shape in values["trained"].items()},
+                pruned={name: _pruned_record(name, p) for name, p in values["pruned"].items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            what = f"key {error} is missing" if isinstance(error, KeyError) else str(error)
-            raise FormatError(f"{where} is damaged: {what}; use another copy of it") from error
 
     @property
     def num_trainable(self) -> int:
@@ -146,6 +142,32 @@ def trained_modules(model: nn.Module, config: DSEEConfig) -> list[str]:
     ]
 
 
+MOST_ENTRIES = 2**40
+
+
+def _count(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST_ENTRIES:
+        raise ConfigError(f"{name}: {str(value)[:50]!r} is no count")
+    return value
+
+
+def _shape(name: str, value: Any) -> tuple[int, ...]:
+    sizes = tuple(_count(name, each) for each in value)
+    if not sizes or len(sizes) > 4 or not 0 < math.prod(sizes) < MOST_ENTRIES:
+        raise ConfigError(f"{name}: {sizes[:5]} is no shape")
+    return sizes
+
+
+def _pruned_record(name: str, values: Any) -> dict[str, Any]:
+    """How one weight was pruned; whether `kept` is what the mask says is looked at where the mask is."""
+    shape = _shape(name, values["shape"])
+    if not 0 <= _count(name, values["kept"]) <= math.prod(shape):
+        raise ConfigError(f"{name}: {values['kept']} kept of {math.prod(shape)}")
+    if not isinstance(values.get("pattern", ""), str) or not isinstance(values.get("content", ""), str):
+        raise ConfigError(f"{name}: pattern or content is no text")
+    return {**values, "shape": shape}
+
+
 def _module_record(name: str, values: Mapping[str, Any]) -> AdapterSpec:
     known = {f.name for f in dataclasses.fields(AdapterSpec)}
     if set(values) != known:
@@ -153,10 +175,13 @@ def _module_record(name: str, values: Mapping[str, Any]) -> AdapterSpec:
     record = AdapterSpec(
         **{
             **values,
-            "shape": tuple(map(int, values["shape"])),
-            "slices": tuple((int(start), int(stop)) for start, stop in values["slices"]),
+            "shape": _shape(name, values["shape"]),
+            "slices": tuple((_count(name, start), _count(name, stop)) for start, stop in values["slices"]),
         }
     )
+    wrong = type_problems(record)
+    if wrong or len(record.shape) != 2 or not record.scaling > 0 or not 0 <= record.dropout < 1:
+        raise ConfigError(f"module {name}: {'; '.join(wrong) or 'shape, scaling or dropout make no sense'}")
     edges = [0, *(edge for pair in record.slices for edge in pair), record.shape[0]]
     if not record.slices or edges != sorted(edges) or record.rank < 1 or record.num_sparse < 0:
         raise ConfigError(

@@ -192,6 +192,18 @@ class TensorReader:
                 "the file belongs to another model or another setting"
             )
 
+    def reject_not_finite(self, name: str, values: Tensor) -> None:
+        """Refuse values of a tensor of these files that are no numbers.
+
+        Raises:
+            FormatError: naming file and tensor.
+        """
+        if not bool(values.isfinite().all()):
+            raise FormatError(
+                f"{self.where(name)}: tensor {name} holds values that are not finite; use another copy, or one of an "
+                "earlier step"
+            )
+
     def read(self, name: str) -> Tensor:
         """A whole tensor."""
         return self._slice(name)[...] if self.spec(name).shape else self._handles[name][1].get_tensor(name)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from dsee_scale.adapters.linear import BUFFERS, adapted_layers
 from dsee_scale.checkpoint.adapter import STEM as ADAPTER_STEM
 from dsee_scale.checkpoint.adapter import apply_masks, open_adapter, read_layer, write_adapter
+from dsee_scale.checkpoint.files import damaged
 from dsee_scale.checkpoint.folder import StoredFolder, new_folder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import open_masks
@@ -40,7 +42,7 @@ OPTIMIZER = "dsee_optimizer"
 RANDOM = "dsee_random"
 STATE_FILE = "dsee_state.json"
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-REQUIRED = ("world_size", "parameters", "moments", "steps", "groups", "counters", "extra")
+MOST_RANKS = 10**6
 
 
 def save_training_state(
@@ -128,7 +130,8 @@ def load_training_state(
         stored.verify(names, rank=partition.rank, world_size=partition.world_size)
         record, values = AdapterRecord.read(stored), stored.json(STATE_FILE)
         check_base(record.base, base_identity(module), str(stored.path / CONFIG_FILE))
-        _check_supports(module, record, open_adapter(stored, record), stored)
+        adapter = open_adapter(stored, record, rank=partition.rank, world_size=partition.world_size)
+        _check_supports(module, record, adapter, stored)
         state = open_optimizer(model, optimizer)
         tensors = TensorReader.of(stored, OPTIMIZER)
         _check_parameters(state, values, tensors, stored)
@@ -194,9 +197,7 @@ def _check_parameters(
     state: OptimizerState, values: dict[str, Any], tensors: TensorReader, stored: StoredFolder
 ) -> None:
     where = stored.path / STATE_FILE
-    missing = [key for key in REQUIRED if key not in values]
-    if missing:
-        raise FormatError(f"{where} is damaged: key {missing[0]!r} is missing; use another checkpoint")
+    check_state(values, where)
     if values["parameters"] != state.sizes:
         differing = sorted({*values["parameters"].items()} ^ {*state.sizes.items()})
         raise FormatError(
@@ -206,6 +207,43 @@ def _check_parameters(
     for name, size in state.sizes.items():
         for key in (MASTER, *values["moments"]):
             tensors.expect(f"{name}/{key}", (size,), torch.float32)
+    for name, stretch in state.stretches.items():
+        for key in (MASTER, *values["moments"]):
+            part = tensors.read_range(f"{name}/{key}", stretch.start, stretch.start + stretch.length)
+            tensors.reject_not_finite(f"{name}/{key}", part)
+
+
+def check_state(values: Mapping[str, Any], where: Path) -> None:
+    """Refuse a state record with keys that are missing or of the wrong type. Local.
+
+    Raises:
+        FormatError: naming the key.
+    """
+    types = {
+        "parameters": dict,
+        "moments": list,
+        "steps": dict,
+        "groups": list,
+        "counters": dict,
+        "extra": dict,
+    }
+    wrong = [key for key, kind in types.items() if not isinstance(values.get(key), kind)]
+    if not wrong:
+        counts = [values.get("world_size"), *map(values["counters"].get, COUNTERS)]
+        counts += [*values["parameters"].values(), *values["steps"].values()]
+        tests = {
+            "a count": all(
+                isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in counts
+            ),
+            "moments": all(isinstance(each, str) for each in values["moments"]),
+            "groups": all(isinstance(each, dict) for each in values["groups"]),
+        }
+        tests["world_size"] = tests["a count"] and 1 <= values["world_size"] <= MOST_RANKS
+        wrong = [key for key, passed in tests.items() if not passed]
+    if wrong:
+        raise FormatError(
+            f"{where} is damaged: key {wrong[0]!r} is missing or makes no sense; use another checkpoint"
+        )
 
 
 def _put_all(state: OptimizerState, values: dict[str, Any], tensors: TensorReader, *, moments: bool) -> None:
@@ -245,8 +283,9 @@ def _put_counters(model: Any, counters: dict[str, int]) -> None:
 def _put_generators(partition: Partition, tensors: TensorReader, saved_ranks: int) -> None:
     source = partition.rank % saved_ranks
     prefix = f"{source}/"
-    state = {n.removeprefix(prefix): tensors.read(n) for n in tensors.names() if n.startswith(prefix)}
-    set_random_state(state, shift=partition.rank - source)
+    with damaged(tensors.paths[0] if tensors.paths else RANDOM):
+        state = {n.removeprefix(prefix): tensors.read(n) for n in tensors.names() if n.startswith(prefix)}
+        set_random_state(state, shift=partition.rank - source)
 
 
 def _scheduler_state(model: Any) -> dict[str, Any] | None:

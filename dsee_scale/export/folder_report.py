@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.patterns import groups_hold
 from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER
-from dsee_scale.checkpoint.files import read_json
+from dsee_scale.checkpoint.files import damaged, read_json
 from dsee_scale.checkpoint.folder import StoredFolder, open_if_saved
 from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord
 from dsee_scale.checkpoint.tensors import TensorReader
@@ -127,6 +127,11 @@ def inspect_folder(folder: str | Path, *, verify: bool = False, progress: bool =
     path = Path(folder)
     if not path.is_dir():
         raise FormatError(f"{path} is no folder")
+    with damaged(path):
+        return _inspect(path, verify, progress)
+
+
+def _inspect(path: Path, verify: bool, progress: bool) -> FolderReport:
     stored = open_if_saved(path, (*KINDS_WITH_ADAPTER, EXPORT))
     if stored is None:
         return _model_report(path, None, {}, progress)

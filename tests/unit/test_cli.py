@@ -188,7 +188,7 @@ def test_inspect_names_the_pattern_and_what_it_gains(tmp_path, capsys):
         (["export", "base", "--base", "base", "--output", "out"], "holds no dsee_manifest.json"),
         (["export", "adapter", "--base", "nowhere", "--output", "out"], "base nowhere is no folder"),
         (["export", "adapter", "--base", "adapter", "--output", "out"], "adapter holds no model.safetensors"),
-        (["export", "adapter", "--base", "base", "--output", "base"], "base is not empty"),
+        (["export", "adapter", "--base", "base", "--output", "base"], "base is, or holds, the input base"),
     ],
 )
 def test_errors_are_one_line_without_traceback(folders, tmp_path, capsys, monkeypatch, arguments, message):
