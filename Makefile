@@ -8,7 +8,7 @@ export TORCH_EXTENSIONS_DIR ?= $(VENV)/torch_extensions
 NUM_PROCESSES ?= 2
 OUTPUT ?= runs/sentiment
 
-.PHONY: help setup test test-fast check format demo bench docs docs-serve clean
+.PHONY: help setup test test-fast fuzz check format demo bench docs docs-serve clean
 
 help:  ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ test: setup  ## All tests, real DeepSpeed in 1, 2 and 3 processes included
 
 test-fast: setup  ## Unit tests only
 	$(BIN)/python -m pytest tests/unit tests/paper
+
+fuzz: setup  ## Ten thousand damaged folders, seeded
+	DSEE_SCALE_FUZZ=$${DSEE_SCALE_FUZZ:-10000} $(BIN)/python -m pytest -s tests/fuzz
 
 check: setup  ## Lint, format and types
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.algorithms.patterns import groups_hold
-from dsee_scale.checkpoint.files import read_json
+from dsee_scale.checkpoint.files import damaged, read_json
 from dsee_scale.checkpoint.folder import open_if_saved
 from dsee_scale.errors import FormatError, TargetError
 from dsee_scale.export.report import KIND
@@ -55,7 +55,15 @@ def load_pretrained(
         blocks = read_structure(values, str(path / STRUCTURE_FILE))
         _reject_partitioned_load()
     cls = stock if blocks is None else _resized_class(stock, blocks, str(path / STRUCTURE_FILE))
-    model = cls.from_pretrained(path, config=config, dtype=dtype or "auto")
+    with damaged(path):
+        model, info = cls.from_pretrained(
+            path, config=config, dtype=dtype or "auto", output_loading_info=True
+        )
+    absent = sorted(info["missing_keys"])
+    if absent:
+        raise FormatError(
+            f"{path} holds no weight {absent[0]} (and {len(absent) - 1} more); use another copy of it"
+        )
     model.__class__ = stock
     if device is not None:
         model.to(device)

@@ -27,10 +27,12 @@ from transformers.trainer_utils import (
 from dsee_scale.adapters.state import model_state
 from dsee_scale.checkpoint.adapter import save_adapter
 from dsee_scale.checkpoint.contents import check_output
+from dsee_scale.checkpoint.files import damaged
 from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.checkpoint.training_state import (
     KIND,
     STATE_FILE,
+    check_state,
     load_training_state,
     random_state,
     save_training_state,
@@ -59,9 +61,15 @@ def read_record(folder: Path) -> dict[str, Any]:
         FormatError: the folder is no whole checkpoint.
         ConfigError: it was saved by another program.
     """
-    extra = open_folder(folder, (KIND,)).json(STATE_FILE)["extra"]
+    values = open_folder(folder, (KIND,)).json(STATE_FILE)
+    check_state(values, folder / STATE_FILE)
+    extra: dict[str, Any] = values["extra"]
     if not {"trainer", "global_batch"} <= extra.keys():
         raise ConfigError(f"{folder} was saved by another training loop; load it with load_training_state")
+    with damaged(folder / STATE_FILE):
+        step, done = extra["trainer"]["global_step"], extra.get("journal", {}).get("prunings", [])
+        if not isinstance(step, int) or not all(isinstance(each, dict) for each in done):
+            raise ValueError("trainer or journal make no sense")
     return extra
 
 
