@@ -17,6 +17,7 @@ from dsee_scale.errors import ConfigError, DSEEError, RunStoppedError
 from dsee_scale.version import __version__
 
 RELAUNCH = 75  # EX_TEMPFAIL: it failed for now, the same command may be tried again
+LARGEST_PLAN = 10**9
 RUN_HELP = """usage: dsee-scale run RECIPE [--flag value ...]
 
 Tune, prune, retune and export in one launch. RECIPE is a YAML file or the name of one that comes along:
@@ -218,9 +219,14 @@ def _plan(args: argparse.Namespace) -> None:
     from dsee_scale.planning.shapes import find_shape
     from dsee_scale.planning.text import plan_dict, plan_text
 
-    for name in ("gpus", "gpu_memory", "rank", "batch", "length"):
-        if getattr(args, name) <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} must be above 0, found {getattr(args, name)}")
+    for name, low in {
+        **dict.fromkeys(("gpus", "rank", "batch", "length"), 1),
+        "gpu_memory": 1e-3,
+        "num_sparse": 0,
+    }.items():
+        if not low <= getattr(args, name) <= LARGEST_PLAN:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} must lie in [{low}, {LARGEST_PLAN:,}], found {getattr(args, name)}")
     shape = find_shape(args.model)
     usual = ("q_proj", "v_proj") if "q_proj" in shape.matrices else tuple(shape.matrices)[:1]
     setting = Setting(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import Dataset, DatasetDict, load_dataset
 
 from dsee_scale.errors import ConfigError
@@ -86,6 +88,20 @@ def _file_rows(config: DataConfig) -> tuple[Dataset, Dataset | None]:
     return read_file(config.train_file), validation
 
 
+@contextlib.contextmanager
+def without_network() -> Iterator[None]:
+    """Local. `datasets` counts its readers' uses on a server, and waits for it even where all files are here."""
+    names = ("HF_HUB_OFFLINE", "HF_UPDATE_DOWNLOAD_COUNTS")
+    before = {name: getattr(datasets.config, name) for name in names if hasattr(datasets.config, name)}
+    try:
+        for name in before:
+            setattr(datasets.config, name, name == "HF_HUB_OFFLINE")
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(datasets.config, name, value)
+
+
 def read_file(name: str) -> Dataset:
     """All rows of a local file.
 
@@ -101,11 +117,17 @@ def read_file(name: str) -> Dataset:
         raise ConfigError(f"data file {name} is empty: it has no rows")
     reader, options = READERS[path.suffix.lower()]
     try:
-        return load_dataset(reader, data_files=str(path), split="train", **options)
+        with without_network():
+            return load_dataset(reader, data_files=str(path), split="train", **options)
     except Exception as error:
         cause = error.__cause__ or error
         if "no data" in str(cause):
             raise ConfigError(f"data file {name} has no rows") from error
+        if isinstance(cause, PermissionError) and str(cause.filename) != str(path):
+            raise ConfigError(
+                f"data file {name}: the cache of datasets cannot be written ({cause.filename}: {cause.strerror}); set "
+                "HF_HOME to a folder that can be"
+            ) from error
         raise ConfigError(f"data file {name} cannot be read as {reader}: {cause}") from error
 
 

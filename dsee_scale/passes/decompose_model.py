@@ -111,9 +111,15 @@ def _target_support(target: Target, stored: Tensor, config: DSEEConfig) -> Suppo
     parts = []
     for k, (start, stop) in enumerate(target.slices):
         generator = seeded(config.seed, f"{target.name}:{k}")
-        part = find_support(
-            weight_OI[start:stop], target.num_sparse, config.support, config.decomposition, generator
-        )
+        try:
+            part = find_support(
+                weight_OI[start:stop], target.num_sparse, config.support, config.decomposition, generator
+            )
+        except torch.linalg.LinAlgError as error:
+            raise TargetError(
+                f"{target.name}.weight cannot be decomposed, its values are too large ({str(error).splitlines()[0]}); "
+                "check the checkpoint it came from, or choose support='magnitude'"
+            ) from error
         parts.append((part.rows + start, part.cols))
     return Support(torch.cat([rows for rows, _ in parts]), torch.cat([cols for _, cols in parts]))
 

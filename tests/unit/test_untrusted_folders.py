@@ -132,3 +132,33 @@ def test_a_base_that_was_saved_here_is_verified_before_it_is_exported_from(tmp_p
         export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
     with pytest.raises(ConfigError):
         export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "base", overwrite=True)
+
+
+def test_local_data_touch_no_network(tmp_path, monkeypatch):
+    import socket
+
+    from dsee_scale.data.rows import read_file
+
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **_: pytest.fail(f"looked up {a}"))
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
+    assert read_file(str(tmp_path / "rows.csv")).num_rows == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["--gpus", "0"], ["--gpu-memory", "nan"], ["--length", "1" + "0" * 400], ["--num-sparse", "-1"]]
+)
+def test_a_plan_of_impossible_sizes_is_one_line(capsys, words):
+    given = {"--model": "llama-3-8b", "--gpus": "1", "--gpu-memory": "80", **dict([words])}
+    assert main(["plan", *(word for pair in given.items() for word in pair)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_weights_of_the_largest_size_are_named_or_adapted():
+    model = build(llama_config())
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(torch.finfo(torch.float32).max)
+    try:
+        dsee_scale.inject(model, dsee_scale.DSEEConfig(rank=2, num_sparse=4))
+    except DSEEError as error:
+        assert "weight" in str(error)
