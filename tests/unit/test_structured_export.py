@@ -23,6 +23,7 @@ from dsee_scale.export.export import export_model
 from dsee_scale.export.structure import STRUCTURE_FILE
 from dsee_scale.partition import open_partition
 from tests.models import build, llama_config
+from tests.unit.test_adapter_files import refresh_manifest
 from tests.unit.test_patterns import GROUPED, MODELS, adapted, output
 
 STOCK = {
@@ -204,10 +205,10 @@ def unequal_folder(tmp_path: Path) -> Path:
 
 
 def rewrite(folder: Path, change: dict[str, object]) -> None:
-    """Change the structure file, and drop the manifest that would notice."""
+    """Change the structure file, and its hash in the manifest that would notice."""
     values = json.loads((folder / STRUCTURE_FILE).read_text()) | change
     (folder / STRUCTURE_FILE).write_text(json.dumps(values))
-    (folder / "dsee_manifest.json").unlink()
+    refresh_manifest(folder)
 
 
 @pytest.mark.parametrize(
