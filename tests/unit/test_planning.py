@@ -73,7 +73,7 @@ def test_the_command_prints_every_phase_and_advice(capsys):
         (["--model", "no/such-model"], "has no config that could be read"),
         (["--model", "EMPTY"], "holds no config.json"),
         (["--model", "llama-2-7b", "--targets", "c_attn"], "'c_attn' is no layer of llama-2-7b"),
-        (["--model", "llama-2-7b", "--length", "0"], "--length must be above 0"),
+        (["--model", "llama-2-7b", "--length", "0"], "--length must lie in"),
     ],
 )
 def test_what_cannot_be_planned_is_explained(words, message, tmp_path, capsys, monkeypatch):
