@@ -13,7 +13,7 @@ from dsee_scale.checkpoint.adapter import KIND as ADAPTER
 from dsee_scale.checkpoint.contents import check_output
 from dsee_scale.checkpoint.tensors import TensorReader
 from dsee_scale.distributed import raise_on_all_ranks
-from dsee_scale.errors import ConfigError, DSEEError, TargetError
+from dsee_scale.errors import ConfigError, DSEEError
 from dsee_scale.export.base import BASE_FOLDER
 from dsee_scale.export.export import LiveModel, reject_unknown_quantisation
 from dsee_scale.export.from_files import WEIGHTS_FILE, base_files
@@ -121,13 +121,7 @@ def check_plan(
         for event in timeline.prune_events:
             if event.to_dict() in done:
                 continue
-            for checked in check_in_order(model, event.configs):
-                trained = [m.name for pool in checked.pools for m in pool.members if m.param.requires_grad]
-                if trained:
-                    raise TargetError(
-                        f"{trained[0]}.weight is to be pruned and is trained in full, so its zeros would not "
-                        "stay; leave it out of dsee.trained_modules, or of the pruning (prune.modules, prune.pools)"
-                    )
+            check_in_order(model, event.configs)
         if recipe.export is not None:
             reject_unknown_quantisation(model, partition)
             cut = recipe.export.delta not in WITHOUT_UPDATE

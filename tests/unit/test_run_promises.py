@@ -175,7 +175,7 @@ LATE = [
     ({"prune": {"pattern": "heads", "num_per_layer": 9, "score": "ABS"}}, "heads"),
     ({"prune": {"pattern": "neurons", "num_per_layer": 99, "score": "ABS"}}, "neurons"),
     ({"prune": [{"score": "W"}, {"score": "W", "modules": ["nope"]}]}, "'nope' matches no linear layer"),
-    ({"dsee__trained_modules": ["o_proj"]}, "is trained in full, so its zeros would not stay"),
+    ({"dsee__trained_modules": ["o_proj"]}, "trained, so its zeros would not stay"),
     ({"dsee__target_modules": ["nope"]}, "nope"),
     ({"training__report_to": "nothing_like_it"}, "nothing_like_it"),
     ({"training__optim": "galore_adamw"}, "galore"),
