@@ -12,14 +12,18 @@ import dsee_scale
 from dsee_scale import PruneConfig, Statistics
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.errors import CalibrationError, PartitionError
-from dsee_scale.pruning import refit_matrix
 from dsee_scale.partition import unwrap
+from dsee_scale.pruning import refit_matrix
 from tests.dist.test_inject_prune import engine_for, train, whole_weights
 from tests.models import zero3_config
 from tests.unit.test_calibrate import batches, make
 
 ROWS = PruneConfig(sparsity=0.4, refit=False)
-REFIT = {"matrix": PruneConfig(sparsity=0.4), "rows": PruneConfig(sparsity=0.4, scope="row"), "2:4": PruneConfig(pattern="2:4", modules=("*attn*",))}
+REFIT = {
+    "matrix": PruneConfig(sparsity=0.4),
+    "rows": PruneConfig(sparsity=0.4, scope="row"),
+    "2:4": PruneConfig(pattern="2:4", modules=("*attn*",)),
+}
 
 
 def here(world_size: int) -> list[dict[str, torch.Tensor]]:

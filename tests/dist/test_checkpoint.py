@@ -16,8 +16,8 @@ from dsee_scale import DSEEConfig, FormatError, PruneConfig
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.checkpoint import folder as files
 from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
-from dsee_scale.export.export import export_model
 from dsee_scale.checkpoint.training_state import load_training_state, save_training_state
+from dsee_scale.export.export import export_model
 from dsee_scale.partition import open_partition, unwrap
 from tests.models import build, gpt2_config, llama_config, partition, token_batch, zero3_config
 

@@ -279,10 +279,10 @@ def test_without_torch_adam_deepspeed_takes_its_own():
 
 def train_with(values: dict[str, Any]) -> tuple[str, list[int], list[float]]:
     """A run through the Trainer: optimizer, parameters of its groups, losses."""
-    from dsee_scale.training.setup import kept_environment, training_arguments
-    from dsee_scale.training.journal import Journal
     from dsee_scale.recipe.recipe import build_recipe
+    from dsee_scale.training.journal import Journal
     from dsee_scale.training.run import build_trainer
+    from dsee_scale.training.setup import kept_environment, training_arguments
 
     with kept_environment():
         recipe = build_recipe(values)

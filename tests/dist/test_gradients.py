@@ -50,4 +50,6 @@ def first_step(stage: int, complete: bool) -> str:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_an_adapter_without_a_gradient_is_named_after_the_first_step(pools, stage):
     assert pools(2).run(first_step, stage, True) == ["", ""]
-    assert all("the adapter of idle got no gradient" in text for text in pools(2).run(first_step, stage, False))
+    assert all(
+        "the adapter of idle got no gradient" in text for text in pools(2).run(first_step, stage, False)
+    )

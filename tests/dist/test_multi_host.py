@@ -67,7 +67,12 @@ def start_with_accelerate(
     (folder / "deepspeed.json").write_text(json.dumps(recipe["training"]["deepspeed"]))
     config["deepspeed_config"]["deepspeed_config_file"] = str(folder / "deepspeed.json")
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
-    env = {"PATH": hosts.path, "NUM_MACHINES": str(machines), "NUM_PROCESSES": "1", "MASTER_ADDR": hosts.addresses[0]}
+    env = {
+        "PATH": hosts.path,
+        "NUM_MACHINES": str(machines),
+        "NUM_PROCESSES": "1",
+        "MASTER_ADDR": hosts.addresses[0],
+    }
     env |= {"MASTER_PORT": str(free_port()), "ACCELERATE_CONFIG": str(folder / "accelerate.yaml"), **PER_HOST}
     command = [str(ROOT / "launch/accelerate_each_node.sh"), *words, "--deepspeed", "null"]
     started = []
@@ -114,7 +119,12 @@ def test_two_hosts_train_prune_save_and_export_what_one_host_does(hosts, inputs,
 
 def test_a_host_that_is_cut_off_is_noticed_on_both_and_the_one_that_is_left_goes_on(hosts, inputs, tmp_path):
     output = tmp_path / "run"
-    quick = {**QUICK, "training__save_strategy": "steps", "training__save_steps": 2, "training__max_steps": 60}
+    quick = {
+        **QUICK,
+        "training__save_strategy": "steps",
+        "training__save_steps": 2,
+        "training__max_steps": 60,
+    }
     recipe = tiny_recipe(inputs, output, **{**quick, "training__ddp_timeout": 8})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     words = [str(ROOT / "launch/finetune.py"), str(tmp_path / "recipe.yaml")]

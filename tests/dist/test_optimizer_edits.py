@@ -83,7 +83,9 @@ def reset_adapters(stage: int, zero: dict[str, Any]) -> None:
     train(engine, 1)
     moved = whole_weights(engine)
     rate = config["optimizer"]["params"]["lr"]
-    for name in names:  # Adam's first step is at most the learning rate, a later one with no memory a bit more
+    for (
+        name
+    ) in names:  # Adam's first step is at most the learning rate, a later one with no memory a bit more
         assert 0 < (moved[name].float() - whole[name].float()).abs().max() < 8 * rate, name
 
 

@@ -98,7 +98,9 @@ def new_values(name: str, shape: torch.Size) -> torch.Tensor:
 @contextlib.contextmanager
 def watched() -> Iterator[list[str]]:
     """Names of torch.distributed's transfers that are called."""
-    names = [n for n in dir(dist) if n.startswith(("all_", "broadcast", "gather", "scatter", "reduce", "send"))]
+    names = [
+        n for n in dir(dist) if n.startswith(("all_", "broadcast", "gather", "scatter", "reduce", "send"))
+    ]
     called: list[str] = []
 
     def noting(name: str) -> Any:

@@ -72,7 +72,9 @@ def retuned(folder: str, family: str) -> torch.Tensor:
     ds_config = zero3_config()
     engine: Any = engine_for(make(family, torch.float32, ds_config), ds_config)
     train(engine, 2)
-    dsee_scale.prune(engine, UNITS if family == "llama" else PruneConfig(pattern="heads", num_per_layer=1, score="W"))
+    dsee_scale.prune(
+        engine, UNITS if family == "llama" else PruneConfig(pattern="heads", num_per_layer=1, score="W")
+    )
     train(engine, 3)
     save_adapter(engine, f"{folder}/adapter")
     report = export_model(engine, f"{folder}/model")

@@ -16,8 +16,8 @@ from dsee_scale.algorithms.patterns import groups_hold
 from dsee_scale.partition import open_partition, unwrap
 from dsee_scale.partition.engine_state import open_optimizer
 from tests.dist.test_inject_prune import (
-    check_hierarchical,
     ENGINES,
+    check_hierarchical,
     engine_for,
     fill_adapters,
     train,
@@ -203,7 +203,9 @@ def retune(family: str, dtype: torch.dtype, ds_config: dict[str, Any], on_stage_
     engine = engine_for(make(family, dtype, ds_config if on_stage_3 else None), ds_config)
     train(engine, 3)
     remembered = largest_moments(engine)
-    dsee_scale.prune(engine, PruneConfig(pattern="heads", num_per_layer=2 if family == "llama" else 1, score="W"))
+    dsee_scale.prune(
+        engine, PruneConfig(pattern="heads", num_per_layer=2 if family == "llama" else 1, score="W")
+    )
     dsee_scale.prune(engine, PruneConfig(pattern="neurons", sparsity=0.4, score="W"))
     module = unwrap(engine)
     expected = zeros_of_units(module)

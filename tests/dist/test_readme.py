@@ -1,4 +1,4 @@
-"""The README's commands exist, and the tutorial on a DeepSpeed loop runs as printed. Its snippet: tests/unit/test_docs.py."""
+"""The README's commands exist, and the DeepSpeed tutorial runs as printed. Its snippet: tests/unit/test_docs.py."""
 
 from __future__ import annotations
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import dsee_scale
-from safetensors import safe_open
-
 from dsee_scale.errors import ConfigError, DSEEError
 from tests.dist.run_inputs import losses, tiny_recipe, zero_share
 
@@ -72,7 +71,13 @@ def test_the_export_was_judged_without_dsee_scale(finished):
 
 
 def test_a_dense_export_has_the_live_models_logits_and_quality(inputs, pools, tmp_path):
-    values = tiny_recipe(inputs, tmp_path / "run", export={"delta": "dense"}, prune__mask_update=False, training__save_strategy="no")
+    values = tiny_recipe(
+        inputs,
+        tmp_path / "run",
+        export={"delta": "dense"},
+        prune__mask_update=False,
+        training__save_strategy="no",
+    )
     pools(2).run(run_recipe, values, timeout=LONG)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     phases = {phase["phase"]: phase for phase in metrics["phases"]}
@@ -206,7 +211,9 @@ def test_a_refitted_run_writes_its_base_once_and_resumes_from_it(inputs, pools, 
     pools(2).run(run_recipe, tiny_recipe(inputs, tmp_path / "run", **changes), timeout=LONG)
     phases = json.loads((tmp_path / "run" / "metrics.json").read_text())["phases"]
     zeros, entries = zero_share(tmp_path / "run" / "model")
-    assert [phase["zeros"] for phase in phases[2:]] == [zeros] * 3 and zeros == pytest.approx(entries / 2, abs=14)
+    assert [phase["zeros"] for phase in phases[2:]] == [zeros] * 3 and zeros == pytest.approx(
+        entries / 2, abs=14
+    )
     assert phases[-1]["same_tokens"] is True
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "base")
     dsee_scale.load_adapter(base, tmp_path / "run" / "adapter")

@@ -40,7 +40,9 @@ def memory_of_injection() -> tuple[int, list[tuple[str, int]]]:
 def test_injection_holds_its_shard_and_the_matrices_it_owns_at_the_moment(pools, world_size):
     """Of 48 matrices, two rounds of one for each rank are on their way, and one is decomposed."""
     for peak, sent in pools(world_size).run(memory_of_injection):
-        on_the_way = 2 * (MATRIX + MATRIX)  # in each round a rank sends shards of all its matrices, and gets one
+        on_the_way = 2 * (
+            MATRIX + MATRIX
+        )  # in each round a rank sends shards of all its matrices, and gets one
         decomposed = 8 * MATRIX
         adapters = LAYERS * len(TARGETS) * (6 * 512 + NUM_SPARSE) * 8
         assert MATRIX < peak < on_the_way + decomposed + adapters < LAYERS * len(TARGETS) * MATRIX / 2

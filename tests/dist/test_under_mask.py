@@ -74,7 +74,7 @@ def test_the_masked_export_has_the_logits_of_the_live_engine(pools, tmp_path, ca
     dtype = CASES[case][2]
     stock: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
     linears = 8 if "gpt2" in case else 14
-    sparse = [p for n, p in stock.named_parameters() if p.dim() == 2 and ".layers." in n or ".h." in n]
+    sparse = [p for n, p in stock.named_parameters() if (p.dim() == 2 and ".layers." in n) or ".h." in n]
     zeros = sum(int((p == 0).sum()) for p in sparse if p.dim() == 2)
     assert zeros >= sum(p.numel() for p in sparse if p.dim() == 2) // 2
     with torch.no_grad():
