@@ -6,7 +6,8 @@ with besides its input (masks, position embeddings) is caught from one whole for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,10 +100,12 @@ def capture(
             watch.close()
         calls.append(Call(batch, counts, watch.hidden.to(storage), watch.arguments, watch.keywords))
         finite &= not counts or _finite(watch.last, token_mask(batch))
+        if watch.broken is None and len(watch.arguments) != len(blocks):
+            watch.broken = blocks[len(watch.arguments)][0]
         if watch.broken is not None:
             raise TargetError(
-                f"{watch.broken} reads something else than what the block before it gives, so the model can't be "
-                "re-fitted block after block; set refit=False. Nothing was removed"
+                f"{watch.broken} does not simply go on from the block before it, so the model can't be re-fitted "
+                "block after block; set refit=False. Nothing was removed"
             )
     # Before the first block is written: what comes later would leave the model half pruned.
     partition.raise_together(None if finite else CalibrationError(NOT_FINITE))
@@ -129,21 +132,25 @@ class _Capture:
         self._check = check
         self.last: Tensor | None = None
         self._handles = []
-        for _, block in blocks:
-            self._handles.append(block.register_forward_pre_hook(self._before, with_kwargs=True))
+        for index, (_, block) in enumerate(blocks):
+            before = functools.partial(self._before, index)
+            self._handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(block.register_forward_hook(self._after))
 
-    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _before(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if index != len(self.arguments):  # one that is used twice, left out, or called out of turn
+            self.broken = self.broken or self._names[index]
         rest = {key: None if key in CACHES else value for key, value in kwargs.items()}
         if "use_cache" in rest:
             rest["use_cache"] = False
         by_keyword = not args
         hidden: Tensor = rest.pop(_SINGLE) if by_keyword else args[0]  # type: ignore[assignment]
         if not self.arguments:
-            self.hidden = hidden.detach()
+            self.hidden = hidden.detach().clone()  # a block may add to its input in place
         elif self._check and (self.last is None or not _same(hidden, self.last)):
-            self.broken = self.broken or self._names[len(self.arguments)]
-        self.arguments.append((tuple(args[1:]), rest))
+            self.broken = self.broken or self._names[index]
+        # A cache holds what the captured pass put there; some models pass it by position.
+        self.arguments.append((tuple(None if _is_cache(each) else each for each in args[1:]), rest))
         self.keywords.append(by_keyword)
 
     def _after(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
@@ -152,6 +159,11 @@ class _Capture:
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether this is one of transformers' caches (told by its class's name: importing them costs a second)."""
+    return any(cls.__name__ == "Cache" for cls in type(value).__mro__)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -164,10 +176,11 @@ def run_block(
     """Output of one block for one batch, where the model computes. Under ZeRO-3 collective."""
     device = compute_device(module, partition)
     args, kwargs = call.arguments[index]
-    inputs = hidden.to(device)
+    inputs = hidden.to(device, copy=True)
+    args, kwargs = to_device(args, device), to_device(kwargs, device)
     if call.keywords[index]:
-        return first_tensor(block(*args, **{_SINGLE: inputs}, **to_device(kwargs, device)))
-    return first_tensor(block(inputs, *args, **to_device(kwargs, device)))
+        return first_tensor(block(*args, **{_SINGLE: inputs}, **kwargs))
+    return first_tensor(block(inputs, *args, **kwargs))
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -177,8 +190,7 @@ def first_tensor(output: Any) -> Tensor:
 
 def advance(
     block: nn.Module, index: int, calls: Sequence[Call], module: nn.Module, partition: Partition
-) -> Iterator[Call]:
-    """Replace each call's `hidden` by the block's output, batch by batch."""
+) -> None:
+    """Replace each call's `hidden` by the block's output, batch by batch. Under ZeRO-3 collective."""
     for call in calls:
         call.hidden = run_block(block, index, call, call.hidden, module, partition).to(call.hidden.device)
-        yield call

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dsee_scale.adapters.targets import find_modules, linear_kind
+from dsee_scale.distributed import gather_objects
 from dsee_scale.errors import CalibrationError, FormatError
 from dsee_scale.partition import Partition, open_partition, unwrap
 from dsee_scale.passes.fingerprint import fingerprint
@@ -128,6 +129,7 @@ def calibrate(
         CalibrationError: a rank without batches, no token that counts, or activations that are not finite; the same on
             every rank.
     """
+    reject_lone_batch(batches)
     module = unwrap(model)
     partition = open_partition(module)
     layers = block_linears(module)
@@ -154,7 +156,18 @@ def calibrate(
         ):
             with watch.batch(batch, counts):
                 run_model(model, batch, partition, short_logits=in_blocks_only)
-    return _reduce(sums, tokens, layers, watch.leaders, fingerprint(module, partition), partition)
+    leaders = agreed_leaders(watch.leaders, layers)
+    return _reduce(sums, tokens, layers, leaders, fingerprint(module, partition), partition)
+
+
+def agreed_leaders(found: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """Collective. Under whose name each layer's input is collected, the same on all ranks.
+
+    A layer that some rank's tokens never reach is unknown there; where two ranks saw different things it stands alone.
+    """
+    everyone = gather_objects(dict(found))
+    seen = {name: {one[name] for one in everyone if name in one} for name in names}
+    return {name: next(iter(one)) if len(one) == 1 else name for name, one in seen.items()}
 
 
 def _reduce(
@@ -169,7 +182,7 @@ def _reduce(
     squares: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     for name in layers:
-        leader = leaders.get(name, name)
+        leader = leaders[name]
         if leader in squares:
             squares[name], counts[name] = squares[leader], counts[leader]
             continue
@@ -258,6 +271,36 @@ def watching(layers: Mapping[str, nn.Module], take: Take) -> Iterator[Watch]:
             handle.remove()
 
 
+def reject_uncounted(batches: Sequence[Any], partition: Partition) -> None:
+    """Collective. Refuse batches without a token that counts, or a rank without batches.
+
+    Raises:
+        CalibrationError: the same on every rank.
+    """
+    masks = [token_mask(batch) for batch in batches]
+    counted = sum(1 if mask is None else int(mask.sum()) for mask in masks)
+    tokens, empty = partition.sum_over_ranks(torch.tensor([counted, int(not batches)])).tolist()
+    _reject_empty(empty, partition)
+    if not tokens:
+        raise CalibrationError(NO_TOKEN)
+
+
+def _reject_empty(empty: int, partition: Partition) -> None:
+    if empty:
+        raise CalibrationError(
+            f"{empty} of {partition.world_size} ranks have no calibration batch; expected at least one on every "
+            "rank: give fewer samples to each batch, or more data"
+        )
+
+
+def reject_lone_batch(batches: Any) -> None:
+    """One batch would be iterated by key or by row. Local."""
+    if isinstance(batches, (Mapping, Tensor)):
+        raise CalibrationError(
+            f"calibration is one batch (a {type(batches).__name__}); expected an iterable of batches, such as [batch]"
+        )
+
+
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode throughout; afterwards every submodule is in the mode that it was in."""
@@ -284,11 +327,7 @@ def in_step(batches: Batches, partition: Partition) -> Iterator[tuple[Any, bool]
         batch = next(left, None)
         state = torch.tensor([int(batch is not None), int(batch is None and last is None)])
         going, empty = partition.sum_over_ranks(state).tolist()
-        if empty:
-            raise CalibrationError(
-                f"{empty} of {partition.world_size} ranks have no calibration batch; expected at least one on every "
-                "rank: give fewer samples to each batch, or more data"
-            )
+        _reject_empty(empty, partition)
         if not going:
             return
         last = last if batch is None else batch
@@ -298,18 +337,20 @@ def in_step(batches: Batches, partition: Partition) -> Iterator[tuple[Any, bool]
 def run_model(model: nn.Module, batch: Any, partition: Partition, *, short_logits: bool = True) -> None:
     """One forward pass of one batch. Under ZeRO-3 collective."""
     batch = to_device(batch, compute_device(unwrap(model), partition))
-    if not isinstance(batch, Mapping):
-        model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-        return
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
     known = _arguments(unwrap(model))
+    if isinstance(batch, (tuple, list)):
+        model(*batch, **({"use_cache": False} if "use_cache" in known else {}))
+        return
+    if not isinstance(batch, Mapping):
+        batch = {next(iter(known)): batch}
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
     inputs |= {"use_cache": False} if "use_cache" in known else {}
     inputs |= {"logits_to_keep": 1} if short_logits and "logits_to_keep" in known else {}
     model(**inputs)
 
 
-def _arguments(module: nn.Module) -> set[str]:
-    return set(inspect.signature(module.forward).parameters)
+def _arguments(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
 
 
 def compute_device(module: nn.Module, partition: Partition) -> torch.device:

@@ -13,13 +13,17 @@ from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.bits import position_sum
 from dsee_scale.partition import Partition
+from dsee_scale.passes.pools import block_linears
+
+LAST = 4
+"""Matrices whose content is part of a model's fingerprint."""
 
 
 def fingerprint(module: nn.Module, partition: Partition) -> str:
     """Collective. SHA-256 over names, shapes, the record of prunings and all adapter values.
 
-    The frozen weights are not read: they are the base model's, changed by what the record lists. The same on any number
-    of ranks.
+    Of the frozen weights the base model's name and one block's matrices stand for all: the others are what these came
+    with, changed by what the record lists. The same on any number of ranks.
     """
     layers = adapted_layers(module)
     sums = torch.zeros(len(layers), dtype=torch.int64)
@@ -28,7 +32,11 @@ def fingerprint(module: nn.Module, partition: Partition) -> str:
         sums[index] = position_sum(shard.data, shard.start)
     digests = partition.sum_over_shards(sums).tolist()
     shapes = {name: list(partition.shape(param)) for name, param in module.named_parameters()}
-    text = json.dumps([shapes, model_state(module).pruned, digests], sort_keys=True)
+    last = dict(list(block_linears(module).items())[-LAST:])
+    weights = {name: layer.weight for name, layer in last.items()}
+    known = contents(weights, partition)  # type: ignore[arg-type]
+    base = str(getattr(getattr(module, "config", None), "_name_or_path", ""))
+    text = json.dumps([base, shapes, known, model_state(module).pruned, digests], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -13,9 +13,16 @@ from torch import nn
 from dsee_scale.adapters.linear import restore_under_mask
 from dsee_scale.adapters.state import reject_broken
 from dsee_scale.config import PruneConfig
+from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import CalibrationError, ConfigError
 from dsee_scale.partition import Partition, open_partition, unwrap
-from dsee_scale.passes.calibrate import Batches, Statistics, calibrate
+from dsee_scale.passes.calibrate import (
+    Batches,
+    Statistics,
+    calibrate,
+    reject_lone_batch,
+    reject_uncounted,
+)
 from dsee_scale.passes.coverage import Coverage
 from dsee_scale.passes.fingerprint import fingerprint
 from dsee_scale.passes.progress import show_progress
@@ -23,7 +30,7 @@ from dsee_scale.pruning.checks import check_in_order, check_pruning, note_conten
 from dsee_scale.pruning.groups import remove_in_rows, remove_n_of_m
 from dsee_scale.pruning.lowest import remove_lowest
 from dsee_scale.pruning.rankings import find_rankings, reject_not_finite
-from dsee_scale.pruning.refit import refit
+from dsee_scale.pruning.refit import check_refit, refit
 from dsee_scale.pruning.units import remove_units
 
 logger = logging.getLogger(__name__)
@@ -138,10 +145,14 @@ def prune(
     if not configs:
         raise ConfigError("prune got an empty list; expected at least one PruneConfig")
     if calibration is not None and not isinstance(calibration, Statistics):
-        calibration = list(calibration)
+        reject_lone_batch(calibration)
+        with raise_on_all_ranks(open_partition(module), what="reading the calibration batches"):
+            calibration = list(calibration)
     _reject_uncalibrated(configs, calibration)
     if len(configs) > 1:
         _check_all(model, configs)
+        if isinstance(calibration, list) and any(each.score == "wanda" for each in configs):
+            reject_uncounted(calibration, open_partition(module))
     report = _prune_once(model, configs[0], calibration, progress)
     for further in configs[1:]:
         report = report.followed_by(_prune_once(model, further, calibration, progress))
@@ -181,6 +192,8 @@ def _check_all(model: nn.Module, configs: Sequence[PruneConfig]) -> None:
     for further, checked in zip(configs[1:], later, strict=True):
         find_rankings(checked.pools, further, partition)
         reject_not_finite(checked.pools, partition)
+        if further.refit:
+            check_refit(model, checked.pools, partition)
 
 
 def _prune_once(

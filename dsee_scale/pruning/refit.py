@@ -26,7 +26,14 @@ from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import CalibrationError, PartitionError, TargetError
 from dsee_scale.partition import Partition, unwrap
 from dsee_scale.passes.blocks import Call, advance, capture, find_blocks, run_block
-from dsee_scale.passes.calibrate import NO_TOKEN, Batches, compute_device, evaluating, token_mask, watching
+from dsee_scale.passes.calibrate import (
+    Batches,
+    agreed_leaders,
+    compute_device,
+    evaluating,
+    reject_uncounted,
+    watching,
+)
 from dsee_scale.passes.deal import deal
 from dsee_scale.passes.decompose_model import explain_shortage
 from dsee_scale.passes.pools import Member, WeightPool
@@ -71,8 +78,7 @@ def refit(
     """
     module = unwrap(model)
     members = {member.name: (member, pool.sparsity) for pool in pools for member in pool.members}
-    _reject_unsuited(model, members, partition)
-    blocks = find_blocks(module, list(members))
+    blocks = check_refit(model, pools, partition)
     done: list[str] = []
     hidden = not show_progress(partition, progress)
     with evaluating(module):
@@ -80,27 +86,40 @@ def refit(
         with watching(layers, lambda *_: None) as watch:
             where = torch.device("cpu") if config.inputs_on_cpu else compute_device(module, partition)
             calls = capture(model, blocks, batches, partition, where)
-        _reject_padding_only(calls, partition)
+        reject_uncounted([call.batch for call in calls if call.counts], partition)
+        leaders = agreed_leaders(watch.leaders, members)
         jobs = [
-            Job(member, sparsity, watch.leaders.get(name, name), _left(removed.get(name)))
+            Job(member, sparsity, leaders[name], _left(removed.get(name)))
             for name, (member, sparsity) in members.items()
         ]
         for index, (name, block) in enumerate(tqdm(blocks, desc="refit", unit="block", disable=hidden)):
             here = [job for job in jobs if job.member.name.startswith(name + ".")]
             try:
-                _refit_block(model, block, index, here, calls, config, partition)
-            except Exception as error:
+                with _exact():
+                    solved, owners = _solve_block(model, block, index, here, calls, config, partition)
+                done.append(name)  # from here on it counts as written
+                _write(model, here, owners, solved, config, partition)
+                if index + 1 < len(blocks):
+                    advance(block, index, calls, module, partition)
+            except BaseException as error:
                 raise _stopped(module, error, done) from error
-            done.append(name)
-            if index + 1 < len(blocks):
-                for _ in advance(block, index, calls, module, partition):
-                    pass
     note_pattern(module, members, config)
     restore_under_mask(module)
     return _counts([member for member, _ in members.values()], partition)
 
 
-def _refit_block(
+@contextlib.contextmanager
+def _exact() -> Iterator[None]:
+    """float32 as it is: no TF32, and none of the caller's autocast."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def _solve_block(
     model: nn.Module,
     block: nn.Module,
     index: int,
@@ -108,8 +127,8 @@ def _refit_block(
     calls: Sequence[Call],
     config: PruneConfig,
     partition: Partition,
-) -> None:
-    """Collective. Collect, solve and write the matrices of one block."""
+) -> tuple[dict[str, tuple[Tensor, Support | None]], dict[str, int]]:
+    """Collective. Collect and solve the matrices of one block: what this rank solved, and the owner of each."""
     module = unwrap(model)
     owners = dict(
         zip(
@@ -122,13 +141,13 @@ def _refit_block(
     for group in _groups(jobs, config.gram_memory_mib << 20):
         grams = _collect(module, block, index, group, calls, owners, config, partition)
         weights = _owned_weights(group, owners, config, partition)
-        with _alike(partition, config):
+        with _alike(partition, config), torch.autocast(compute_device(module, partition).type, enabled=False):
             for job in group:
                 name = job.member.name
                 if owners[name] == partition.rank:
                     solved[name] = solve(module, job, weights[name], grams[job.leader], config)
         del grams, weights
-    _write(model, jobs, owners, solved, config, partition)
+    return solved, owners
 
 
 @contextlib.contextmanager
@@ -301,33 +320,40 @@ def _counts(members: Sequence[Member], partition: Partition) -> Counts:
     return {member.name: (count, member.numel) for member, count in zip(members, zeros.tolist(), strict=True)}
 
 
-def _reject_unsuited(
-    model: nn.Module, members: Mapping[str, tuple[Member, float]], partition: Partition
-) -> None:
-    for name, (member, _) in members.items():
+def check_refit(
+    model: nn.Module, pools: Sequence[WeightPool], partition: Partition
+) -> list[tuple[str, nn.Module]]:
+    """The blocks, name and module, after refusing what no re-fit can do. Local, alike on all ranks.
+
+    Raises:
+        TargetError: quantised weights, several devices, or weights outside of one list of blocks.
+        PartitionError: see `check_reachable`.
+    """
+    members = {member.name: member for pool in pools for member in pool.members}
+    for name, member in members.items():
         if id(member.param) in partition.codecs:
             raise TargetError(
                 f"{name}.weight is quantised, and re-fitted values would have to be rounded to its codes again; set "
                 "refit=False to prune by wanda alone, or load the base unquantised. Nothing was removed"
             )
-    adapted = [member.module.dsee_flat for member, _ in members.values() if is_adapted(member.module)]
+    devices = {partition.compute_device(member.param) for member in members.values()}
+    if len(devices) > 1:
+        raise TargetError(
+            f"the weights lie on several devices ({', '.join(sorted(map(str, devices)))}), and a re-fit runs its blocks "
+            "on one; load the model without a device_map, or set refit=False. Nothing was removed"
+        )
+    adapted = [member.module.dsee_flat for member in members.values() if is_adapted(member.module)]
     check_reachable(model, adapted)  # type: ignore[arg-type]
+    return find_blocks(unwrap(model), list(members))
 
 
-def _reject_padding_only(calls: Sequence[Call], partition: Partition) -> None:
-    """Collective."""
-    masks = [token_mask(call.batch) for call in calls if call.counts]
-    counted = torch.tensor([sum(1 if mask is None else int(mask.sum()) for mask in masks)])
-    if not int(partition.sum_over_ranks(counted)):
-        raise CalibrationError(NO_TOKEN)
-
-
-def _stopped(module: nn.Module, error: Exception, done: Sequence[str]) -> Exception:
+def _stopped(module: nn.Module, error: BaseException, done: Sequence[str]) -> BaseException:
     """The error itself while nothing is written; else one that says what is, after which nothing goes on."""
     if not done:
         return error
     message = (
-        f"pruning stopped half way: {done[0]} to {done[-1]} are pruned and re-fitted, later blocks are not ({error}). "
+        f"pruning stopped half way: {done[0]} to {done[-1]} are pruned and re-fitted, later blocks are not "
+        f"({error or type(error).__name__}). "
         "Load the model or the last checkpoint again"
     )
     model_state(module).broken = message

@@ -152,6 +152,37 @@ def test_a_rank_without_memory_to_solve_is_the_same_error_on_every_rank(pools):
     assert "out of memory while re-fitting a block; lower gram_memory_mib (now 4096)" in found[0][0]
 
 
+class SomeExperts(torch.nn.Module):
+    """A block whose second pair of layers only runs where the data ask for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.ModuleDict()])
+        for name in ("gate", "up", "other_gate", "other_up"):
+            self.blocks[0][name] = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, other: bool) -> torch.Tensor:
+        pair = ("other_gate", "other_up") if other else ("gate", "up")
+        return self.blocks[0][pair[0]](x) * self.blocks[0][pair[1]](x)
+
+
+def routed_apart() -> dict[str, int]:
+    torch.manual_seed(0)
+    model, x = SomeExperts().requires_grad_(False), torch.ones(3, 8)
+    data = [(x, False), (x, True)] if dist.get_rank() == 0 else [(x, False), (x, False)]
+    dsee_scale.prune(model, PruneConfig(refit=False), data)
+    return dict(dsee_scale.calibrate(model, data).tokens)
+
+
+def test_layers_that_one_ranks_tokens_never_reach_keep_the_ranks_together(pools):
+    found = pools(2).run(routed_apart)
+    assert (
+        found[0]
+        == found[1]
+        == {"blocks.0.gate": 9, "blocks.0.up": 9, "blocks.0.other_gate": 3, "blocks.0.other_up": 3}
+    )
+
+
 def losses_after(calibrate: bool) -> list[float]:
     engine = live("llama", zero3_config())
     train(engine, steps=1)

@@ -15,7 +15,7 @@ from dsee_scale.adapters.linear import adapted_layers, is_adapted
 from dsee_scale.adapters.targets import linear_kind
 from dsee_scale.errors import CalibrationError, ConfigError, FormatError, PartitionError, TargetError
 from dsee_scale.passes.pools import block_linears
-from dsee_scale.pruning import refit_matrix
+from dsee_scale.pruning import refit, refit_matrix
 from tests.models import build, gpt2_config, llama_config, token_batch
 from tests.unit.test_prune import dense_delta
 
@@ -180,17 +180,17 @@ def relative_change(
 def test_refitting_moves_the_logits_less_than_wanda_alone(family, pattern):
     data = batches(16, length=20)
     changes = {}
-    for refit in (False, True):
+    for refitted in (False, True):
         model = make(family) if pattern == "unstructured" else _divisible(family)
         with torch.no_grad():
             logits = torch.cat([model.eval()(**b).logits[b["attention_mask"].bool()] for b in data])
-        report = dsee_scale.prune(model, PruneConfig(pattern=pattern, refit=refit), data)
+        report = dsee_scale.prune(model, PruneConfig(pattern=pattern, refit=refitted), data)
         assert report.sparsity == pytest.approx(0.5, abs=0.01)
-        if refit:
+        if refitted:
             _check_refitted(model, pattern)
-            changes[refit] = relative_change(model, {"logits": logits}, data)
+            changes[refitted] = relative_change(model, {"logits": logits}, data)
         else:
-            changes[refit] = relative_change(model, {"logits": logits}, data)
+            changes[refitted] = relative_change(model, {"logits": logits}, data)
     assert changes[True] < 0.9 * changes[False], changes
 
 
@@ -311,6 +311,116 @@ def test_a_refit_that_stops_half_way_says_where_and_the_model_refuses_to_go_on(m
         with pytest.raises(PartitionError) as again:
             use()
         assert str(again.value) == str(caught.value)
+
+
+def test_a_gpt2_given_token_ids_alone_is_refitted_as_with_a_mapping():
+    """GPT-2 hands its cache to the blocks by position; a block must not run on what the captured pass left in it."""
+    data = [batch["input_ids"] for batch in batches(6, length=20)]
+    one, two = make("gpt2"), make("gpt2")
+    one.config.use_cache = two.config.use_cache = True
+    dsee_scale.prune(one, PruneConfig(), data)
+    dsee_scale.prune(two, PruneConfig(), [{"input_ids": ids} for ids in data])
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    three = make("gpt2")
+    three.config.use_cache = True
+    dsee_scale.prune(three, PruneConfig(), [(ids,) for ids in data])
+    assert all(torch.equal(a, b) for a, b in zip(two.parameters(), three.parameters(), strict=True))
+
+
+class InPlace(nn.Module):
+    """A block that adds to its input in place, or does not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.lin, self.out, self.in_place = nn.Linear(8, 12), nn.Linear(12, 8), in_place
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.out(torch.relu(self.lin(x)))
+        if not self.in_place:
+            return x + y
+        x += y
+        return x
+
+
+class Toy(nn.Module):
+    def __init__(self, in_place: bool, order: tuple[int, ...] = (0, 1, 2)) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(InPlace(in_place) for _ in range(3))
+        self.order = order
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        for index in self.order:
+            x = self.blocks[index](x)
+        return x
+
+
+def toy(**settings) -> nn.Module:
+    torch.manual_seed(0)
+    return Toy(**settings).requires_grad_(False)
+
+
+def test_blocks_that_add_in_place_are_refitted_like_others():
+    data = [torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
+    one, two = toy(in_place=False), toy(in_place=True)
+    for model in (one, two):
+        dsee_scale.prune(model, PruneConfig(gram_memory_mib=1), data)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("order", [(0, 0, 1, 2), (0, 1), (1, 0, 2)])
+def test_blocks_that_are_used_otherwise_than_once_in_turn_are_refused(order):
+    model = toy(in_place=False, order=order)
+    before = [param.clone() for param in model.parameters()]
+    with pytest.raises(TargetError, match="does not simply go on from the block before it"):
+        dsee_scale.prune(model, PruneConfig(), [torch.randn(4, 8)])
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("lone", ["mapping", "tensor"])
+def test_one_batch_in_place_of_a_list_is_named(lone):
+    batch = batches()[0]
+    with pytest.raises(CalibrationError, match=r"calibration is one batch.*\[batch\]"):
+        dsee_scale.prune(make("llama"), PruneConfig(), batch if lone == "mapping" else batch["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("later", "data", "words"),
+    [
+        (PruneConfig(modules=("q_proj", "lm_head")), None, "lm_head lies outside"),
+        (PruneConfig(refit=False), "empty", "have no calibration batch"),
+        (PruneConfig(), "padding", "no token"),
+    ],
+)
+def test_what_a_later_pruning_cannot_do_is_refused_before_the_first(later, data, words):
+    model = build(llama_config(tie_word_embeddings=False, num_key_value_heads=5))
+    before = [param.clone() for param in model.parameters()]
+    given = {"empty": [], "padding": padding_only()}.get(data, batches())
+    with pytest.raises((CalibrationError, TargetError), match=words):
+        dsee_scale.prune(model, [PruneConfig(pattern="heads", num_per_layer=1, score="W"), later], given)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("place", ["_write", "advance"])
+def test_a_refit_that_fails_while_it_writes_marks_the_model(monkeypatch, place):
+    model = make("llama")
+
+    def failing(*_):
+        raise MemoryError("no memory is left")
+
+    monkeypatch.setattr(refit, place, failing)
+    with pytest.raises(PartitionError, match="stopped half way"):
+        dsee_scale.prune(model, PruneConfig(), batches())
+    with pytest.raises(PartitionError, match="stopped half way"):
+        model(token_batch())
+
+
+def test_statistics_of_another_base_with_the_same_shapes_are_refused():
+    found = dsee_scale.calibrate(make("llama"), batches())
+    other = build(llama_config(), seed=1)
+    dsee_scale.inject(other, FAMILIES["llama"][1])
+    with pytest.raises(CalibrationError, match="another model"):
+        dsee_scale.prune(other, PruneConfig(refit=False), found)
 
 
 def test_refit_wants_batches_rather_than_statistics():
