@@ -339,8 +339,8 @@ def check_refit(
     devices = {partition.compute_device(member.param) for member in members.values()}
     if len(devices) > 1:
         raise TargetError(
-            f"the weights lie on several devices ({', '.join(sorted(map(str, devices)))}), and a re-fit runs its blocks "
-            "on one; load the model without a device_map, or set refit=False. Nothing was removed"
+            f"the weights lie on several devices ({', '.join(sorted(map(str, devices)))}), and a re-fit runs all "
+            "on one; load it without a device_map, or set refit=False. Nothing was removed"
         )
     adapted = [member.module.dsee_flat for member in members.values() if is_adapted(member.module)]
     check_reachable(model, adapted)  # type: ignore[arg-type]

@@ -38,6 +38,8 @@ ARCHITECTURES = {
     "mistral": MistralConfig(**SIZES, num_key_value_heads=1),
     "mixtral": MixtralConfig(**SIZES, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1),
 }
+ATTENTION = {"mixtral": ("q_proj", "k_proj", "v_proj", "o_proj")}
+"""What is pruned where the blocks hold more than linear layers."""
 TARGETS = {"gpt2": {"target_modules": ("c_attn",), "output_slices": {"c_attn": ("q", "v")}}}
 
 
@@ -54,7 +56,9 @@ def tuned(
             for param in (layer.dsee_B, layer.dsee_values):
                 param.copy_(torch.randn(param.shape, generator=generator) * 0.05)
     if sparsity:
-        dsee_scale.prune(model, PruneConfig(sparsity=sparsity, score="W", mask_update=mask_update))
+        modules = ATTENTION.get(name, ())
+        prune = PruneConfig(sparsity=sparsity, score="W", mask_update=mask_update, modules=modules)
+        dsee_scale.prune(model, prune)
     return model
 
 
