@@ -103,7 +103,7 @@ def test_a_rank_that_hangs_is_named_with_the_phase_once_the_timeout_is_over(inpu
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_good_checkpoints(inputs, tmp_path):
-    recipe = write_recipe(inputs, tmp_path, retune={"max_steps": 6, "learning_rate": 1e30})
+    recipe = write_recipe(inputs, tmp_path, retune={"max_steps": 6, "learning_rate": 9e17})
     assert launch(recipe) == [2, 2], logs(recipe)
     assert "RunError" in logs(recipe)
     kept = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
