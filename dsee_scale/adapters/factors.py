@@ -96,7 +96,7 @@ def make_factors(flat: Tensor, spec: AdapterSpec, fold: Fold | None, dtype: torc
     num_slices, wide = len(spec.slices), fold.spec.rank
     left.view(num_slices, wide, -1)[:, : spec.rank] = a.view(num_slices, spec.rank, -1)
     left.view(-1).index_fill_(0, fold.in_left, 1)
-    torch.mul(b, spec.scaling, out=right[:, : spec.rank])
+    right[:, : spec.rank] = b * spec.scaling  # dynamo takes no strided `out`
     right.view(-1).index_copy_(0, fold.in_right, values * spec.scaling)
     return Factors(fold.spec, left, right, None)
 

@@ -67,7 +67,7 @@ def _one_phase(args: TrainingArguments, num_rows: int) -> Timeline:
     if schedule not in SCHEDULES:
         raise ConfigError(f"--lr_scheduler_type {schedule!r} is unknown here; valid: {', '.join(SCHEDULES)}")
     steps = args.max_steps
-    if steps <= 0:
+    if steps <= 0 and num_rows:  # without rows nothing is trained, only evaluated
         steps = -int(-args.num_train_epochs * steps_per_epoch(num_rows, args) // 1)
     phase = Phase(
         name="tune",
