@@ -53,6 +53,9 @@ def codes_alive(model: torch.nn.Module) -> int:
     """Bytes of code-like tensors in this process, each storage once: what is saved for backward included."""
     wanted = {layer.weight.dtype for _, layer in quantised_layers(model)} - {torch.bfloat16}
     found = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.dtype in wanted]
+    found = [
+        o for o in found if type(o).__name__ not in ("FakeTensor", "FunctionalTensor")
+    ]  # of torch.compile
     return sum({o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in found}.values())
 
 
