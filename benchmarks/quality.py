@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.data.encoding import collator
-from dsee_scale.evaluation.evaluate import evaluate, generate
+from dsee_scale.evaluation.evaluate import Tally, evaluate, generate_texts
 from dsee_scale.evaluation.label_logits import label_loss, logits_at, predicting
 from dsee_scale.passes.pools import block_linears
 from dsee_scale.recipe.parsing import cache_folder
@@ -77,11 +77,17 @@ class Lab:
     def quality(self, model: nn.Module, texts: bool = False) -> dict[str, float]:
         """The job's metrics; BLEU where texts are wanted."""
         tally = evaluate(model, model, self.job.evaluation, batch_size=16, device=self.device)
-        if texts and self.job.evaluation.generations:
-            job = self.job
-            tally += generate(
-                model, self.tokenizer, job.evaluation, dict(job.generation), batch_size=16, device=self.device
+        if texts and (wanted := self.job.evaluation.generations):
+            found = generate_texts(
+                model,
+                self.tokenizer,
+                [item.prompt for item in wanted],
+                dict(self.job.generation),
+                pad_id=self.job.evaluation.pad_id,
+                batch_size=16,
+                device=self.device,
             )
+            tally += Tally(hypotheses=found, references=[item.references for item in wanted])
         return tally.metrics()
 
     def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,19 @@ def whole_entries(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: whole.clone() for name, whole in zip(layers, stream, strict=True) if whole is not None}
 
 
-def codes_alive(model: torch.nn.Module) -> int:
-    """Bytes of code-like tensors in this process, each storage once: what is saved for backward included."""
+def alive() -> dict[int, weakref.ref[torch.Tensor]]:
+    """Every tensor of this process, without holding on to it."""
+    return {id(o): weakref.ref(o) for o in gc.get_objects() if isinstance(o, torch.Tensor)}
+
+
+def codes_alive(model: torch.nn.Module, others: dict[int, weakref.ref[torch.Tensor]]) -> int:
+    """Bytes of code-like tensors in this process, each storage once: what is saved for backward included.
+
+    Not those of `others`, which were there before: a rank of the pool has run other tests.
+    """
     wanted = {layer.weight.dtype for _, layer in quantised_layers(model)} - {torch.bfloat16}
     found = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.dtype in wanted]
-    found = [
-        o for o in found if type(o).__name__ not in ("FakeTensor", "FunctionalTensor")
-    ]  # of torch.compile
+    found = [o for o in found if id(o) not in others or others[id(o)]() is not o]
     return sum({o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in found}.values())
 
 
@@ -63,6 +70,7 @@ def story(folder: Path, form: str, engine: str, out: Path | None = None) -> dict
     """Evaluate, train, prune, train; what a run sees."""
     import deepspeed
 
+    others = alive()
     raw = injected_llama(folder, form)
     supports = {n: torch.stack([m.dsee_rows, m.dsee_cols]) for n, m in adapted_layers(raw).items()}
     before = evaluate(raw)
@@ -81,7 +89,7 @@ def story(folder: Path, form: str, engine: str, out: Path | None = None) -> dict
             losses.append(evaluate(model))
         loss = model(input_ids=BATCH, labels=BATCH).loss
         losses.append(float(loss.detach()))
-        gathered = max(gathered, codes_alive(raw))
+        gathered = max(gathered, codes_alive(raw, others))
         if optimizer is None:
             model.backward(loss)
             model.step()

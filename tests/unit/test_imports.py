@@ -163,3 +163,22 @@ def test_what_is_imported_exists():
         if importlib.util.find_spec(name) is None
     }
     assert not missing
+
+
+def test_what_scripts_import_exists():
+    """mypy does not read these, and a run of each takes minutes."""
+    root = PACKAGE.parent
+    scripts = [
+        path for folder in ("benchmarks", "examples", "launch") for path in (root / folder).rglob("*.py")
+    ]
+    assert len(scripts) > 15
+    missing = {
+        (str(path.relative_to(root)), node.module, alias.name)
+        for path in scripts
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dsee_scale")
+        for alias in node.names
+        if not hasattr(importlib.import_module(node.module), alias.name)
+        and importlib.util.find_spec(f"{node.module}.{alias.name}") is None
+    }
+    assert not missing
