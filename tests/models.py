@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 
 def llama_config(**changes: Any) -> LlamaConfig:
@@ -31,6 +31,36 @@ def gpt2_config(**changes: Any) -> GPT2Config:
         vocab_size=97, n_positions=64, n_embd=36, n_layer=2, n_head=3, use_cache=False
     )
     return GPT2Config(**{**sizes, **changes, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
+
+
+MOE_SIZES: dict[str, Any] = dict(
+    vocab_size=97,
+    hidden_size=20,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=28,
+    moe_intermediate_size=12,
+    num_experts_per_tok=2,
+    max_position_embeddings=64,
+    use_cache=False,
+)
+
+
+def moe_config(model_type: str, experts: int = 5, **changes: Any) -> PretrainedConfig:
+    """A tiny mixture of experts, of any type that transformers knows; no size divides by 2 and 3 everywhere."""
+    sizes = {**MOE_SIZES, "num_experts": experts, "num_local_experts": experts, "n_routed_experts": experts}
+    if model_type in ("deepseek_v3", "glm4_moe"):
+        sizes |= dict(n_group=1, topk_group=1, n_shared_experts=1, first_k_dense_replace=1)
+    if model_type == "deepseek_v3":
+        sizes |= dict(q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
+        sizes |= dict(head_dim=4, num_key_value_heads=4)
+    if model_type in ("mixtral", "gpt_oss"):
+        sizes["intermediate_size"] = sizes.pop("moe_intermediate_size")
+    known = AutoConfig.for_model(model_type).to_dict()
+    named = {key: value for key, value in sizes.items() if key in known}
+    return AutoConfig.for_model(model_type, **{**named, **changes})
 
 
 def build(config: PretrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:

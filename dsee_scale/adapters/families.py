@@ -12,20 +12,41 @@ program may do so at run time):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dsee_scale.adapters.matrices import Matrix, ShapeOf, linear_matrix
 from dsee_scale.adapters.targets import linear_kind
 from dsee_scale.errors import TargetError
 from dsee_scale.partition.quantized import quantised_kind
 
 Kind = Literal["heads", "neurons"]
 Side = Literal["outputs", "inputs"]
-ShapeOf = Callable[[nn.Parameter], torch.Size]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Where a block keeps its routed experts; how they lie in their parameters `matrices.expert_layout` says."""
+
+    path: str = "mlp.experts"
+    """The module that holds them; a block without it is dense."""
+    router: str = "mlp.gate"
+    """The module that chooses among them: its tensors have one row for each expert."""
+    shared: str | None = None
+    """The module that every token goes through besides, an ordinary feed-forward."""
+    count_key: str = "num_local_experts"
+    """Config key of the number of experts in a layer."""
+    top_key: str = "num_experts_per_tok"
+    """Config key of the experts that a token goes to."""
+    neuron_key: str = "moe_intermediate_size"
+    """Config key of an expert's number of neurons."""
+    group_key: str | None = None
+    """Config key of the number of equal groups that the router chooses among first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +75,10 @@ class Family:
     """Config key of the number of neurons."""
     head_attributes: Mapping[str, str] = field(default_factory=dict)
     """Attribute of a block -> size (`heads`, `kv_heads` or `width`), where its forward reads one."""
+    experts: Experts | None = None
+    """Routed experts, for a mixture of experts."""
+    heads: str | None = None
+    """Why heads can't be removed from it; None where they can."""
 
 
 LLAMA = Family(
@@ -99,6 +124,22 @@ BERT = Family(
         "attention.self.all_head_size": "width",
     },
 )
+QWEN_MOE = dataclasses.replace(LLAMA, name="qwen_moe", experts=Experts(count_key="num_experts"))
+MIXTRAL = dataclasses.replace(LLAMA, name="mixtral", experts=Experts(neuron_key="intermediate_size"))
+GPT_OSS = dataclasses.replace(
+    MIXTRAL,
+    name="gpt_oss",
+    experts=Experts(router="mlp.router", neuron_key="intermediate_size"),
+    heads="each head has a sink of its own, which would have to go with it",
+)
+GLM_MOE = dataclasses.replace(
+    LLAMA,
+    name="glm_moe",
+    experts=Experts(count_key="n_routed_experts", shared="mlp.shared_experts", group_key="n_group"),
+)
+DEEPSEEK = dataclasses.replace(
+    GLM_MOE, name="deepseek", heads="its keys and values share one latent (multi-head latent attention)"
+)
 FAMILIES: dict[str, Family] = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -108,6 +149,14 @@ FAMILIES: dict[str, Family] = {
     "gpt2": GPT2,
     "bert": BERT,
     "roberta": BERT,
+    "mixtral": MIXTRAL,
+    "qwen2_moe": dataclasses.replace(
+        QWEN_MOE, experts=Experts(count_key="num_experts", shared="mlp.shared_expert")
+    ),
+    "qwen3_moe": QWEN_MOE,
+    "gpt_oss": GPT_OSS,
+    "glm4_moe": GLM_MOE,
+    "deepseek_v3": DEEPSEEK,
 }
 
 
@@ -116,35 +165,44 @@ class Part:
     """One matrix of a layer's units.
 
     Attributes:
-        name: module name.
-        module: the linear layer.
+        matrix: the weight.
         side: whether units are its outputs or its inputs.
-        shape: true (O, I).
-        transposed: whether the weight is stored I x O.
         unit_of: (O,) or (I,) int64, the unit of each output or input.
     """
 
-    name: str
-    module: nn.Module
+    matrix: Matrix
     side: Side
-    shape: tuple[int, int]
-    transposed: bool
     unit_of: Tensor
 
     @property
-    def axis(self) -> int:
-        """The stored weight's axis that runs over units: 0 for rows, 1 for columns."""
-        return int((self.side == "inputs") != self.transposed)
+    def name(self) -> str:
+        """The matrix's name."""
+        return self.matrix.name
 
     @property
-    def storage_shape(self) -> tuple[int, int]:
-        """(O, I), or (I, O) if transposed."""
-        return self.shape[::-1] if self.transposed else self.shape
+    def module(self) -> nn.Module:
+        """The module that holds it."""
+        return self.matrix.module
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """True (O, I)."""
+        return self.matrix.outputs_by_inputs
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is stored I x O."""
+        return self.matrix.transposed
+
+    @property
+    def axis(self) -> int:
+        """The stored matrix's axis that runs over units: 0 for rows, 1 for columns."""
+        return int((self.side == "inputs") != self.transposed)
 
     @property
     def has_unit_bias(self) -> bool:
         """Whether the layer has a bias with entries that belong to units."""
-        return self.side == "outputs" and getattr(self.module, "bias", None) is not None
+        return self.side == "outputs" and self.matrix.bias is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +254,13 @@ def find_units(model: nn.Module, kind: Kind, shape_of: ShapeOf) -> list[UnitLaye
         TargetError: an unknown architecture, or blocks that are not as described.
     """
     family = family_of(model)
+    if kind == "heads" and family.heads:
+        raise TargetError(f"heads of {family.name} can't be removed: {family.heads}; choose another pattern")
+    if kind == "neurons" and family.experts:
+        raise TargetError(
+            f"neurons of {family.name} lie in experts, from which they can't be removed yet; choose pattern "
+            "'unstructured' or N:M"
+        )
     blocks = find_blocks(model, family)
     if kind == "neurons":
         _reject_activation(model, family)
@@ -258,13 +323,12 @@ def _neurons(name: str, block: nn.Module, family: Family, shape_of: ShapeOf) -> 
 
 
 def _part(name: str, block: nn.Module, path: str, side: Side, unit_of: Tensor, shape_of: ShapeOf) -> Part:
-    module = inner(block, path, name)
     shape = _shape(name, block, path, shape_of)
     if shape[side == "inputs"] != len(unit_of):
         raise TargetError(
             f"{name}.{path} has {shape[side == 'inputs']} {side}, expected {len(unit_of)} from its neighbours"
         )
-    return Part(f"{name}.{path}", module, side, shape, linear_kind(module) == "conv1d", unit_of)
+    return Part(linear_matrix(f"{name}.{path}", inner(block, path, name), shape_of), side, unit_of)
 
 
 def _shape(name: str, block: nn.Module, path: str, shape_of: ShapeOf) -> tuple[int, int]:
@@ -276,8 +340,7 @@ def _shape(name: str, block: nn.Module, path: str, shape_of: ShapeOf) -> tuple[i
             f"{name}.{path} is a {type(module).__name__}; heads and neurons are removed from nn.Linear or Conv1D "
             "with floating-point weights: prune an unquantised base, or choose pattern 'unstructured' or N:M"
         )
-    rows, cols = shape_of(module.weight)
-    return (int(cols), int(rows)) if kind == "conv1d" else (int(rows), int(cols))
+    return linear_matrix(name, module, shape_of).outputs_by_inputs
 
 
 def _reject_activation(model: nn.Module, family: Family) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import Tensor, nn, tensor, zeros
 from torch import bool as boolean
 
-from dsee_scale.adapters.families import ShapeOf, UnitLayer, find_units
+from dsee_scale.adapters.families import UnitLayer, find_units
+from dsee_scale.adapters.matrices import ShapeOf
 from dsee_scale.adapters.state import model_state
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
@@ -21,7 +22,7 @@ def removed_units(model: nn.Module, layer: UnitLayer) -> Tensor:
     Raises:
         FormatError: the record does not fit the layer.
     """
-    name = f"{layer.parts[0].name}.weight"
+    name = layer.parts[0].matrix.param_name
     text = model_state(model).pruned.get(name, {}).get(layer.kind)
     return (
         zeros(layer.num_units, dtype=boolean) if text is None else unpack_units(text, layer.num_units, name)
@@ -44,7 +45,7 @@ def record_removed(model: nn.Module, layer: UnitLayer, gone: Tensor) -> None:
     """Note what is removed of one layer, in all. A pattern within the weights stays noted."""
     pruned = model_state(model).pruned
     for part in layer.parts:
-        names = [f"{part.name}.weight"] + ([f"{part.name}.bias"] if part.has_unit_bias else [])
+        names = [part.matrix.param_name] + ([part.matrix.bias_name] if part.has_unit_bias else [])
         for name in names:
             pruned[name] = {"pattern": layer.kind, **pruned.get(name, {}), layer.kind: pack_units(gone)}
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.families import Family, Part, ShapeOf, family_of, find_blocks, find_units, inner
+from dsee_scale.adapters.families import Family, Part, family_of, find_blocks, find_units, inner
+from dsee_scale.adapters.matrices import ShapeOf
 from dsee_scale.adapters.removed_units import removed_units
 from dsee_scale.adapters.state import model_state
 from dsee_scale.checkpoint.folder import FORMAT_VERSION
@@ -112,7 +113,7 @@ def find_structure(model: nn.Module, shape_of: ShapeOf) -> Structure | None:
             for part in layer.parts if gone.any() else ():
                 lines = gone[part.unit_of]
                 kept |= _kept_lines(part, (~lines).nonzero().flatten())
-                num_removed += int(lines.sum()) * (part.storage_shape[1 - part.axis] + part.has_unit_bias)
+                num_removed += int(lines.sum()) * (part.matrix.shape[1 - part.axis] + part.has_unit_bias)
             for sizes, num_units in ((left, int((~gone).sum())), (whole, layer.num_units)):
                 found = sizes.setdefault(layer.name, {})
                 if kind == "heads":
@@ -262,5 +263,5 @@ def _like(param: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter:
 
 
 def _kept_lines(part: Part, indices: Tensor) -> dict[str, tuple[int, Tensor]]:
-    lines = {f"{part.name}.weight": (part.axis, indices)}
-    return lines | ({f"{part.name}.bias": (0, indices)} if part.has_unit_bias else {})
+    lines = {part.matrix.param_name: (part.axis, indices)}
+    return lines | ({part.matrix.bias_name: (0, indices)} if part.has_unit_bias else {})

@@ -41,6 +41,17 @@ def decoded(codec: Codec | None, stored: Tensor, start: int) -> Shard:
     return Shard(entries, first, stored, codec)
 
 
+def within(shard: Shard, offset: int, numel: int) -> Shard:
+    """The part of a shard that lies in a matrix of `numel` entries at `offset`, as a shard of that matrix."""
+    stop = shard.start + shard.data.numel()
+    if not offset and stop <= numel:
+        return shard  # with the codes of a quantised weight
+    first = min(max(shard.start, offset), offset + numel)
+    length = max(0, min(stop, offset + numel) - first)
+    begin = max(0, first - shard.start)
+    return Shard(shard.data[begin : begin + length], first - offset)
+
+
 class Exchange(Protocol):
     """A transfer of whole matrices to their owners that may still be under way."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import nn
+
+from dsee_scale.adapters.matrices import Matrix, ShapeOf
 
 LEAST = 0.9
 """Share of the blocks' matrix parameters that must be in linear layers for a pruning of them all to be let pass."""
@@ -50,29 +51,33 @@ def block_prefixes(model: nn.Module) -> list[str]:
 
 def block_coverage(
     model: nn.Module,
-    covered: Iterable[nn.Parameter],
-    linears: Iterable[nn.Module],
-    shape_of: Callable[[nn.Parameter], torch.Size],
+    covered: Iterable[Matrix],
+    reachable: Iterable[Matrix],
+    shape_of: ShapeOf,
 ) -> Coverage:
     """What a pass reaches of the blocks. Local, from names and true shapes.
 
     Args:
         model: the model, adapted or not.
-        covered: the weights that the pass means.
-        linears: the linear layers of the blocks.
+        covered: the matrices that the pass means.
+        reachable: those that it could mean.
         shape_of: true shape of a parameter.
     """
     prefixes = tuple(block_prefixes(model))
-    meant = {id(param) for param in covered}
-    reachable = {id(module.weight) for module in linears}
-    found, total, missed = 0, 0, dict[str, int]()
-    for name, param in model.named_parameters():
-        shape = shape_of(param)
-        if len(shape) < 2 or not name.startswith(prefixes):
-            continue
-        total += shape.numel()
-        found += shape.numel() if id(param) in meant else 0
-        if id(param) not in reachable:
+    shapes = {
+        name: (id(param), shape_of(param))
+        for name, param in model.named_parameters()
+        if len(shape_of(param)) >= 2 and name.startswith(prefixes)
+    }
+    inside, known = {param for param, _ in shapes.values()}, {id(matrix.param) for matrix in reachable}
+    counted = {(id(matrix.param), matrix.offset): matrix.numel for matrix in covered}
+    missed: dict[str, int] = {}
+    for name, (param, shape) in shapes.items():
+        if param not in known:
             shown = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
             missed[shown] = missed.get(shown, 0) + shape.numel()
-    return Coverage(found, total, missed)
+    return Coverage(
+        sum(numel for (param, _), numel in counted.items() if param in inside),
+        sum(shape.numel() for _, shape in shapes.values()),
+        missed,
+    )

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dsee_scale.adapters.linear import adapted_layers, attach, is_adapted
+from dsee_scale.adapters.matrices import find_matrices
 from dsee_scale.adapters.persistence import check_persistence
 from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.targets import Target, find_modules, find_targets
@@ -21,7 +22,6 @@ from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.quantized import compute_dtype, prepare_quantised, quantised_kind
 from dsee_scale.passes.coverage import Coverage, block_coverage
 from dsee_scale.passes.decompose_model import decompose_model, seeded
-from dsee_scale.passes.pools import block_linears
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +191,7 @@ def _reject_unready(model: nn.Module) -> None:
 
 def _report(model: nn.Module, targets: list[Target], partition: Partition, seconds: float) -> InjectionReport:
     sizes = [(partition.shape(p).numel(), p.requires_grad) for p in model.parameters()]
+    linears = {n: m for n, m in find_matrices(model, partition.shape).items() if m.expert is None}
     return InjectionReport(
         targets=tuple((t.name, t.shape, len(t.slices), t.num_sparse) for t in targets),
         trainable=sum(n for n, trained in sizes if trained),
@@ -198,8 +199,8 @@ def _report(model: nn.Module, targets: list[Target], partition: Partition, secon
         seconds=seconds,
         coverage=block_coverage(
             model,
-            [t.module.weight for t in targets],  # type: ignore[misc]
-            block_linears(model).values(),
+            [linears[t.name] for t in targets],
+            linears.values(),
             partition.shape,
         ),
     )

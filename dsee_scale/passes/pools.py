@@ -1,56 +1,19 @@
-"""Which weights a pruning means: the linear layers of the blocks, dealt into pools."""
+"""Which weights a pruning means: the linear layers of the blocks and their experts, dealt into pools."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from dsee_scale.adapters.linear import is_adapted
+from dsee_scale.adapters.matrices import Matrix, ShapeOf, find_matrices
 from dsee_scale.adapters.targets import linear_kind, matches
 from dsee_scale.config import Pool, PruneConfig
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.passes.coverage import block_prefixes
-
-
-@dataclass(frozen=True)
-class Member:
-    """One prunable weight.
-
-    Attributes:
-        name: module name; the weight is `name + ".weight"`.
-        module: the layer.
-        start: global position of its first entry in the pool.
-        shape: the weight's true shape as stored (O x I, or I x O for Conv1D).
-    """
-
-    name: str
-    module: nn.Module
-    start: int
-    shape: tuple[int, int]
-
-    @property
-    def numel(self) -> int:
-        """Entries of the weight."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the weight is stored I x O."""
-        return linear_kind(self.module) == "conv1d"
-
-    @property
-    def num_inputs(self) -> int:
-        """I."""
-        return self.shape[0] if self.transposed else self.shape[1]
-
-    @property
-    def param(self) -> nn.Parameter:
-        """The weight."""
-        return self.module.weight  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -59,7 +22,12 @@ class WeightPool:
 
     name: str
     sparsity: float
-    members: tuple[Member, ...]
+    members: tuple[Matrix, ...]
+
+    @property
+    def starts(self) -> list[int]:
+        """Position in the pool of each weight's first entry."""
+        return list(itertools.accumulate((member.numel for member in self.members[:-1]), initial=0))
 
     @property
     def total(self) -> int:
@@ -82,100 +50,88 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def find_pools(
-    model: nn.Module, config: PruneConfig, shape_of: Callable[[nn.Parameter], torch.Size]
-) -> list[WeightPool]:
+def block_matrices(model: nn.Module, shape_of: ShapeOf) -> dict[str, Matrix]:
+    """The matrices inside the repeated blocks: those of linear layers and of experts."""
+    prefixes = tuple(block_prefixes(model))
+    return {
+        name: matrix for name, matrix in find_matrices(model, shape_of).items() if name.startswith(prefixes)
+    }
+
+
+def find_pools(model: nn.Module, config: PruneConfig, shape_of: ShapeOf) -> list[WeightPool]:
     """The pools of a pruning; with scope `matrix` or `row` each weight is a pool of its own.
 
     Raises:
         TargetError: `modules` matches nothing, or a weight that is more than a linear layer's.
         ConfigError: a pool is empty, or two pools share a weight.
     """
-    weights = _once(model, _prunable(model, config))
+    weights = _once(model, _prunable(model, config, shape_of))
     assert config.pools or config.sparsity is not None, "PruneConfig settles it"
     pools = config.pools or (Pool(name="all", sparsity=config.sparsity or 0.0),)
     taken: dict[str, str] = {}
     result = []
     for pool in pools:
-        chosen = {name: module for name, module in weights.items() if _selects(pool, name, module)}
+        chosen = [matrix for matrix in weights if _selects(pool, matrix)]
         if not chosen:
             raise ConfigError(
                 f"pool {pool.name!r} matches no weight (select={pool.select!r}, modules={list(pool.modules)}); "
-                f"prunable layers: {_suffixes(weights)}"
+                f"prunable layers: {_suffixes(matrix.name for matrix in weights)}"
             )
-        for name in chosen:
+        for name in (matrix.name for matrix in chosen):
             if name in taken:
                 raise ConfigError(
                     f"pools {taken[name]!r} and {pool.name!r} both hold {name}; make them disjoint with "
                     "select or modules"
                 )
             taken[name] = pool.name
-        members = [(name, module, _stored_shape(module, shape_of)) for name, module in chosen.items()]
-        result += _pools(pool, members, per_matrix=config.scope != "global")
+        if config.scope == "global":
+            result.append(WeightPool(pool.name, pool.sparsity, tuple(chosen)))
+        else:
+            result += [WeightPool(matrix.name, pool.sparsity, (matrix,)) for matrix in chosen]
     return result
 
 
-def _pools(
-    pool: Pool, members: list[tuple[str, nn.Module, tuple[int, int]]], *, per_matrix: bool
-) -> list[WeightPool]:
-    if per_matrix:
-        return [
-            WeightPool(name, pool.sparsity, (Member(name, module, 0, shape),))
-            for name, module, shape in members
-        ]
-    at, placed = 0, []
-    for name, module, shape in members:
-        placed.append(Member(name, module, at, shape))
-        at += shape[0] * shape[1]
-    return [WeightPool(pool.name, pool.sparsity, tuple(placed))]
-
-
-def _prunable(model: nn.Module, config: PruneConfig) -> dict[str, nn.Module]:
-    weights = block_linears(model)
+def _prunable(model: nn.Module, config: PruneConfig, shape_of: ShapeOf) -> dict[str, Matrix]:
     if not config.modules:
+        weights = block_matrices(model, shape_of)
         if not weights:
             raise TargetError(
                 "the model has no linear layers inside blocks (nn.ModuleList); name some in `modules`"
             )
         return weights
-    linears = {name: module for name, module in model.named_modules() if linear_kind(module)}
+    matrices = find_matrices(model, shape_of)
     for pattern in config.modules:
-        if not any(matches(name, (pattern,)) or fnmatch.fnmatchcase(name, pattern) for name in linears):
+        if not any(matches(name, (pattern,)) or fnmatch.fnmatchcase(name, pattern) for name in matrices):
             raise TargetError(
-                f"PruneConfig.modules {pattern!r} matches no linear layer; existing: {_suffixes(linears)}"
+                f"PruneConfig.modules {pattern!r} matches no linear layer; existing: {_suffixes(matrices)}"
             )
-    return {name: module for name, module in linears.items() if matches(name, config.modules)}
+    return {name: matrix for name, matrix in matrices.items() if matches(name, config.modules)}
 
 
-def _once(model: nn.Module, chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:
+def _once(model: nn.Module, chosen: Mapping[str, Matrix]) -> list[Matrix]:
     """Layers that share a weight count once, under the first one's name; a weight tied to an embedding is refused."""
     modules = dict(model.named_modules(remove_duplicate=False))
     holders: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         holders.setdefault(id(param), []).append(name)
-    first: dict[int, str] = {}
-    for name, module in chosen.items():
-        weight = id(module.weight)
-        first.setdefault(weight, name)
-        for other in holders.get(weight, []):
+    first: dict[tuple[int, int], Matrix] = {}
+    for matrix in chosen.values():
+        first.setdefault((id(matrix.param), matrix.offset), matrix)
+        for other in holders.get(id(matrix.param), []) if matrix.expert is None else ():
             owner = other.rpartition(".")[0]
             if not linear_kind(modules[owner]):
                 raise TargetError(
-                    f"{name}.weight is also {other}, of a {type(modules[owner]).__name__}, which would be pruned with "
-                    f"it; leave {name} out of the pruning, or load the model with tie_word_embeddings=False"
+                    f"{matrix.param_name} is also {other}, of a {type(modules[owner]).__name__}, which would be pruned "
+                    f"with it; leave {matrix.name} out of the pruning, or load the model with "
+                    "tie_word_embeddings=False"
                 )
-    return {name: module for name, module in chosen.items() if first[id(module.weight)] == name}
+    return list(first.values())
 
 
-def _selects(pool: Pool, name: str, module: nn.Module) -> bool:
-    kind_fits = pool.select == "all" or is_adapted(module) == (pool.select == "adapted")
-    return kind_fits and (not pool.modules or matches(name, pool.modules))
+def _selects(pool: Pool, matrix: Matrix) -> bool:
+    kind_fits = pool.select == "all" or matrix.adapted == (pool.select == "adapted")
+    return kind_fits and (not pool.modules or matches(matrix.name, pool.modules))
 
 
-def _stored_shape(module: nn.Module, shape_of: Callable[[nn.Parameter], torch.Size]) -> tuple[int, int]:
-    rows, cols = shape_of(module.weight)  # type: ignore[arg-type]
-    return int(rows), int(cols)
-
-
-def _suffixes(weights: dict[str, nn.Module]) -> str:
-    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in weights}))
+def _suffixes(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))

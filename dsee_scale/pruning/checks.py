@@ -6,13 +6,13 @@ checks read, pretends meanwhile that the earlier ones are done.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.adapters.linear import adapted_layers, is_adapted
 from dsee_scale.adapters.removed_units import record_removed, removed_inputs
 from dsee_scale.adapters.state import MASK_UPDATE, model_state
 from dsee_scale.config import SCORES_WITHOUT_ADAPTER, PruneConfig
@@ -21,7 +21,7 @@ from dsee_scale.partition import Partition, open_partition, unwrap
 from dsee_scale.partition.engine_state import owned_by_deepspeed
 from dsee_scale.passes.coverage import LEAST, Coverage, block_coverage
 from dsee_scale.passes.fingerprint import contents
-from dsee_scale.passes.pools import WeightPool, block_linears, find_pools
+from dsee_scale.passes.pools import WeightPool, block_matrices, find_pools
 from dsee_scale.pruning.groups import check_divisible
 from dsee_scale.pruning.units import UnitPlan, check_units_reachable, plan_units
 
@@ -89,16 +89,16 @@ def check_in_order(model: nn.Module, configs: Sequence[PruneConfig]) -> list[Che
         state.pruned = actual
 
 
-def note_pattern(module: nn.Module, names: Iterable[str], config: PruneConfig) -> None:
-    """Record the pattern within weights, given their modules' names, and how adapted ones are trained on."""
-    pruned, adapted = model_state(module).pruned, adapted_layers(module)
-    for name in names:
-        how = {**pruned.get(f"{name}.weight", {}), "pattern": config.pattern}
-        if name in adapted:
+def note_pattern(module: nn.Module, pools: Sequence[WeightPool], config: PruneConfig) -> None:
+    """Record the pattern within weights, and how adapted ones are trained on; of experts, for all of a parameter."""
+    pruned = model_state(module).pruned
+    for member in (member for pool in pools for member in pool.members):
+        how = {**pruned.get(member.param_name, {}), "pattern": config.pattern}
+        if is_adapted(member.module):
             how[MASK_UPDATE] = config.mask_update
         if config.refit:
             how["content"] = ""
-        pruned[f"{name}.weight"] = how
+        pruned[member.param_name] = how
 
 
 def note_contents(module: nn.Module, partition: Partition) -> None:
@@ -115,7 +115,7 @@ def _pretend(
     """Record as many units as will be gone, whichever they are: the checks only count. Else note the matrices."""
     plan = checked.plan
     if plan is None:
-        note_pattern(module, (member.name for pool in checked.pools for member in pool.members), config)
+        note_pattern(module, checked.pools, config)
     elif len(plan.budget) == len(plan.layers):
         for layer, gone, budget in zip(plan.layers, plan.gone, plan.budget, strict=True):
             record_removed(module, layer, torch.arange(layer.num_units) < max(budget, int(gone.sum())))
@@ -149,7 +149,7 @@ def _reject_unready(
     known_to_train = model is not module or bool(adapted_layers(module))
     for pool in pools:
         for member in pool.members:
-            name = f"{member.name}.weight"
+            name = member.param_name
             partition.writable(name, member.param)
             if member.param.requires_grad and (known_to_train or _has_trained(member.param)):
                 raise TargetError(
@@ -168,13 +168,13 @@ def _coverage(
     module: nn.Module, pools: Sequence[WeightPool], config: PruneConfig, partition: Partition
 ) -> Coverage:
     """What a pruning covers; refuse "every linear weight" where that is a small part of the blocks, as with experts."""
-    linears = block_linears(module)
-    members = [member.param for pool in pools for member in pool.members]
-    coverage = block_coverage(module, members, linears.values(), partition.shape)
+    reachable = block_matrices(module, partition.shape)
+    members = [member for pool in pools for member in pool.members]
+    coverage = block_coverage(module, members, reachable.values(), partition.shape)
     beyond = sum(coverage.missed.values())
     told = config.removes_units or config.modules or (config.pools and all(p.modules for p in config.pools))
     if not told and beyond > (1 - LEAST) * coverage.total:
-        suffixes = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        suffixes = sorted({name.rsplit(".", 1)[-1] for name in reachable})
         raise TargetError(
             f"pruning reaches no more than {coverage.total - beyond:,} of the blocks' {coverage.total:,} matrix "
             f"parameters ({100 * (1 - beyond / coverage.total):.1f}%): in no linear layer are {coverage.names()}. If "

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsee_scale.adapters.matrices import Matrix
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.patterns import key_blocks, lowest_in_groups, whole_slabs
 from dsee_scale.algorithms.score import Ranking
 from dsee_scale.errors import ConfigError
 from dsee_scale.partition import Partition, Shard
-from dsee_scale.passes.pools import Member, WeightPool
+from dsee_scale.passes.pools import WeightPool
 
 Counts = dict[str, tuple[int, int]]
 
@@ -134,7 +135,7 @@ def remove_in_rows(pools: Sequence[WeightPool], rankings: dict[str, Ranking], pa
 
 
 def _remove(
-    members: Sequence[Member], groups: dict[str, Groups], rankings: dict[str, Ranking], partition: Partition
+    members: Sequence[Matrix], groups: dict[str, Groups], rankings: dict[str, Ranking], partition: Partition
 ) -> Counts:
     """Collective. Zero what goes of each group, in place; zeros and entries of each matrix.
 
@@ -146,7 +147,7 @@ def _remove(
     for index, member in enumerate(members):
         how, ranking = groups[member.name], rankings[member.name]
         gone = _gone_in_cut_slabs(member, how, ranking, cuts[index], partition)
-        with partition.edit(member.param) as stretches:
+        with member.edit(partition) as stretches:
             for stored in stretches:
                 _apply(stored, how, ranking, gone)
             shard = stretches[0].data
@@ -155,7 +156,7 @@ def _remove(
     return {member.name: (count, member.numel) for member, count in zip(members, counts, strict=True)}
 
 
-def _groups(member: Member, pattern: tuple[int, int], gone: Tensor | None) -> Groups:
+def _groups(member: Matrix, pattern: tuple[int, int], gone: Tensor | None) -> Groups:
     n, m = pattern
     stride = _stride(member)
     if gone is None or (len(gone) % m == 0 and torch.equal(*gone.view(-1, m).aminmax(dim=1))):
@@ -163,15 +164,15 @@ def _groups(member: Member, pattern: tuple[int, int], gone: Tensor | None) -> Gr
     return Groups(m - n, m, stride, len(gone), (~gone).nonzero().flatten())
 
 
-def _stride(member: Member) -> int:
+def _stride(member: Matrix) -> int:
     return member.shape[1] if member.transposed else 1
 
 
-def _cut_slabs(members: Sequence[Member], groups: dict[str, Groups], partition: Partition) -> list[list[int]]:
+def _cut_slabs(members: Sequence[Matrix], groups: dict[str, Groups], partition: Partition) -> list[list[int]]:
     """Collective. The slabs of each weight that an edge of a shard cuts, on any rank."""
     edges = torch.zeros(len(members), partition.world_size, 2, dtype=torch.int64)
     for index, member in enumerate(members):
-        shard = partition.shard(member.param)
+        shard = member.shard(partition)
         edges[index, partition.rank] = torch.tensor([shard.start, shard.start + shard.data.numel()])
     found = partition.sum_over_shards(edges).flatten(1).tolist()
     slabs = [groups[member.name].slab for member in members]
@@ -181,13 +182,13 @@ def _cut_slabs(members: Sequence[Member], groups: dict[str, Groups], partition: 
 
 
 def _gone_in_cut_slabs(
-    member: Member, how: Groups, ranking: Ranking, cut: list[int], partition: Partition
+    member: Matrix, how: Groups, ranking: Ranking, cut: list[int], partition: Partition
 ) -> dict[int, Tensor]:
     """Collective. What goes of each cut slab, from keys that every rank adds its part to."""
     if not cut:
         return {}
     everyone = torch.zeros(len(cut), how.slab, dtype=torch.int32, device=partition.device)
-    shard = partition.shard(member.param)
+    shard = member.shard(partition)
     for index, slab in enumerate(cut):
         for keys, position in key_blocks(*_inside(shard, slab * how.slab, how.slab), ranking):
             first = position - slab * how.slab

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from dsee_scale.algorithms.score import Ranking, key_bits, ranked_blocks
 from dsee_scale.algorithms.select import Cut, CutSearch, apply_cut_
 from dsee_scale.partition import Partition, Shard
-from dsee_scale.passes.pools import Member, WeightPool
+from dsee_scale.passes.pools import WeightPool
 
 
 def remove_lowest(
@@ -32,19 +32,19 @@ def _find_cut(pool: WeightPool, rankings: dict[str, Ranking], partition: Partiti
     bits = key_bits(chosen, [partition.dtype(member.param) for member in pool.members])
     search = CutSearch(pool.num_remove, pool.total, bits, device=partition.device)
     while search.cut is None:
-        for member in pool.members:
-            shard = partition.shard(member.param)
-            for _, ranked, position in _blocks(member, shard, rankings[member.name], search):
-                search.count(ranked, member.start + position)
+        for member, begin in zip(pool.members, pool.starts, strict=True):
+            shard = member.shard(partition)
+            for _, ranked, position in _blocks(begin, shard, rankings[member.name], search):
+                search.count(ranked, begin + position)
         search.advance(partition.sum_over_shards(search.histogram))
     return search.cut
 
 
 def _blocks(
-    member: Member, shard: Shard, ranking: Ranking, search: CutSearch
+    begin: int, shard: Shard, ranking: Ranking, search: CutSearch
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
     def wants(start: int, numel: int) -> bool:
-        return search.wants(member.start + start, numel)
+        return search.wants(begin + start, numel)
 
     return ranked_blocks(shard.data, shard.start, ranking, wants)
 
@@ -54,15 +54,15 @@ def _apply(
 ) -> dict[str, tuple[int, int]]:
     """Collective. Write the zeros to every stored copy; returns zeros and entries of each matrix."""
     zeros = torch.zeros(len(pool.members), dtype=torch.int64)
-    for index, member in enumerate(pool.members):
-        with partition.edit(member.param) as stretches:
-            zeros[index], *_ = [_apply_to(member, each, rankings[member.name], cut) for each in stretches]
+    for index, (member, begin) in enumerate(zip(pool.members, pool.starts, strict=True)):
+        with member.edit(partition) as stretches:
+            zeros[index], *_ = [_apply_to(begin, each, rankings[member.name], cut) for each in stretches]
     counts = partition.sum_over_shards(zeros).tolist()
     return {member.name: (count, member.numel) for member, count in zip(pool.members, counts, strict=True)}
 
 
-def _apply_to(member: Member, stored: Shard, ranking: Ranking, cut: Cut) -> int:
+def _apply_to(begin: int, stored: Shard, ranking: Ranking, cut: Cut) -> int:
     zeros: int | torch.Tensor = 0
     for entries, ranked, position in ranked_blocks(stored.data, stored.start, ranking):
-        zeros = zeros + apply_cut_(entries, ranked, member.start + position, cut)
+        zeros = zeros + apply_cut_(entries, ranked, begin + position, cut)
     return int(zeros)  # one wait for each matrix on an accelerator

@@ -224,7 +224,7 @@ def _prune_once(
     else:
         matrices = remove_lowest(pools, rankings, partition, hidden=not show_progress(partition, progress))
     if not plan:
-        note_pattern(module, matrices, config)
+        note_pattern(module, pools, config)
         restore_under_mask(module)
     seen = [] if statistics is None else [name for name in matrices if not statistics.tokens.get(name)]
     seconds = time.perf_counter() - started

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dsee_scale.adapters.linear import delta_record, is_adapted
+from dsee_scale.adapters.linear import delta_record
 from dsee_scale.algorithms.score import Ranking, all_finite
 from dsee_scale.config import PruneConfig
 from dsee_scale.errors import TargetError
@@ -16,7 +16,7 @@ def find_rankings(
 ) -> dict[str, Ranking]:
     """How each member is ranked; collects the adapters where the score reads them. Collective."""
     members = [member for pool in pools for member in pool.members]
-    with_delta = [m for m in members if is_adapted(m.module) and config.score not in ("W", "random")]
+    with_delta = [m for m in members if m.adapted and config.score not in ("W", "random")]
     small = [m.module.dsee_flat for m in with_delta]
     whole = partition.gather(small) if small else []  # type: ignore[arg-type]
     for member, flat in zip(with_delta, whole, strict=True):
@@ -44,13 +44,13 @@ def reject_not_finite(pools: list[WeightPool], partition: Partition) -> None:
     """Collective. Name a weight or an adapter with NaN or infinity on every rank, before anything is written."""
     error = None
     for member in (member for pool in pools for member in pool.members):
-        if not all_finite(partition.shard(member.param).data):
+        if not all_finite(member.shard(partition).data):
             error = TargetError(
                 f"{member.name}.weight holds NaN or infinity; expected finite weights: check the checkpoint it "
                 "came from. Nothing was removed"
             )
             break
-        if is_adapted(member.module) and not all_finite(partition.shard(member.module.dsee_flat).data):  # type: ignore[arg-type]
+        if member.adapted and not all_finite(partition.shard(member.module.dsee_flat).data):  # type: ignore[arg-type]
             error = TargetError(
                 f"the adapter of {member.name} holds NaN or infinity; load an earlier checkpoint first. "
                 "Nothing was removed"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dsee_scale.adapters.linear import delta_record, is_adapted, restore_under_mask
+from dsee_scale.adapters.matrices import Matrix
 from dsee_scale.adapters.state import model_state, reject_broken
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.decompose import Support
@@ -36,7 +37,7 @@ from dsee_scale.passes.calibrate import (
 )
 from dsee_scale.passes.deal import deal
 from dsee_scale.passes.decompose_model import explain_shortage
-from dsee_scale.passes.pools import Member, WeightPool
+from dsee_scale.passes.pools import WeightPool
 from dsee_scale.passes.progress import show_progress
 from dsee_scale.pruning.checks import note_pattern
 from dsee_scale.pruning.refit_matrix import Job, solve
@@ -103,7 +104,7 @@ def refit(
                     advance(block, index, calls, module, partition)
             except BaseException as error:
                 raise _stopped(module, error, done) from error
-    note_pattern(module, members, config)
+    note_pattern(module, pools, config)
     restore_under_mask(module)
     return _counts([member for member, _ in members.values()], partition)
 
@@ -311,9 +312,9 @@ def _left(gone: Tensor | None) -> Tensor | None:
     return None if gone is None else (~gone).nonzero().flatten()
 
 
-def _counts(members: Sequence[Member], partition: Partition) -> Counts:
+def _counts(members: Sequence[Matrix], partition: Partition) -> Counts:
     """Collective. Zeros and entries of each matrix."""
-    shards = [partition.shard(member.param).data for member in members]
+    shards = [member.shard(partition).data for member in members]
     zeros = partition.sum_over_shards(
         torch.tensor([shard.numel() - count_nonzero(shard) for shard in shards])
     )
@@ -331,6 +332,11 @@ def check_refit(
     """
     members = {member.name: member for pool in pools for member in pool.members}
     for name, member in members.items():
+        if member.expert is not None:
+            raise TargetError(
+                f"{name} is an expert's, and a re-fit does not reach experts; set refit=False to prune them by wanda "
+                "alone, or leave them out with `modules`. Nothing was removed"
+            )
         if id(member.param) in partition.codecs:
             raise TargetError(
                 f"{name}.weight is quantised, and re-fitted values would have to be rounded to its codes again; set "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.linear import is_adapted
+from dsee_scale.adapters.matrices import Matrix
 from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.decompose import Support, find_support
 from dsee_scale.algorithms.delta import AdapterSpec
@@ -15,7 +16,6 @@ from dsee_scale.algorithms.refit import sparsegpt, to_storage
 from dsee_scale.algorithms.sweep import Count, Groups
 from dsee_scale.config import DSEEConfig, PruneConfig
 from dsee_scale.passes.decompose_model import seeded
-from dsee_scale.passes.pools import Member
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Job:
         left: (K,) inputs that are still there, where heads or neurons took some; None for all.
     """
 
-    member: Member
+    member: Matrix
     sparsity: float
     leader: str
     left: Tensor | None
@@ -78,7 +78,7 @@ def _swept(job: Job, weight_OI: Tensor, gram_II: Tensor, config: PruneConfig) ->
     return sparsegpt(weight_OI, gram_II, removal).weight
 
 
-def _new_support(member: Member, weight_OI: Tensor, settings: DSEEConfig) -> Support | None:
+def _new_support(member: Matrix, weight_OI: Tensor, settings: DSEEConfig) -> Support | None:
     """Sparse entries among those that stay, slice by slice."""
     layer = member.module
     spec: AdapterSpec = layer.dsee_spec  # type: ignore[assignment]

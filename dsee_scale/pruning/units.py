@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.families import Kind, Part, UnitLayer, find_units
-from dsee_scale.adapters.linear import PARAMETER, is_adapted
+from dsee_scale.adapters.linear import PARAMETER
 from dsee_scale.adapters.removed_units import record_removed, removed_units
 from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.bits import count_nonzero
@@ -36,7 +36,7 @@ from dsee_scale.algorithms.score import Ranking, random_scores
 from dsee_scale.config import PruneConfig
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.partition import Partition
-from dsee_scale.passes.pools import Member, WeightPool
+from dsee_scale.passes.pools import WeightPool
 from dsee_scale.pruning.zero_lines import Lines, check_reachable, zero_lines
 
 Counts = dict[str, tuple[int, int]]
@@ -76,11 +76,7 @@ def plan_units(
     """
     kind: Kind = config.pattern  # type: ignore[assignment]
     layers = find_units(module, kind, shape_of)
-    members: list[Member] = []
-    at = 0
-    for part in (part for layer in layers for part in layer.parts):
-        members.append(Member(part.name, part.module, at, part.storage_shape))
-        at += members[-1].numel
+    members = tuple(part.matrix for layer in layers for part in layer.parts)
     for layer in layers:
         _reject_unscored(layer, config)
         _reject_shifted_groups(module, layer)
@@ -90,7 +86,7 @@ def plan_units(
         gone=[removed_units(module, layer) for layer in layers],
         budget=[_overall_budget(layers, config)] if overall else [_layer_budget(x, config) for x in layers],
         floor=_floor(layers[0], config) if overall else None,
-        pool=WeightPool(kind, config.sparsity or 0.0, tuple(members)),
+        pool=WeightPool(kind, config.sparsity or 0.0, members),
     )
 
 
@@ -116,7 +112,7 @@ def remove_units(
     zero_lines(model, partition, [one for layer, units in chosen for one in _lines(layer, units)])
     for layer, units in chosen:
         record_removed(module, layer, units)
-    shards = [partition.shard(member.param).data for member in plan.pool.members]
+    shards = [member.shard(partition).data for member in plan.pool.members]
     zeros = torch.tensor([shard.numel() - count_nonzero(shard) for shard in shards])
     counts = zip(plan.pool.members, partition.sum_over_shards(zeros).tolist(), strict=True)
     layers = {
@@ -164,10 +160,10 @@ def _layer_sums(layer: UnitLayer, rankings: dict[str, Ranking], shift: int, part
     """(U,) int64, this rank's part of the units' scores in multiples of 2**-shift. Local."""
     total = torch.zeros(layer.num_units, dtype=torch.int64)
     for part, unit_of in _scored(layer, rankings[layer.parts[0].name].mode):
-        weight = part.module.weight
-        sums = torch.zeros(len(unit_of), dtype=torch.int64, device=partition.shard(weight).data.device)  # type: ignore[arg-type]
+        device = part.matrix.shard(partition).data.device
+        sums = torch.zeros(len(unit_of), dtype=torch.int64, device=device)
         for found, position in _score_blocks(part, rankings, partition):
-            add_along_axis(fixed_point(found, shift), position, part.storage_shape[1], part.axis, sums)
+            add_along_axis(fixed_point(found, shift), position, part.matrix.shape[1], part.axis, sums)
         total += unit_sums(sums.cpu(), unit_of, layer.num_units)
     return total
 
@@ -175,7 +171,7 @@ def _layer_sums(layer: UnitLayer, rankings: dict[str, Ranking], shift: int, part
 def _score_blocks(
     part: Part, rankings: dict[str, Ranking], partition: Partition
 ) -> Iterator[tuple[Tensor, int]]:
-    shard = partition.shard(part.module.weight)  # type: ignore[arg-type]
+    shard = part.matrix.shard(partition)
     blocks = score_blocks(shard.data, shard.start, rankings[part.name])
     if rankings[part.name].mode == "wanda":  # a unit's contribution is a sum over orthogonal parts, about
         return ((found.square_(), position) for found, position in blocks)
@@ -192,7 +188,7 @@ def _scored(layer: UnitLayer, mode: str) -> list[tuple[Part, Tensor]]:
     """
     if mode == "wanda":
         return [(part, part.unit_of) for part in layer.parts if part.side == "inputs"]
-    adapted = [part for part in layer.parts if is_adapted(part.module)]
+    adapted = [part for part in layer.parts if part.matrix.adapted]
     if mode == "W" or not adapted:
         return [(part, part.unit_of) for part in layer.parts]
     return [(part, _within_slices(part)) for part in adapted]
@@ -212,19 +208,19 @@ def _covered(part: Part) -> Tensor:
 
 
 def _touched(part: Part) -> list[nn.Parameter]:
-    names = ["weight", *(["bias"] if part.has_unit_bias else [])]
-    names += [PARAMETER] if is_adapted(part.module) else []
-    return [getattr(part.module, name) for name in names]
+    bias = part.matrix.bias if part.has_unit_bias else None
+    flat = getattr(part.module, PARAMETER) if part.matrix.adapted else None
+    return [param for param in (part.matrix.param, bias, flat) if param is not None]
 
 
 def _lines(layer: UnitLayer, units: Tensor) -> Iterator[Lines]:
     """What has to be zero where units are gone."""
     for part in layer.parts:
-        gone, module = units[part.unit_of], part.module
-        yield Lines(module.weight, part.axis, gone, part.storage_shape)  # type: ignore[arg-type]
+        gone, matrix = units[part.unit_of], part.matrix
+        yield Lines(matrix.param, part.axis, gone, matrix.shape, matrix.offset)
         if part.has_unit_bias:
-            yield Lines(module.bias, 1, gone, (1, len(gone)))  # type: ignore[arg-type]
-        if is_adapted(module):
+            yield Lines(matrix.bias, 1, gone, (1, len(gone)), (matrix.expert or 0) * len(gone))  # type: ignore[arg-type]
+        if matrix.adapted:
             yield from _adapter_lines(part, gone)
 
 
@@ -245,7 +241,7 @@ def _adapter_lines(part: Part, gone: Tensor) -> Iterator[Lines]:
 
 
 def _reject_unscored(layer: UnitLayer, config: PruneConfig) -> None:
-    if config.score in READS_UPDATE_ALONE and not any(is_adapted(part.module) for part in layer.parts):
+    if config.score in READS_UPDATE_ALONE and not any(part.matrix.adapted for part in layer.parts):
         names = ", ".join(part.name.rsplit(".", 1)[-1] for part in layer.parts)
         raise TargetError(
             f"score {config.score!r} reads the update alone, and no matrix of {layer.name}'s {layer.kind} is "
@@ -256,7 +252,7 @@ def _reject_unscored(layer: UnitLayer, config: PruneConfig) -> None:
 def _reject_shifted_groups(module: nn.Module, layer: UnitLayer) -> None:
     """Cutting inputs out of an N:M matrix would put other neighbours into its groups, and break the pattern."""
     for part in (part for part in layer.parts if part.side == "inputs"):
-        pattern = str(model_state(module).pruned.get(f"{part.name}.weight", {}).get("pattern"))
+        pattern = str(model_state(module).pruned.get(part.matrix.param_name, {}).get("pattern"))
         groups = PruneConfig(pattern=pattern).n_of_m if ":" in pattern else None
         if groups and (layer.unit_size * layer.head_size) % groups[1]:
             raise ConfigError(
