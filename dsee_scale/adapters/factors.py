@@ -55,10 +55,12 @@ class Factors:
     values: Tensor | None
 
 
-def make_fold(spec: AdapterSpec, rows: Tensor, cols: Tensor) -> Fold | None:
-    """Positions for a fixed support; None where S2 is empty or too large."""
+def make_fold(
+    spec: AdapterSpec, rows: Tensor, cols: Tensor, most: int = MOST_ENTRIES
+) -> Fold | None:
+    """Positions for a fixed support; None where S2 is empty or has more than `most` entries a slice."""
     count = spec.num_sparse
-    if not 0 < count <= MOST_ENTRIES:
+    if not 0 < count <= most:
         return None
     wide = spec.rank + count
     entry = torch.arange(rows.numel(), device=rows.device)
@@ -66,7 +68,7 @@ def make_fold(spec: AdapterSpec, rows: Tensor, cols: Tensor) -> Fold | None:
     shift = [of_b.start - start for start, _, _, of_b in spec.per_slice()]
     covered_rows = rows.long() + torch.tensor(shift, device=rows.device)[number]
     return Fold(
-        dataclasses.replace(spec, rank=wide, num_sparse=0),
+        dataclasses.replace(spec, rank=wide, num_sparse=0, shared_a=False),
         (number * wide + place) * spec.shape[1] + cols.long(),
         covered_rows * wide + place,
     )
@@ -94,7 +96,7 @@ def make_factors(flat: Tensor, spec: AdapterSpec, fold: Fold | None, dtype: torc
     shape_a, shape_b, _ = fold.spec.shapes
     left, right = a.new_zeros(shape_a), b.new_zeros(shape_b)
     num_slices, wide = len(spec.slices), fold.spec.rank
-    left.view(num_slices, wide, -1)[:, : spec.rank] = a.view(num_slices, spec.rank, -1)
+    left.view(num_slices, wide, -1)[:, : spec.rank] = a.view(-1, spec.rank, spec.shape[1])
     left.view(-1).index_fill_(0, fold.in_left, 1)
     right[:, : spec.rank] = b * spec.scaling  # dynamo takes no strided `out`
     right.view(-1).index_copy_(0, fold.in_right, values * spec.scaling)
@@ -116,7 +118,7 @@ def flat_gradient(
     """
     gradient = torch.empty_like(flat)
     to_a, to_b, to_values = spec.split(gradient)
-    to_a.copy_(da)
+    to_a.copy_(da.view(-1, *to_a.shape).sum(0) if spec.shared_a else da)
     torch.mul(dright[:, : spec.rank], spec.scaling, out=to_b)
     if fold is not None:
         dvalues = dright.reshape(-1).index_select(0, fold.in_right)

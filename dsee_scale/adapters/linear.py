@@ -35,7 +35,15 @@ A_STD = 0.02
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-class AdaptedLayer(nn.Module):
+class Adapted(nn.Module):
+    """What every adapted module is, a linear layer or the experts of a layer."""
+
+    def dsee_weights(self, name: str) -> dict[str, Any]:
+        """Its adapted weights by name, given its own; each has `weight`, `dsee_flat`, `dsee_spec` and the like."""
+        raise NotImplementedError
+
+
+class AdaptedLayer(Adapted):
     """Mixin in front of the base class of an adapted layer; `attach` makes instances, never a constructor.
 
     Attributes:
@@ -144,6 +152,10 @@ class AdaptedLayer(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self.dsee_prepare()
 
+    def dsee_weights(self, name: str) -> dict[str, Any]:
+        """The layer itself."""
+        return {name: self}
+
     def extra_repr(self) -> str:
         """The base layer's line, then the adapter's."""
         spec = self.dsee_spec
@@ -216,7 +228,7 @@ def attach(
         TargetError: the layer is adapted already, or slices and support do not fit the shape.
     """
     _check_attachable(module, spec, rows, cols)
-    module.dsee_flat = nn.Parameter(_initial(spec, generator).to(device=device, dtype=dtype))
+    module.dsee_flat = nn.Parameter(initial_values(spec, generator).to(device=device, dtype=dtype))
     module.register_buffer("dsee_rows", rows.to(device=device, dtype=torch.int32, copy=True))
     module.register_buffer("dsee_cols", cols.to(device=device, dtype=torch.int32, copy=True))
     module.dsee_spec, module.dsee_under_mask = spec, False  # type: ignore[assignment]
@@ -232,10 +244,10 @@ def _check_attachable(module: nn.Module, spec: AdapterSpec, rows: Tensor, cols: 
             f"the forward of this {type(module).__name__} was replaced on the instance, which would hide the "
             "adapter's (accelerate does so for a device_map over several devices); load it without that"
         )
-    _check_support(spec, rows, cols)
+    check_support(spec, rows, cols)
 
 
-def _initial(spec: AdapterSpec, generator: torch.Generator | None) -> Tensor:
+def initial_values(spec: AdapterSpec, generator: torch.Generator | None) -> Tensor:
     """Random A, zero B and zero values in one float32 vector, on the generator's device."""
     device = generator.device if generator is not None else torch.device("cpu")
     flat = torch.zeros(spec.numel, device=device, dtype=torch.float32)
@@ -261,12 +273,22 @@ def is_adapted(module: object) -> bool:
     return isinstance(module, AdaptedLayer)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The adapted layers of a model by module name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if is_adapted(module)}
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """What is adapted in a model, in its order: linear layers by module name, experts by their parameter's name."""
+    return {
+        name: weight
+        for outer, module in model.named_modules()
+        if isinstance(module, Adapted)
+        for name, weight in module.dsee_weights(outer).items()
+    }
 
 
-def train_under_mask(module: nn.Module, on: bool) -> None:
+def weight_name(name: str, spec: AdapterSpec) -> str:
+    """The parameter's name of what `adapted_layers` calls `name`."""
+    return name if spec.experts else f"{name}.weight"
+
+
+def train_under_mask(module: Any, on: bool) -> None:
     """Whether an adapted layer computes x ((W + D) * M)^T with M = (W != 0), or x W^T + x D^T.
 
     Under the mask a pruned matrix is trained as the masked export has it. Dropout on the adapter's input then
@@ -279,33 +301,33 @@ def train_under_mask(module: nn.Module, on: bool) -> None:
     Raises:
         TargetError: the weight is trained too, so its zeros are no mask.
     """
-    weight: nn.Parameter = module.weight  # type: ignore[assignment]
-    if on and weight.requires_grad:
+    if on and module.weight.requires_grad:
         raise TargetError(
             f"this {type(module).__name__} is adapted and its weight is trained as well, so the weight's zeros do not "
             "last; leave it out of trained_modules, or prune with mask_update=False"
         )
-    module.dsee_under_mask = on  # type: ignore[assignment]
+    module.dsee_under_mask = on
 
 
 def restore_under_mask(model: nn.Module) -> None:
     """Make every adapted layer compute as the record of pruned weights says. Local."""
     pruned = model_state(model).pruned
     for name, layer in adapted_layers(model).items():
-        train_under_mask(layer, bool(pruned.get(f"{name}.weight", {}).get(MASK_UPDATE)))
+        how = pruned.get(weight_name(name, layer.dsee_spec), {})
+        train_under_mask(layer, bool(how.get(MASK_UPDATE)))
 
 
-def delta_record(module: nn.Module, flat: Tensor) -> Delta:
+def delta_record(module: Any, flat: Tensor) -> Delta:
     """What the layer adds to its weight.
 
     Args:
         module: an adapted layer.
         flat: whole `dsee_flat`; under ZeRO-3 the parameter itself is not.
     """
-    return Delta.of(module.dsee_spec, flat, module.dsee_rows, module.dsee_cols)  # type: ignore[arg-type]
+    return Delta.of(module.dsee_spec, flat, module.dsee_rows, module.dsee_cols)
 
 
-def _check_support(spec: AdapterSpec, rows: Tensor, cols: Tensor) -> None:
+def check_support(spec: AdapterSpec, rows: Tensor, cols: Tensor) -> None:
     shape, slices = spec.shape, spec.slices
     bounds = [0, *(edge for pair in slices for edge in pair), shape[0]]
     if not slices or bounds != sorted(bounds) or any(start == stop for start, stop in slices):

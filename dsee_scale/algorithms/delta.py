@@ -12,8 +12,9 @@ round otherwise, and then a weight would be kept on two ranks and removed on thr
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,7 +32,7 @@ DEVICE_BLOCK_ENTRIES = 2**24
 
 Form = Literal["masked", "dense", "update"]
 Shapes = tuple[tuple[int, int], tuple[int, int], tuple[int]]
-"""Of A (K*R, I), B (S, R) and values (K*N,)."""
+"""Of A (K*R, I), or (R, I) if it is shared, of B (S, R) and of values (K*N,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,8 @@ class AdapterSpec:
         num_sparse: N of each slice.
         scaling: s = alpha / rank.
         dropout: probability in [0, 1) with which an element of the adapter's input is dropped in training.
+        experts: whether each slice is the matrix of one expert, in a parameter of three dimensions (K, O / K, I).
+        shared_a: whether all experts use one A; each has its own B and entries of S2.
     """
 
     shape: tuple[int, int]
@@ -55,6 +58,8 @@ class AdapterSpec:
     num_sparse: int
     scaling: float
     dropout: float = 0.0
+    experts: bool = False
+    shared_a: bool = False
 
     @property
     def storage_shape(self) -> tuple[int, int]:
@@ -67,7 +72,13 @@ class AdapterSpec:
         """Of A, B and the values."""
         covered = sum(stop - start for start, stop in self.slices)
         num_slices = len(self.slices)
-        return (num_slices * self.rank, self.shape[1]), (covered, self.rank), (num_slices * self.num_sparse,)
+        rows_a = self.rank if self.shared_a else num_slices * self.rank
+        return (rows_a, self.shape[1]), (covered, self.rank), (num_slices * self.num_sparse,)
+
+    @property
+    def width(self) -> int | None:
+        """Rows of one expert's matrix; None where the slices are no experts."""
+        return self.shape[0] // len(self.slices) if self.experts else None
 
     @property
     def numel(self) -> int:
@@ -84,10 +95,11 @@ class AdapterSpec:
         """(start, stop, its rows of A, its rows of B) of each slice."""
         offset = 0
         for k, (start, stop) in enumerate(self.slices):
+            first = 0 if self.shared_a else k * self.rank
             yield (
                 start,
                 stop,
-                slice(k * self.rank, (k + 1) * self.rank),
+                slice(first, first + self.rank),
                 slice(offset, offset + stop - start),
             )
             offset += stop - start
@@ -101,7 +113,7 @@ class Delta:
 
     Attributes:
         spec: what is fixed about it.
-        a: (K*R, I), slice k uses rows k*R to (k+1)*R.
+        a: (K*R, I), slice k uses rows k*R to (k+1)*R; (R, I) where the slices share it.
         b: (S, R), the slices' rows one after the other.
         values: (K*N,) entries of S2; entries that share a position add up.
         rows: (K*N,) int32, output index of each value in the full weight.
@@ -162,15 +174,22 @@ def _low_rank(delta: Delta, start_row: int, stop_row: int) -> Tensor:
     """B A without the scaling, zero outside the slices."""
     block = delta.a.new_zeros(stop_row - start_row, delta.storage_shape[1])
     for part, left, right in _factors(delta, block, start_row, stop_row):
-        torch.mm(left, right, out=part)
+        torch.matmul(left, right, out=part)
     return block
 
 
 def _factors(
     delta: Delta, block: Tensor, start_row: int, stop_row: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(view of the block's part in a slice, left, right): B A is left @ right there."""
-    for start, stop, of_a, of_b in delta.spec.per_slice():
+    """(view of the block's part in a slice, left, right): B A is left @ right there. Whole experts go together."""
+    spec, width = delta.spec, delta.spec.width
+    if width and start_row % width == stop_row % width == 0:
+        here = slice(start_row // width, stop_row // width)
+        a_KRI, b_KWR = delta.a.view(-1, spec.rank, block.shape[1]), delta.b.view(-1, width, spec.rank)[here]
+        a_KRI = a_KRI.expand(len(b_KWR), -1, -1) if spec.shared_a else a_KRI[here]
+        yield block.view(len(b_KWR), width, -1), b_KWR, a_KRI
+        return
+    for start, stop, of_a, of_b in _slices_between(spec, start_row, stop_row):
         a_RI, b_OR = delta.a[of_a], delta.b[of_b]
         if delta.spec.transposed:
             yield block[:, start:stop], a_RI[:, start_row:stop_row].T, b_OR.T
@@ -178,6 +197,15 @@ def _factors(
         first, last = max(start, start_row), min(stop, stop_row)
         if first < last:
             yield block[first - start_row : last - start_row], b_OR[first - start : last - start], a_RI
+
+
+def _slices_between(
+    spec: AdapterSpec, start_row: int, stop_row: int
+) -> Iterable[tuple[int, int, slice, slice]]:
+    """The slices that rows of the storage layout lie in, of many experts a few."""
+    if spec.width is None:
+        return spec.per_slice()
+    return itertools.islice(spec.per_slice(), start_row // spec.width, -(-stop_row // spec.width))
 
 
 def _add_sparse_(
@@ -264,13 +292,16 @@ def merged_weight(
     rows, columns = delta.storage_shape
     device = delta.a.device
     step = rows if torch.compiler.is_compiling() else max(1, block_entries(device) // columns)
+    if delta.spec.width and step >= delta.spec.width:
+        step -= step % delta.spec.width
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         w, target = weight[start:stop].to(device), out[start:stop]
         # A copy, since the products' rounding may depend on where a row begins in memory.
         block = delta.a.new_zeros(w.shape) if form == "update" else w.to(delta.a.dtype, copy=True)
         for part, left, right in _factors(delta, block, start, stop):
-            part.addmm_(left, right, alpha=delta.spec.scaling)
+            add = part.addmm_ if part.dim() == 2 else part.baddbmm_
+            add(left, right, alpha=delta.spec.scaling)
         _add_sparse_(block, delta, start, stop, delta.spec.scaling)
         masks = pruned and form != "dense"
         early = masks and (device.type != "cpu" or block.element_size() == w.element_size())

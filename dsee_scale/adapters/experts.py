@@ -1,0 +1,271 @@
+"""Adapted experts: the module that holds a layer's experts in fused parameters, given a subclass in place.
+
+Its forward is the grouped one of transformers, with each expert's update in its products (`grouped`). As on linear
+layers the base parameters keep their names, and A, B and the values of S2 of one parameter, of all its experts, lie in
+one flat parameter on the same module, so that ZeRO-3 fetches experts and updates together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsee_scale.adapters.factors import make_fold
+from dsee_scale.adapters.grouped import ExpertUpdate, expert_product, grouped_mm
+from dsee_scale.adapters.linear import Adapted, check_support, initial_values
+from dsee_scale.algorithms.delta import AdapterSpec
+from dsee_scale.errors import TargetError
+
+IMPLEMENTATION = "grouped_mm"
+"""The one of transformers' implementations whose sums are ours: with it injection changes no bit."""
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class AdaptedExperts(Adapted):
+    """Mixin in front of the class of a module that holds experts; `attach_experts` makes instances.
+
+    For each adapted parameter there are `dsee_NAME` (A, B and values), and the buffers `dsee_NAME_rows` and
+    `dsee_NAME_cols`; `ExpertWeight` has them under the names that a linear layer's have.
+
+    Attributes:
+        dsee_specs: of each adapted parameter.
+        dsee_masked: whether its zeros mask its update too.
+        dsee_updates: the above, prepared for the products; derived, in no state dict.
+        dsee_disabled: whether the experts compute without their updates.
+        dsee_base: the module's own class.
+    """
+
+    dsee_base: type[nn.Module]
+    dsee_disabled: bool = False
+    dsee_specs: dict[str, AdapterSpec]
+    dsee_masked: dict[str, bool]
+    dsee_updates: dict[str, ExpertUpdate]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Sum over each token's experts of what they make of it, times their weights.
+
+        Args:
+            hidden_states: (T, H) tokens.
+            top_k_index: (T, K) the experts of each.
+            top_k_weights: (T, K).
+
+        Returns:
+            (T, H).
+        """
+        if self.dsee_disabled:
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        module: Any = self
+        num_tokens, top_k = top_k_index.shape
+        experts_S, order_S = torch.sort(top_k_index.reshape(-1))
+        after = torch.arange(1, module.num_experts + 1, device=experts_S.device)
+        ends_E = torch.searchsorted(experts_S, after).to(torch.int32)
+        up = "gate_up_proj" if module.has_gate else "up_proj"
+        h = self._product(up, hidden_states[order_S // top_k], ends_E, experts_S)
+        h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
+        y = self._product("down_proj", h, ends_E, experts_S)
+        if getattr(module, "has_post_expert_norm", False):
+            y = module.post_expert_norm(y)
+        y = y * top_k_weights.reshape(-1)[order_S].unsqueeze(-1)
+        back_S = torch.empty_like(order_S)
+        back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
+        return y[back_S].view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+
+    def _product(self, name: str, x_SI: Tensor, ends_E: Tensor, experts_S: Tensor) -> Tensor:
+        """Tokens times their experts' matrices, with the update where there is one, plus their biases."""
+        module: Any = self
+        weight = getattr(self, name)
+        if name in self.dsee_specs:
+            flat, masked = getattr(self, f"dsee_{name}"), self.dsee_masked[name]
+            y = expert_product(x_SI, weight, flat, ends_E, self._update(name), masked=masked)
+        else:
+            matrices = weight if module.is_transposed else weight.transpose(1, 2)
+            y = grouped_mm(x_SI.to(weight.dtype), matrices, ends_E)
+        return y + getattr(self, f"{name}_bias")[experts_S] if module.has_bias else y
+
+    def _update(self, name: str) -> ExpertUpdate:
+        """What the product needs besides the parameters; made anew if the buffers were moved."""
+        if self.dsee_updates[name].rows is not getattr(self, f"dsee_{name}_rows"):
+            self.dsee_prepare(name)
+        return self.dsee_updates[name]
+
+    def dsee_prepare(self, name: str) -> None:
+        """Prepare for the support in the buffers. Call it after writing other positions to them."""
+        spec = self.dsee_specs[name]
+        rows, cols = getattr(self, f"dsee_{name}_rows"), getattr(self, f"dsee_{name}_cols")
+        transposed = bool(self.is_transposed)
+        fold = None if rows.is_meta else make_fold(spec, rows, cols, _most_entries(spec))
+        self.dsee_updates[name] = ExpertUpdate(spec, rows, cols, transposed, fold)
+
+    def dsee_weights(self, name: str) -> dict[str, Any]:
+        """The adapted parameters."""
+        return {f"{name}.{attribute}": ExpertWeight(self, attribute) for attribute in self.dsee_specs}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for name in self.dsee_specs:
+            self.dsee_prepare(name)
+
+    def extra_repr(self) -> str:
+        """The adapters."""
+        return ", ".join(
+            f"{name}: rank={spec.rank}, num_sparse={spec.num_sparse}, shared_a={spec.shared_a}"
+            f"{', under mask' if self.dsee_masked[name] else ''}"
+            for name, spec in self.dsee_specs.items()
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle through the base class: the subclass is made at run time and has no import name."""
+        state = super().__reduce_ex__(protocol)[2:]
+        return (_blank, (self.dsee_base,), *state)
+
+
+class ExpertWeight:
+    """One adapted parameter of experts, with the names that an adapted linear layer has. It holds nothing itself.
+
+    Attributes:
+        module: the module that holds the experts.
+        attribute: the parameter's name in it.
+    """
+
+    bias = None
+
+    def __init__(self, module: AdaptedExperts, attribute: str) -> None:
+        self.module, self.attribute = module, attribute
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """(E, M, J), all experts' matrices as they are stored."""
+        return getattr(self.module, self.attribute)
+
+    @property
+    def dsee_spec(self) -> AdapterSpec:
+        """Of the parameter as one matrix (E*M, J)."""
+        return self.module.dsee_specs[self.attribute]
+
+    @property
+    def dsee_flat(self) -> nn.Parameter:
+        """A, B and values of all experts."""
+        return getattr(self.module, f"dsee_{self.attribute}")
+
+    @property
+    def dsee_rows(self) -> Tensor:
+        """int32 (E*N,), as `ExpertUpdate.rows`."""
+        return getattr(self.module, f"dsee_{self.attribute}_rows")
+
+    @property
+    def dsee_cols(self) -> Tensor:
+        """int32 (E*N,), as `ExpertUpdate.cols`."""
+        return getattr(self.module, f"dsee_{self.attribute}_cols")
+
+    @property
+    def dsee_under_mask(self) -> bool:
+        """Whether the weight's zeros mask the update too."""
+        return self.module.dsee_masked[self.attribute]
+
+    @dsee_under_mask.setter
+    def dsee_under_mask(self, on: bool) -> None:
+        self.module.dsee_masked[self.attribute] = on
+
+    @property
+    def dsee_disabled(self) -> bool:
+        """Whether the module computes without its updates."""
+        return self.module.dsee_disabled
+
+    @dsee_disabled.setter
+    def dsee_disabled(self, on: bool) -> None:
+        self.module.dsee_disabled = on
+
+    def dsee_prepare(self) -> None:
+        """See `AdaptedExperts.dsee_prepare`."""
+        self.module.dsee_prepare(self.attribute)
+
+
+def fused_experts(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters with all experts' matrices, where a module holds them as transformers declares it."""
+    held: Any = module
+    if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "num_experts")):
+        return ()
+    names = ("gate_up_proj" if held.has_gate else "up_proj", "down_proj")
+    return names if all(isinstance(module._parameters.get(name), nn.Parameter) for name in names) else ()
+
+
+def attach_experts(
+    module: nn.Module,
+    attribute: str,
+    spec: AdapterSpec,
+    rows: Tensor,
+    cols: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> None:
+    """Adapt one parameter of a module that holds experts, in place. Reads nothing of the weight.
+
+    Args:
+        module: it has what `fused_experts` looks for; other parameters of it may be adapted already.
+        attribute: the parameter's name.
+        spec: of the parameter as one matrix, a slice for each expert.
+        rows, cols: (E*N,) of each entry of S2 in that matrix, sorted by (slice, row, col).
+        generator: source of A; None takes PyTorch's global one.
+        dtype: of A, B and values.
+        device: where they live.
+
+    Raises:
+        TargetError: the experts cannot be adapted, see `check_experts`, or the support does not fit.
+    """
+    check_experts(type(module).__name__, module)
+    check_support(spec, rows, cols)
+    values = initial_values(spec, generator).to(device=device, dtype=dtype)
+    module.register_parameter(f"dsee_{attribute}", nn.Parameter(values))
+    for key, positions in (("rows", rows), ("cols", cols)):
+        where = positions.to(device=device, dtype=torch.int32, copy=True)
+        module.register_buffer(f"dsee_{attribute}_{key}", where)
+    if not isinstance(module, AdaptedExperts):
+        module.__class__ = _adapted_class(type(module))
+        module.dsee_specs, module.dsee_masked, module.dsee_updates = {}, {}, {}  # type: ignore[assignment]
+    assert isinstance(module, AdaptedExperts)
+    module.dsee_specs[attribute], module.dsee_masked[attribute] = spec, False
+    module.dsee_prepare(attribute)
+
+
+def check_experts(name: str, module: nn.Module) -> None:
+    """Refuse experts whose forward is not the one that `AdaptedExperts` has.
+
+    Raises:
+        TargetError: naming what differs, and the way out.
+    """
+    held: Any = module
+    if "forward" in vars(module):
+        raise TargetError(
+            f"the forward of {name} was replaced on the instance, which would hide the adapter's (accelerate does so "
+            "for a device_map over several devices); load it without that"
+        )
+    if getattr(held, "_is_expert_parallel", False):
+        raise TargetError(f"{name} is spread over ranks by expert parallelism; load the model without it")
+    found = getattr(getattr(held, "config", None), "_experts_implementation", IMPLEMENTATION)
+    if found != IMPLEMENTATION:
+        raise TargetError(
+            f"{name} computes its experts by {found!r}, expected {IMPLEMENTATION!r}, whose sums the adapted ones "
+            f"share: call model.set_experts_implementation({IMPLEMENTATION!r}) first"
+        )
+
+
+def _adapted_class(base: type[nn.Module]) -> type[nn.Module]:
+    if base not in _CLASSES:
+        namespace = {"__module__": __name__, "dsee_base": base}
+        _CLASSES[base] = type(f"Adapted{base.__name__}", (AdaptedExperts, base), namespace)
+    return _CLASSES[base]
+
+
+def _blank(base: type[nn.Module]) -> nn.Module:
+    cls = _adapted_class(base)
+    return cls.__new__(cls)
+
+
+def _most_entries(spec: AdapterSpec) -> int:
+    """Entries of S2 up to which the thin products are thin: their columns less than half of W's smaller side."""
+    width = spec.width or spec.shape[0]
+    return min(width, spec.shape[1]) // 2 - spec.rank
