@@ -68,6 +68,8 @@ class DSEEConfig(JsonConfig):
     """Modules trained in full besides (a classifier head), by suffix or pattern."""
     dropout: float = 0.0
     """Dropout on the adapter's input, in [0, 1)."""
+    shared_expert_a: bool = False
+    """Whether the experts of a layer share one A and have a B and an S2 each; else each has an A of its own."""
     seed: int = 0
     """Seed of A and of the decomposition; combined with each parameter's name, never with the rank of a process."""
 

@@ -59,7 +59,7 @@ def moe_config(model_type: str, experts: int = 5, **changes: Any) -> PretrainedC
     if model_type in ("mixtral", "gpt_oss"):
         sizes["intermediate_size"] = sizes.pop("moe_intermediate_size")
     known = AutoConfig.for_model(model_type).to_dict()
-    named = {key: value for key, value in sizes.items() if key in known}
+    named = {key: value for key, value in sizes.items() if key in known or key == "head_dim"}
     return AutoConfig.for_model(model_type, **{**named, **changes})
 
 

@@ -7,6 +7,7 @@ one flat parameter on the same module, so that ZeRO-3 fetches experts and update
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,27 @@ from dsee_scale.errors import TargetError
 IMPLEMENTATION = "grouped_mm"
 """The one of transformers' implementations whose sums are ours: with it injection changes no bit."""
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How a module holds its experts, as transformers declares it.
+
+    Attributes:
+        up: the parameter with the matrices before the activation.
+        down: the one with those after it.
+        transposed: whether a matrix is stored I x O.
+        gated: whether `up` holds gate and up together, 2I outputs.
+        interleaved: whether these alternate; else the gate's outputs come first.
+        bias: whether each expert has biases, in `up + "_bias"` and `down + "_bias"`.
+    """
+
+    up: str
+    down: str
+    transposed: bool
+    gated: bool
+    interleaved: bool
+    bias: bool
 
 
 class AdaptedExperts(Adapted):
@@ -65,8 +87,6 @@ class AdaptedExperts(Adapted):
         h = self._product(up, hidden_states[order_S // top_k], ends_E, experts_S)
         h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
         y = self._product("down_proj", h, ends_E, experts_S)
-        if getattr(module, "has_post_expert_norm", False):
-            y = module.post_expert_norm(y)
         y = y * top_k_weights.reshape(-1)[order_S].unsqueeze(-1)
         back_S = torch.empty_like(order_S)
         back_S[order_S] = torch.arange(len(order_S), device=order_S.device)
@@ -160,6 +180,21 @@ class ExpertWeight:
         return getattr(self.module, f"dsee_{self.attribute}_cols")
 
     @property
+    def dsee_A(self) -> Tensor:
+        """(E*R, J), or (R, J) if it is shared; view of the whole parameter."""
+        return self.dsee_spec.split(self.dsee_flat)[0]
+
+    @property
+    def dsee_B(self) -> Tensor:
+        """(E*M, R), view of the whole parameter."""
+        return self.dsee_spec.split(self.dsee_flat)[1]
+
+    @property
+    def dsee_values(self) -> Tensor:
+        """(E*N,), view of the whole parameter."""
+        return self.dsee_spec.split(self.dsee_flat)[2]
+
+    @property
     def dsee_under_mask(self) -> bool:
         """Whether the weight's zeros mask the update too."""
         return self.module.dsee_masked[self.attribute]
@@ -182,13 +217,24 @@ class ExpertWeight:
         self.module.dsee_prepare(self.attribute)
 
 
-def fused_experts(module: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters with all experts' matrices, where a module holds them as transformers declares it."""
+def expert_layout(module: nn.Module) -> ExpertLayout | None:
+    """How a module holds fused experts; None for one that holds none, or in a way that is not known here."""
     held: Any = module
-    if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "num_experts")):
-        return ()
-    names = ("gate_up_proj" if held.has_gate else "up_proj", "down_proj")
-    return names if all(isinstance(module._parameters.get(name), nn.Parameter) for name in names) else ()
+    if not hasattr(module, "is_transposed") or not hasattr(module, "is_concatenated"):
+        return None
+    up = "gate_up_proj" if held.has_gate else "up_proj"
+    params = [module._parameters.get(name) for name in (up, "down_proj")]
+    if None in params or getattr(module, "has_post_expert_norm", False):
+        return None
+    return ExpertLayout(
+        up, "down_proj", held.is_transposed, held.has_gate, not held.is_concatenated, held.has_bias
+    )
+
+
+def fused_experts(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters with all experts' matrices, where a module holds them in a way that is known here."""
+    layout = expert_layout(module)
+    return (layout.up, layout.down) if layout else ()
 
 
 def attach_experts(

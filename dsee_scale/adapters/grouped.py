@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from dsee_scale.adapters.factors import Factors, Fold, flat_gradient, make_factors
 from dsee_scale.algorithms.bits import zero_where_zero_
-from dsee_scale.algorithms.delta import AdapterSpec, Delta, merged_weight
+from dsee_scale.algorithms.delta import AdapterSpec, Delta, Form, merged_weight
 
 ALIGNED = 16
 """Bytes that every stride of what goes into PyTorch's grouped product must be a multiple of."""
@@ -156,10 +156,9 @@ def _inputs_first(stored_EMJ: Tensor, update: ExpertUpdate) -> Tensor:
 
 def _merged(weight: Tensor, flat: Tensor, update: ExpertUpdate, masked: bool) -> Tensor:
     """W + D, under W's mask or not, (E, M, J), rounded once."""
-    out = torch.empty_like(weight).flatten(0, 1)
     delta = Delta.of(update.spec, flat, update.rows, update.cols)
-    merged_weight(weight.flatten(0, 1), delta, pruned=masked, form="masked" if masked else "dense", out=out)
-    return out.view(update.shape)
+    form: Form = "masked" if masked else "dense"
+    return merged_weight(weight, delta, pruned=masked, form=form, out=torch.empty_like(weight))
 
 
 def _flat_gradient(gradient_EMJ: Tensor, flat: Tensor, update: ExpertUpdate) -> Tensor:

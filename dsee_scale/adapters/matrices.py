@@ -17,32 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.linear import is_adapted
+from dsee_scale.adapters.experts import AdaptedExperts, ExpertLayout, expert_layout
+from dsee_scale.adapters.linear import delta_record, is_adapted
 from dsee_scale.adapters.targets import linear_kind
+from dsee_scale.algorithms.delta import Delta
 from dsee_scale.partition.port import Partition, Shard, within
 
 ShapeOf = Callable[[nn.Parameter], torch.Size]
-
-
-@dataclass(frozen=True)
-class ExpertLayout:
-    """How a module holds its experts, as transformers declares it.
-
-    Attributes:
-        up: the parameter with the matrices before the activation.
-        down: the one with those after it.
-        transposed: whether a matrix is stored I x O.
-        gated: whether `up` holds gate and up together, 2I outputs.
-        interleaved: whether these alternate; else the gate's outputs come first.
-        bias: whether each expert has biases, in `up + "_bias"` and `down + "_bias"`.
-    """
-
-    up: str
-    down: str
-    transposed: bool
-    gated: bool
-    interleaved: bool
-    bias: bool
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -110,7 +91,21 @@ class Matrix:
     @property
     def adapted(self) -> bool:
         """Whether it has an update of its own."""
-        return self.expert is None and is_adapted(self.module)
+        return self.adapter is not None
+
+    @property
+    def adapter(self) -> Any:
+        """What holds its update: the adapted layer, or the `ExpertWeight` of all experts; None for none."""
+        if self.expert is None:
+            return self.module if is_adapted(self.module) else None
+        if not isinstance(self.module, AdaptedExperts):
+            return None
+        return self.module.dsee_weights(self.owner).get(self.param_name)
+
+    def delta(self, flat: Tensor) -> Delta:
+        """Its update, given the adapter's whole parameter."""
+        whole = delta_record(self.adapter, flat)
+        return whole if self.expert is None else whole.of_expert(self.expert)
 
     def shard(self, partition: Partition) -> Shard:
         """This rank's stretch of it, to read; of length 0 where it lies on other ranks. Local."""
@@ -125,20 +120,6 @@ class Matrix:
     def of(self, whole: Tensor) -> Tensor:
         """The matrix as stored, a view of the whole parameter."""
         return whole if self.expert is None else whole[self.expert]
-
-
-def expert_layout(module: nn.Module) -> ExpertLayout | None:
-    """How a module holds fused experts; None for one that holds none, or in a way that is not known here."""
-    held: Any = module
-    if not hasattr(module, "is_transposed") or not hasattr(module, "is_concatenated"):
-        return None
-    up = "gate_up_proj" if held.has_gate else "up_proj"
-    params = [module._parameters.get(name) for name in (up, "down_proj")]
-    if None in params or getattr(module, "has_post_expert_norm", False):
-        return None
-    return ExpertLayout(
-        up, "down_proj", held.is_transposed, held.has_gate, not held.is_concatenated, held.has_bias
-    )
 
 
 def find_matrices(model: nn.Module, shape_of: ShapeOf) -> dict[str, Matrix]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from dsee_scale.adapters.linear import PARAMETER, adapted_layers
+from dsee_scale.adapters.linear import adapted_layers
 
 DEFAULT_THRESHOLD = 100_000
 """DeepSpeed's, where the config sets none."""
@@ -33,12 +33,12 @@ def check_persistence(ds_config: Mapping[str, Any], model: nn.Module) -> str | N
     if threshold == "auto":
         threshold = 10 * int(getattr(getattr(model, "config", None), "hidden_size", DEFAULT_THRESHOLD // 10))
     # From the settings: under ZeRO-3 the tensors are empty.
-    sizes: dict[str, int] = {name: layer.dsee_spec.numel for name, layer in adapted_layers(model).items()}  # type: ignore[union-attr, misc]
+    sizes: dict[str, int] = {name: layer.dsee_spec.numel for name, layer in adapted_layers(model).items()}
     largest = max(sizes, key=sizes.__getitem__, default="")
     if not sizes or sizes[largest] <= int(threshold):
         return None
     return (
-        f"stage3_param_persistence_threshold is {int(threshold)}, and {largest}.{PARAMETER} has {sizes[largest]} "
+        f"stage3_param_persistence_threshold is {int(threshold)}, and the adapter of {largest} has {sizes[largest]} "
         "elements: such adapters travel with their layer's weight, in the same message, at every use. Set it to "
         f"{sizes[largest]} or more in the DeepSpeed config to keep them resident instead: that costs their memory once "
         "per rank, and one small all-gather each after every optimizer step."

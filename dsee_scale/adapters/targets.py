@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dsee_scale.adapters.experts import check_experts, fused_experts
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.config import DSEEConfig
 from dsee_scale.errors import ConfigError, TargetError
@@ -46,6 +47,8 @@ class Target:
         transposed: whether the weight is stored I x O (transformers' Conv1D).
         slices: output ranges (start, stop) adapted as matrices of their own; ((0, O),) for the whole.
         num_sparse: N for each slice.
+        experts: the parameter's name in the module, where that holds the fused matrices of experts. These are meant
+            as one matrix (E*M, J) then, as they are stored, with a slice for each expert; `name` is the parameter's.
     """
 
     name: str
@@ -54,6 +57,17 @@ class Target:
     transposed: bool
     slices: tuple[tuple[int, int], ...]
     num_sparse: int
+    experts: str | None = None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter."""
+        return getattr(self.module, self.experts or "weight")
+
+    @property
+    def weight_name(self) -> str:
+        """Its name in the model."""
+        return self.name if self.experts else f"{self.name}.weight"
 
     def spec(self, config: DSEEConfig) -> AdapterSpec:
         """The adapter that it gets."""
@@ -65,6 +79,8 @@ class Target:
             num_sparse=self.num_sparse,
             scaling=float(config.scaling),
             dropout=float(config.dropout),
+            experts=self.experts is not None,
+            shared_a=self.experts is not None and config.shared_expert_a,
         )
 
 
@@ -101,11 +117,18 @@ def find_targets(
     """
     modules = dict(model.named_modules())
     linears = [name for name, module in modules.items() if linear_kind(module)]
-    chosen = _chosen_names(modules, linears, config.target_modules)
-    _reject_shared(model, chosen, modules)
+    experts = {f"{n}.{attribute}": n for n, module in modules.items() for attribute in fused_experts(module)}
+    chosen = _chosen_names(modules, linears, experts, config.target_modules)
+    _reject_routers(chosen, modules)
     _reject_bypassed(chosen, modules)
-    targets = [_target(name, modules[name], config, shape_of) for name in chosen]
-    _check_slices_used(config, chosen)
+    targets = [
+        _expert_target(name, modules[experts[name]], config, shape_of)
+        if name in experts
+        else _target(name, modules[name], config, shape_of)
+        for name in chosen
+    ]
+    _reject_shared(model, targets)
+    _check_settings_used(config, targets)
     return targets
 
 
@@ -119,40 +142,72 @@ def find_modules(model: nn.Module, patterns: Iterable[str], *, what: str) -> lis
 
 
 def _chosen_names(
-    modules: dict[str, nn.Module], linears: list[str], wanted: tuple[str, ...] | str
+    modules: dict[str, nn.Module],
+    linears: list[str],
+    experts: dict[str, str],
+    wanted: tuple[str, ...] | str,
 ) -> list[str]:
+    """What is meant of linear layers and of experts' parameters, in the model's order."""
+    adaptable = {*linears, *experts}
+    inside = {owner: [name for name in experts if experts[name] == owner] for owner in experts.values()}
+    everything = [each for name in modules if name for each in (name, *inside.get(name, ()))]
+
+    def meant(name: str, patterns: tuple[str, ...] | str) -> bool:
+        return matches(name, patterns) or (name in experts and matches(experts[name], patterns))
+
     if isinstance(wanted, str):
-        chosen = [name for name in linears if matches(name, wanted)]
+        chosen = [name for name in everything if name in adaptable and meant(name, wanted)]
         if not chosen:
-            raise TargetError(f"target_modules {wanted!r} matches no linear layer{_nearest(wanted, linears)}")
+            raise TargetError(f"target_modules {wanted!r} matches no linear layer{_nearest(wanted, adaptable)}")
         return chosen
     for pattern in wanted:
-        hits = [name for name in modules if name and _matches_one(name, pattern)]
+        hits = [name for name in everything if meant(name, (pattern,))]
         if not hits:
-            raise TargetError(f"target module {pattern!r} matches no module{_nearest(pattern, linears)}")
-        wrong = [name for name in hits if name not in linears]
-        if wrong and len(wrong) == len(hits):
-            raise _unsupported(wrong[0], modules[wrong[0]], linears)
-    return [name for name in linears if matches(name, wanted)]
+            raise TargetError(f"target module {pattern!r} matches no module{_nearest(pattern, adaptable)}")
+        if not adaptable.intersection(hits):
+            raise _unsupported(hits[0], modules[hits[0]], adaptable)
+    return [name for name in everything if name in adaptable and meant(name, wanted)]
 
 
-def _unsupported(name: str, module: nn.Module, linears: list[str]) -> TargetError:
-    inside = sorted({n.rsplit(".", 1)[-1] for n in linears if n.startswith(name + ".")})
+def _unsupported(name: str, module: nn.Module, adaptable: Iterable[str]) -> TargetError:
     kind = type(module).__name__
-    hint = f"; linear layers inside it: {', '.join(inside)}" if inside else ""
+    if "router" in kind.lower():
+        return _is_router(name, kind)
+    inside = sorted({n.rsplit(".", 1)[-1] for n in adaptable if n.startswith(name + ".")})
+    hint = f"; layers inside it: {', '.join(inside)}" if inside else ""
     return TargetError(f"target {name} is a {kind}, expected nn.Linear or Conv1D{hint}")
 
 
-def _reject_shared(model: nn.Module, chosen: list[str], modules: dict[str, nn.Module]) -> None:
+def _is_router(name: str, kind: str) -> TargetError:
+    return TargetError(
+        f"target {name} is a router ({kind}), which only chooses experts; expected layers that compute: adapt the "
+        "experts (experts.gate_up_proj, experts.down_proj) or the attention, or train the router in full "
+        "(trained_modules)"
+    )
+
+
+def _reject_routers(chosen: list[str], modules: dict[str, nn.Module]) -> None:
+    """Refuse a linear layer beside experts that has an output for each of them."""
+    for name in chosen:
+        owner, _, own = name.rpartition(".")
+        if not re.search("gate$|router", name) or own == "gate_proj":
+            continue
+        for above in (owner, owner.rpartition(".")[0]):
+            beside = [child for child in modules[above].children() if fused_experts(child)]
+            if any(getattr(modules.get(name), "out_features", None) == e.num_experts for e in beside):
+                raise _is_router(name, type(modules[name]).__name__)
+
+
+def _reject_shared(model: nn.Module, targets: Iterable[Target]) -> None:
     owners: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(param), []).append(name)
-    for name in chosen:
-        sharing = owners.get(id(modules[name].weight), [])
+    for target in targets:
+        sharing = owners.get(id(target.weight), [])
         if len(sharing) > 1:
-            others = ", ".join(n for n in sharing if n != f"{name}.weight")
+            others = ", ".join(n for n in sharing if n != target.weight_name)
             raise TargetError(
-                f"target {name} shares its weight with {others}; an update of one alone could not be exported: "
+                f"target {target.name} shares its weight with {others}; an update of one alone could not be exported: "
                 "choose other targets, or load the model with tie_word_embeddings=False"
             )
 
@@ -174,6 +229,33 @@ def _target(
     transposed = linear_kind(module) == "conv1d"
     shape = _true_shape(name, module, transposed, shape_of)
     slices = _slices(name, shape[0], config)
+    return Target(name, module, shape, transposed, slices, _num_sparse(name, shape, slices, config))
+
+
+def _expert_target(
+    name: str, module: nn.Module, config: DSEEConfig, shape_of: Callable[[nn.Parameter], torch.Size]
+) -> Target:
+    attribute = name.rpartition(".")[2]
+    weight: nn.Parameter = getattr(module, attribute)
+    check_experts(name, module)
+    if not weight.dtype.is_floating_point:
+        raise TargetError(f"{name} is quantised ({weight.dtype}); expected floating-point experts")
+    if config.dropout:
+        raise ConfigError(
+            f"dropout {config.dropout:g} is not supported on experts ({name}); set dropout=0, or adapt linear layers"
+        )
+    if any(_matches_one(name, suffix) for suffix in config.output_slices):
+        raise ConfigError(f"output_slices cannot cut {name}, whose slices are its experts; leave it out")
+    experts, rows, cols = map(int, shape_of(weight))
+    shape, slices = (experts * rows, cols), tuple((e * rows, (e + 1) * rows) for e in range(experts))
+    count = _num_sparse(name, shape, slices, config)
+    return Target(name, module, shape, False, slices, count, experts=attribute)
+
+
+def _num_sparse(
+    name: str, shape: tuple[int, int], slices: tuple[tuple[int, int], ...], config: DSEEConfig
+) -> int:
+    """N of each slice, where rank and N fit every one."""
     for start, stop in slices:
         side = min(stop - start, shape[1])
         if config.rank > side:
@@ -188,7 +270,7 @@ def _target(
             f"num_sparse {num_sparse} is over the {smallest} entries of {name} "
             f"({smallest // shape[1]} x {shape[1]}); choose fewer"
         )
-    return Target(name, module, shape, transposed, slices, num_sparse)
+    return num_sparse
 
 
 def _true_shape(
@@ -244,13 +326,15 @@ def _parse_slice(name: str, outputs: int, part: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _check_slices_used(config: DSEEConfig, chosen: list[str]) -> None:
+def _check_settings_used(config: DSEEConfig, targets: Iterable[Target]) -> None:
     for suffix in config.output_slices:
-        if not any(_matches_one(name, suffix) for name in chosen):
+        if not any(_matches_one(target.name, suffix) for target in targets):
             raise ConfigError(f"output_slices {suffix!r} matches none of the target modules")
+    if config.shared_expert_a and not any(target.experts for target in targets):
+        raise ConfigError("shared_expert_a has no effect: no target module is a parameter of experts; leave it out")
 
 
-def _nearest(pattern: str, names: list[str]) -> str:
+def _nearest(pattern: str, names: Iterable[str]) -> str:
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in names})
     near = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], suffixes, n=3, cutoff=0.4) or suffixes[:8]
     return f"; nearest existing: {', '.join(near)}" if near else ""

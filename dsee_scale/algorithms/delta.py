@@ -11,6 +11,7 @@ round otherwise, and then a weight would be kept on two ranks and removed on thr
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -144,6 +145,19 @@ class Delta:
     def storage_shape(self) -> tuple[int, int]:
         """(O, I), or (I, O) if transposed."""
         return self.spec.storage_shape
+
+    def of_expert(self, expert: int) -> Delta:
+        """One expert's update, of its own matrix."""
+        start, stop, of_a, of_b = next(itertools.islice(self.spec.per_slice(), expert, None))
+        spec = dataclasses.replace(
+            self.spec,
+            shape=(stop - start, self.spec.shape[1]),
+            slices=((0, stop - start),),
+            experts=False,
+            shared_a=False,
+        )
+        own = slice(expert * spec.num_sparse, (expert + 1) * spec.num_sparse)
+        return Delta(spec, self.a[of_a], self.b[of_b], self.values[own], self.rows[own] - start, self.cols[own])
 
     @property
     def stored_positions(self) -> tuple[Tensor, Tensor]:
@@ -281,7 +295,7 @@ def merged_weight(
     """The weight with its update, as it is trained and as it is exported; computed block by block in float32.
 
     Args:
-        weight: W, whole, in its storage layout; not changed.
+        weight: W, whole, in its storage layout, of experts (E, M, J) too; not changed.
         delta: D.
         pruned: whether the weight's zeros are its mask M; otherwise M keeps all.
         form: `masked` gives (W + D) * M, as sparse as W; `dense` gives W * M + D; `update` gives D * M.
@@ -289,6 +303,9 @@ def merged_weight(
     """
     if out is None:
         out = torch.empty(weight.shape, dtype=weight.dtype)
+    if weight.dim() == 3:
+        merged_weight(weight.flatten(0, 1), delta, pruned=pruned, form=form, out=out.flatten(0, 1))
+        return out
     rows, columns = delta.storage_shape
     device = delta.a.device
     step = rows if torch.compiler.is_compiling() else max(1, block_entries(device) // columns)

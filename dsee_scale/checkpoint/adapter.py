@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.linear import BUFFERS, adapted_layers, is_adapted, restore_under_mask
+from dsee_scale.adapters.experts import fused_experts
+from dsee_scale.adapters.linear import BUFFERS, adapted_layers, restore_under_mask
 from dsee_scale.adapters.state import model_state, reject_broken
 from dsee_scale.adapters.targets import Target, linear_kind
 from dsee_scale.algorithms.decompose import Support
@@ -293,21 +294,26 @@ def _targets(
     modules, where = dict(model.named_modules()), stored.path / CONFIG_FILE
     targets = []
     for name, saved in record.modules.items():
-        layer = modules.get(name)
-        if layer is None or is_adapted(layer) or linear_kind(layer) is None:
+        owner, _, attribute = name.rpartition(".")
+        layer = modules.get(owner if saved.experts else name)
+        fits = layer is not None and (attribute in fused_experts(layer) if saved.experts else linear_kind(layer))
+        if layer is None or not fits:
             found = "nothing" if layer is None else type(layer).__name__
             raise FormatError(
-                f"{where}: adapted module {name} is {found} in this model, expected a linear layer of shape "
-                f"{saved.shape}; load the base that the adapter was made for"
+                f"{where}: adapted module {name} is {found} in this model, expected "
+                f"{'experts' if saved.experts else 'a linear layer'} of shape {saved.shape}; load the base that the "
+                "adapter was made for"
             )
-        weight: nn.Parameter = layer.weight  # type: ignore[assignment]
-        expected = saved.shape[::-1] if saved.transposed else saved.shape
-        if tuple(partition.shape(weight)) != expected:
+        target = Target(
+            name, layer, saved.shape, saved.transposed, saved.slices, saved.num_sparse,
+            experts=attribute if saved.experts else None,
+        )  # fmt: skip
+        expected = (len(saved.slices), saved.width, saved.shape[1]) if saved.width else saved.storage_shape
+        if tuple(partition.shape(target.weight)) != expected:
             raise FormatError(
-                f"{where}: {name}.weight is {tuple(partition.shape(weight))} in this model, the adapter was "
-                f"made for {expected}; load the base that it was made for"
+                f"{where}: {target.weight_name} is {tuple(partition.shape(target.weight))} in this model, the adapter "
+                f"was made for {expected}; load the base that it was made for"
             )
-        target = Target(name, layer, saved.shape, saved.transposed, saved.slices, saved.num_sparse)
         if record.config is None or target.spec(record.config) != saved:
             raise FormatError(
                 f"{where}: {name} and `config` contradict each other (rank {saved.rank}, scaling {saved.scaling:g}, "

@@ -130,7 +130,7 @@ def load_lora(
             raise FormatError(f"{lora.path} does not fit this model: {error}") from error
         for target in targets:
             _check_shapes(lora, target.name, target.shape)
-            partition.writable(f"{target.name}.weight", target.module.weight)  # type: ignore[arg-type]
+            partition.writable(target.weight_name, target.weight)
     supports = decompose_model(targets, config, partition)
     with raise_on_all_ranks(partition):
         apply_adapters(model, config, targets, supports, [], partition)

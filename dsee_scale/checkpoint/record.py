@@ -170,7 +170,7 @@ def _pruned_record(name: str, values: Any) -> dict[str, Any]:
 
 def _module_record(name: str, values: Mapping[str, Any]) -> AdapterSpec:
     known = {f.name for f in dataclasses.fields(AdapterSpec)}
-    if set(values) != known:
+    if not known - {"experts", "shared_a"} <= set(values) <= known:  # of version 0.1 they have neither
         raise ConfigError(f"module {name} has keys {sorted(values)}, expected {sorted(known)}")
     record = AdapterSpec(
         **{
@@ -183,7 +183,9 @@ def _module_record(name: str, values: Mapping[str, Any]) -> AdapterSpec:
     if wrong or len(record.shape) != 2 or not record.scaling > 0 or not 0 <= record.dropout < 1:
         raise ConfigError(f"module {name}: {'; '.join(wrong) or 'shape, scaling or dropout make no sense'}")
     edges = [0, *(edge for pair in record.slices for edge in pair), record.shape[0]]
-    if not record.slices or edges != sorted(edges) or record.rank < 1 or record.num_sparse < 0:
+    cut = record.experts and {stop - start for start, stop in record.slices} != {record.width}
+    fits = record.slices and edges == sorted(edges) and not cut and not (record.shared_a and not record.experts)
+    if not fits or record.rank < 1 or record.num_sparse < 0:
         raise ConfigError(
             f"module {name}: slices {record.slices} or sizes do not fit its shape {record.shape}"
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.linear import adapted_layers, delta_record
+from dsee_scale.adapters.linear import adapted_layers, delta_record, weight_name
 from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.delta import AdapterSpec, Delta
 from dsee_scale.checkpoint.adapter import open_adapter, read_layer
@@ -82,7 +82,7 @@ def _removed_outputs(specs: Mapping[str, AdapterSpec], structure: Structure | No
     found: dict[str, Tensor] = {}
     kept_lines = structure.kept if structure is not None else {}
     for name, spec in specs.items():
-        axis, kept = kept_lines.get(f"{name}.weight", (None, None))
+        axis, kept = kept_lines.get(weight_name(name, spec), (None, None))
         if axis == (1 if spec.transposed else 0):
             gone = torch.ones(spec.shape[0], dtype=torch.bool)
             gone[kept] = False

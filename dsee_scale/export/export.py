@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dsee_scale.adapters.linear import adapted_layers, delta_record
+from dsee_scale.adapters.linear import adapted_layers, delta_record, weight_name
 from dsee_scale.adapters.state import model_state, reject_broken
 from dsee_scale.algorithms.delta import Delta
 from dsee_scale.checkpoint.adapter import write_adapter
@@ -115,7 +115,9 @@ class LiveModel:
         if partition.codecs:
             self.as_trained = lambda weight: weight.float()
         self._tensors = saved_state(module)
-        self._layers: dict[str, Any] = {f"{n}.weight": layer for n, layer in adapted_layers(module).items()}
+        self._layers: dict[str, Any] = {
+            weight_name(n, layer.dsee_spec): layer for n, layer in adapted_layers(module).items()
+        }
 
     def read(self, entries: list[Entry], *, updates: bool) -> Iterator[tuple[Tensor, Delta | None] | None]:
         """Collective. Adapters of all entries in one transfer, then each weight on its own to rank 0."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsee_scale.adapters.linear import weight_name
 from dsee_scale.algorithms.delta import Delta
 from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER, open_adapter, read_layer
 from dsee_scale.checkpoint.adapter import STEM as ADAPTER_STEM
@@ -93,6 +94,7 @@ class StoredModel:
         self.pruned: Mapping[str, Mapping[str, Any]] = self.record.pruned
         self.tuned, self.base_id = self.record.config, self.record.base.get("id")
         self._where = str(stored.path / CONFIG_FILE)
+        self._adapted = {weight_name(name, spec): name for name, spec in self.record.modules.items()}
         if not base.name or not base.is_dir():
             name = self.record.base.get("id") or "the base model"
             raise FormatError(f"base {base} is no folder; give the folder of {name} (--base)")
@@ -125,8 +127,8 @@ class StoredModel:
                 apply_mask(self.partition, param, self._masks, entry.name)
                 weight = param.data
                 self._check_content(entry.name, weight)
-            module = entry.name.removesuffix(".weight")
-            yield weight, self._update(module) if updates and module in self.record.modules else None
+            module = self._adapted.get(entry.name) if updates else None
+            yield weight, None if module is None else self._update(module)
 
     def _check_content(self, name: str, weight: Tensor) -> None:
         """A re-fitted weight must be the very one that the adapter was trained on."""
@@ -219,7 +221,8 @@ def _base_keys(record: AdapterRecord, reader: TensorReader, base: Path) -> dict[
     """Names in the model -> names in the base's files, for weights that the adapter changes; shapes are checked."""
     shapes = {name: tuple(info["shape"]) for name, info in record.pruned.items()}
     for name, module in record.modules.items():
-        shapes[f"{name}.weight"] = module.shape[::-1] if module.transposed else module.shape
+        stacked = (len(module.slices), module.width, module.shape[1]) if module.width else module.storage_shape
+        shapes[weight_name(name, module)] = stacked
     keys = {name: _base_key(reader, name, base) for name in shapes}
     for name, shape in shapes.items():
         reader.expect(keys[name], shape)

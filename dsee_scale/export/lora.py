@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dsee_scale.adapters.linear import weight_name
 from dsee_scale.adapters.state import MASK_UPDATE, reject_broken
 from dsee_scale.algorithms.cover import Cover, as_low_rank, smallest_cover
 from dsee_scale.algorithms.delta import Delta
@@ -277,7 +278,13 @@ def reject_unlike_lora(source: AdapterSource) -> None:
             f"{source.trained[0]} and {len(source.trained) - 1} more parameters were trained in full "
             "(trained_modules), which a LoRA does not hold and servers do not load: use export_model"
         )
-    under = [name for name in source.specs if source.pruned.get(f"{name}.weight", {}).get(MASK_UPDATE)]
+    experts = [name for name, spec in source.specs.items() if spec.experts]
+    if experts:
+        raise ConfigError(
+            f"{experts[0]} and {len(experts) - 1} more are adapters on experts, which servers do not load beside their "
+            "base; expected linear layers alone: use export_model, which merges them"
+        )
+    under = [n for n, spec in source.specs.items() if source.pruned.get(weight_name(n, spec), {}).get(MASK_UPDATE)]
     if under:
         raise ConfigError(
             f"{under[0]} and {len(under) - 1} more were trained as (W + D) * M, which is no W + D with a low-rank D: "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.errors import PartitionError
-from dsee_scale.partition.port import Shard, decoded
+from dsee_scale.partition.port import Part, Shard, decoded, part_of
 from dsee_scale.partition.ranks import Ranks
 
 
@@ -61,15 +61,22 @@ class DensePartition(Ranks):
             with self.edit(param) as stretches:
                 stretches[0].data.copy_(value.reshape(-1))
 
-    def exchange_bytes(self, params: Sequence[nn.Parameter], owners: Sequence[int]) -> int:
+    def exchange_bytes(
+        self, params: Sequence[nn.Parameter], owners: Sequence[int], parts: Sequence[Part] | None = None
+    ) -> int:
         """None: nothing travels."""
         return 0
 
     def start_exchange(
-        self, params: Sequence[nn.Parameter], owners: Sequence[int], workspace: Tensor
+        self,
+        params: Sequence[nn.Parameter],
+        owners: Sequence[int],
+        workspace: Tensor,
+        parts: Sequence[Part] | None = None,
     ) -> Owned:
         """The owned matrices are already here."""
-        return Owned({i: params[i].detach() for i, owner in enumerate(owners) if owner == self.rank})
+        owned = [i for i, owner in enumerate(owners) if owner == self.rank]
+        return Owned({i: part_of(params[i].detach(), parts, i) for i in owned})
 
     def scatter(
         self,

@@ -52,11 +52,21 @@ def within(shard: Shard, offset: int, numel: int) -> Shard:
     return Shard(shard.data[begin : begin + length], first - offset)
 
 
+Part = tuple[int, int] | None
+"""A stretch of a parameter's flat order, (start, numel), such as one expert's matrix; None for all of it."""
+
+
+def part_of(whole: Tensor, parts: Sequence[Part] | None, index: int) -> Tensor:
+    """A whole parameter, or the entries of its part in a row."""
+    part = parts[index] if parts else None
+    return whole if part is None else whole.reshape(-1)[part[0] : part[0] + part[1]]
+
+
 class Exchange(Protocol):
     """A transfer of whole matrices to their owners that may still be under way."""
 
     def wait(self) -> dict[int, Tensor]:
-        """The matrices that this rank owns, in their true shapes, by index into the call's list."""
+        """The matrices that this rank owns, in their true shapes, by index into the call's list; parts as vectors."""
 
 
 class Partition(Protocol):
@@ -113,13 +123,21 @@ class Partition(Protocol):
     def assign(self, params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
         """Collective. Set (small) trainable parameters from whole values that every rank holds."""
 
-    def exchange_bytes(self, params: Sequence[nn.Parameter], owners: Sequence[int]) -> int:
+    def exchange_bytes(
+        self, params: Sequence[nn.Parameter], owners: Sequence[int], parts: Sequence[Part] | None = None
+    ) -> int:
         """Size of the workspace that `start_exchange` needs on this rank. Local."""
 
     def start_exchange(
-        self, params: Sequence[nn.Parameter], owners: Sequence[int], workspace: Tensor
+        self,
+        params: Sequence[nn.Parameter],
+        owners: Sequence[int],
+        workspace: Tensor,
+        parts: Sequence[Part] | None = None,
     ) -> Exchange:
         """Collective. Begin to send each matrix to the rank that owns it; nobody else gets it.
+
+        A matrix is a whole parameter, or the part of it that `parts` says.
 
         `workspace` (uint8, at least `exchange_bytes`, on `device`) holds what is sent and received, so that
         a rank without memory finds out before any rank waits for it. It is free again once the matrices

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dsee_scale.distributed import communication_device, raise_first
 from dsee_scale.errors import PartitionError
-from dsee_scale.partition.port import Exchange, Shard
+from dsee_scale.partition.port import Exchange, Part, Shard
 from dsee_scale.partition.quantized import Codec, find_codecs
 
 
@@ -58,12 +58,18 @@ class Ranks:
         whole = self.start_exchange(params, owners, workspace).wait()
         return {index: self.decode(params[index], stored) for index, stored in whole.items()}
 
-    def exchange_bytes(self, params: Sequence[nn.Parameter], owners: Sequence[int]) -> int:
+    def exchange_bytes(
+        self, params: Sequence[nn.Parameter], owners: Sequence[int], parts: Sequence[Part] | None = None
+    ) -> int:
         """See `Partition.exchange_bytes`."""
         raise NotImplementedError
 
     def start_exchange(
-        self, params: Sequence[nn.Parameter], owners: Sequence[int], workspace: Tensor
+        self,
+        params: Sequence[nn.Parameter],
+        owners: Sequence[int],
+        workspace: Tensor,
+        parts: Sequence[Part] | None = None,
     ) -> Exchange:
         """See `Partition.start_exchange`."""
         raise NotImplementedError

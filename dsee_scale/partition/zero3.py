@@ -9,6 +9,7 @@ is one. An in-place edit of `ds_tensor` is what the next gather from it returns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsee_scale.errors import PartitionError
-from dsee_scale.partition.port import Shard, decoded
+from dsee_scale.partition.port import Part, Shard, decoded, part_of
 from dsee_scale.partition.ranks import Ranks
 
 
@@ -123,15 +124,27 @@ class Zero3Partition(Ranks):
                 for stretch in stretches:
                     stretch.data.copy_(flat[stretch.start : stretch.start + stretch.data.numel()])
 
-    def exchange_bytes(self, params: Sequence[Any], owners: Sequence[int]) -> int:
-        """This rank's shards of all matrices, and every rank's shards of the matrices it owns."""
-        sizes = [_shard_bytes(p) if is_partitioned(p) else 0 for p in params]
-        owned = sum(size for size, owner in zip(sizes, owners, strict=True) if owner == self.rank)
-        return sum(sizes) + self.world_size * owned
+    def exchange_bytes(
+        self, params: Sequence[Any], owners: Sequence[int], parts: Sequence[Part] | None = None
+    ) -> int:
+        """This rank's stretches of all matrices, and everyone's of the matrices that it owns."""
+        pieces = _pieces(params, parts)
+        if parts is None:  # with the padding, which a scatter sends too
+            sizes = {i: _shard_bytes(params[i]) for i in pieces}
+            return sum(size * (1 + self.world_size * (owners[i] == self.rank)) for i, size in sizes.items())
+        sent = sum(piece.bytes_on(self.rank) for piece in pieces.values())
+        owned = [piece for i, piece in pieces.items() if owners[i] == self.rank]
+        return sent + sum(piece.bytes_on(r) for piece in owned for r in range(self.world_size))
 
-    def start_exchange(self, params: Sequence[Any], owners: Sequence[int], workspace: Tensor) -> AllToAll:
-        """Collective. Begin one all-to-all in which each owner gets its matrices' shards."""
-        return AllToAll(self, params, owners, workspace)
+    def start_exchange(
+        self,
+        params: Sequence[Any],
+        owners: Sequence[int],
+        workspace: Tensor,
+        parts: Sequence[Part] | None = None,
+    ) -> AllToAll:
+        """Collective. Begin one all-to-all in which each owner gets the stretches of its matrices."""
+        return AllToAll(self, params, owners, workspace, parts)
 
     def scatter(
         self,
@@ -227,40 +240,90 @@ class AllToAll:
     """Matrices on their way to their owners: one `all_to_all_single` of bytes."""
 
     def __init__(
-        self, partition: Zero3Partition, params: Sequence[Any], owners: Sequence[int], workspace: Tensor
+        self,
+        partition: Zero3Partition,
+        params: Sequence[Any],
+        owners: Sequence[int],
+        workspace: Tensor,
+        parts: Sequence[Part] | None,
     ) -> None:
-        self.partition, self.params = partition, params
-        owned = [i for i, owner in enumerate(owners) if owner == partition.rank]
-        self.mine = [i for i in owned if is_partitioned(params[i])]
-        self.replicas = {i: params[i].detach() for i in owned if not is_partitioned(params[i])}
-        managed = [i for i, param in enumerate(params) if is_partitioned(param)]
-        order = sorted(managed, key=lambda i: owners[i])
-        sent = [0] * partition.world_size
-        at = 0
-        for i in order:
-            shard = params[i].ds_tensor.detach().view(-1).view(torch.uint8)
-            workspace[at : at + shard.numel()].copy_(shard)
-            at += shard.numel()
-            sent[owners[i]] += shard.numel()
+        ranks = range(partition.world_size)
+        self.pieces = _pieces(params, parts)
+        self.mine = [i for i in self.pieces if owners[i] == partition.rank]
+        replicas = [i for i in range(len(params)) if owners[i] == partition.rank and i not in self.pieces]
+        self.replicas = {i: part_of(params[i].detach(), parts, i) for i in replicas}
+        sent, at = [0] * partition.world_size, 0
+        for i in sorted(self.pieces, key=lambda i: owners[i]):
+            stretch = self.pieces[i].on(partition.rank)
+            workspace[at : at + stretch.numel()].copy_(stretch)
+            at += stretch.numel()
+            sent[owners[i]] += stretch.numel()
         self.outgoing = workspace[:at]
-        received = sent[partition.rank]
-        self.incoming = workspace[at : at + partition.world_size * received].view(
-            partition.world_size, received
-        )
+        self.received = [sum(self.pieces[i].bytes_on(r) for i in self.mine) for r in ranks]
+        self.incoming = workspace[at : at + sum(self.received)]
         self.work = dist.all_to_all_single(
-            self.incoming.view(-1),
-            self.outgoing,
-            [received] * partition.world_size,
-            sent,
-            group=partition.group,
-            async_op=True,
+            self.incoming, self.outgoing, self.received, sent, group=partition.group, async_op=True
         )
 
     def wait(self) -> dict[int, Tensor]:
-        """The owned matrices, in their true shapes, by index."""
+        """The owned matrices, in their true shapes, by index; of a part, its entries in a row."""
         self.work.wait()
-        whole = self.partition._assemble(self.incoming, [self.params[i] for i in self.mine])
-        return {**dict(zip(self.mine, whole, strict=True)), **self.replicas}
+        queues = list(self.incoming.split(self.received))
+        found = dict(self.replicas)
+        for i in self.mine:
+            piece, stretches = self.pieces[i], []
+            for rank, queue in enumerate(queues):
+                size = piece.bytes_on(rank)
+                stretches.append(queue[:size])
+                queues[rank] = queue[size:]
+            found[i] = piece.whole([stretch for stretch in stretches if stretch.numel()])
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """What is sent of one parameter: stored elements `start` to `stop`, all of them where `part` is None."""
+
+    param: Any
+    part: Part
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        start, numel = self.part or (0, int(self.param.ds_numel))
+        return start, start + numel
+
+    def within(self, rank: int) -> tuple[int, int]:
+        """Where it begins and ends in a rank's shard."""
+        first, valid = _valid(self.param, rank)
+        start, stop = self.bounds
+        begin = min(max(start - first, 0), valid)
+        return begin, max(begin, min(stop - first, valid))
+
+    def bytes_on(self, rank: int) -> int:
+        """What a rank has of it."""
+        begin, end = self.within(rank)
+        return (end - begin) * int(self.param.ds_tensor.element_size())
+
+    def on(self, rank: int) -> Tensor:
+        """The bytes that this rank has of it."""
+        begin, end = self.within(rank)
+        return self.param.ds_tensor.detach().view(-1)[begin:end].view(torch.uint8)
+
+    def whole(self, stretches: Sequence[Tensor]) -> Tensor:
+        """Put together from what the ranks sent, in their order."""
+        dtype = self.param.ds_tensor.dtype
+        joined = stretches[0] if len(stretches) == 1 else torch.cat(list(stretches))
+        if joined.storage_offset() % dtype.itemsize:
+            joined = joined.clone()
+        entries = joined.view(dtype)
+        return entries.view(tuple(self.param.ds_shape)) if self.part is None else entries
+
+
+def _pieces(params: Sequence[Any], parts: Sequence[Part] | None) -> dict[int, _Piece]:
+    """What ZeRO-3 manages of the parameters, by index."""
+    return {
+        i: _Piece(param, parts[i] if parts else None) for i, param in enumerate(params) if is_partitioned(param)
+    }
 
 
 def _shard_bytes(param: Any) -> int:

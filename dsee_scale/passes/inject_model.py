@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn
 
-from dsee_scale.adapters.linear import adapted_layers, attach, is_adapted
+from dsee_scale.adapters.experts import attach_experts
+from dsee_scale.adapters.linear import adapted_layers, attach
 from dsee_scale.adapters.matrices import find_matrices
 from dsee_scale.adapters.persistence import check_persistence
 from dsee_scale.adapters.state import model_state
@@ -85,7 +86,7 @@ def inject(model: nn.Module, config: DSEEConfig, *, progress: bool | None = None
     partition = open_partition(model)
     targets = find_targets(model, config, partition.shape)
     for target in targets:
-        partition.writable(f"{target.name}.weight", target.module.weight)  # type: ignore[arg-type]
+        partition.writable(target.weight_name, target.weight)
     trained = (
         find_modules(model, config.trained_modules, what="trained module") if config.trained_modules else []
     )
@@ -112,6 +113,7 @@ def apply_adapters(
 ) -> None:
     """Adapt the targets on given supports and set what is trainable. Local, the same on every rank."""
     modules = dict(model.named_modules())
+    _reject_trained_experts(targets, trained_modules)
     for name in trained_modules:
         if any(quantised_kind(module) for module in modules[name].modules()):
             raise TargetError(
@@ -119,15 +121,15 @@ def apply_adapters(
                 "weights: add it to llm_int8_skip_modules in the BitsAndBytesConfig, or leave it out"
             )
     for target, support in zip(targets, supports, strict=True):
-        weight = cast(nn.Parameter, target.module.weight)
-        attach(
+        put = functools.partial(attach_experts, attribute=target.experts) if target.experts else attach
+        put(
             target.module,
-            target.spec(config),
-            support.rows,
-            support.cols,
+            spec=target.spec(config),
+            rows=support.rows,
+            cols=support.cols,
             generator=seeded(config.seed, f"{target.name}:A"),
-            dtype=_adapter_dtype(target.module, partition),
-            device=partition.compute_device(weight),
+            dtype=_adapter_dtype(target, partition),
+            device=partition.compute_device(target.weight),
         )
     model_state(model).config = config
     set_trainable(model, trained_modules)
@@ -136,11 +138,19 @@ def apply_adapters(
         model.enable_input_require_grads()  # type: ignore[operator]
 
 
-def _adapter_dtype(module: nn.Module, partition: Partition) -> torch.dtype:
+def _reject_trained_experts(targets: list[Target], trained_modules: list[str]) -> None:
+    for target in targets:
+        owner = target.name.rpartition(".")[0]
+        if target.experts and any(f"{owner}.".startswith(f"{name}.") for name in trained_modules):
+            raise TargetError(
+                f"{target.name} is to be adapted and trained in full as well (trained_modules); choose one of them"
+            )
+
+
+def _adapter_dtype(target: Target, partition: Partition) -> torch.dtype:
     """The weight's dtype; for a quantised layer, what it computes in."""
-    weight = cast(nn.Parameter, module.weight)
-    codec = partition.codecs.get(id(weight))
-    return weight.dtype if codec is None else compute_dtype(module, codec)
+    codec = partition.codecs.get(id(target.weight))
+    return target.weight.dtype if codec is None else compute_dtype(target.module, codec)
 
 
 def _checkpoints_activations(model: nn.Module) -> bool:
@@ -152,7 +162,7 @@ def set_trainable(model: nn.Module, trained_modules: list[str]) -> None:
     """Freeze all but the adapters and the modules trained in full."""
     model.requires_grad_(False)
     for layer in adapted_layers(model).values():
-        layer.dsee_flat.requires_grad_(True)  # type: ignore[operator]
+        layer.dsee_flat.requires_grad_(True)
     modules = dict(model.named_modules())
     for name in trained_modules:
         for param in modules[name].parameters():
@@ -178,7 +188,7 @@ def _reject_unready(model: nn.Module) -> None:
             f"inject got a {type(model).__name__}; adapters must exist before the engine is made: call inject on "
             "the raw model, then deepspeed.initialize (or DDP, or accelerator.prepare)"
         )
-    adapted = [name for name, module in model.named_modules() if is_adapted(module)]
+    adapted = list(adapted_layers(model))
     if adapted:
         raise TargetError(
             f"the model has adapters already ({adapted[0]} and {len(adapted) - 1} more); inject once, "
@@ -191,7 +201,8 @@ def _reject_unready(model: nn.Module) -> None:
 
 def _report(model: nn.Module, targets: list[Target], partition: Partition, seconds: float) -> InjectionReport:
     sizes = [(partition.shape(p).numel(), p.requires_grad) for p in model.parameters()]
-    linears = {n: m for n, m in find_matrices(model, partition.shape).items() if m.expert is None}
+    matrices = find_matrices(model, partition.shape).values()
+    adapted = {target.weight_name for target in targets}
     return InjectionReport(
         targets=tuple((t.name, t.shape, len(t.slices), t.num_sparse) for t in targets),
         trainable=sum(n for n, trained in sizes if trained),
@@ -199,8 +210,8 @@ def _report(model: nn.Module, targets: list[Target], partition: Partition, secon
         seconds=seconds,
         coverage=block_coverage(
             model,
-            [linears[t.name] for t in targets],
-            linears.values(),
+            [matrix for matrix in matrices if matrix.param_name in adapted],
+            matrices,
             partition.shape,
         ),
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.linear import adapted_layers, is_adapted
+from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.adapters.removed_units import record_removed, removed_inputs
 from dsee_scale.adapters.state import MASK_UPDATE, model_state
 from dsee_scale.config import SCORES_WITHOUT_ADAPTER, PruneConfig
@@ -94,7 +94,7 @@ def note_pattern(module: nn.Module, pools: Sequence[WeightPool], config: PruneCo
     pruned = model_state(module).pruned
     for member in (member for pool in pools for member in pool.members):
         how = {**pruned.get(member.param_name, {}), "pattern": config.pattern}
-        if is_adapted(member.module):
+        if member.adapted:
             how[MASK_UPDATE] = config.mask_update
         if config.refit:
             how["content"] = ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dsee_scale.adapters.linear import delta_record
 from dsee_scale.algorithms.score import Ranking, all_finite
 from dsee_scale.config import PruneConfig
 from dsee_scale.errors import TargetError
@@ -17,14 +16,12 @@ def find_rankings(
     """How each member is ranked; collects the adapters where the score reads them. Collective."""
     members = [member for pool in pools for member in pool.members]
     with_delta = [m for m in members if m.adapted and config.score not in ("W", "random")]
-    small = [m.module.dsee_flat for m in with_delta]
-    whole = partition.gather(small) if small else []  # type: ignore[arg-type]
-    for member, flat in zip(with_delta, whole, strict=True):
+    small = {m.param_name: m.adapter.dsee_flat for m in with_delta}  # one for all experts of a parameter
+    whole = dict(zip(small, partition.gather(list(small.values())) if small else (), strict=True))
+    for name, flat in whole.items():
         if not all_finite(flat):
-            raise TargetError(
-                f"the adapter of {member.name} holds NaN or infinity; load an earlier checkpoint first"
-            )
-    deltas = {m.name: delta_record(m.module, flat) for m, flat in zip(with_delta, whole, strict=True)}
+            raise TargetError(f"the adapter of {name} holds NaN or infinity; load an earlier checkpoint first")
+    deltas = {m.name: m.delta(whole[m.param_name]) for m in with_delta}
     norms = {m.name: statistics.norms(m.name) for m in members} if statistics is not None else {}
     return {
         m.name: Ranking(
@@ -50,7 +47,8 @@ def reject_not_finite(pools: list[WeightPool], partition: Partition) -> None:
                 "came from. Nothing was removed"
             )
             break
-        if member.adapted and not all_finite(partition.shard(member.module.dsee_flat).data):  # type: ignore[arg-type]
+        first = not member.expert
+        if first and member.adapted and not all_finite(partition.shard(member.adapter.dsee_flat).data):
             error = TargetError(
                 f"the adapter of {member.name} holds NaN or infinity; load an earlier checkpoint first. "
                 "Nothing was removed"

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.families import Kind, Part, UnitLayer, find_units
-from dsee_scale.adapters.linear import PARAMETER
 from dsee_scale.adapters.removed_units import record_removed, removed_units
 from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.bits import count_nonzero
@@ -195,7 +194,7 @@ def _scored(layer: UnitLayer, mode: str) -> list[tuple[Part, Tensor]]:
 
 
 def _within_slices(part: Part) -> Tensor:
-    if part.side == "inputs":
+    if part.side == "inputs" or part.matrix.expert is not None:
         return part.unit_of
     covered = _covered(part)
     return torch.full_like(part.unit_of, -1).index_copy_(0, covered, part.unit_of[covered])
@@ -209,7 +208,7 @@ def _covered(part: Part) -> Tensor:
 
 def _touched(part: Part) -> list[nn.Parameter]:
     bias = part.matrix.bias if part.has_unit_bias else None
-    flat = getattr(part.module, PARAMETER) if part.matrix.adapted else None
+    flat = part.matrix.adapter.dsee_flat if part.matrix.adapted else None
     return [param for param in (part.matrix.param, bias, flat) if param is not None]
 
 
@@ -220,8 +219,26 @@ def _lines(layer: UnitLayer, units: Tensor) -> Iterator[Lines]:
         yield Lines(matrix.param, part.axis, gone, matrix.shape, matrix.offset)
         if part.has_unit_bias:
             yield Lines(matrix.bias, 1, gone, (1, len(gone)), (matrix.expert or 0) * len(gone))  # type: ignore[arg-type]
-        if matrix.adapted:
+        if matrix.adapted and matrix.expert is not None:
+            yield from _expert_lines(part, gone, matrix.expert)
+        elif matrix.adapted:
             yield from _adapter_lines(part, gone)
+
+
+def _expert_lines(part: Part, gone: Tensor, expert: int) -> Iterator[Lines]:
+    """Of one expert's update: stored rows of its matrix are rows of its B, stored columns are columns of its A."""
+    layer = part.matrix.adapter
+    spec, (rows, columns) = layer.dsee_spec, part.matrix.shape
+    a, b, _ = map(math.prod, spec.shapes)
+    own = slice(expert * spec.num_sparse, (expert + 1) * spec.num_sparse)
+    if part.axis == 0:
+        yield Lines(layer.dsee_flat, 0, gone, (rows, spec.rank), a + expert * rows * spec.rank)
+        at = layer.dsee_rows[own] - expert * rows
+    else:
+        yield Lines(layer.dsee_flat, 1, gone, (spec.rank, columns), expert * spec.rank * columns)
+        at = layer.dsee_cols[own]
+    if spec.num_sparse:
+        yield Lines(layer.dsee_flat, 1, gone[at.long().cpu()], (1, spec.num_sparse), a + b + own.start)
 
 
 def _adapter_lines(part: Part, gone: Tensor) -> Iterator[Lines]:

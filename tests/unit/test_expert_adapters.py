@@ -1,0 +1,194 @@
+"""Adapters on fused experts of real architectures, in one process."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import dsee_scale
+from dsee_scale import DSEEConfig
+from dsee_scale.adapters.disabled import adapters_disabled
+from dsee_scale.adapters.experts import AdaptedExperts
+from dsee_scale.adapters.linear import adapted_layers, delta_record, train_under_mask
+from dsee_scale.algorithms.delta import merged_weight
+from dsee_scale.errors import ConfigError, TargetError
+from dsee_scale.export.merged import merged_weights
+from tests.models import build, moe_config, token_batch
+
+FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3")
+SETTINGS = DSEEConfig(rank=3, num_sparse=4, target_modules=("experts", "o_proj"))
+SHARED = dataclasses.replace(SETTINGS, shared_expert_a=True)
+
+
+def make(family: str, settings: DSEEConfig = SETTINGS, *, filled: bool = True) -> nn.Module:
+    """An injected model whose updates are not zero."""
+    model = build(moe_config(family)).eval()
+    dsee_scale.inject(model, settings)
+    if filled:
+        fill(model)
+    return model
+
+
+def fill(model: nn.Module) -> None:
+    g = torch.Generator().manual_seed(3)
+    for layer in adapted_layers(model).values():
+        layer.dsee_flat.data.copy_(torch.randn(layer.dsee_flat.shape, generator=g) * 0.05)
+
+
+@torch.no_grad()
+def dense_twin(model: nn.Module, family: str) -> nn.Module:
+    """A stock model with every update put into its weight."""
+    twin = build(moe_config(family)).eval()
+    params = dict(twin.named_parameters())
+    for name, layer in adapted_layers(model).items():
+        weight = params[name if layer.dsee_spec.experts else f"{name}.weight"]
+        delta = delta_record(layer, layer.dsee_flat)
+        merged_weight(layer.weight.data, delta, pruned=layer.dsee_under_mask, form="masked", out=weight.data)
+    return twin
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_injection_changes_no_bit_and_every_expert_gets_its_update(family):
+    base = build(moe_config(family)).eval()
+    tokens = token_batch(batch=4, length=16)
+    model = make(family, filled=False)
+    assert torch.equal(model(tokens).logits, base(tokens).logits)
+    experts = [name for name, layer in adapted_layers(model).items() if layer.dsee_spec.experts]
+    assert experts and all(name.endswith(("experts.gate_up_proj", "experts.down_proj")) for name in experts)
+
+    fill(model)
+    torch.testing.assert_close(model(tokens).logits, dense_twin(model, family)(tokens).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(tokens).logits, base(tokens).logits, atol=1e-4)
+    with adapters_disabled(model):
+        assert torch.equal(model(tokens).logits, base(tokens).logits)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_are_those_of_the_merged_experts(shared, masked):
+    model = make("qwen3_moe", SHARED if shared else SETTINGS)
+    tokens = token_batch(batch=4, length=16)
+    layers = {n: layer for n, layer in adapted_layers(model).items() if layer.dsee_spec.experts}
+    for layer in layers.values():
+        layer.weight.data[torch.rand(layer.weight.shape) < 0.5] = 0
+        train_under_mask(layer, masked)
+    model(tokens, labels=tokens).loss.backward()
+
+    twin = copy.deepcopy(model).requires_grad_(False)
+    for name, layer in adapted_layers(twin).items():
+        if not layer.dsee_spec.experts:
+            continue
+        delta = delta_record(layer, layer.dsee_flat)
+        form = "masked" if masked else "dense"
+        merged_weight(layer.weight.data.clone(), delta, pruned=True, form=form, out=layer.weight.data)
+        layer.dsee_flat.data.zero_()
+        layer.dsee_under_mask = False
+        layer.weight.requires_grad_()
+    for module in twin.modules():
+        if isinstance(module, AdaptedExperts):
+            module.dsee_disabled = True
+    twin(tokens, labels=tokens).loss.backward()
+    for name, layer in layers.items():
+        spec, other = layer.dsee_spec, adapted_layers(twin)[name]
+        full = other.weight.grad * (layer.weight != 0) if masked else other.weight.grad
+        a, b, _ = spec.split(layer.dsee_flat.detach())
+        ga, gb, gv = spec.split(layer.dsee_flat.grad)
+        for e, (start, stop, of_a, of_b) in enumerate(spec.per_slice()):
+            torch.testing.assert_close(gb[of_b], spec.scaling * full[e] @ a[of_a].t(), rtol=2e-4, atol=2e-7)
+        expected = torch.stack([spec.scaling * b[of_b].t() @ full[e] for e, (*_, of_b) in enumerate(spec.per_slice())])
+        expected = expected.sum(0) if shared else expected.flatten(0, 1)
+        torch.testing.assert_close(ga, expected, rtol=2e-4, atol=2e-7)
+        at = full.flatten(0, 1)[layer.dsee_rows.long(), layer.dsee_cols.long()]
+        torch.testing.assert_close(gv, spec.scaling * at, rtol=2e-4, atol=2e-7)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_saved_adapters_merged_weights_and_exports_are_what_was_trained(family, shared, tmp_path):
+    model = make(family, SHARED if shared else SETTINGS)
+    tokens = token_batch(batch=4, length=16)
+    expected = model(tokens).logits
+    dsee_scale.save_adapter(model, tmp_path / "adapter")
+    loaded = build(moe_config(family)).eval()
+    dsee_scale.load_adapter(loaded, tmp_path / "adapter")
+    assert torch.equal(loaded(tokens).logits, expected)
+
+    dsee_scale.export_model(model, tmp_path / "model")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert "dsee" not in type(stock.model.layers[0].mlp.experts).__module__
+    torch.testing.assert_close(stock(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    for name, value in merged_weights(model):
+        assert not name.rpartition(".")[2].startswith("dsee_") and value.isfinite().all()
+    with pytest.raises(ConfigError, match="adapters on experts"):
+        dsee_scale.export_lora(model, tmp_path / "lora")
+
+
+def test_a_copied_model_computes_the_same():
+    model = make("qwen3_moe")
+    tokens = token_batch()
+    assert torch.equal(copy.deepcopy(model)(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_training_goes_down_with_activation_checkpointing(checkpointing):
+    model = make("qwen3_moe", filled=False).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    tokens = token_batch(batch=4)
+    optimizer = torch.optim.AdamW(dsee_scale.trainable_parameters(model), lr=1e-2)
+    losses = []
+    for _ in range(5):
+        losses.append(model(tokens, labels=tokens).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.05
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "error", "says"),
+    [
+        ("qwen3_moe", dict(target_modules=("mlp.gate",)), TargetError, "is a router"),
+        ("gpt_oss", dict(target_modules=("router",)), TargetError, "is a router"),
+        ("qwen3_moe", dict(target_modules=("experts",), dropout=0.1), ConfigError, "dropout"),
+        ("qwen3_moe", dict(target_modules=("experts",), rank=13), ConfigError, "rank 13"),
+        ("qwen3_moe", dict(target_modules=("q_proj",), shared_expert_a=True), ConfigError, "no effect"),
+        (
+            "qwen3_moe",
+            dict(target_modules=("experts",), output_slices={"down_proj": ("0:4",)}),
+            ConfigError,
+            "output_slices",
+        ),
+        (
+            "qwen3_moe",
+            dict(target_modules=("experts",), trained_modules=("mlp",)),
+            TargetError,
+            "trained in full as well",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(family, settings, error, says):
+    model = build(moe_config(family))
+    with pytest.raises(error, match=says):
+        dsee_scale.inject(model, DSEEConfig(**{"rank": 3, "num_sparse": 4, **settings}))
+    assert not adapted_layers(model)
+
+
+def test_another_implementation_of_the_experts_is_refused():
+    model = build(moe_config("qwen3_moe"))
+    model.set_experts_implementation("eager")
+    with pytest.raises(TargetError, match="set_experts_implementation"):
+        dsee_scale.inject(model, SETTINGS)
+
+
+def test_a_linear_router_is_refused():
+    model = build(moe_config("qwen3_moe"))
+    for layer in model.model.layers:
+        layer.mlp.gate = nn.Linear(20, 5, bias=False)
+    with pytest.raises(TargetError, match="is a router"):
+        dsee_scale.inject(model, dataclasses.replace(SETTINGS, target_modules=("mlp.gate",)))
