@@ -55,9 +55,7 @@ class Factors:
     values: Tensor | None
 
 
-def make_fold(
-    spec: AdapterSpec, rows: Tensor, cols: Tensor, most: int = MOST_ENTRIES
-) -> Fold | None:
+def make_fold(spec: AdapterSpec, rows: Tensor, cols: Tensor, most: int = MOST_ENTRIES) -> Fold | None:
     """Positions for a fixed support; None where S2 is empty or has more than `most` entries a slice."""
     count = spec.num_sparse
     if not 0 < count <= most:

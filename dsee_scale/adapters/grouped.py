@@ -104,11 +104,11 @@ class _ThinProduct(torch.autograd.Function):
             dx = grouped_mm(dy, _inputs_first(weight, update).transpose(1, 2), ends)
             dx.add_(grouped_mm(dz_SP, first.transpose(1, 2), ends))
         if need_flat:
-            right, left = (dz_SP, x), (dy, z_SP)
-            ones, values = (right, left) if not update.transposed else (left[::-1], right[::-1])
-            rank = update.spec.rank
-            da = grouped_outer(ones[0][:, :rank], ones[1], ends).flatten(0, 1)
-            dright = grouped_outer(*values, ends).flatten(0, 1)
+            low = slice(None), slice(update.spec.rank)  # the columns of the factors that are A's
+            of_a = (z_SP[low], dy) if update.transposed else (dz_SP[low], x)
+            of_right = (x, dz_SP) if update.transposed else (dy, z_SP)
+            da = grouped_outer(*of_a, ends).flatten(0, 1)
+            dright = grouped_outer(*of_right, ends).flatten(0, 1)
             dflat = flat_gradient(flat, update.spec, update.fold, da, dright, None)
         return dx, None, dflat, None, None, None
 
@@ -134,7 +134,8 @@ class _MergedProduct(torch.autograd.Function):
             dx = grouped_mm(dy, merged.transpose(1, 2), ends)
             del merged  # its memory serves the gradient of D
         if need_flat:
-            gradient = grouped_outer(*((x, dy) if update.transposed else (dy, x)), ends)
+            left, right = (x, dy) if update.transposed else (dy, x)
+            gradient = grouped_outer(left, right, ends)
             if ctx.masked:
                 zero_where_zero_(gradient, weight)
             dflat = _flat_gradient(gradient, flat, update)
@@ -146,7 +147,9 @@ def _thin(factors: Factors, update: ExpertUpdate) -> tuple[Tensor, Tensor]:
     num_experts, _, columns = update.shape
     left_EPJ = factors.left.view(-1, factors.spec.rank, columns).expand(num_experts, -1, -1)
     right_EMP = factors.right.view(num_experts, -1, factors.spec.rank)
-    return (right_EMP, left_EPJ) if update.transposed else (left_EPJ.transpose(1, 2), right_EMP.transpose(1, 2))
+    return (
+        (right_EMP, left_EPJ) if update.transposed else (left_EPJ.transpose(1, 2), right_EMP.transpose(1, 2))
+    )
 
 
 def _inputs_first(stored_EMJ: Tensor, update: ExpertUpdate) -> Tensor:

@@ -328,6 +328,7 @@ def delta_record(module: Any, flat: Tensor) -> Delta:
 
 
 def check_support(spec: AdapterSpec, rows: Tensor, cols: Tensor) -> None:
+    """Refuse slices and positions of S2 that do not fit the shape or are not in order."""
     shape, slices = spec.shape, spec.slices
     bounds = [0, *(edge for pair in slices for edge in pair), shape[0]]
     if not slices or bounds != sorted(bounds) or any(start == stop for start, stop in slices):

@@ -158,7 +158,9 @@ def _chosen_names(
     if isinstance(wanted, str):
         chosen = [name for name in everything if name in adaptable and meant(name, wanted)]
         if not chosen:
-            raise TargetError(f"target_modules {wanted!r} matches no linear layer{_nearest(wanted, adaptable)}")
+            raise TargetError(
+                f"target_modules {wanted!r} matches no linear layer{_nearest(wanted, adaptable)}"
+            )
         return chosen
     for pattern in wanted:
         hits = [name for name in everything if meant(name, (pattern,))]
@@ -331,7 +333,9 @@ def _check_settings_used(config: DSEEConfig, targets: Iterable[Target]) -> None:
         if not any(_matches_one(target.name, suffix) for target in targets):
             raise ConfigError(f"output_slices {suffix!r} matches none of the target modules")
     if config.shared_expert_a and not any(target.experts for target in targets):
-        raise ConfigError("shared_expert_a has no effect: no target module is a parameter of experts; leave it out")
+        raise ConfigError(
+            "shared_expert_a has no effect: no target module is a parameter of experts; leave it out"
+        )
 
 
 def _nearest(pattern: str, names: Iterable[str]) -> str:

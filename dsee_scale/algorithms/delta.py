@@ -157,7 +157,9 @@ class Delta:
             shared_a=False,
         )
         own = slice(expert * spec.num_sparse, (expert + 1) * spec.num_sparse)
-        return Delta(spec, self.a[of_a], self.b[of_b], self.values[own], self.rows[own] - start, self.cols[own])
+        return Delta(
+            spec, self.a[of_a], self.b[of_b], self.values[own], self.rows[own] - start, self.cols[own]
+        )
 
     @property
     def stored_positions(self) -> tuple[Tensor, Tensor]:

@@ -296,7 +296,9 @@ def _targets(
     for name, saved in record.modules.items():
         owner, _, attribute = name.rpartition(".")
         layer = modules.get(owner if saved.experts else name)
-        fits = layer is not None and (attribute in fused_experts(layer) if saved.experts else linear_kind(layer))
+        fits = layer is not None and (
+            attribute in fused_experts(layer) if saved.experts else linear_kind(layer)
+        )
         if layer is None or not fits:
             found = "nothing" if layer is None else type(layer).__name__
             raise FormatError(

@@ -184,7 +184,9 @@ def _module_record(name: str, values: Mapping[str, Any]) -> AdapterSpec:
         raise ConfigError(f"module {name}: {'; '.join(wrong) or 'shape, scaling or dropout make no sense'}")
     edges = [0, *(edge for pair in record.slices for edge in pair), record.shape[0]]
     cut = record.experts and {stop - start for start, stop in record.slices} != {record.width}
-    fits = record.slices and edges == sorted(edges) and not cut and not (record.shared_a and not record.experts)
+    fits = (
+        record.slices and edges == sorted(edges) and not cut and not (record.shared_a and not record.experts)
+    )
     if not fits or record.rank < 1 or record.num_sparse < 0:
         raise ConfigError(
             f"module {name}: slices {record.slices} or sizes do not fit its shape {record.shape}"

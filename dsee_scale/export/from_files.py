@@ -221,7 +221,9 @@ def _base_keys(record: AdapterRecord, reader: TensorReader, base: Path) -> dict[
     """Names in the model -> names in the base's files, for weights that the adapter changes; shapes are checked."""
     shapes = {name: tuple(info["shape"]) for name, info in record.pruned.items()}
     for name, module in record.modules.items():
-        stacked = (len(module.slices), module.width, module.shape[1]) if module.width else module.storage_shape
+        stacked = (
+            (len(module.slices), module.width, module.shape[1]) if module.width else module.storage_shape
+        )
         shapes[weight_name(name, module)] = stacked
     keys = {name: _base_key(reader, name, base) for name in shapes}
     for name, shape in shapes.items():

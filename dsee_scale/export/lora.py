@@ -284,7 +284,9 @@ def reject_unlike_lora(source: AdapterSource) -> None:
             f"{experts[0]} and {len(experts) - 1} more are adapters on experts, which servers do not load beside their "
             "base; expected linear layers alone: use export_model, which merges them"
         )
-    under = [n for n, spec in source.specs.items() if source.pruned.get(weight_name(n, spec), {}).get(MASK_UPDATE)]
+    under = [
+        n for n, spec in source.specs.items() if source.pruned.get(weight_name(n, spec), {}).get(MASK_UPDATE)
+    ]
     if under:
         raise ConfigError(
             f"{under[0]} and {len(under) - 1} more were trained as (W + D) * M, which is no W + D with a low-rank D: "

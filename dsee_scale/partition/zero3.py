@@ -322,7 +322,9 @@ class _Piece:
 def _pieces(params: Sequence[Any], parts: Sequence[Part] | None) -> dict[int, _Piece]:
     """What ZeRO-3 manages of the parameters, by index."""
     return {
-        i: _Piece(param, parts[i] if parts else None) for i, param in enumerate(params) if is_partitioned(param)
+        i: _Piece(param, parts[i] if parts else None)
+        for i, param in enumerate(params)
+        if is_partitioned(param)
     }
 
 

@@ -139,11 +139,13 @@ def _transfers(
         yield each, current
 
 
-def _request(
-    each: Round, pieces: Sequence[_Piece]
-) -> tuple[list[nn.Parameter], Sequence[int], list[Part]]:
+def _request(each: Round, pieces: Sequence[_Piece]) -> tuple[list[nn.Parameter], Sequence[int], list[Part]]:
     """What a round sends: parameters, owners, parts of them."""
-    return [pieces[i].target.weight for i in each.indices], each.owners, [pieces[i].part for i in each.indices]
+    return (
+        [pieces[i].target.weight for i in each.indices],
+        each.owners,
+        [pieces[i].part for i in each.indices],
+    )
 
 
 def _piece_support(piece: _Piece, stored: Tensor, config: DSEEConfig) -> Support:

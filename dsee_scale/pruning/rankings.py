@@ -20,7 +20,9 @@ def find_rankings(
     whole = dict(zip(small, partition.gather(list(small.values())) if small else (), strict=True))
     for name, flat in whole.items():
         if not all_finite(flat):
-            raise TargetError(f"the adapter of {name} holds NaN or infinity; load an earlier checkpoint first")
+            raise TargetError(
+                f"the adapter of {name} holds NaN or infinity; load an earlier checkpoint first"
+            )
     deltas = {m.name: m.delta(whole[m.param_name]) for m in with_delta}
     norms = {m.name: statistics.norms(m.name) for m in members} if statistics is not None else {}
     return {

@@ -62,7 +62,9 @@ def test_injection_changes_no_bit_and_every_expert_gets_its_update(family):
     assert experts and all(name.endswith(("experts.gate_up_proj", "experts.down_proj")) for name in experts)
 
     fill(model)
-    torch.testing.assert_close(model(tokens).logits, dense_twin(model, family)(tokens).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model(tokens).logits, dense_twin(model, family)(tokens).logits, rtol=1e-4, atol=1e-5
+    )
     assert not torch.allclose(model(tokens).logits, base(tokens).logits, atol=1e-4)
     with adapters_disabled(model):
         assert torch.equal(model(tokens).logits, base(tokens).logits)
@@ -80,7 +82,7 @@ def test_gradients_are_those_of_the_merged_experts(shared, masked):
     model(tokens, labels=tokens).loss.backward()
 
     twin = copy.deepcopy(model).requires_grad_(False)
-    for name, layer in adapted_layers(twin).items():
+    for layer in adapted_layers(twin).values():
         if not layer.dsee_spec.experts:
             continue
         delta = delta_record(layer, layer.dsee_flat)
@@ -98,9 +100,11 @@ def test_gradients_are_those_of_the_merged_experts(shared, masked):
         full = other.weight.grad * (layer.weight != 0) if masked else other.weight.grad
         a, b, _ = spec.split(layer.dsee_flat.detach())
         ga, gb, gv = spec.split(layer.dsee_flat.grad)
-        for e, (start, stop, of_a, of_b) in enumerate(spec.per_slice()):
+        for e, (*_, of_a, of_b) in enumerate(spec.per_slice()):
             torch.testing.assert_close(gb[of_b], spec.scaling * full[e] @ a[of_a].t(), rtol=2e-4, atol=2e-7)
-        expected = torch.stack([spec.scaling * b[of_b].t() @ full[e] for e, (*_, of_b) in enumerate(spec.per_slice())])
+        expected = torch.stack(
+            [spec.scaling * b[of_b].t() @ full[e] for e, (*_, of_b) in enumerate(spec.per_slice())]
+        )
         expected = expected.sum(0) if shared else expected.flatten(0, 1)
         torch.testing.assert_close(ga, expected, rtol=2e-4, atol=2e-7)
         at = full.flatten(0, 1)[layer.dsee_rows.long(), layer.dsee_cols.long()]

@@ -27,7 +27,10 @@ def make(transposed: bool, shared: bool, count: int, *, thin: bool, seed: int = 
         slices=tuple((e * rows, (e + 1) * rows) for e in range(EXPERTS)),
     )  # fmt: skip
     flat_at = [torch.randperm(rows * cols, generator=g)[:count].sort().values for _ in range(EXPERTS)]
-    at = torch.stack([p // cols + e * rows for e, p in enumerate(flat_at)]), torch.stack([p % cols for p in flat_at])
+    at = (
+        torch.stack([p // cols + e * rows for e, p in enumerate(flat_at)]),
+        torch.stack([p % cols for p in flat_at]),
+    )
     at_rows, at_cols = (t.flatten().to(torch.int32) for t in at)
     weight = torch.randn(EXPERTS, rows, cols, generator=g, dtype=torch.float64)
     weight[torch.rand(weight.shape, generator=g) < 0.4] = 0
@@ -103,7 +106,9 @@ def test_the_delta_of_experts_is_the_dense_one_in_any_rows(shared):
     delta = Delta.of(update.spec, flat, update.rows, update.cols)
     expected = dense_delta(flat, update).flatten(0, 1)
     for start, stop in ((0, EXPERTS * OUT), (OUT, 3 * OUT), (2, 3), (4, 2 * OUT + 1)):
-        torch.testing.assert_close(delta_block(delta, start, stop), expected[start:stop], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            delta_block(delta, start, stop), expected[start:stop], rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("block", [1, OUT * IN, 3 * OUT * IN + 1, 10**6])
