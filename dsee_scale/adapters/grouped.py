@@ -104,11 +104,9 @@ class _ThinProduct(torch.autograd.Function):
             dx = grouped_mm(dy, _inputs_first(weight, update).transpose(1, 2), ends)
             dx.add_(grouped_mm(dz_SP, first.transpose(1, 2), ends))
         if need_flat:
-            low = slice(None), slice(update.spec.rank)  # the columns of the factors that are A's
-            of_a = (z_SP[low], dy) if update.transposed else (dz_SP[low], x)
-            of_right = (x, dz_SP) if update.transposed else (dy, z_SP)
-            da = grouped_outer(*of_a, ends).flatten(0, 1)
-            dright = grouped_outer(*of_right, ends).flatten(0, 1)
+            by_a, of_a, of_b, by_b = (z_SP, dy, x, dz_SP) if update.transposed else (dz_SP, x, dy, z_SP)
+            da = grouped_outer(by_a[:, : update.spec.rank], of_a, ends).flatten(0, 1)
+            dright = grouped_outer(of_b, by_b, ends).flatten(0, 1)
             dflat = flat_gradient(flat, update.spec, update.fold, da, dright, None)
         return dx, None, dflat, None, None, None
 

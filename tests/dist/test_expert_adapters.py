@@ -1,0 +1,131 @@
+"""Adapters on the experts of partitioned models against the dense path, under the real engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import dsee_scale
+from dsee_scale import DSEEConfig, PruneConfig
+from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.partition import unwrap
+from tests.dist.test_inject_prune import engine_for, fill_adapters, train, whole_weights
+from tests.models import build, moe_config, partition, token_batch, zero3_config
+
+SETTINGS = dict(rank=3, num_sparse=7, target_modules=("experts", "o_proj"))
+PRUNINGS = (
+    PruneConfig(sparsity=0.2, scope="global", score="WABS"),
+    PruneConfig(sparsity=0.3, scope="matrix", score="WAB", modules=("*.experts.*",)),
+    PruneConfig(pattern="2:4", score="WABS", modules=("*.experts.*",)),
+)
+
+
+def make(model_type: str, ds_config: dict[str, Any] | None, dtype: torch.dtype, shared: bool) -> Any:
+    model = build(moe_config(model_type), dtype)
+    if ds_config is not None:
+        partition(model, ds_config)
+    dsee_scale.inject(model, DSEEConfig(**SETTINGS, shared_expert_a=shared))
+    return model
+
+
+def supports_and_zeros(
+    model_type: str, ds_config: dict[str, Any] | None, dtype: torch.dtype, shared: bool
+) -> Any:
+    """Positions of S2, and the weights after each of several prunings that read the update."""
+    model = make(model_type, ds_config, dtype, shared)
+    found = [{n: torch.stack([m.dsee_rows, m.dsee_cols]) for n, m in adapted_layers(model).items()}]
+    fill_adapters(model)
+    whole = model if ds_config is None else engine_for(model, ds_config)
+    for config in PRUNINGS:
+        report = dsee_scale.prune(whole, config)
+        found.append(whole_weights(whole) | {n: torch.tensor(c) for n, c in report.matrices.items()})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dtype", "shared"),
+    [("qwen3_moe", torch.float32, True), ("gpt_oss", torch.bfloat16, False)],
+)
+def test_supports_and_zeros_are_the_same_on_2_and_3_ranks_and_without_deepspeed(
+    pools, model_type, dtype, shared
+):
+    expected = supports_and_zeros(model_type, None, dtype, shared)
+    assert any(name.endswith("experts.down_proj") for name in expected[0])
+    for world_size in (2, 3):
+        for found in pools(world_size).run(
+            supports_and_zeros, model_type, zero3_config(dtype), dtype, shared
+        ):
+            for each, other in zip(found, expected, strict=True):
+                assert each.keys() == other.keys()
+                for name, value in other.items():
+                    assert torch.equal(each[name], value), (world_size, name)
+
+
+def tuned(folder: str | None, ds_config: dict[str, Any] | None, shared: bool, reentrant: bool | None) -> Any:
+    """Tune, prune, retune under the mask, save and export; losses, and the last logits."""
+    model = make("qwen3_moe", ds_config, torch.float32, shared).train()
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    if ds_config is None:
+        engine = DenseEngine(model)
+        losses = train(engine, 2)
+        dsee_scale.prune(model, PRUNINGS[1])
+    else:
+        engine = engine_for(model, ds_config)
+        losses = train(engine, 2)
+        dsee_scale.prune(engine, PRUNINGS[1])
+    losses += train(engine, 2)
+    whole: Any = engine.model if ds_config is None else engine
+    with torch.no_grad():
+        logits = unwrap(whole).eval()(token_batch()).logits
+    if folder is not None:
+        dsee_scale.save_adapter(whole, Path(folder) / "adapter")
+        dsee_scale.export_model(whole, Path(folder) / "model")
+    return losses, logits
+
+
+class DenseEngine:
+    """What `train` needs of an engine, over a plain model and the same optimizer."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.optimizer = torch.optim.AdamW(dsee_scale.trainable_parameters(model), lr=1e-2, weight_decay=0.0)
+
+    def gradient_accumulation_steps(self) -> int:
+        return 1
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(("shared", "reentrant"), [(False, None), (True, False), (False, True)])
+def test_tuning_under_the_mask_on_2_ranks_is_the_dense_one_and_what_is_exported(
+    pools, tmp_path, shared, reentrant
+):
+    expected_losses, expected = tuned(None, None, shared, None)
+    for losses, logits in pools(2).run(tuned, str(tmp_path), zero3_config(torch.float32), shared, reentrant):
+        assert losses == pytest.approx(expected_losses, abs=2e-5)
+        torch.testing.assert_close(logits, expected, rtol=1e-2, atol=1e-3)  # Adam enlarges rounding
+    assert expected_losses[-1] < expected_losses[0]
+
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    torch.testing.assert_close(stock(token_batch()).logits, logits, rtol=1e-4, atol=1e-5)
+    share = (stock.model.layers[0].mlp.experts.down_proj == 0).float().mean()
+    assert share == pytest.approx(0.3, abs=0.01)
+    again = build(moe_config("qwen3_moe"))
+    dsee_scale.load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(again.eval()(token_batch()).logits, logits)
