@@ -1,0 +1,176 @@
+"""A folder's quality as the field measures it: tasks of EleutherAI's lm-evaluation-harness (lm-eval)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER, load_adapter
+from dsee_scale.checkpoint.files import read_json
+from dsee_scale.checkpoint.folder import open_folder, open_if_saved
+from dsee_scale.checkpoint.lora_folder import CONFIG_NAME, is_lora_folder
+from dsee_scale.checkpoint.record import AdapterRecord
+from dsee_scale.data.tokenizer import open_tokenizer
+from dsee_scale.errors import ConfigError
+from dsee_scale.export.base import BASE_FOLDER
+from dsee_scale.export.load import load_pretrained
+from dsee_scale.export.lora import KIND as LORA
+from dsee_scale.export.report import KIND as EXPORT
+from dsee_scale.export.writer import ADAPTER_FOLDER
+
+LENGTH = 2048
+"""Tokens that a model sees at once at most, as the pruning papers have it."""
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """What lm-eval found; printing it shows lm-eval's table, and the sequence length beside every perplexity.
+
+    Attributes:
+        results: task -> metric -> value, as lm-eval names them.
+        length: tokens that the model saw at once at most.
+        table: lm-eval's own table.
+    """
+
+    results: dict[str, dict[str, Any]]
+    length: int
+    table: str
+
+    def __str__(self) -> str:
+        return f"{self.table.rstrip()}\n\nsequence length: {self.length} tokens at most"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "table"}
+
+
+def evaluate_tasks(
+    folder: str | Path,
+    tasks: Sequence[str],
+    *,
+    base: str | None = None,
+    length: int | None = None,
+    batch_size: int = 1,
+    limit: int | None = None,
+    device: torch.device | str | None = None,
+) -> TaskReport:
+    """Run lm-eval's tasks on an export, on any plain model folder, or on an adapter put onto its base; in one process.
+
+    Args:
+        folder: the export, adapter, training checkpoint or LoRA folder.
+        tasks: names that lm-eval knows, or YAML files in its format. `!function` in such a file runs code beside it.
+        base: hub id or folder of an adapter's base; None takes what the adapter names.
+        length: tokens that the model sees at once at most; None is 2048, or the model's own limit below it.
+        batch_size: sequences per forward pass.
+        limit: documents of each task, its first ones; None takes all.
+        device: where the model goes; None is the GPU where there is one.
+
+    Raises:
+        ConfigError: lm-eval is missing, knows no such task, or the length is beyond the model's.
+        FormatError: a file is damaged, or does not fit the base.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(
+            f"evaluation by tasks needs lm-eval ({error}): pip install 'dsee_scale[eval]'"
+        ) from error
+    own = [task for task in tasks if Path(task).suffix in (".yaml", ".yml")]
+    missing = [task for task in own if not Path(task).is_file()]
+    if missing or not tasks:
+        raise ConfigError(f"no task file {missing[0]}" if missing else "name at least one task")
+    # The index of lm-eval's own tasks takes seconds to build.
+    manager = TaskManager(include_defaults=len(own) < len(tasks))
+    unknown = [task for task in tasks if task not in own and task not in manager.all_tasks]
+    if unknown:
+        raise ConfigError(
+            f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them, or give a YAML file"
+        )
+    model, tokenizer = load_folder(Path(folder), base)
+    size = _length(model.config, length)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, max_length=size, batch_size=batch_size)
+    paths = [str(Path(task).absolute()) if task in own else task for task in tasks]
+    found: Any = simple_evaluate(
+        harness, tasks=paths, task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
+    )
+    return TaskReport(found["results"], size, _table(found, size))
+
+
+def load_folder(folder: Path, base: str | None = None) -> tuple[Any, Any]:
+    """A folder's model as it was trained, update included, and its tokenizer.
+
+    Args:
+        folder: an export, a plain model, an adapter, a training checkpoint or a LoRA folder.
+        base: hub id or folder of an adapter's base; None takes what the adapter names.
+
+    Raises:
+        ConfigError: the base is not known, or is given for a folder that has none.
+        FormatError: a file is damaged, or does not fit the base.
+    """
+    saved = open_if_saved(folder, (EXPORT, LORA, *KINDS_WITH_ADAPTER))
+    lora = is_lora_folder(folder) and (saved is None or saved.kind == LORA)
+    if not lora and (saved is None or saved.kind == EXPORT):
+        if base is not None:
+            raise ConfigError(f"{folder} is a model of its own: leave --base out")
+        model = load_pretrained(folder)
+        if (folder / ADAPTER_FOLDER).is_dir():
+            load_adapter(model, folder / ADAPTER_FOLDER)
+        return model, open_tokenizer(str(folder))
+    name = base or _named_base(folder, lora)
+    model = _open_base(folder, name)
+    load_adapter(model, folder)
+    return model, open_tokenizer(name)
+
+
+def _named_base(folder: Path, lora: bool) -> str:
+    if lora:
+        beside = folder / BASE_FOLDER
+        name = beside if beside.is_dir() else read_json(folder / CONFIG_NAME).get("base_model_name_or_path")
+    else:
+        name = AdapterRecord.read(open_folder(folder, KINDS_WITH_ADAPTER)).base.get("id")
+    if not name:
+        raise ConfigError(f"{folder} does not name its base: give its folder or hub id (--base)")
+    return str(name)
+
+
+def _open_base(folder: Path, name: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if Path(name).is_dir():
+        return load_pretrained(name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype="auto", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}, the base of {folder}, does not load (--base): {error}") from error
+
+
+def _length(config: Any, asked: int | None) -> int:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or LENGTH
+    if asked is None:
+        return min(LENGTH, limit)
+    if not 2 <= asked <= limit:
+        raise ConfigError(f"--length {asked} must lie in [2, {limit}], the model's own limit")
+    return asked
+
+
+def _table(found: dict[str, Any], length: int) -> str:
+    """lm-eval's table, with the sequence length in the name of every perplexity."""
+    from lm_eval.utils import make_table
+
+    named = {
+        task: {_with_length(metric, length): value for metric, value in metrics.items()}
+        for task, metrics in found["results"].items()
+    }
+    return make_table({**found, "results": named})
+
+
+def _with_length(metric: str, length: int) -> str:
+    return metric.replace("perplexity", f"perplexity@{length}", 1)
