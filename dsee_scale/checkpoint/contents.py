@@ -16,7 +16,7 @@ _ADAPTER = rf"dsee_(manifest|config)\.json|dsee_(adapter|masks){_PARTS}"
 OWN_NAMES = {
     "adapter": _ADAPTER,
     "training_state": rf"{_ADAPTER}|dsee_state\.json|dsee_(optimizer|random){_PARTS}",
-    "export": r"dsee_(manifest|export|structure)\.json",
+    "export": r"dsee_(manifest|export|structure)\.json|dsee_quality\.png",
     "lora": r"dsee_manifest\.json",
 }
 """Names that no one else gives to files: they go even where they are damaged, so that a damaged checkpoint is never in

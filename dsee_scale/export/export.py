@@ -40,6 +40,7 @@ def export_model(
     overwrite: bool = False,
     progress: bool | None = None,
     notes: str = "",
+    pictures: Mapping[str, bytes] | None = None,
 ) -> ExportReport:
     """Collective. Write the whole model, streaming one weight at a time to rank 0, which writes the files.
 
@@ -57,6 +58,7 @@ def export_model(
         overwrite: replace an earlier export. A folder with other files in it, or with changed ones, is never replaced.
         progress: show a progress bar on rank 0; None: only on a terminal.
         notes: Markdown for the model card (`README.md`), such as what was measured.
+        pictures: files that the notes show, by name.
 
     Returns:
         Sizes and sparsity, the same on every rank.
@@ -79,7 +81,9 @@ def export_model(
         source = LiveModel(
             module, partition, max_shard_size, cut=delta not in WITHOUT_UPDATE, tokenizer=tokenizer
         )
-    report = write_model(source, folder, delta, overwrite=overwrite, progress=progress, notes=notes)
+    report = write_model(
+        source, folder, delta, overwrite=overwrite, progress=progress, notes=notes, pictures=pictures
+    )
     if partition.rank == 0:
         logger.info("%s", report)
     return report

@@ -85,6 +85,7 @@ def write_model(
     overwrite: bool,
     progress: bool | None,
     notes: str = "",
+    pictures: Mapping[str, bytes] | None = None,
 ) -> ExportReport:
     """Collective. Write a whole model; the folder appears when it is complete.
 
@@ -118,6 +119,8 @@ def write_model(
                     report, base=source.base_id, tuned=source.tuned, pruned=source.pruned, notes=notes
                 )
                 (new.partial / CARD_FILE).write_text(card, encoding="utf-8")
+                for name, content in (pictures or {}).items():
+                    (new.partial / name).write_bytes(content)
                 new.adopt()
     return report
 

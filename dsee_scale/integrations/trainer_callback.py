@@ -20,7 +20,7 @@ from dsee_scale.errors import ConfigError, RunError, TargetError
 from dsee_scale.export.base import BASE_FOLDER, save_base
 from dsee_scale.pruning.prune import prune
 from dsee_scale.pruning.schedule import CubicSchedule
-from dsee_scale.training.base_trainer import GradientCallback
+from dsee_scale.training.base_trainer import GradientCallback, log_within_step
 from dsee_scale.training.checkpoints import AdapterCheckpoints
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class DSEECallback(GradientCallback):
             save_base(trainer.model_wrapped, folder, tokenizer=trainer.processing_class)
         # A tuned model that is not pruned must never win against the pruned ones.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        trainer.log({"sparsity": report.sparsity, "pruned_weights": report.removed})
+        log_within_step(trainer, {"sparsity": report.sparsity, "pruned_weights": report.removed})
 
     def _calibration(self) -> list[dict[str, Tensor]]:
         """This rank's last inputs; of a training that is to begin with the pruning, its first batches."""

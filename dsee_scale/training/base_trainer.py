@@ -46,6 +46,13 @@ class GradientCallback(TrainerCallback):
                 watch.check()
 
 
+def log_within_step(trainer: Trainer, values: dict[str, float]) -> None:
+    """Log at a step's end and leave the step's own log due: transformers (5.23) takes any log for that one."""
+    due = trainer.control.should_log
+    trainer.log(values)
+    trainer.control.should_log = due
+
+
 class AdapterTrainer(AdapterCheckpoints, Trainer):
     """One optimizer and one engine from the first step to the last; loss and evaluation are transformers' own.
 

@@ -79,6 +79,11 @@ class Journal:
             self.seconds[work] = self.seconds.get(work, 0.0) + seconds
 
 
+def metric_words(name: str, run: dict[str, Any]) -> str:
+    """A metric's name for people: a perplexity says nothing without the length of its sequences."""
+    return f"perplexity@{run['length']}" if name == "perplexity" else name
+
+
 def to_jsonable(value: Any) -> Any:
     """JSON-able values: numbers that are not finite become None, tuples lists, other objects text."""
     if isinstance(value, dict):

@@ -19,7 +19,7 @@ from dsee_scale.checkpoint.record import AdapterRecord
 from dsee_scale.checkpoint.training_state import KIND
 from dsee_scale.data.encoding import Encoder, collator
 from dsee_scale.data.rows import load_rows
-from dsee_scale.distributed import raise_on_all_ranks
+from dsee_scale.distributed import raise_on_all_ranks, rank
 from dsee_scale.errors import ConfigError, FormatError
 from dsee_scale.evaluation.evaluate import EvaluationSet
 from dsee_scale.evaluation.export_check import check_export
@@ -32,9 +32,9 @@ from dsee_scale.passes.inject_model import inject
 from dsee_scale.recipe.recipe import Recipe
 from dsee_scale.recipe.sections import ExportConfig, ModelConfig
 from dsee_scale.training.checkpoints import read_record
-from dsee_scale.training.journal import Journal, count_zeros, peak_memory
+from dsee_scale.training.journal import Journal, count_zeros, peak_memory, to_jsonable
 from dsee_scale.training.lock import locked
-from dsee_scale.training.report import METRICS_FILE, phase_table, write_metrics, write_report
+from dsee_scale.training.report import METRICS_FILE, card_notes, write_metrics, write_report
 from dsee_scale.training.setup import (
     kept_environment,
     load_model,
@@ -227,6 +227,8 @@ def _export(recipe: Recipe, config: ExportConfig, trainer: DSEETrainer, folder: 
         with journal.timed("export"):
             export_lora(live, folder, tokenizer=trainer.processing_class, overwrite=True)
         return
+    with raise_on_all_ranks(what="drawing the card's picture"):
+        notes, pictures = card_notes(to_jsonable(journal.to_dict())) if not rank() else ("", {})
     with journal.timed("export"):
         report = export_model(
             live,
@@ -234,7 +236,8 @@ def _export(recipe: Recipe, config: ExportConfig, trainer: DSEETrainer, folder: 
             delta=config.delta,
             tokenizer=trainer.processing_class,
             overwrite=True,
-            notes=f"## What was measured\n\n{phase_table(journal.phases)}" if journal.phases else "",
+            notes=notes,
+            pictures=pictures,
         )
     if not config.check or config.delta == "separate" or report.loads_with != "transformers":
         return
@@ -269,6 +272,7 @@ def _description(recipe: Recipe, args: TrainingArguments, model: nn.Module) -> d
         "dsee_scale": __version__,
         "model": recipe.model.name,
         "task": recipe.data.task,
+        "length": recipe.data.max_length,
         "world_size": args.world_size,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),

@@ -17,8 +17,14 @@ from dsee_scale.evaluation.evaluate import EvaluationSet, Tally, evaluate, gener
 from dsee_scale.evaluation.label_logits import label_loss, logits_at, predicting
 from dsee_scale.export.base import BASE_FOLDER, save_base
 from dsee_scale.pruning.prune import prune
-from dsee_scale.training.base_trainer import AdapterTrainer
-from dsee_scale.training.journal import count_zeros, peak_memory, reset_peak_memory, sparsity
+from dsee_scale.training.base_trainer import AdapterTrainer, log_within_step
+from dsee_scale.training.journal import (
+    count_zeros,
+    metric_words,
+    peak_memory,
+    reset_peak_memory,
+    sparsity,
+)
 from dsee_scale.training.timeline import PruneEvent
 
 logger = logging.getLogger(__name__)
@@ -199,19 +205,22 @@ class PhaseCallback(TrainerCallback):
         with self.journal.timed("evaluate"):
             quality = self._trainer.quality()
         matrices = count_zeros(self._trainer.model_wrapped)
+        removed = sparsity(matrices)
         self.journal.add_phase(
             name,
             step=self._trainer.state.global_step if step is None else step,
             quality=quality,
-            sparsity=sparsity(matrices),
+            sparsity=removed,
             zeros=sum(zeros for zeros, _ in matrices.values()),
             seconds=seconds if trained else None,
             peak_memory_bytes=memory,
         )
+        named = {f"{name}_{key}": value for key, value in quality.items()}
+        log_within_step(self._trainer, {"sparsity": removed, **named})
         if trained:
             self.journal.seconds["train"] = self.journal.seconds.get("train", 0.0) + seconds
         if self._trainer.is_world_process_zero():
-            shown = ", ".join(f"{key} {value:.4g}" for key, value in quality.items())
-            logger.info("%s: %s, %.2f%% of block weights are zero", name, shown, 100 * sparsity(matrices))
+            shown = ", ".join(f"{metric_words(k, self.journal.run)} {v:.4g}" for k, v in quality.items())
+            logger.info("%s: %s, %.2f%% of block weights are zero", name, shown, 100 * removed)
         reset_peak_memory()
         self._phase_started = time.perf_counter()

@@ -48,6 +48,7 @@ def journal(**changes):
     run = {
         "model": "folder/some<model>",
         "task": "classification",
+        "length": 64,
         "world_size": 2,
         "device": "CPU",
         "dtype": "bfloat16",
@@ -154,6 +155,15 @@ def test_the_headline_is_the_tasks_own_metric():
     phases = [{"quality": {"loss": 1.0, "perplexity": 2.7, "bleu": 30.0}}]
     assert headline_metric({"phases": phases}) == "bleu"
     assert headline_metric({"phases": [{"quality": {}}]}) == "loss"
+
+
+def test_a_perplexity_is_never_shown_without_its_sequence_length(tmp_path):
+    found = journal()
+    for phase in found.phases:
+        phase["quality"] = {"loss": 2.0, "perplexity": 7.4}
+    page = written(tmp_path, found)
+    shown = [*re.findall(r"perplexity\S*", re.sub("<[^>]*>", " ", page)), *summary_table(tmp_path).split()]
+    assert {word for word in shown if "perplexity" in word} == {"perplexity@64"}
 
 
 def test_a_resumed_run_keeps_earlier_phases_and_adds_times():

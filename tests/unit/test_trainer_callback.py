@@ -83,6 +83,8 @@ def test_it_prunes_on_the_way_saves_no_base_weight_and_resumes_exactly(tmp_path,
         prune.refit and abs(zeros(model) / total(model) - 0.5) < 0.02
     )
     assert any("sparsity" in entry for entry in trainer.state.log_history)
+    # The pruning's own log takes no step's loss away.
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     checkpoint = tmp_path / "run" / "checkpoint-4"
     with safe_open(checkpoint / "dsee_adapter.safetensors", "pt") as file:
         assert all(".dsee_" in key for key in file.keys())  # noqa: SIM118 (the reader is no mapping)
