@@ -1,4 +1,4 @@
-"""The `dsee-scale` command: train by a recipe; plan, look into folders and export models with no cluster."""
+"""The `dsee-scale` command: train by a recipe; plan, look into folders, export and evaluate with no cluster."""
 
 from __future__ import annotations
 
@@ -123,13 +123,15 @@ def _stop_on_sigterm() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dsee-scale",
-        description="Train by a recipe; plan, look into folders and export models without a cluster.",
+        description="Train by a recipe; plan, look into folders, export and evaluate models without a cluster.",
     )
     parser.add_argument("--version", action="version", version=f"dsee-scale {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("run", help="tune, prune, retune and export as a recipe says", add_help=False)
     _add_inspect(commands)
     _add_export(commands)
+    _add_push(commands)
+    _add_eval(commands)
     _add_plan(commands)
     return parser
 
@@ -184,8 +186,50 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="lora: the same rank for every module, for servers with one scale",
     )
     command.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    command.add_argument(
+        "--push-to-hub", "--push_to_hub", metavar="OWNER/NAME", help="then upload it, as `push` does"
+    )
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.set_defaults(run=_export)
+
+
+def _add_push(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "push",
+        help="upload an export or an adapter to the hub",
+        description="Upload what export, save_adapter or a run wrote as one commit, or nothing of it. The token is "
+        "that of `hf auth login`.",
+        epilog="example: dsee-scale push runs/sentiment/model me/smollm2-sentiment",
+    )
+    command.add_argument("folder", metavar="FOLDER", help="an export, a LoRA folder or an adapter")
+    command.add_argument("repo", metavar="OWNER/NAME", help="the repository; made where it does not exist")
+    command.add_argument(
+        "--base", metavar="OWNER/NAME", help="an adapter's base, where it names a folder of this machine"
+    )
+    command.add_argument("--private", action="store_true", default=None, help="for a new repository")
+    command.set_defaults(run=_push)
+
+
+def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "eval",
+        help="quality by lm-eval's tasks",
+        description="Score an export, a plain model, or an adapter on its base by tasks of lm-eval (extra `eval`), and "
+        "print its table. Perplexities are named with their sequence length.",
+        epilog="example: dsee-scale eval out/model --tasks wikitext my_task.yaml --length 2048",
+    )
+    command.add_argument("folder", metavar="FOLDER", help="an export, adapter, checkpoint or LoRA folder")
+    command.add_argument(
+        "--tasks", required=True, nargs="+", metavar="TASK", help="names of lm-eval's tasks, or YAML files"
+    )
+    command.add_argument("--base", metavar="ID_OR_FOLDER", help="an adapter's base (what the adapter names)")
+    command.add_argument(
+        "--length", type=int, metavar="N", help="tokens at once at most (2048, or the model's limit)"
+    )
+    command.add_argument("--batch", type=int, default=1, metavar="N", help="sequences in a forward pass (1)")
+    command.add_argument("--limit", type=int, metavar="N", help="first documents of each task only")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=_eval)
 
 
 def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -251,6 +295,26 @@ def _inspect(args: argparse.Namespace) -> None:
     print(json.dumps(report.to_dict(), indent=2) if args.json else report.table(each=args.each))
 
 
+def _push(args: argparse.Namespace) -> None:
+    from dsee_scale.export.hub import push_to_hub
+
+    print(push_to_hub(args.folder, args.repo, base=args.base, private=args.private))
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from dsee_scale.evaluation.harness import evaluate_tasks
+
+    report = evaluate_tasks(
+        args.folder,
+        args.tasks,
+        base=args.base,
+        length=args.length,
+        batch_size=args.batch,
+        limit=args.limit,
+    )
+    print(json.dumps(report.to_dict(), indent=2) if args.json else report)
+
+
 def _export(args: argparse.Namespace) -> None:
     from dsee_scale.export.from_files import export_files
     from dsee_scale.export.lora import export_lora_files
@@ -267,3 +331,7 @@ def _export(args: argparse.Namespace) -> None:
             raise ConfigError("--uniform-rank goes with --format lora")
         report = export_files(args.folder, args.base, args.output, delta=args.delta, overwrite=args.overwrite)
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
+    if args.push_to_hub:
+        from dsee_scale.export.hub import push_to_hub
+
+        print(push_to_hub(args.output, args.push_to_hub), file=sys.stderr if args.json else sys.stdout)

@@ -41,7 +41,7 @@ def export_card(
     """
     stock = report.loads_with == "transformers"
     title = Path(report.folder).name
-    loads = _stock_lines(title) if stock else _own_lines(title)
+    loads = _stock_lines(title) if stock else _own_lines(repr(title))
     sections = [
         f"# {title}",
         f"{_based_on(base)}, by [dsee_scale](https://arxiv.org/abs/2111.00160): {FORMS[report.delta]}.",
@@ -69,7 +69,7 @@ def lora_card(title: str, *, base: str | None, tuned: DSEEConfig | None, rank: i
         scope: what a server must be told, one line.
     """
     beside = base is not None and Path(base).name == "base" and Path(base).parent.name == title
-    where = f"{title}/base" if beside else Path(base or "BASE").name if not _hub_id(base) else base
+    where = f"{title}/base" if beside else Path(base or "BASE").name if not is_hub_id(base) else base
     loads = (
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         f"base = AutoModelForCausalLM.from_pretrained({str(where)!r})\n"
@@ -87,17 +87,58 @@ def lora_card(title: str, *, base: str | None, tuned: DSEEConfig | None, rank: i
     return _card(_data(base, "peft", ["lora"]), sections)
 
 
+def adapter_card(title: str, *, base: str | None) -> str:
+    """The card of an adapter in this package's own format.
+
+    Args:
+        title: its repository.
+        base: hub id of the frozen weights, where it is known.
+    """
+    loads = (
+        "import dsee_scale\nfrom huggingface_hub import snapshot_download\n"
+        "from transformers import AutoModelForCausalLM\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained({base or 'BASE'!r})\n"
+        f"dsee_scale.load_adapter(model, snapshot_download({title!r}))"
+    )
+    sections = [
+        f"# {title}",
+        "An adapter of [dsee_scale](https://arxiv.org/abs/2111.00160): its low-rank and its sparse part, and which "
+        f"weights of {base or 'its base'} were removed.",
+        "## How to load it",
+        f"```python\n{loads}\n```",
+    ]
+    return _card(_data(base, "dsee_scale", []), sections)
+
+
+def moved_card(text: str, title: str, repo: str, base: str | None) -> str:
+    """A folder's card for a repository: code loads from there, and the base is the one that others know.
+
+    Args:
+        text: the card.
+        title: name of the folder.
+        repo: OWNER/NAME.
+        base: hub id of the base; None leaves what the card says.
+    """
+    card = ModelCard(text, ignore_metadata_errors=True)
+    if base is not None:
+        card.data.base_model = base
+        card.text = card.text.replace(repr(f"{title}/base"), repr(base))
+    loads = f"from huggingface_hub import snapshot_download\n{_own_lines(f'snapshot_download({repo!r})')}"
+    card.text = card.text.replace(_own_lines(repr(title)), loads).replace(repr(title), repr(repo))
+    return str(card)
+
+
 def _card(data: ModelCardData, sections: Sequence[str]) -> str:
     text = "\n\n".join(section for section in sections if section)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
 
 
 def _data(base: str | None, library: str, tags: Sequence[str]) -> ModelCardData:
-    known = base if _hub_id(base) else None
+    known = base if is_hub_id(base) else None
     return ModelCardData(base_model=known, library_name=library, tags=["dsee", *tags])
 
 
-def _hub_id(base: str | None) -> bool:
+def is_hub_id(base: str | None) -> bool:
     """Whether the hub may know it; a folder of this machine is none of its business."""
     return base is not None and HUB_ID.fullmatch(base) is not None and not Path(base).exists()
 
@@ -105,7 +146,7 @@ def _hub_id(base: str | None) -> bool:
 def _based_on(base: str | None) -> str:
     if base is None:
         return "Tuned and pruned"
-    return f"Tuned and pruned from {base if _hub_id(base) else Path(base).name}"
+    return f"Tuned and pruned from {base if is_hub_id(base) else Path(base).name}"
 
 
 def _trained(tuned: DSEEConfig | None) -> list[str]:
@@ -162,8 +203,8 @@ def _stock_lines(title: str) -> str:
     )
 
 
-def _own_lines(title: str) -> str:
-    return f"import dsee_scale\n\nmodel = dsee_scale.load_pretrained({title!r})"
+def _own_lines(folder: str) -> str:
+    return f"import dsee_scale\n\nmodel = dsee_scale.load_pretrained({folder})"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
