@@ -95,25 +95,26 @@ def _files(stored: StoredFolder, repo: str, base: str | None) -> dict[str, str |
 
 def _with_base(stored: StoredFolder, base: str | None) -> dict[str, bytes]:
     """The file that names the base, where it must name another one."""
-    named = _named_base(stored)
-    if base is None and (named is None or is_hub_id(named)):
+    name, named = _naming_file(stored), _named_base(stored)
+    if name is None:
+        if base is not None:
+            raise ConfigError(f"{stored.path} holds a whole model: leave base out")
+        return {}
+    if base is None and is_hub_id(named):
         return {}
     if base is None or not is_hub_id(base):
         beside = (
             f"push {stored.path / BASE_FOLDER} first, and" if stored.kind == LORA else "give its repository:"
         )
         raise ConfigError(
-            f"{stored.path} belongs to the base {base or named}, which is no repository that others can load; {beside} "
-            "name it by base='OWNER/NAME' (--base)"
+            f"{stored.path} belongs to {base or named or 'an unnamed base'}, which is no repository that others can "
+            f"load; {beside} name it by base='OWNER/NAME' (--base)"
         )
-    name = _naming_file(stored)
-    if name is None:
-        raise ConfigError(f"{stored.path} holds a whole model: leave base out")
     values = read_json(stored.path / name)
     if stored.kind == LORA:
         values["base_model_name_or_path"] = base
     else:
-        values["base"]["id"] = base
+        values["base_model"]["id"] = base
     return {name: _json(values)}
 
 
@@ -126,7 +127,7 @@ def _named_base(stored: StoredFolder) -> str | None:
     if name is None:
         return None
     values = read_json(stored.path / name)
-    found = values.get("base_model_name_or_path") if stored.kind == LORA else values.get("base", {}).get("id")
+    found = values.get("base_model_name_or_path") if stored.kind == LORA else values["base_model"].get("id")
     return None if found is None else str(found)
 
 
