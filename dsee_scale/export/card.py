@@ -121,7 +121,8 @@ def moved_card(text: str, title: str, repo: str, base: str | None) -> str:
     """
     card = ModelCard(text, ignore_metadata_errors=True)
     if base is not None:
-        card.data.base_model = base
+        data: Any = card.data
+        data.base_model = base
         card.text = card.text.replace(repr(f"{title}/base"), repr(base))
     loads = f"from huggingface_hub import snapshot_download\n{_own_lines(f'snapshot_download({repo!r})')}"
     card.text = card.text.replace(_own_lines(repr(title)), loads).replace(repr(title), repr(repo))

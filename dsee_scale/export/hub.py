@@ -58,7 +58,7 @@ def push_to_hub(
     api = HfApi()
     try:
         api.create_repo(repo, exist_ok=True, private=private)
-        info = api.repo_info(repo)
+        info = api.model_info(repo)
         there = {file.rfilename for file in info.siblings or ()}
         _reject_foreign(repo, there)
         gone = sorted(name for name in there - files.keys() if OURS.fullmatch(name))
