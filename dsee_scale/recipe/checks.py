@@ -38,7 +38,7 @@ def check_deepspeed_config(config: Mapping[str, Any], args: TrainingArguments, s
     for mode in ("bf16", "fp16"):
         if getattr(args, mode) and _look_up(config, f"{mode}.enabled") is None:
             problems.append(f"{mode}.enabled is absent, but training.{mode} is True")
-    reject_offload(config, str(getattr(args.optim, "value", args.optim)), source)
+    reject_unsupported(config, str(getattr(args.optim, "value", args.optim)), source)
     if problems:
         hint = 'write "auto" there to take the recipe\'s value'
         raise ConfigError(f"{source} contradicts the recipe: {'; '.join(problems)} ({hint})")
@@ -143,8 +143,8 @@ def missing_optimizer(optim: Any) -> str | None:
     return None
 
 
-def reject_offload(config: Mapping[str, Any], optim: str, source: str) -> None:
-    """Refuse an offload to NVMe, and an optimizer that the DeepSpeed config would silently replace.
+def reject_unsupported(config: Mapping[str, Any], optim: str, source: str) -> None:
+    """Refuse what a run does not go with: NVMe, DeepCompile, Ulysses, an optimizer that would silently be replaced.
 
     Args:
         config: DeepSpeed's JSON as a mapping.
@@ -166,6 +166,16 @@ def reject_offload(config: Mapping[str, Any], optim: str, source: str) -> None:
         problems.append(
             "offload_optimizer to NVMe saves nothing here: the states are those of the adapters, megabytes, and "
             'could not be saved from there; set "offload_optimizer": {"device": "cpu"} or leave it out'
+        )
+    if (config.get("compile") or {}).get("deepcompile"):
+        problems.append(
+            "compile.deepcompile puts gathers of its own into the graph, on CUDA alone (DeepSpeed 0.19.8), and was "
+            "never run with adapters; leave it out: torch.compile goes without it (training.torch_compile)"
+        )
+    if (config.get("sequence_parallel_size") or 1) > 1:
+        problems.append(
+            "sequence_parallel_size: a run evaluates and calibrates on whole sequences; leave it out, or share "
+            "sequences in a loop of your own"
         )
     if from_bitsandbytes(optim):
         if "optimizer" in config:

@@ -7,7 +7,7 @@ import torch
 
 from dsee_scale import ConfigError
 from dsee_scale.recipe import checks as memory_check
-from dsee_scale.recipe.checks import from_bitsandbytes, reject_offload
+from dsee_scale.recipe.checks import from_bitsandbytes, reject_unsupported
 from dsee_scale.recipe.recipe import build_recipe
 from dsee_scale.recipe.sections import ModelConfig
 from dsee_scale.training.setup import quantization_config
@@ -56,7 +56,19 @@ def test_bitsandbytes_missing_names_the_extra(monkeypatch):
 )
 def test_nvme_is_refused_before_any_work(zero, message):
     with pytest.raises(ConfigError, match=message):
-        reject_offload({"zero_optimization": {"stage": 3, **zero}}, "adamw_torch", "ds.json")
+        reject_unsupported({"zero_optimization": {"stage": 3, **zero}}, "adamw_torch", "ds.json")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"compile": {"deepcompile": True}}, "compile.deepcompile.*on CUDA alone.*training.torch_compile"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size.*whole sequences.*loop of your own"),
+    ],
+)
+def test_deepcompile_and_ulysses_are_refused_before_any_work(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        reject_unsupported({"zero_optimization": {"stage": 3}, **setting}, "adamw_torch", "ds.json")
 
 
 @pytest.mark.parametrize(
@@ -64,11 +76,13 @@ def test_nvme_is_refused_before_any_work(zero, message):
 )
 def test_an_optimizer_that_deepspeed_would_replace_is_refused(optim):
     with pytest.raises(ConfigError, match=rf"{optim}.*runs DeepSpeed's own CPU Adam"):
-        reject_offload({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, optim, "ds.json")
+        reject_unsupported({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, optim, "ds.json")
     with pytest.raises(ConfigError, match=rf"section optimizer takes the place of training.optim '{optim}'"):
-        reject_offload({"zero_optimization": {}, "optimizer": {"type": "AdamW"}}, optim, "ds.json")
-    reject_offload({"zero_optimization": {"stage": 3}}, optim, "ds.json")
-    reject_offload({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "adamw_torch", "ds.json")
+        reject_unsupported({"zero_optimization": {}, "optimizer": {"type": "AdamW"}}, optim, "ds.json")
+    reject_unsupported({"zero_optimization": {"stage": 3}}, optim, "ds.json")
+    reject_unsupported(
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "adamw_torch", "ds.json"
+    )
 
 
 @pytest.mark.parametrize(
