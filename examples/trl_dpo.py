@@ -9,65 +9,28 @@ through training and pruning. In a loop of your own `with dsee_scale.adapters_di
 
 from __future__ import annotations
 
-import argparse
-
-import deepspeed
 import torch
-import torch._dynamo
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
+from trl_start import parse_arguments, usual_settings
 
 import dsee_scale
 from dsee_scale import DSEECallback, DSEEConfig, PruneConfig
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="hub id or folder of a causal language model")
-    parser.add_argument("--data", required=True, help="JSON lines with prompt, chosen and rejected")
-    parser.add_argument("--output_dir", required=True, help="where checkpoints and the adapter go")
-    parser.add_argument("--deepspeed_config", default="ds_configs/zero3_cpu.json", help="DeepSpeed JSON")
-    parser.add_argument("--max_steps", type=int, default=100)
-    parser.add_argument("--save_steps", type=int, default=50)
-    parser.add_argument("--prune_at", type=float, default=0.5, help="fraction of the training")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse_arguments()
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:  # else accelerate starts one process alone
-        deepspeed.init_distributed(dist_backend="gloo")
-    settings = DPOConfig(
-        output_dir=args.output_dir,
-        deepspeed=args.deepspeed_config,
-        max_steps=args.max_steps,
-        save_steps=args.save_steps,
-        learning_rate=1e-3,
-        per_device_train_batch_size=2,
-        logging_steps=1,
-        bf16=not on_cpu,
-        use_cpu=on_cpu,
-        max_length=256,
-        report_to="none",
-        precompute_ref_log_probs=True,
-    )
+    args = parse_arguments(__doc__, "prompt, chosen and rejected")
+    settings = DPOConfig(**usual_settings(args), precompute_ref_log_probs=True)
     model = AutoModelForCausalLM.from_pretrained(args.model)
     dsee_scale.inject(model, DSEEConfig(rank=16, alpha=32, num_sparse=64))  # (dsee)
+    half = PruneConfig(sparsity=0.5, score="WABS", scope="matrix", mask_update=False)
     trainer = DPOTrainer(
         model,
         args=settings,
         train_dataset=load_dataset("json", data_files=args.data, split="train"),
         processing_class=AutoTokenizer.from_pretrained(args.model),
-        callbacks=[  # (dsee)
-            DSEECallback(
-                PruneConfig(sparsity=0.5, score="WABS", scope="matrix", mask_update=False), at=args.prune_at
-            )
-        ],
+        callbacks=[DSEECallback(half, at=args.prune_at)],  # (dsee)
     )
     trainer.train()
     report = dsee_scale.export_lora(

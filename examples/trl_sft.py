@@ -7,55 +7,22 @@ ROWS.jsonl holds lines with `prompt` and `completion`. Add --resume to go on fro
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-import deepspeed
 import torch
-import torch._dynamo
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
+from trl_start import parse_arguments, usual_settings
 
 import dsee_scale
 from dsee_scale import DSEECallback, DSEEConfig, PruneConfig
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="hub id or folder of a causal language model")
-    parser.add_argument("--data", required=True, help="JSON lines with prompt and completion")
-    parser.add_argument("--output_dir", required=True, help="where checkpoints and the model go")
-    parser.add_argument("--deepspeed_config", default="ds_configs/zero3_cpu.json", help="DeepSpeed JSON")
-    parser.add_argument("--max_steps", type=int, default=100)
-    parser.add_argument("--save_steps", type=int, default=50)
-    parser.add_argument("--prune_at", type=float, default=0.5, help="fraction of the training")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse_arguments()
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:  # else accelerate starts one process alone
-        deepspeed.init_distributed(dist_backend="gloo")
-    settings = SFTConfig(
-        output_dir=args.output_dir,
-        deepspeed=args.deepspeed_config,
-        max_steps=args.max_steps,
-        save_steps=args.save_steps,
-        learning_rate=1e-3,
-        per_device_train_batch_size=2,
-        logging_steps=1,
-        bf16=not on_cpu,
-        use_cpu=on_cpu,
-        max_length=256,
-        report_to="none",
-    )
+    args = parse_arguments(__doc__, "prompt and completion")
+    settings = SFTConfig(**usual_settings(args))
     checkpoint = get_last_checkpoint(args.output_dir) if args.resume else None
     base = Path(args.output_dir) / "base"  # what a re-fit left
     model = AutoModelForCausalLM.from_pretrained(base if checkpoint and base.is_dir() else args.model)
@@ -71,9 +38,8 @@ def main() -> None:
         callbacks=[DSEECallback(PruneConfig(sparsity=0.5), at=args.prune_at)],  # (dsee)
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    report = dsee_scale.export_model(
-        trainer.model_wrapped, f"{args.output_dir}/model", overwrite=True
-    )  # (dsee)
+    model_folder = f"{args.output_dir}/model"
+    report = dsee_scale.export_model(trainer.model_wrapped, model_folder, overwrite=True)  # (dsee)
     if trainer.is_world_process_zero():
         print(report)
 
