@@ -78,6 +78,7 @@ def plan_units(
     members = tuple(part.matrix for layer in layers for part in layer.parts)
     for layer in layers:
         _reject_unscored(layer, config)
+        _reject_shared_a(layer)
         _reject_shifted_groups(module, layer)
     overall = config.num_per_layer is None and config.scope == "global"
     return UnitPlan(
@@ -255,6 +256,15 @@ def _adapter_lines(part: Part, gone: Tensor) -> Iterator[Lines]:
         return
     gone_values = gone[at.long().cpu()]  # type: ignore[operator]
     yield Lines(flat, 1, gone_values, (1, num_values), math.prod(a) + math.prod(b))
+
+
+def _reject_shared_a(layer: UnitLayer) -> None:
+    for part in layer.parts:
+        if part.matrix.expert is not None and part.matrix.adapted and part.matrix.adapter.dsee_spec.shared_a:
+            raise ConfigError(
+                f"{part.name} shares the A of its update with the layer's other experts (shared_expert_a), so its "
+                "neurons cannot go alone; choose pattern 'unstructured' or N:M, or inject without shared_expert_a"
+            )
 
 
 def _reject_unscored(layer: UnitLayer, config: PruneConfig) -> None:
