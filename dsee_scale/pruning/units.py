@@ -227,17 +227,20 @@ def _lines(layer: UnitLayer, units: Tensor) -> Iterator[Lines]:
 
 
 def _expert_lines(part: Part, gone: Tensor, expert: int) -> Iterator[Lines]:
-    """Of one expert's update: stored rows of its matrix are rows of its B, stored columns are columns of its A."""
+    """Of one expert's update: stored rows of its matrix are rows of its B, stored columns are columns of its A.
+
+    Where the whole expert goes its B says enough, which no other expert has.
+    """
     layer = part.matrix.adapter
     spec, (rows, columns) = layer.dsee_spec, part.matrix.shape
     a, b, _ = map(math.prod, spec.shapes)
     own = slice(expert * spec.num_sparse, (expert + 1) * spec.num_sparse)
-    if part.axis == 0:
-        yield Lines(layer.dsee_flat, 0, gone, (rows, spec.rank), a + expert * rows * spec.rank)
-        at = layer.dsee_rows[own] - expert * rows
+    if part.axis == 0 or bool(gone.all()):
+        by_row = gone if part.axis == 0 else gone.new_ones(rows)
+        yield Lines(layer.dsee_flat, 0, by_row, (rows, spec.rank), a + expert * rows * spec.rank)
     else:
         yield Lines(layer.dsee_flat, 1, gone, (spec.rank, columns), expert * spec.rank * columns)
-        at = layer.dsee_cols[own]
+    at = layer.dsee_rows[own] - expert * rows if part.axis == 0 else layer.dsee_cols[own]
     if spec.num_sparse:
         yield Lines(layer.dsee_flat, 1, gone[at.long().cpu()], (1, spec.num_sparse), a + b + own.start)
 
@@ -259,7 +262,7 @@ def _adapter_lines(part: Part, gone: Tensor) -> Iterator[Lines]:
 
 
 def _reject_shared_a(layer: UnitLayer) -> None:
-    for part in layer.parts:
+    for part in layer.parts if layer.kind == "neurons" else ():
         if part.matrix.expert is not None and part.matrix.adapted and part.matrix.adapter.dsee_spec.shared_a:
             raise ConfigError(
                 f"{part.name} shares the A of its update with the layer's other experts (shared_expert_a), so its "
