@@ -277,6 +277,22 @@ def attach_experts(
     module.dsee_prepare(attribute)
 
 
+def let_gradients_through(block: Any) -> None:
+    """Make the input of the module around experts require gradients, from now on. Local; twice is as good as once.
+
+    DeepSpeed (0.19.8) takes the blocks of Mixtral and Qwen-MoE for leaf modules of ZeRO-3 and reduces their gradients
+    once the input has its own. Without one, as before the first adapter of a model, it would do so before any is there.
+    """
+    if not getattr(block, "_dsee_input_hook", False):
+        block._dsee_input_hook = True
+        block.register_forward_pre_hook(_require_gradient)
+
+
+def _require_gradient(block: nn.Module, args: tuple[Any, ...]) -> None:
+    if torch.is_grad_enabled() and args and not args[0].requires_grad:
+        args[0].requires_grad_()
+
+
 def check_experts(name: str, module: nn.Module) -> None:
     """Refuse experts whose forward is not the one that `AdaptedExperts` has.
 

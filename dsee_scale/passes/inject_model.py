@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dsee_scale.adapters.experts import attach_experts
+from dsee_scale.adapters.experts import attach_experts, let_gradients_through
 from dsee_scale.adapters.linear import adapted_layers, attach
 from dsee_scale.adapters.matrices import find_matrices
 from dsee_scale.adapters.persistence import check_persistence
@@ -131,6 +131,8 @@ def apply_adapters(
             dtype=_adapter_dtype(target, partition),
             device=partition.compute_device(target.weight),
         )
+        if target.experts:
+            let_gradients_through(modules[target.name.rsplit(".", 2)[0]])
     model_state(model).config = config
     set_trainable(model, trained_modules)
     if _checkpoints_activations(model):

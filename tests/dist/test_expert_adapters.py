@@ -24,11 +24,13 @@ PRUNINGS = (
 )
 
 
-def make(model_type: str, ds_config: dict[str, Any] | None, dtype: torch.dtype, shared: bool) -> Any:
+def make(
+    model_type: str, ds_config: dict[str, Any] | None, dtype: torch.dtype, shared: bool, **settings: Any
+) -> Any:
     model = build(moe_config(model_type), dtype)
     if ds_config is not None:
         partition(model, ds_config)
-    dsee_scale.inject(model, DSEEConfig(**SETTINGS, shared_expert_a=shared))
+    dsee_scale.inject(model, DSEEConfig(**{**SETTINGS, **settings}, shared_expert_a=shared))
     return model
 
 
@@ -65,9 +67,15 @@ def test_supports_and_zeros_are_the_same_on_2_and_3_ranks_and_without_deepspeed(
                     assert torch.equal(each[name], value), (world_size, name)
 
 
-def tuned(folder: str | None, ds_config: dict[str, Any] | None, shared: bool, reentrant: bool | None) -> Any:
+def tuned(
+    folder: str | None,
+    ds_config: dict[str, Any] | None,
+    shared: bool,
+    reentrant: bool | None,
+    targets: tuple[str, ...],
+) -> Any:
     """Tune, prune, retune under the mask, save and export; losses, and the last logits."""
-    model = make("qwen3_moe", ds_config, torch.float32, shared).train()
+    model = make("qwen3_moe", ds_config, torch.float32, shared, target_modules=targets).train()
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
@@ -112,14 +120,19 @@ class DenseEngine:
         self.optimizer.zero_grad()
 
 
-@pytest.mark.parametrize(("shared", "reentrant"), [(False, None), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("shared", "reentrant", "targets"),
+    [(False, None, ("experts",)), (True, False, ("experts", "o_proj")), (False, True, ("experts", "o_proj"))],
+)  # the first layer's input needs no gradient in the first case, and the block is a leaf module of DeepSpeed
 def test_tuning_under_the_mask_on_2_ranks_is_the_dense_one_and_what_is_exported(
-    pools, tmp_path, shared, reentrant
+    pools, tmp_path, shared, reentrant, targets
 ):
-    expected_losses, expected = tuned(None, None, shared, None)
-    for losses, logits in pools(2).run(tuned, str(tmp_path), zero3_config(torch.float32), shared, reentrant):
+    expected_losses, expected = tuned(None, None, shared, None, targets)
+    ds_config = zero3_config(torch.float32)
+    for losses, logits in pools(2).run(tuned, str(tmp_path), ds_config, shared, reentrant, targets):
         assert losses == pytest.approx(expected_losses, abs=2e-5)
-        torch.testing.assert_close(logits, expected, rtol=1e-2, atol=1e-3)  # Adam enlarges rounding
+        # Adam enlarges the rounding of gradients that are nearly zero.
+        assert torch.linalg.vector_norm(logits - expected) < 1e-3 * torch.linalg.vector_norm(expected)
     assert expected_losses[-1] < expected_losses[0]
 
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
