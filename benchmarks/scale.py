@@ -95,7 +95,7 @@ def decompose_only(shape: str, repeats: int) -> dict[str, Any]:
     targets = find_targets(model, config, port.shape)
     times = []
     for _ in range(repeats + 1):
-        port.barrier()
+        port.sum_over_ranks(torch.ones(1)).item()  # waits for every rank
         started = time.perf_counter()
         decompose_model(targets, config, port)
         times.append(time.perf_counter() - started)

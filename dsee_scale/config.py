@@ -157,7 +157,8 @@ class PruneConfig(JsonConfig):
     gram_memory_mib: int = 4096
     """Statistics that one rank collects at a time for `refit`, in MiB (at least one matrix's)."""
     inputs_on_cpu: bool = False
-    """Whether `refit` keeps the blocks' inputs of all batches in CPU memory rather than where the model computes."""
+    """Whether `refit` keeps what the blocks are called with (inputs, attention masks, positions; of all batches) in CPU
+    memory rather than where the model computes."""
     pools: tuple[Pool, ...] = ()
     """Pools ranked apart, each with its own sparsity; empty means one pool with all weights."""
     modules: tuple[str, ...] = ()

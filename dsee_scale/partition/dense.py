@@ -15,6 +15,8 @@ from dsee_scale.partition.ranks import Ranks
 class DensePartition(Ranks):
     """Every rank holds every weight, so a shard is the whole weight and nothing is reduced."""
 
+    replicated = True
+
     def __init__(self, model: nn.Module) -> None:
         first = next(model.parameters(), None)
         super().__init__(model, None, first.device if first is not None else torch.device("cpu"))

@@ -73,12 +73,14 @@ class Partition(Protocol):
     """One model's weights as this process sees them.
 
     `rank` and `world_size` are those of the processes that hold the model together; `codecs` says how quantised
-    weights are stored, by the parameter's `id`. A method that
-    communicates says "Collective." and must be entered by every rank in the same order.
+    weights are stored, by the parameter's `id`; `replicated` whether every rank holds every weight, so that no forward
+    pass waits for another rank. A method that communicates says "Collective." and must be entered by every rank in the
+    same order.
     """
 
     rank: int
     world_size: int
+    replicated: bool
     device: torch.device
     codecs: Mapping[int, Codec]
 
@@ -184,7 +186,10 @@ class Partition(Protocol):
         """Collective. The sum over all ranks, replicas included; the same on all, `tensor` stays as it is."""
 
     def sum_to(self, tensor: Tensor, dst: int) -> Tensor | None:
-        """Collective. The sum over all ranks, replicas included, on rank `dst`; None elsewhere."""
+        """Collective. The sum over all ranks, replicas included, on rank `dst`; None elsewhere.
+
+        It may take the place of `tensor`, whose values are lost.
+        """
 
     def deal(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """Collective. Send piece r, made from this rank's shards, to rank r.
@@ -198,9 +203,6 @@ class Partition(Protocol):
 
     def broadcast(self, tensor: Tensor, src: int) -> Tensor:
         """Collective. In-place broadcast of `tensor` from rank `src` to all ranks."""
-
-    def barrier(self) -> None:
-        """Collective. Wait for every rank."""
 
     def raise_together(self, error: Exception | None) -> None:
         """Collective. If any rank brings an error, every rank raises the first rank's one."""

@@ -125,19 +125,12 @@ class Ranks:
         return self.broadcast(there, 0).to(tensor.device)
 
     def sum_to(self, tensor: Tensor, dst: int) -> Tensor | None:
-        """Collective. The sum over all ranks on rank `dst`, on the tensor's device; None elsewhere."""
+        """Collective. The sum over all ranks on rank `dst`, in place where possible; None elsewhere."""
         if self.world_size == 1:
-            return tensor.clone()
-        there = tensor.to(self.device, copy=True)
+            return tensor
+        there = tensor.to(self.device)
         dist.reduce(there, self.global_rank(dst), group=self.group)
         return there.to(tensor.device) if self.rank == dst else None
-
-    def barrier(self) -> None:
-        """Collective. Wait for every rank."""
-        if self.world_size > 1:
-            flag = torch.zeros(1, device=self.device)
-            dist.all_reduce(flag, group=self.group)
-            flag.item()  # on a GPU the host only enqueues a collective, and would go on
 
     def raise_together(self, error: Exception | None) -> None:
         """Collective. Raise the first rank's error on every rank; return if there is none."""

@@ -33,6 +33,8 @@ class Zero3Partition(Ranks):
     replicas: rank 0 counts them, and every rank writes them.
     """
 
+    replicated = False
+
     def __init__(self, model: nn.Module) -> None:
         params: list[Any] = [p for p in model.parameters() if is_partitioned(p)]
         group = params[0].ds_process_group

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from dsee_scale.algorithms.score import all_finite
 from dsee_scale.errors import CalibrationError, TargetError
-from dsee_scale.partition import Partition
+from dsee_scale.partition import Partition, unwrap
 from dsee_scale.passes.calibrate import (
     NOT_FINITE,
     Batches,
     compute_device,
     in_step,
+    map_tensors,
     run_model,
     to_device,
     token_mask,
@@ -39,7 +40,7 @@ class Call:
         batch: the batch, for its mask.
         counts: whether its tokens count on this rank.
         hidden: (B, T, hidden size), input of the block that is next, where `capture` was told to keep it.
-        arguments: for each block, the further positional and keyword arguments.
+        arguments: for each block, the further positional and keyword arguments, kept where `hidden` is.
         keywords: for each block, whether the input is passed by keyword.
     """
 
@@ -84,21 +85,21 @@ def capture(
         blocks: name and module of each.
         batches: this rank's model inputs.
         partition: port to the weights.
-        storage: where inputs are kept between blocks.
+        storage: where inputs and all else that blocks are called with are kept between blocks.
 
     Raises:
         TargetError: a block does not simply go on from the one before it.
-        CalibrationError: a rank without batches, or activations that are not finite.
+        CalibrationError: a rank without batches, a batch that is no input, or activations that are not finite.
     """
     calls: list[Call] = []
     finite = True
-    for batch, counts in in_step(batches, partition):
-        watch = _Capture(blocks, check=not calls)
+    for batch, counts in in_step(unwrap(model), batches, partition):
+        watch = _Capture(blocks, storage, check=not calls)
         try:
             run_model(model, batch, partition)
         finally:
             watch.close()
-        calls.append(Call(batch, counts, watch.hidden.to(storage), watch.arguments, watch.keywords))
+        calls.append(Call(batch, counts, watch.hidden, watch.arguments, watch.keywords))
         finite &= not counts or _finite(watch.last, token_mask(batch))
         if watch.broken is None and len(watch.arguments) != len(blocks):
             watch.broken = blocks[len(watch.arguments)][0]
@@ -123,13 +124,14 @@ def _finite(output: Tensor | None, mask: Tensor | None) -> bool:
 class _Capture:
     """Hooks that note how the blocks are called in one forward pass."""
 
-    def __init__(self, blocks: Sequence[tuple[str, nn.Module]], check: bool) -> None:
+    def __init__(self, blocks: Sequence[tuple[str, nn.Module]], storage: torch.device, check: bool) -> None:
         self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.keywords: list[bool] = []
         self.hidden = torch.empty(0)
         self.broken: str | None = None
         self._names = [name for name, _ in blocks]
-        self._check = check
+        self._check, self._storage = check, storage
+        self._stored: dict[int, tuple[Tensor, Tensor]] = {}
         self.last: Tensor | None = None
         self._handles = []
         for index, (_, block) in enumerate(blocks):
@@ -146,12 +148,23 @@ class _Capture:
         by_keyword = not args
         hidden: Tensor = rest.pop(_SINGLE) if by_keyword else args[0]  # type: ignore[assignment]
         if not self.arguments:
-            self.hidden = hidden.detach().clone()  # a block may add to its input in place
+            # A block may add to its input in place.
+            self.hidden = hidden.detach().to(self._storage, copy=True)
         elif self._check and (self.last is None or not _same(hidden, self.last)):
             self.broken = self.broken or self._names[index]
         # A cache holds what the captured pass put there; some models pass it by position.
-        self.arguments.append((tuple(None if _is_cache(each) else each for each in args[1:]), rest))
+        further = tuple(None if _is_cache(each) else each for each in args[1:])
+        self.arguments.append((self._kept(further), self._kept(rest)))
         self.keywords.append(by_keyword)
+
+    def _kept(self, value: Any) -> Any:
+        """Tensors in storage; those that all blocks share, such as masks, once."""
+        if isinstance(value, Tensor):
+            if id(value) not in self._stored:
+                # The original is held on to, so that no other one gets its id.
+                self._stored[id(value)] = (value, value.to(self._storage))
+            return self._stored[id(value)][1]
+        return map_tensors(self._kept, value)
 
     def _after(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self.last = first_tensor(output)

@@ -25,6 +25,7 @@ from dsee_scale.adapters.targets import find_modules, linear_kind
 from dsee_scale.distributed import gather_objects
 from dsee_scale.errors import CalibrationError, FormatError
 from dsee_scale.partition import Partition, open_partition, unwrap
+from dsee_scale.passes.batches import problem, reject_encoder_decoder, together
 from dsee_scale.passes.fingerprint import fingerprint
 from dsee_scale.passes.pools import block_linears
 from dsee_scale.passes.progress import show_progress
@@ -126,11 +127,13 @@ def calibrate(
         The statistics, the same on every rank.
 
     Raises:
-        CalibrationError: a rank without batches, no token that counts, or activations that are not finite; the same on
-            every rank.
+        CalibrationError: a rank without batches, a batch that is no input of the model, no token that counts, or
+            activations that are not finite; the same on every rank.
+        TargetError: an encoder with a decoder.
     """
     reject_lone_batch(batches)
     module = unwrap(model)
+    reject_encoder_decoder(module)
     partition = open_partition(module)
     layers = block_linears(module)
     in_blocks_only = not modules
@@ -149,7 +152,7 @@ def calibrate(
 
     with evaluating(module), watching(layers, take) as watch:
         for batch, counts in tqdm(
-            in_step(batches, partition),
+            in_step(module, batches, partition),
             desc="calibrate",
             unit="batch",
             disable=not show_progress(partition, progress),
@@ -313,20 +316,27 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             each.training = training
 
 
-def in_step(batches: Batches, partition: Partition) -> Iterator[tuple[Any, bool]]:
+def in_step(module: nn.Module, batches: Batches, partition: Partition) -> Iterator[tuple[Any, bool]]:
     """Collective. Each rank's batches, as many rounds as the rank with most has; (batch, whether it counts).
 
     A rank that has run out repeats its last one without counting it: under ZeRO-3 the others wait for its weights.
 
     Raises:
-        CalibrationError: a rank has no batch at all.
+        CalibrationError: a rank has no batch at all, or one that is no input of the model.
     """
     left = iter(batches)
     last: Any = None
     while True:
-        batch = next(left, None)
-        state = torch.tensor([int(batch is not None), int(batch is None and last is None)])
-        going, empty = partition.sum_over_ranks(state).tolist()
+        batch = wrong = None
+        try:
+            batch = next(left, None)
+            wrong = None if batch is None else problem(module, batch, partition)
+        except Exception as error:
+            wrong = CalibrationError(f"a calibration batch cannot be read: {type(error).__name__}: {error}")
+        state = [batch is not None, batch is None and last is None, wrong is not None]
+        going, empty, broken = partition.sum_over_ranks(torch.tensor(state, dtype=torch.int64)).tolist()
+        if broken:
+            partition.raise_together(wrong)
         _reject_empty(empty, partition)
         if not going:
             return
@@ -335,22 +345,24 @@ def in_step(batches: Batches, partition: Partition) -> Iterator[tuple[Any, bool]
 
 
 def run_model(model: nn.Module, batch: Any, partition: Partition, *, short_logits: bool = True) -> None:
-    """One forward pass of one batch. Under ZeRO-3 collective."""
-    batch = to_device(batch, compute_device(unwrap(model), partition))
-    known = _arguments(unwrap(model))
-    if isinstance(batch, (tuple, list)):
-        model(*batch, **({"use_cache": False} if "use_cache" in known else {}))
-        return
-    if not isinstance(batch, Mapping):
-        batch = {next(iter(known)): batch}
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
-    inputs |= {"use_cache": False} if "use_cache" in known else {}
-    inputs |= {"logits_to_keep": 1} if short_logits and "logits_to_keep" in known else {}
-    model(**inputs)
+    """Collective. One forward pass of one batch.
 
-
-def _arguments(module: nn.Module) -> list[str]:
-    return list(inspect.signature(module.forward).parameters)
+    Raises:
+        CalibrationError: it fails; on every rank where the weights are replicas. Under ZeRO-3 the others wait for a
+            rank that leaves its forward pass, so what can be told before is told by `in_step`.
+    """
+    known = list(inspect.signature(unwrap(model).forward).parameters)
+    with together(partition):
+        batch = to_device(batch, compute_device(unwrap(model), partition))
+        if isinstance(batch, (tuple, list)):
+            model(*batch, **({"use_cache": False} if "use_cache" in known else {}))
+            return
+        if not isinstance(batch, Mapping):
+            batch = {known[0]: batch}
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        inputs |= {"use_cache": False} if "use_cache" in known else {}
+        inputs |= {"logits_to_keep": 1} if short_logits and "logits_to_keep" in known else {}
+        model(**inputs)
 
 
 def compute_device(module: nn.Module, partition: Partition) -> torch.device:
@@ -362,10 +374,15 @@ def to_device(value: Any, device: torch.device) -> Any:
     """Tensors of a batch on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
+    return map_tensors(lambda each: to_device(each, device), value)
+
+
+def map_tensors(change: Callable[[Any], Any], value: Any) -> Any:
+    """Change the members of a mapping, a list or a tuple; anything else stays as it is."""
     if isinstance(value, Mapping):
-        return {key: to_device(each, device) for key, each in value.items()}
+        return {key: change(each) for key, each in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(to_device(each, device) for each in value)
+        return type(value)(change(each) for each in value)
     return value
 
 

@@ -26,6 +26,7 @@ from dsee_scale.config import PruneConfig
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import CalibrationError, PartitionError, TargetError
 from dsee_scale.partition import Partition, unwrap
+from dsee_scale.passes.batches import reject_encoder_decoder
 from dsee_scale.passes.blocks import Call, advance, capture, find_blocks, run_block
 from dsee_scale.passes.calibrate import (
     Batches,
@@ -98,8 +99,9 @@ def refit(
             try:
                 with _exact():
                     solved, owners = _solve_block(model, block, index, here, calls, config, partition)
+                workspace = _reserve(here, owners, config, partition)
                 done.append(name)  # from here on it counts as written
-                _write(model, here, owners, solved, config, partition)
+                _write(model, here, owners, solved, workspace, partition)
                 if index + 1 < len(blocks):
                     advance(block, index, calls, module, partition)
             except BaseException as error:
@@ -202,19 +204,31 @@ def _collect(
             for name, job in leaders.items()
         }
     tokens = dict.fromkeys(leaders, 0)
+    short: list[Exception] = []
 
     def take(name: str, x_TI: Tensor) -> None:
-        x_TI = x_TI.float()
-        sums[name].addmm_(x_TI.t(), x_TI)
-        tokens[name] += x_TI.shape[0]
+        try:
+            _add(sums[name], x_TI.float())
+            tokens[name] += x_TI.shape[0]
+        except (
+            Exception
+        ) as error:  # under ZeRO-3 the others wait for this forward pass: end it, then fail together
+            short.append(error)
 
     watched = {name: module.get_submodule(name) for name in leaders}
     with watching(watched, take) as watch:
         for call in calls:
             with watch.batch(call.batch, call.counts):
                 run_block(block, index, call, call.hidden, module, partition)
+    with _alike(partition, config):
+        if short:
+            raise short[0]
     counts = partition.sum_over_ranks(torch.tensor(list(tokens.values()), dtype=torch.int64)).tolist()
-    return _reduced(sums, dict(zip(leaders, counts, strict=True)), jobs, owners, partition)
+    return _reduced(sums, dict(zip(leaders, counts, strict=True)), jobs, owners, config, partition)
+
+
+def _add(gram_II: Tensor, x_TI: Tensor) -> None:
+    gram_II.addmm_(x_TI.t(), x_TI)
 
 
 def _reduced(
@@ -222,15 +236,19 @@ def _reduced(
     tokens: Mapping[str, int],
     jobs: Sequence[Job],
     owners: Mapping[str, int],
+    config: PruneConfig,
     partition: Partition,
 ) -> dict[str, Tensor]:
     """Collective. Each Gram matrix summed to the ranks that own a matrix with that input."""
     grams = {}
     broken: Exception | None = None
     for name in list(sums):
-        mine = sums.pop(name)
-        for owner in sorted({owners[job.member.name] for job in jobs if job.leader == name}):
-            total = partition.sum_to(mine, owner)
+        ranks = sorted({owners[job.member.name] for job in jobs if job.leader == name})
+        with _alike(partition, config):  # a sum takes the place of what it adds up
+            copies = [sums[name], *(sums[name].clone() for _ in ranks[1:])]
+        del sums[name]
+        for owner in ranks:
+            total = partition.sum_to(copies.pop(), owner)
             if total is None:
                 continue
             grams[name] = total.div_(max(1, tokens[name]))
@@ -242,30 +260,44 @@ def _reduced(
     return grams
 
 
+def _reserve(
+    jobs: Sequence[Job], owners: Mapping[str, int], config: PruneConfig, partition: Partition
+) -> Tensor:
+    """Collective. What an exchange of these weights needs on this rank, before any rank waits for one that lacks it."""
+    params, dealt = [job.member.param for job in jobs], [owners[job.member.name] for job in jobs]
+    with _alike(partition, config):
+        size = partition.exchange_bytes(params, dealt)
+        return torch.empty(size, dtype=torch.uint8, device=partition.device)
+
+
 def _owned_weights(
     jobs: Sequence[Job], owners: Mapping[str, int], config: PruneConfig, partition: Partition
 ) -> dict[str, Tensor]:
     """Collective. Whole W + D, (O, I) float32, of the matrices that this rank owns; zero wherever W is."""
     params = [job.member.param for job in jobs]
     dealt = [owners[job.member.name] for job in jobs]
-    with _alike(partition, config):
-        workspace = torch.empty(
-            partition.exchange_bytes(params, dealt), dtype=torch.uint8, device=partition.device
-        )
+    workspace = _reserve(jobs, owners, config, partition)
     whole = partition.start_exchange(params, dealt, workspace).wait()
     adapted = [job.member for job in jobs if is_adapted(job.member.module)]
     flats = partition.gather([member.module.dsee_flat for member in adapted]) if adapted else []  # type: ignore[misc]
     by_name = dict(zip((member.name for member in adapted), flats, strict=True))
+    with _alike(partition, config):
+        return _effective(jobs, whole, by_name)
+
+
+def _effective(
+    jobs: Sequence[Job], whole: Mapping[int, Tensor], flats: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Local. W + D, (O, I) float32, of owned matrices, given the adapters' values by module name."""
     found = {}
     for index, stored in whole.items():
         member = jobs[index].member
         weight = stored.float()
-        if member.name in by_name:
-            delta = delta_record(member.module, by_name[member.name])
+        if member.name in flats:
+            delta = delta_record(member.module, flats[member.name])
             weight = weight + delta_block(delta, 0, member.shape[0]).to(weight.device)
-            weight.masked_fill_(
-                stored == 0, 0
-            )  # what an earlier pruning removed is gone, whatever D says there
+            # What an earlier pruning removed is gone, whatever D says there.
+            weight.masked_fill_(stored == 0, 0)
         found[member.name] = weight.t().contiguous() if member.transposed else weight.clone()
     return found
 
@@ -275,12 +307,13 @@ def _write(
     jobs: Sequence[Job],
     owners: Mapping[str, int],
     solved: Mapping[str, tuple[Tensor, Support | None]],
-    config: PruneConfig,
+    workspace: Tensor,
     partition: Partition,
 ) -> None:
     """Collective. New weights into the shards, new supports to all ranks, D = 0."""
     values = {at: solved[job.member.name][0] for at, job in enumerate(jobs) if job.member.name in solved}
-    partition.scatter([job.member.param for job in jobs], [owners[job.member.name] for job in jobs], values)
+    params, dealt = [job.member.param for job in jobs], [owners[job.member.name] for job in jobs]
+    partition.scatter(params, dealt, values, workspace)
     lines = []
     for job in jobs:
         layer = job.member.module
@@ -350,6 +383,7 @@ def check_refit(
         )
     adapted = [member.module.dsee_flat for member in members.values() if is_adapted(member.module)]
     check_reachable(model, adapted)  # type: ignore[arg-type]
+    reject_encoder_decoder(unwrap(model))
     return find_blocks(unwrap(model), list(members))
 
 

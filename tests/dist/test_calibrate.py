@@ -13,7 +13,8 @@ from dsee_scale import PruneConfig, Statistics
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.errors import CalibrationError, PartitionError
 from dsee_scale.partition import unwrap
-from dsee_scale.pruning import refit_matrix
+from dsee_scale.partition.zero3 import Zero3Partition
+from dsee_scale.pruning import refit, refit_matrix
 from tests.dist.test_inject_prune import engine_for, train, whole_weights
 from tests.models import zero3_config
 from tests.unit.test_calibrate import batches, make
@@ -150,6 +151,73 @@ def test_a_rank_without_memory_to_solve_is_the_same_error_on_every_rank(pools):
     found = pools(2).run(out_of_memory)
     assert found[0] == found[1] and found[0][1]
     assert "out of memory while re-fitting a block; lower gram_memory_mib (now 4096)" in found[0][0]
+
+
+def short_of(what: str) -> tuple[str, bool]:
+    """Rank 1 lacks the memory for one of the steps of a block's re-fit."""
+    engine = live("llama", zero3_config())
+    before = whole_weights(engine)
+    real = Zero3Partition.exchange_bytes
+    calls = 0
+
+    def endless(*args: Any) -> int:
+        """The second exchange of a block is the way back."""
+        nonlocal calls
+        calls += 1
+        return 1 << 60 if calls == 2 else real(*args)
+
+    def none(*_: Any) -> None:
+        raise MemoryError("no room")
+
+    places = {
+        "way back": (Zero3Partition, "exchange_bytes", endless),
+        "weights": (refit, "_effective", none),
+        "sums": (refit, "_add", none),
+        "copies": (torch.Tensor, "clone", none),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            original = refit._reduced
+
+            def reduced(*args: Any) -> Any:
+                with pytest.MonkeyPatch.context() as inner:
+                    inner.setattr(*places["copies"])
+                    return original(*args)
+
+            patch.setattr(refit, "_reduced", reduced) if what == "copies" else patch.setattr(*places[what])
+        with pytest.raises(PartitionError) as caught:
+            dsee_scale.prune(engine, PruneConfig(), here(2))
+    after = whole_weights(engine)
+    return str(caught.value), all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("what", ["sums", "copies", "weights", "way back"])
+def test_a_rank_short_of_memory_anywhere_in_a_block_leaves_no_other_waiting(pools, what):
+    found = pools(2).run(short_of, what)
+    assert found[0] == found[1] and found[0][1]
+    assert "out of memory while re-fitting a block; lower gram_memory_mib (now 4096)" in found[0][0]
+
+
+def bad_on_one_rank(ds_config: dict[str, Any], bad: str, refit: bool) -> tuple[str, list[float]]:
+    engine = live("llama", ds_config)
+    data = here(2)
+    if dist.get_rank() == 1:
+        wrong = {"ids": {"input_ids": data[0]["input_ids"] + 90}}
+        wrong["positions"] = {**data[0], "position_ids": torch.ones(7, 12, dtype=torch.int64)}
+        data = [data[0], wrong[bad]]
+    with pytest.raises(CalibrationError) as caught:
+        dsee_scale.prune(engine, PruneConfig(refit=refit), data)
+    return str(caught.value), train(engine, steps=1)
+
+
+@pytest.mark.parametrize("refit", [True, False])
+@pytest.mark.parametrize(("stage", "bad"), [(3, "ids"), (2, "ids"), (2, "positions")])
+def test_a_bad_batch_of_one_rank_is_said_on_all_of_them(pools, stage, bad, refit):
+    """One that only its forward pass shows is said by all where no rank waits for another in it: not under ZeRO-3."""
+    config = zero3_config(stage=2) if stage == 2 else zero3_config()
+    (text, loss), (other, _) = pools(2).run(bad_on_one_rank, config, bad, refit)
+    assert text == other and "a calibration batch of rank 1" in text
+    assert all(value == value for value in loss)
 
 
 class SomeExperts(torch.nn.Module):

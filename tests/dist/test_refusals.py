@@ -115,7 +115,14 @@ def test_a_rank_that_runs_out_of_memory_within_a_round_is_followed_to_the_end(po
 def unknown_engines() -> list[str]:
     """What inject and prune say to models that are split otherwise; no rank may wait for another one."""
     texts = []
-    for made in (fully_sharded, tensor_parallel, pipelined, experts_of_deepspeed):
+    for made in (
+        fully_sharded,
+        fully_sharded_by_units,
+        fully_sharded_inside,
+        tensor_parallel,
+        pipelined,
+        experts_of_deepspeed,
+    ):
         model = made()
         for call in (
             lambda: dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=3, target_modules=("0",))),  # noqa: B023
@@ -133,6 +140,17 @@ def fully_sharded() -> torch.nn.Module:
 
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     return fully_shard(torch.nn.Sequential(torch.nn.Linear(8, 8)), mesh=mesh)
+
+
+def fully_sharded_by_units() -> torch.nn.Module:
+    """FSDP's first version, whose parameters are views into flat ones."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(torch.nn.Sequential(torch.nn.Linear(8, 8)), device_id=torch.device("cpu"))
+
+
+def fully_sharded_inside() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(8, 8), fully_sharded_by_units())
 
 
 def tensor_parallel() -> torch.nn.Module:
@@ -158,7 +176,7 @@ def experts_of_deepspeed() -> torch.nn.Module:
 def test_models_that_are_split_otherwise_are_refused_by_name(pools):
     texts = pools(2).run(unknown_engines)
     assert texts[0] == texts[1]
-    for index, name in enumerate(("FSDP", "AutoTP", "pipeline", "mixture-of-experts")):
+    for index, name in enumerate(("FSDP", "FSDP", "FSDP", "AutoTP", "pipeline", "mixture-of-experts")):
         for text in texts[0][2 * index : 2 * index + 2]:
             assert name in text and "DDP or ZeRO-1, 2 or 3" in text
 

@@ -148,6 +148,11 @@ def test_the_package_imports_neither_deepspeed_nor_a_device():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_no_rank_relies_on_a_barrier():
+    """Under NCCL a barrier holds the stream and not the host; what has to wait reads a collective's result."""
+    assert not [path for path in files() if "barrier(" in path.read_text()]
+
+
 def test_public_names_are_few_and_documented():
     assert len(dsee_scale.__all__) <= 14
     assert all(getattr(dsee_scale, name).__doc__ for name in dsee_scale.__all__ if not name.startswith("__"))

@@ -1,0 +1,92 @@
+"""Calibration batches: what is wrong with one is said, and what blocks are called with stays where asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import dsee_scale
+from dsee_scale import PruneConfig
+from dsee_scale.errors import CalibrationError, TargetError
+from dsee_scale.partition import open_partition
+from dsee_scale.passes.batches import problem
+from dsee_scale.passes.blocks import capture, find_blocks
+from dsee_scale.passes.pools import block_linears
+from tests.models import build, llama_config, token_batch
+from tests.unit.test_calibrate import batches, make
+
+pytestmark = pytest.mark.unit
+IDS = token_batch()
+BAD = [
+    ({"tokens": IDS}, "does not run through the model"),
+    ({"input_ids": IDS.float()}, "float32 of shape"),
+    ({"input_ids": IDS[0]}, r"shape \(12,\), expected"),
+    ({"input_ids": IDS + 90}, "the model knows 0 to 96"),
+    ({"input_ids": IDS, "attention_mask": torch.ones(2, 5)}, r"attention_mask is \(2, 5\)"),
+    ({"input_ids": IDS[:, :0]}, "empty"),
+    ("a text", "found str"),
+    (
+        {"input_ids": IDS, "position_ids": torch.ones(7, 12, dtype=torch.int64)},
+        "does not run through the model",
+    ),
+]
+
+
+@pytest.mark.parametrize("refit", [True, False])
+@pytest.mark.parametrize(("batch", "words"), BAD, ids=[words for _, words in BAD])
+def test_a_batch_that_is_no_input_is_refused_and_nothing_is_removed(batch, words, refit):
+    model = make("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CalibrationError, match=words):
+        dsee_scale.prune(model, PruneConfig(refit=refit), [*batches(1), batch])
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_arguments_that_a_model_does_not_take_are_named():
+    linear = torch.nn.Linear(2, 2)
+    assert "Linear takes no x, y" in str(problem(linear, {"x": 1, "y": 2}, open_partition(linear)))
+    assert problem(linear, {"input": torch.ones(2), "labels": 1}, open_partition(linear)) is None
+
+
+def test_a_loader_that_fails_is_a_calibration_error():
+    def loader():
+        yield batches(1)[0]
+        raise OSError("the disk is gone")
+
+    with pytest.raises(CalibrationError, match="cannot be read: OSError: the disk is gone"):
+        dsee_scale.calibrate(make("llama"), loader())
+
+
+def tensors_of(value):
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def test_all_that_blocks_are_called_with_is_kept_where_the_inputs_are():
+    """In storage, and what all blocks share, such as the mask, once."""
+    model = build(llama_config())
+    found = find_blocks(model, list(block_linears(model)))
+    calls = capture(model, found, batches(2), open_partition(model), torch.device("meta"))
+    masks = 0
+    for call in calls:
+        assert call.hidden.is_meta
+        tensors = [tensors_of([args, kwargs]) for args, kwargs in call.arguments]
+        assert all(each.is_meta for one in tensors for each in one)
+        assert len({tuple(map(id, one)) for one in tensors}) == 1
+        masks += any(each.dim() == 4 for each in tensors[0])
+    assert masks == 2
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_an_encoder_with_a_decoder_is_refused(refit):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = dict(
+        vocab_size=97, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    model = T5ForConditionalGeneration(T5Config(**sizes)).requires_grad_(False)
+    calls = [lambda: dsee_scale.prune(model, PruneConfig(refit=refit, modules=("decoder*",)), batches(1))]
+    calls += [lambda: dsee_scale.calibrate(model, batches(1))]
+    for call in calls:
+        with pytest.raises(TargetError, match=r"encoder with a decoder.*score='W'"):
+            call()
