@@ -203,8 +203,8 @@ def block_scores(ranking: Ranking, entries: Tensor, block: FlatBlock) -> Tensor:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no entry is NaN or infinite; one pass, no extra memory."""
-    if not values.numel():
+    """Whether no entry is NaN or infinite; one pass, no extra memory. Numbers of 8 bits are not looked at."""
+    if not values.numel() or not values.is_floating_point() or values.element_size() < 2:
         return True
     low, high = torch.aminmax(values)
     return bool(torch.isfinite(low) & torch.isfinite(high))

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dsee_scale.algorithms.score import all_finite
 from dsee_scale.checkpoint.folder import FORMAT_VERSION, HashedFile, NewFolder, StoredFolder
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import FormatError
@@ -198,7 +199,7 @@ class TensorReader:
         Raises:
             FormatError: naming file and tensor.
         """
-        if not bool(values.isfinite().all()):
+        if not all_finite(values):
             raise FormatError(
                 f"{self.where(name)}: tensor {name} holds values that are not finite; use another copy, or one of an "
                 "earlier step"

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
+from dsee_scale.checkpoint.pretrained import hub_note, hub_options
 from dsee_scale.errors import ConfigError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -29,6 +30,7 @@ def open_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     """
     folder = Path(name)
     bare = _is_bare(folder)
+    options |= hub_options(name)
     try:
         if bare:
             tokenizer: Any = LlamaTokenizer.from_pretrained(
@@ -37,7 +39,9 @@ def open_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
         else:
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"tokenizer {name!r} does not load: {error}{_missing_packages(folder)}") from error
+        raise ConfigError(
+            f"tokenizer {name!r} does not load: {error}{hub_note(name)}{_missing_packages(folder)}"
+        ) from error
     _reject_fewer_pieces(tokenizer, folder, name)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

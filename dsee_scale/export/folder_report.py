@@ -207,6 +207,7 @@ def _model_report(
         if len(spec.shape) != 2 or not spec.dtype.is_floating_point:
             continue
         tensor = reader.read(name)
+        reader.reject_not_finite(name, tensor)
         kept = count_nonzero(tensor)
         matrices.append(Matrix(name, spec.shape, tensor.numel() - kept, _pattern(tensor, kept)))
     config: dict[str, Any] = {}

@@ -21,6 +21,7 @@ from dsee_scale.checkpoint.files import read_json
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, open_folder, open_if_saved
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import apply_mask, open_masks
+from dsee_scale.checkpoint.pretrained import read_config
 from dsee_scale.checkpoint.record import (
     CONFIG_FILE,
     AdapterRecord,
@@ -259,12 +260,12 @@ def _trained_keys(reader: TensorReader, record: AdapterRecord, keys: dict[str, s
 def _check_config(record: AdapterRecord, base: Path, where: str) -> None:
     if record.base.get("config") is None or not (base / "config.json").is_file():
         return
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING
 
     raw = read_json(base / "config.json")
     try:  # a model with code of its own is compared by what its file says: the code is never run
         known = str(raw.get("model_type")) in CONFIG_MAPPING
-        config = AutoConfig.from_pretrained(str(base), trust_remote_code=False) if known else None
+        config = read_config(base) if known else None
     except Exception as error:  # each config class refuses values in its own way
         raise FormatError(f"{base / 'config.json'} cannot be read: {error}") from error
     values = lasting_config(raw if config is None else config.to_dict())

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.algorithms.patterns import groups_hold
+from dsee_scale.algorithms.score import all_finite
 from dsee_scale.checkpoint.files import damaged, read_json
 from dsee_scale.checkpoint.folder import open_if_saved
+from dsee_scale.checkpoint.pretrained import read_config
 from dsee_scale.errors import FormatError, TargetError
 from dsee_scale.export.report import KIND
 from dsee_scale.export.structure import STRUCTURE_FILE, BlockSizes, read_structure, resize_blocks
@@ -64,6 +66,9 @@ def load_pretrained(
         raise FormatError(
             f"{path} holds no weight {absent[0]} (and {len(absent) - 1} more); use another copy of it"
         )
+    for name, param in model.named_parameters():
+        if not all_finite(param.detach()):
+            raise FormatError(f"{path}: weight {name} holds NaN or infinity; use another copy of it")
     model.__class__ = stock
     if device is not None:
         model.to(device)
@@ -115,12 +120,13 @@ def _config_and_class(path: Path) -> tuple[Any, Any]:
     if not (path / "config.json").is_file():
         raise FormatError(f"{path} holds no config.json; expected a folder that export_model wrote")
     try:
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = read_config(path)
     except Exception as error:  # each config class refuses values in its own way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FormatError(f"{path / 'config.json'} cannot be read: {reason}") from error
-    name = (config.architectures or ["none"])[0]
-    stock = getattr(transformers, name, None)
+    with damaged(path / "config.json"):
+        name = str((config.architectures or ["none"])[0])
+        stock = getattr(transformers, name, None)
     if stock is None:
         raise FormatError(f"{path / 'config.json'}: transformers has no class {name!r}")
     return config, stock

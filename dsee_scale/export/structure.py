@@ -20,7 +20,9 @@ from dsee_scale.adapters.families import Family, Part, family_of, find_blocks, f
 from dsee_scale.adapters.matrices import ShapeOf
 from dsee_scale.adapters.removed_units import removed_units
 from dsee_scale.adapters.state import model_state
+from dsee_scale.checkpoint.files import damaged
 from dsee_scale.checkpoint.folder import FORMAT_VERSION
+from dsee_scale.checkpoint.pretrained import reject_endless
 from dsee_scale.checkpoint.record import is_adapter_key
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
@@ -151,7 +153,8 @@ def recorded_model(
             "was removed cannot be cut out; load the base, load_adapter, and export_model, or use "
             "delta 'separate'"
         )
-    with torch.device("meta"):
+    reject_endless(identity["full_config"], where)
+    with damaged(where), torch.device("meta"):
         model = stock(stock.config_class.from_dict(dict(identity["full_config"])))
     model_state(model).pruned.update(pruned)
     return model

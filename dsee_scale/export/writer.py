@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 from dsee_scale.adapters.state import MASK_UPDATE
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.delta import Delta, Form, merged_weight
+from dsee_scale.algorithms.score import all_finite
 from dsee_scale.checkpoint.adapter import KIND as ADAPTER_KIND
 from dsee_scale.checkpoint.folder import NewFolder, new_folder
 from dsee_scale.checkpoint.tensors import TensorWriter
 from dsee_scale.config import UNIT_PATTERNS, DSEEConfig
 from dsee_scale.distributed import raise_on_all_ranks
-from dsee_scale.errors import ConfigError
+from dsee_scale.errors import ConfigError, FormatError
 from dsee_scale.export.card import CARD_FILE, export_card
 from dsee_scale.export.plan import Entry, ExportPlan
 from dsee_scale.export.report import INDEX_FILE, KIND, REPORT_FILE, ExportReport, count_patterns
@@ -207,6 +208,11 @@ class _Writer:
                 self.distance = max(self.distance, relative_distance(trained, value))
         if self.source.structure:
             value = self.source.structure.shrink(entry.name, value)
+        if not all_finite(value):
+            raise FormatError(
+                f"{entry.name} holds NaN or infinity as {value.dtype}, so nothing was written; look at the base's "
+                "weights, or export a checkpoint of an earlier step"
+            )
         if entry.name in self.zeros:
             self.zeros[entry.name] = value.numel() - count_nonzero(value)
         stored = self.source.stored(entry, value)

@@ -17,7 +17,9 @@ from dsee_scale.adapters.persistence import check_persistence
 from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.targets import Target, find_modules, find_targets
 from dsee_scale.algorithms.decompose import Support
+from dsee_scale.algorithms.score import all_finite
 from dsee_scale.config import DSEEConfig
+from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import TargetError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.quantized import compute_dtype, prepare_quantised, quantised_kind
@@ -87,6 +89,7 @@ def inject(model: nn.Module, config: DSEEConfig, *, progress: bool | None = None
     targets = find_targets(model, config, partition.shape)
     for target in targets:
         partition.writable(target.weight_name, target.weight)
+    _reject_not_finite(model, partition)
     trained = (
         find_modules(model, config.trained_modules, what="trained module") if config.trained_modules else []
     )
@@ -199,6 +202,16 @@ def _reject_unready(model: nn.Module) -> None:
     for name, param in model.named_parameters():
         if param.is_meta:
             raise TargetError(f"{name} is on the meta device; load the weights before inject")
+
+
+def _reject_not_finite(model: nn.Module, partition: Partition) -> None:
+    """Collective. A base whose other weights are no numbers would only show it by its loss."""
+    with raise_on_all_ranks(partition):
+        for name, param in model.named_parameters():
+            if id(param) not in partition.codecs and not all_finite(partition.shard(param).data):
+                raise TargetError(
+                    f"{name} holds NaN or infinity; expected finite weights: check the checkpoint it came from"
+                )
 
 
 def _report(model: nn.Module, targets: list[Target], partition: Partition, seconds: float) -> InjectionReport:

@@ -89,16 +89,18 @@ def find_shape(name: str) -> ModelShape:
     """
     from transformers import AutoConfig
 
+    from dsee_scale.checkpoint.pretrained import hub_note, read_config
+
     if name.lower() in BUILT_IN:
         return shape_of_config(AutoConfig.for_model(**BUILT_IN[name.lower()]), name)
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ConfigError(f"{name} holds no config.json; expected a model folder, {_others()}")
     try:
-        found = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        found = read_config(name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"model {name!r} has no config that could be read ({reason}); expected {_others()}"
+            f"model {name!r} has no config that could be read ({reason}){hub_note(name)}; expected {_others()}"
         ) from error
     return shape_of_config(found, name)
 

@@ -17,13 +17,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import patch_environment
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
 
+from dsee_scale.checkpoint.pretrained import hub_options, read_config
 from dsee_scale.data.tokenizer import check_vocabulary, open_tokenizer
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError
@@ -202,13 +202,14 @@ def load_model(config: ModelConfig, dtype: torch.dtype, tokenizer: PreTrainedTok
     options = _source(config, own=True)
 
     with raise_on_all_ranks(what=f"reading the config of model {config.name!r}"):
-        found: Any = AutoConfig.from_pretrained(config.name, **options)
+        found: Any = read_config(config.name, **options)
         check_vocabulary(tokenizer, found.get_text_config().vocab_size, config.name)
     extra: dict[str, Any] = (
         {} if config.attn_implementation is None else {"attn_implementation": config.attn_implementation}
     )
     if config.quantization is not None:
         extra["quantization_config"] = quantization_config(config.quantization, dtype)
+    extra |= hub_options(config.name)
     model = AutoModelForCausalLM.from_pretrained(config.name, config=found, dtype=dtype, **options, **extra)
     if getattr(model, "is_quantized", False):
         with raise_on_all_ranks(what=f"preparing the quantised model {config.name!r}"):
