@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.adapters.targets import find_targets
-from dsee_scale.checkpoint.folder import read_json
+from dsee_scale.checkpoint.files import damaged, read_json
 from dsee_scale.checkpoint.record import AdapterRecord, describe
 from dsee_scale.checkpoint.tensors import TensorReader
 from dsee_scale.config import DSEEConfig, SupportMethod
@@ -22,6 +22,7 @@ from dsee_scale.errors import DSEEError, FormatError
 from dsee_scale.partition import Partition
 from dsee_scale.passes.decompose_model import decompose_model
 from dsee_scale.passes.inject_model import apply_adapters
+from dsee_scale.settings import regex_problems
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -84,6 +85,11 @@ def open_lora(folder: str | Path) -> LoraFolder:
         raise FormatError(
             f"{path} holds no {WEIGHTS_NAME}; load it with PEFT and call save_pretrained to write one"
         )
+    with damaged(where):
+        return _read(path, config, where)
+
+
+def _read(path: Path, config: Mapping[str, Any], where: Path) -> LoraFolder:
     reader = TensorReader([path / WEIGHTS_NAME])
     sides: dict[str, set[str]] = {}
     for name in reader.names():
@@ -131,16 +137,16 @@ def load_lora(
         for target in targets:
             _check_shapes(lora, target.name, target.shape)
             partition.writable(target.weight_name, target.weight)
+        # All of it is read before anything changes.
+        values = {name: _values(lora, name, own / scaling) for name, own in lora.modules.items()}
     supports = decompose_model(targets, config, partition)
     with raise_on_all_ranks(partition):
         apply_adapters(model, config, targets, supports, [], partition)
     layers: dict[str, Any] = adapted_layers(model)
-    for name, own in lora.modules.items():
+    for name, (saved_a, saved_b) in values.items():
         flat = partition.gather([layers[name].dsee_flat])[0]
         a, b, _ = layers[name].dsee_spec.split(flat)
-        saved_a, saved_b = (lora.reader.read(_key(name, side)) for side in "AB")
-        rank = saved_a.shape[0]
-        a[:rank], b[:, :rank] = saved_a, saved_b if own == scaling else saved_b.float() * (own / scaling)
+        a[: saved_a.shape[0]], b[:, : saved_a.shape[0]] = saved_a, saved_b
         partition.assign([layers[name].dsee_flat], [flat])
     return describe(partition, model, {})
 
@@ -153,6 +159,17 @@ def _check_shapes(lora: LoraFolder, name: str, shape: tuple[int, int]) -> None:
     rank = lora.reader.spec(_key(name, "A")).shape[0]
     lora.reader.expect(_key(name, "A"), (rank, shape[1]))
     lora.reader.expect(_key(name, "B"), (shape[0], rank))
+
+
+def _values(lora: LoraFolder, name: str, ratio: float) -> tuple[Tensor, Tensor]:
+    """A, and B times a ratio of scalings."""
+    found = []
+    for side, factor in (("A", 1.0), ("B", ratio)):
+        value = lora.reader.read(_key(name, side))
+        value = value if factor == 1 else value.float() * factor
+        lora.reader.reject_not_finite(_key(name, side), value)
+        found.append(value)
+    return found[0], found[1]
 
 
 def _reject_other_methods(config: Mapping[str, Any], where: Path) -> None:
@@ -177,6 +194,9 @@ def _scaling(config: Mapping[str, Any], name: str, reader: TensorReader, where: 
     rank = reader.spec(_key(name, "A")).shape[0]
     alpha = config.get("lora_alpha")
     for pattern, value in (config.get("alpha_pattern") or {}).items():
+        wrong = regex_problems("alpha_pattern", pattern)
+        if wrong:
+            raise FormatError(f"{where}: {wrong[0]}")
         if re.match(rf"(.*\.)?({pattern})$", name):
             alpha = value
             break

@@ -133,7 +133,7 @@ def export_lora_files(
     adapter: str | Path,
     folder: str | Path,
     *,
-    base: str | None = None,
+    base: str | Path | None = None,
     uniform_rank: bool = False,
     overwrite: bool = False,
     progress: bool | None = None,
@@ -153,7 +153,7 @@ def export_lora_files(
     stored.verify(stored.names(ADAPTER_STEM) + stored.names(MASKS))
     source = StoredAdapter(stored)
     plan = LoraPlan(source, uniform_rank)
-    base = base or source.base.get("id")
+    base = str(base) if base else source.base.get("id")
     with new_folder(source.partition, folder, kind=KIND, overwrite=overwrite) as new:
         if source.pruned:
             frozen = StoredModel(stored, base, cut=False)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -16,8 +18,11 @@ import dsee_scale
 from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
 from dsee_scale.checkpoint.files import MANIFEST, sha256
 from dsee_scale.checkpoint.training_state import load_training_state, save_training_state
+from dsee_scale.config import PruneConfig
 from dsee_scale.export.export import export_model
 from dsee_scale.export.folder_report import inspect_folder
+from dsee_scale.export.from_files import export_files
+from dsee_scale.export.lora import export_lora, export_lora_files
 from tests.models import build, llama_config
 from tests.unit.test_adapter_files import LLAMA, tuned
 
@@ -41,13 +46,32 @@ OTHERS: tuple[Any, ...] = (None, True, False, [], {}, [[]], [None], {"a": 1})
 
 
 def make_folders(root: Path) -> dict[str, Path]:
-    """One of every kind: adapter, training state, export of a plain and of a sparse model."""
+    """One of every kind: adapter, training state, export of a plain and of a sparse model, masks without adapter, an
+    export of unequal blocks, LoRA folders of PEFT and of ours, and an adapter beside its base.
+    """
     model = tuned(llama_config(), LLAMA)
     save_adapter(model, root / "adapter")
     save_training_state(model, root / "state", optimizer=optimizer_of(model), extra={"step": 1})
     export_model(model, root / "export", delta="separate")
     export_model(model, root / "sparse")
-    return {kind: root / kind for kind in ("adapter", "state", "export", "sparse")}
+    build(llama_config()).save_pretrained(root / "pair" / "base")  # type: ignore[operator]
+    shutil.copytree(root / "adapter", root / "pair" / "adapter")
+    masked = build(llama_config())
+    dsee_scale.prune(masked, PruneConfig(sparsity=0.5, score="W"))
+    save_adapter(masked, root / "masks")
+    cut = build(llama_config(num_key_value_heads=5))
+    dsee_scale.prune(cut, PruneConfig(pattern="heads", scope="global", sparsity=0.3, score="W"))
+    save_adapter(cut, root / "units")
+    export_model(cut, root / "unequal")
+    lora = LoraConfig(
+        r=3, lora_alpha=6, target_modules=["q_proj"], alpha_pattern={"layers.1.self_attn.q_proj": 4}
+    )
+    get_peft_model(build(llama_config()), lora).save_pretrained(root / "lora")
+    unpruned = build(llama_config())
+    dsee_scale.inject(unpruned, LLAMA)
+    export_lora(unpruned, root / "own lora")
+    save_adapter(unpruned, root / "pair" / "plain")
+    return {path.name: path for path in sorted(root.iterdir())}
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
@@ -200,17 +224,31 @@ class Readers:
 
     def read(self, kind: str, folder: Path, rng: random.Random) -> bool:
         """Read it; whether the base was changed, which is right where nothing is raised."""
-        if kind in ("adapter", "state") and rng.random() < 0.6:
+        if kind == "pair":
+            self._export(folder, rng)
+            return False
+        if kind in ("lora", "own lora") or (kind in ("adapter", "state", "masks") and rng.random() < 0.6):
             if kind == "state" and rng.random() < 0.5:
                 load_training_state(self.tuned, folder, optimizer=self.optimizer)
                 return False
             load_adapter(self.base, folder)
             return True
-        if kind in ("export", "sparse") and rng.random() < 0.5:
+        if kind in ("export", "sparse", "unequal") and rng.random() < 0.5:
             dsee_scale.load_pretrained(folder)
         else:
             inspect_folder(folder, verify=rng.random() < 0.5)
         return False
+
+    def _export(self, folder: Path, rng: random.Random) -> None:
+        """From files alone; a refusal leaves nothing at the output."""
+        output = folder.with_name("output")
+        if rng.random() < 0.7:
+            export_files(
+                folder / "adapter", folder / "base", output, delta=rng.choice(("masked", "separate"))
+            )
+        else:
+            export_lora_files(folder / "plain", output, base=folder / "base")
+        shutil.rmtree(output)
 
     def is_untouched(self) -> bool:
         """Whether the base model is the one that was made."""
