@@ -22,10 +22,13 @@ from typing import Any
 
 PRELOADED = ["torch._dynamo", "deepspeed", "peft", "transformers", "dsee_scale.training.run"]
 PLACES = {
+    "load": ("dsee_scale.training.run", "load_model"),
     "decompose": ("dsee_scale.passes.decompose_model", "find_support"),
     "step": ("dsee_scale.training.base_trainer", "AdapterTrainer.training_step"),
     "prune": ("dsee_scale.training.trainer", "prune"),
     "save": ("dsee_scale.training.base_trainer", "AdapterTrainer._save_checkpoint"),
+    "export": ("dsee_scale.training.run", "export_model"),
+    "check": ("dsee_scale.training.run", "check_export"),
 }
 """Where a fault may begin: module and name of what is then called."""
 

@@ -1,15 +1,22 @@
-"""The table of exit codes in docs/resume.md, on two ranks; crashes and a lost number are in test_faults.py."""
+"""The table of exit codes, docs/reference/exit_codes.md, on two ranks; crashes are in test_faults.py."""
 
 from __future__ import annotations
 
+import resource
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
+from dsee_scale.errors import ConfigError
+from dsee_scale.export.export import export_model
 from tests.dist.fresh_ranks import Fault, launch, logs
 from tests.dist.test_faults import RELAUNCH, write_recipe
+from tests.models import build, llama_config
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -33,13 +40,47 @@ def test_what_must_be_changed_first_is_2_and_the_same_words_on_every_rank(inputs
     assert "Traceback" not in "".join(said) and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_sigterm_before_training_is_75_on_every_rank(inputs, tmp_path, rank):
-    recipe = write_recipe(inputs, tmp_path)
-    codes = launch(recipe, fault=Fault("decompose", 1, rank=rank, signal=signal.SIGTERM))
+@pytest.mark.parametrize(
+    ("place", "rank"), [("load", 0), ("decompose", 1), ("export", 1), ("export", 0), ("check", 0)]
+)
+def test_sigterm_outside_of_training_is_75_on_every_rank(inputs, tmp_path, place, rank):
+    """Before the first step nothing is left behind; after the last one the same command ends the run."""
+    recipe = write_recipe(inputs, tmp_path, export={"delta": "masked"}, retune={"max_steps": 1})
+    codes = launch(recipe, fault=Fault(place, 1, rank=rank, signal=signal.SIGTERM))
     assert codes == [RELAUNCH, RELAUNCH], logs(recipe)
     assert "told to stop by SIGTERM" in logs(recipe) and "Traceback" not in logs(recipe)
-    assert not (tmp_path / "run").exists() or sorted(path.name for path in (tmp_path / "run").iterdir()) in (
-        [],
-        ["recipe.yaml"],
+    output = tmp_path / "run"
+    left = sorted(path.name for path in output.iterdir()) if output.exists() else []
+    if place in ("load", "decompose"):
+        assert left in ([], ["recipe.yaml"])
+    else:
+        assert {"adapter", "checkpoint-7"} <= set(left) and not [name for name in left if "partial" in name]
+    if place == "check":
+        assert launch(recipe, "--resume", "auto") == [0, 0], logs(recipe)
+        assert (output / "model" / "config.json").exists() and (output / "metrics.json").exists()
+
+
+def exported_on_a_full_disk(folder: str) -> str:
+    """Rank 0 may write the config and no more of the tokenizer than fits."""
+    words = {f"word{index}": index for index in range(3000)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="word0"))
     )
+    model = build(llama_config())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if torch.distributed.get_rank() == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(ConfigError) as caught:
+            export_model(model, folder, delta="none", tokenizer=tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    return str(caught.value)
+
+
+def test_a_disk_that_fills_up_while_the_tokenizer_is_saved_is_one_error_and_leaves_nothing(pools, tmp_path):
+    found = pools(2).run(exported_on_a_full_disk, str(tmp_path / "out"))
+    assert found[0] == found[1] and "writing config and tokenizer failed" in found[0]
+    assert "File too large" in found[0] and not list(tmp_path.iterdir())

@@ -1,7 +1,7 @@
 """Runs that die, are told to stop, stop learning, or find damaged files: nothing is lost but time.
 
-Real launches of `launch/finetune.py` on two ranks under ZeRO-3, hit by real signals. `DSEE_SCALE_FAULTS=20`
-tries as many random moments (they are the same ones each time) as it says.
+Real launches of `launch/finetune.py` on two ranks under ZeRO-3, hit by real signals. `DSEE_SCALE_FAULTS=100`
+kills at as many random moments (the same ones each time) as it says.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import dsee_scale
 from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.checkpoint.training_state import load_training_state, save_training_state
 from dsee_scale.errors import FormatError, RunError
-from dsee_scale.training.survival import check_trained_values
+from dsee_scale.training.survival import check_trained_values, newest_first
 from tests.dist import test_checkpoint
 from tests.dist.fresh_ranks import Fault, launch, logs
 from tests.dist.run_inputs import losses, tiny_recipe
@@ -31,18 +31,20 @@ from tests.models import build, llama_config, token_batch
 
 pytestmark = pytest.mark.timeout(900)
 RELAUNCH = 75
-CALLS = {"decompose": 2, "step": 11, "prune": 1, "save": 5}
-"""How often each place is passed on one rank in an undisturbed run."""
+KILLS = int(os.environ.get("DSEE_SCALE_FAULTS", "20"))
+PRUNED, STEPS = 14, 24
+"""The steps of the run that is killed again and again: when it is pruned, and when it ends."""
 
 
-def random_fault(number: int) -> Fault:
-    """Each place in turn; when exactly, and which rank, by chance."""
-    rng = random.Random(number)
-    place = ["save", "prune", "step", "decompose"][number % 4]
-    return Fault(place, 1 + rng.randrange(CALLS[place]), rng.random() * 0.06, rank=rng.randrange(2))
-
-
-FAULTS = [random_fault(number) for number in range(int(os.environ.get("DSEE_SCALE_FAULTS", "2")))]
+def random_kill(rng: random.Random, step: int) -> Fault:
+    """A moment that a run comes to which goes on from this step (0: from the beginning): where, when, which rank."""
+    left = STEPS - step
+    places = ["load"] if left < 3 else ["load", "step", "step", "save", "save"]
+    places += ["decompose"] * 2 if step == 0 else []
+    places += ["prune"] * 4 if PRUNED - 2 <= step <= PRUNED else []
+    place = rng.choice(places)
+    calls = {"step": min(5, left), "save": min(2, left // 2), "decompose": 2}
+    return Fault(place, 1 + rng.randrange(calls.get(place, 1)), rng.random() * 0.06, rank=rng.randrange(2))
 
 
 def write_recipe(inputs: Path, folder: Path, **changes: Any) -> Path:
@@ -50,6 +52,7 @@ def write_recipe(inputs: Path, folder: Path, **changes: Any) -> Path:
     changes = {"training__save_steps": 2, "export": None, "training__ddp_timeout": 100, **changes}
     values = tiny_recipe(inputs, folder / "run", **changes)
     path = folder / "recipe.yaml"
+    folder.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(values))
     return path
 
@@ -69,16 +72,24 @@ def outcome(run: Path) -> tuple[dict[int, float], dict[str, bytes]]:
     return losses(run), adapter
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f"{f.place}-{f.call}-{f.delay:.3f}-rank{f.rank}")
-def test_a_killed_rank_costs_nothing_but_time(inputs, undisturbed, tmp_path, fault):
-    recipe = write_recipe(inputs, tmp_path)
-    codes = launch(recipe, fault=fault)
-    assert codes[fault.rank] == -signal.SIGKILL, logs(recipe)
-    assert codes[1 - fault.rank] == RELAUNCH, logs(recipe)
-    said = Path(f"{recipe}.log.{1 - fault.rank}").read_text()
-    assert f"rank {1 - fault.rank} lost another rank during" in said
-    assert launch(recipe, "--resume", "auto") == [0, 0], logs(recipe)
-    assert outcome(tmp_path / "run") == outcome(undisturbed)
+def test_twenty_random_kills_of_a_rank_cost_nothing_but_time(inputs, tmp_path):
+    """One run, killed and resumed again and again, ends with the bytes of one that was left alone."""
+    lengths: dict[str, Any] = {"training__max_steps": PRUNED, "retune": {"max_steps": STEPS - PRUNED}}
+    alone, killed = (write_recipe(inputs, tmp_path / name, **lengths) for name in ("alone", "killed"))
+    assert launch(alone) == [0, 0], logs(alone)
+    run, rng, places = killed.parent / "run", random.Random(0), set()
+    for _ in range(KILLS):
+        found = newest_first(run) if run.exists() else []
+        fault = random_kill(rng, int(found[0].name.split("-")[1]) if found else 0)
+        codes = launch(killed, "--resume", "auto", fault=fault)
+        assert codes[fault.rank] == -signal.SIGKILL, f"{fault}\n{logs(killed)}"
+        assert codes[1 - fault.rank] == RELAUNCH, f"{fault}\n{logs(killed)}"
+        said = Path(f"{killed}.log.{1 - fault.rank}").read_text()
+        assert f"rank {1 - fault.rank} lost another rank during" in said
+        places.add(fault.place)
+    assert KILLS < 20 or places == {"load", "decompose", "step", "save", "prune"}
+    assert launch(killed, "--resume") == [0, 0], logs(killed)
+    assert outcome(run) == outcome(alone.parent / "run")
 
 
 def test_sigterm_to_one_rank_saves_on_all_and_leaves_with_a_code_of_its_own(inputs, undisturbed, tmp_path):

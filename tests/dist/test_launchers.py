@@ -53,3 +53,51 @@ def test_every_launcher_gives_the_same_losses(tmp_path):
     found = {name: losses(launch(name, tmp_path)) for name in LAUNCHES}
     assert len(found["deepspeed"]) == 11
     assert all(values == found["deepspeed"] for values in found.values())
+
+
+ENDS = """import sys, time
+print("a rank is here", flush=True)
+sys.exit(75) if sys.argv[1:] == ["75"] else time.sleep(300)
+"""
+"""A rank that ends as a run does which may be relaunched, or that is still at work."""
+
+
+def test_what_launchers_make_of_a_ranks_code(tmp_path):
+    """DeepSpeed's hands a failed rank's code on, torchrun makes it 1; one that got SIGTERM itself ends with 1."""
+    program = tmp_path / "ends.py"
+    program.write_text(ENDS)
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "DS_ACCELERATOR": "cpu",
+        "NUM_PROCESSES": "1",
+    }
+    started = {}
+    for launcher in ("single_node.sh", "torchrun.sh"):
+        for word in ("75", "wait"):
+            started[launcher, word] = subprocess.Popen(
+                [f"launch/{launcher}", str(program), word],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+    codes = {}
+    try:
+        for (launcher, word), process in started.items():
+            assert process.stdout is not None
+            while word == "wait" and "a rank is here" not in (line := process.stdout.readline()):
+                assert line, f"{launcher} ended early"
+            if word == "wait":
+                process.terminate()
+            codes[launcher, word] = process.wait(timeout=120)
+    finally:
+        for process in started.values():
+            process.kill()
+    assert codes == {
+        ("single_node.sh", "75"): 75,
+        ("single_node.sh", "wait"): 1,
+        ("torchrun.sh", "75"): 1,
+        ("torchrun.sh", "wait"): 1,
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -220,6 +221,18 @@ def test_a_damaged_adapter_and_another_base_are_refused(folders, tmp_path, capsy
     assert "dsee_masks.safetensors is damaged" in capsys.readouterr().err
     assert main(["inspect", str(tmp_path / "adapter"), "--verify"]) == 1
     assert not (tmp_path / "o").exists()
+
+
+def test_wrong_usage_is_2_and_ctrl_c_is_130(monkeypatch, tmp_path, capsys):
+    for words in (["inspect"], ["export", "x"], ["plan", "--gpus", "many"], ["nothing"]):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == 2
+    assert main(["run"]) == 2
+    interrupt = lambda *_, **__: signal.raise_signal(signal.SIGINT)  # noqa: E731
+    monkeypatch.setattr("dsee_scale.export.folder_report.inspect_folder", interrupt)
+    assert main(["inspect", str(tmp_path)]) == 130
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_help_and_version_need_no_heavy_import(tmp_path):

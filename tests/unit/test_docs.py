@@ -24,6 +24,44 @@ PAGES = [
 ]
 
 
+EXIT_CODES = {
+    ("all", "0"): ("dist/test_faults.py", "test_twenty_random_kills_of_a_rank_cost_nothing_but_time"),
+    ("`dsee-scale run`, each rank", "2"): (
+        "dist/test_exit_codes.py",
+        "test_what_must_be_changed_first_is_2_and_the_same_words_on_every_rank",
+    ),
+    ("`dsee-scale run`, each rank", "75"): (
+        "dist/test_exit_codes.py",
+        "test_sigterm_outside_of_training_is_75_on_every_rank",
+    ),
+    ("`dsee-scale inspect`, `export`, `plan`", "1"): (
+        "unit/test_cli.py",
+        "test_errors_are_one_line_without_traceback",
+    ),
+    ("`dsee-scale inspect`, `export`, `plan`", "2"): (
+        "unit/test_cli.py",
+        "test_wrong_usage_is_2_and_ctrl_c_is_130",
+    ),
+    ("`dsee-scale inspect`, `export`, `plan`", "130"): (
+        "unit/test_cli.py",
+        "test_wrong_usage_is_2_and_ctrl_c_is_130",
+    ),
+}
+"""What shows each row of docs/reference/exit_codes.md."""
+
+
+def test_every_row_of_the_exit_codes_has_a_test():
+    rows, program = [], ""
+    for line in (ROOT / "docs" / "reference" / "exit_codes.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 3 and cells[1].isdigit():
+            program = cells[0] or program
+            rows.append((program, cells[1]))
+    assert rows == list(EXIT_CODES)
+    for file, test in EXIT_CODES.values():
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text()
+
+
 def write_model(folder: Path) -> None:
     """A Llama with a tokenizer and a chat template."""
     import torch
