@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 from dsee_scale.data.encoding import IGNORED
-from dsee_scale.distributed import raise_on_all_ranks, rank
+from dsee_scale.distributed import from_rank0, log_rank0, max_over_ranks, raise_on_all_ranks, rank
 from dsee_scale.errors import FormatError
 from dsee_scale.evaluation import stock_check
 from dsee_scale.evaluation.evaluate import EvaluationSet, Tally, add_choices
 from dsee_scale.evaluation.stock_check import LOGIT_ROWS
+
+logger = logging.getLogger(__name__)
+
+MEETING = 5.0
+"""Seconds after which the ranks meet anew while a check runs."""
 
 
 def check_export(
@@ -32,7 +39,9 @@ def check_export(
 ) -> dict[str, Any]:
     """Collective. Score the exported folder in a fresh Python process that never imports dsee_scale.
 
-    Rank 0 starts the process and waits for it; the others wait for rank 0.
+    Rank 0 starts the process. While it runs all ranks meet every few seconds, however long it takes: none waits for
+    another one until the process group's timeout. Where the exported weights fit into no memory that is free, nothing
+    is checked, and a warning says so.
 
     Args:
         folder: what `export_model` wrote, with its tokenizer.
@@ -44,11 +53,18 @@ def check_export(
         trust_remote_code: whether code that came with the model, and is in the folder, may run.
 
     Returns:
-        On rank 0 `quality`, `max_logit_difference` to the live model, `same_tokens`, `seconds`; else {}.
+        On rank 0 `quality`, `max_logit_difference` to the live model, `same_tokens`, `seconds`; elsewhere, and where
+        nothing was checked, {}.
 
     Raises:
         FormatError: the folder does not load.
     """
+    where = from_rank0(_roomy_device(folder) if rank() == 0 else None)
+    if where is None:
+        log_rank0(
+            logger, "%s was not checked: it needs more memory than is free beside the live model", folder
+        )
+        return {}
     rows = _rows(data)
     live = _live_logits(model, rows[:LOGIT_ROWS], device)
     texts = [tokenizer.decode(row["prompt"]) for row in rows[:LOGIT_ROWS]]
@@ -56,45 +72,79 @@ def check_export(
         "folder": str(folder.resolve()),
         "trust_remote_code": trust_remote_code,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "device": _roomy_device(folder),
+        "device": where,
         "batch_size": batch_size,
         "rows": rows,
         "texts": texts,
     }
+    what = f"reloading {folder} in stock transformers"
+    with raise_on_all_ranks(what=what):
+        check = None if rank() else StockCheck(request)
+    try:
+        while max_over_ranks(int(check is not None and not check.ended(MEETING)), device=device)[0]:
+            pass
+        with raise_on_all_ranks(what=what):
+            if check is None:
+                return {}
+            answer = check.answer()
+            differences = [
+                (torch.tensor(a) - b).abs().max().item() for a, b in zip(answer["logits"], live, strict=True)
+            ]
+            return {
+                "quality": _tally(data, answer["nll"]).metrics(),
+                "max_logit_difference": max(differences),
+                "same_tokens": answer["tokens"] == [tokenizer(text)["input_ids"] for text in texts],
+                "dsee_scale_imported": answer["dsee_scale_imported"],
+                "seconds": answer["seconds"],
+            }
+    finally:
+        if check is not None:
+            check.close()
 
-    with raise_on_all_ranks(what=f"reloading {folder} in stock transformers"):
-        if rank():
-            return {}
-        answer = run_stock_check(request)
-        differences = [
-            (torch.tensor(a) - b).abs().max().item() for a, b in zip(answer["logits"], live, strict=True)
-        ]
-        return {
-            "quality": _tally(data, answer["nll"]).metrics(),
-            "max_logit_difference": max(differences),
-            "same_tokens": answer["tokens"] == [tokenizer(text)["input_ids"] for text in texts],
-            "dsee_scale_imported": answer["dsee_scale_imported"],
-            "seconds": answer["seconds"],
-        }
 
+class StockCheck:
+    """`stock_check` as a program of its own, away from this package. Local.
 
-def run_stock_check(request: dict[str, Any]) -> dict[str, Any]:
-    """Run `stock_check` as a program of its own, away from this package, and return its answer. Local."""
-    program = Path(stock_check.__file__).read_text(encoding="utf-8")
-    with tempfile.TemporaryDirectory() as work:
-        question, answer = Path(work) / "request.json", Path(work) / "answer.json"
-        question.write_text(json.dumps(request), encoding="utf-8")
+    Raises:
+        FormatError: the folder does not load.
+    """
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self._folder, self._work = request["folder"], tempfile.TemporaryDirectory()
+        work = Path(self._work.name)
+        self._question, self._answer, self._errors = (work / name for name in ("request", "answer", "errors"))
+        self._question.write_text(json.dumps(request), encoding="utf-8")
+        program = Path(stock_check.__file__).read_text(encoding="utf-8")
         # `-c` in an empty folder: nothing of this package is on the new process's path by accident.
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(question), str(answer)],
-            cwd=work,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            tail = "\n".join(done.stderr.strip().splitlines()[-5:])
-            raise FormatError(f"{request['folder']} does not load in stock transformers:\n{tail}")
-        return json.loads(answer.read_text(encoding="utf-8"))
+        with self._errors.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", program, str(self._question), str(self._answer)],
+                cwd=work,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
+
+    def ended(self, seconds: float) -> bool:
+        """Whether it is over, after waiting so long at most."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def answer(self) -> dict[str, Any]:
+        """What it found, once it has ended."""
+        if self._process.returncode:
+            said = self._errors.read_text(encoding="utf-8", errors="replace")
+            tail = "\n".join(said.strip().splitlines()[-5:])
+            raise FormatError(f"{self._folder} does not load in stock transformers:\n{tail}")
+        return json.loads(self._answer.read_text(encoding="utf-8"))
+
+    def close(self) -> None:
+        """End it, and forget its files."""
+        self._process.kill()
+        self._process.wait()
+        self._work.cleanup()
 
 
 def _rows(data: EvaluationSet) -> list[dict[str, Any]]:
@@ -128,10 +178,9 @@ def _live_logits(model: nn.Module, rows: list[dict[str, Any]], device: torch.dev
     return found
 
 
-def _roomy_device(folder: Path) -> str:
-    """The GPU if the exported weights fit beside the live model, else the CPU."""
-    if not torch.cuda.is_available():
-        return "cpu"
+def _roomy_device(folder: Path) -> str | None:
+    """The GPU if the exported weights fit beside the live model, or the CPU; None if into neither. Local."""
     nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    free, _ = torch.cuda.mem_get_info()
-    return "cuda" if free > 2 * nbytes + (4 << 30) else "cpu"
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 2 * nbytes + (4 << 30):
+        return "cuda"
+    return "cpu" if psutil.virtual_memory().available > 1.2 * nbytes + (1 << 30) else None

@@ -100,11 +100,11 @@ def _run(recipe: Recipe, args: TrainingArguments, journal: Journal) -> Path:
     trainer.timeline.check_finished(trainer.state.global_step, journal.prunings)
     with journal.timed("save"):
         save_adapter(trainer.model_wrapped, output / ADAPTER_FOLDER, overwrite=True)
+    # What the training was for is safe before anything else can go wrong.
+    _write_numbers(output, trainer)
     if recipe.export is not None:
         _export(recipe, recipe.export, trainer, output / MODEL_FOLDER)
-    with raise_on_all_ranks(what="writing the report"):
-        if main:
-            _write_numbers(output, journal, trainer.state.log_history)
+        _write_numbers(output, trainer)
     return output
 
 
@@ -113,13 +113,17 @@ def _write_recipe(recipe: Recipe, output: Path) -> None:
     (output / RECIPE_FILE).write_text(RECIPE_MARK + text, encoding="utf-8")
 
 
-def _write_numbers(output: Path, journal: Journal, history: list[dict[str, float]]) -> None:
-    journal.sizes |= _sizes(output)
-    write_metrics(output, journal, history)
-    try:
-        write_report(output)
-    except ConfigError as error:
-        logger.warning("%s holds all numbers, but %s", output / METRICS_FILE, error)
+def _write_numbers(output: Path, trainer: DSEETrainer) -> None:
+    """Collective. The metrics and the report, by rank 0."""
+    with raise_on_all_ranks(what="writing the report"):
+        if not trainer.is_world_process_zero():
+            return
+        trainer.journal.sizes |= _sizes(output)
+        write_metrics(output, trainer.journal, trainer.state.log_history)
+        try:
+            write_report(output)
+        except ConfigError as error:
+            logger.warning("%s holds all numbers, but %s", output / METRICS_FILE, error)
 
 
 def build_trainer(
@@ -155,7 +159,8 @@ def build_trainer(
                 _check_same_adapters(recipe, checkpoint)
             load_adapter(model, checkpoint)
     check_plan(model, recipe, timeline, done, tokenizer)
-    if args.activation_checkpointing:
+    # Called gradient_checkpointing in transformers before 5.21.
+    if getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False):
         # With every input frozen, reentrant checkpointing would cut the graph before the first adapter.
         model.enable_input_require_grads()  # type: ignore[operator]
     journal.run = _description(recipe, args, model)

@@ -6,11 +6,13 @@ import gc
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dsee_scale.errors import ConfigError, DSEEError, RunError
+from dsee_scale.errors import ConfigError, DSEEError, FormatError, RunError
+from dsee_scale.evaluation import export_check, stock_check
 from dsee_scale.recipe.recipe import build_recipe
 from dsee_scale.training import lock
 from dsee_scale.training import trainer as training
@@ -277,3 +279,36 @@ def test_a_failed_start_does_not_block_its_retry_and_what_is_anothers_does(input
         plain(inputs, output, training__resume_from_checkpoint="auto")
     )
     assert (output / "recipe.yaml").read_text() == "mine"
+
+
+def test_a_check_of_the_export_loses_nothing_however_it_ends(inputs, tmp_path, monkeypatch, caplog):
+    """It fails; it takes long, while the ranks meet; there is no memory for it. Numbers are there before."""
+
+    def phases() -> list[str]:
+        metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+        return [phase["phase"] for phase in metrics["phases"]]
+
+    short = {"training__max_steps": 1, "prune": None, "retune": None, "export": {"delta": "masked"}}
+    values = plain(inputs, tmp_path / "run", **short)
+    program, original = tmp_path / "program.py", Path(stock_check.__file__).read_text()
+    monkeypatch.setattr(stock_check, "__file__", str(program))
+    program.write_text("raise SystemExit('no such class')")
+    assert "no such class" in refusal(values, FormatError)
+    for name in ("metrics.json", "report.html", "adapter/dsee_manifest.json", "model/config.json"):
+        assert (tmp_path / "run" / name).exists()
+
+    met = []
+    real = export_check.max_over_ranks
+    monkeypatch.setattr(export_check, "MEETING", 0.2)
+    monkeypatch.setattr(export_check, "max_over_ranks", lambda *a, **k: met.append(a) or real(*a, **k))
+    program.write_text(f"import time\ntime.sleep(1)\n{original}")
+    values["training"]["resume_from_checkpoint"] = True
+    launch(values)
+    assert len(met) > 3 and [flag for (flag,) in met] == [1] * (len(met) - 1) + [0]
+    assert "exported" in phases()
+
+    full = SimpleNamespace(available=1 << 29)
+    monkeypatch.setattr(export_check.psutil, "virtual_memory", lambda: full)
+    launch(values)
+    assert "was not checked: it needs more memory" in caplog.text
+    assert "tuned" in phases() and "exported" not in phases()
