@@ -3,12 +3,13 @@ PYTHON ?= python3
 # Absolute: DeepSpeed compiles its operators anew whenever the interpreter's path is spelled otherwise.
 VENV ?= $(CURDIR)/.venv
 BIN := $(VENV)/bin
+LOWEST := $(VENV)/lowest
 # Its own cache of compiled operators: a build that was killed elsewhere leaves a lock on which all others wait.
 export TORCH_EXTENSIONS_DIR ?= $(VENV)/torch_extensions
 NUM_PROCESSES ?= 2
 OUTPUT ?= runs/sentiment
 
-.PHONY: help setup test test-fast fuzz check format demo bench docs docs-serve clean
+.PHONY: help setup test test-fast test-lowest fuzz check format demo bench docs docs-serve clean
 
 help:  ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +29,16 @@ test: setup  ## All tests, real DeepSpeed in 1, 2 and 3 processes included
 
 test-fast: setup  ## Unit tests only
 	$(BIN)/python -m pytest tests/unit tests/paper
+
+# DeepSpeed imports triton where there is one, which fails without a GPU until triton 3.3.
+test-lowest:  ## Unit tests and a run on two ranks with the lowest versions of constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --constraint constraints-lowest.txt torch setuptools wheel ninja py-cpuinfo numpy
+	$(LOWEST)/bin/pip install --quiet --constraint constraints-lowest.txt --no-build-isolation --editable '.[train,fast,report,quant]' \
+		gguf hypothesis peft pytest pytest-timeout
+	$(LOWEST)/bin/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || $(LOWEST)/bin/pip uninstall --quiet --yes triton
+	TORCH_EXTENSIONS_DIR=$(LOWEST)/torch_extensions $(LOWEST)/bin/python -m pytest tests/unit \
+		tests/dist/test_run.py::test_every_phase_is_measured_and_half_of_the_weights_are_zero
 
 fuzz: setup  ## Ten thousand damaged folders, seeded
 	DSEE_SCALE_FUZZ=$${DSEE_SCALE_FUZZ:-10000} $(BIN)/python -m pytest -s tests/fuzz

@@ -7,6 +7,7 @@ is met in this one file.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import logging
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
@@ -52,6 +54,56 @@ else:
 logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "adapter"
+
+
+PRIVATE = {
+    "_load_best_model": (),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_load_rng_state": ("checkpoint",),
+    "_maybe_log_save_evaluate": (
+        "tr_loss",
+        "grad_norm",
+        "model",
+        "trial",
+        "epoch",
+        "ignore_keys_for_eval",
+        "start_time",
+        "learning_rate",
+    ),
+    "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
+    "_run_epoch": (
+        "model",
+        "epoch",
+        "train_dataloader",
+        "steps_in_epoch",
+        "num_update_steps_per_epoch",
+        "trial",
+        "ignore_keys_for_eval",
+        "start_time",
+        "resume_from_checkpoint",
+        "epochs_trained",
+        "steps_trained_in_current_epoch",
+    ),
+    "_save_checkpoint": ("model", "trial"),
+}
+"""The Trainer's private methods that are overridden, with their parameters: alike in transformers 5.3 to 5.24."""
+
+
+def check_trainer(trainer: type) -> None:
+    """Refuse a transformers whose Trainer has moved what is overridden: a checkpoint would be passed over in silence.
+
+    Raises:
+        ConfigError: naming the method.
+    """
+    for name, expected in PRIVATE.items():
+        method = getattr(trainer, name, None)
+        found = None if method is None else tuple(inspect.signature(method).parameters)[1:]
+        if found != expected:
+            raise ConfigError(
+                f"transformers {transformers.__version__} has {'no' if method is None else 'another'} Trainer.{name}, "
+                "with which checkpoints are saved and resumed; expected a version from 5.3 on that this dsee_scale "
+                "knows: install transformers 5.24, or a newer dsee_scale"
+            )
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -114,6 +166,7 @@ class AdapterCheckpoints(Base):
             *args: the parent's.
             **kwargs: the parent's.
         """
+        check_trainer(transformers.Trainer)
         if not resume_from_checkpoint:
             return super().train(None, *args, **kwargs)
         if resume_from_checkpoint is True:

@@ -234,7 +234,7 @@ def test_positions_stay_int32_when_the_module_changes_dtype(method):
     assert layer.dsee_rows.dtype == layer.dsee_cols.dtype == torch.int32
     assert layer.dsee_A.dtype == torch.bfloat16
     x = inputs(4, dtype=torch.bfloat16)
-    torch.testing.assert_close(layer(x), dense_output(layer, x), rtol=0.05, atol=0.1)
+    torch.testing.assert_close(layer(x), dense_output(layer, x), rtol=0.05, atol=0.15)
 
 
 def test_a_loaded_state_brings_its_support(method):
