@@ -24,11 +24,15 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python tests/dist/extensions.py
 	touch $@
 
+# One process a core: tests of one process two files at a time, then those that start ranks themselves.
 test: setup  ## All tests, real DeepSpeed in 1, 2 and 3 processes included
-	$(BIN)/python -m pytest
+	failed=0; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/paper tests/fuzz || failed=1; \
+	$(BIN)/python -m pytest tests/dist tests/gpu || failed=1; \
+	exit $$failed
 
 test-fast: setup  ## Unit tests only
-	$(BIN)/python -m pytest tests/unit tests/paper
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/paper
 
 # DeepSpeed imports triton where there is one, which fails without a GPU until triton 3.3.
 test-lowest:  ## Unit tests and a run on two ranks with the lowest versions of constraints-lowest.txt

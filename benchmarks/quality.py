@@ -4,6 +4,7 @@
     python benchmarks/quality.py --job sentiment [--seeds 1 2 3] [--rows "dense LoRA" "ours, 50%"]
     python benchmarks/quality.py --job e2e --files devset.csv
     python benchmarks/quality.py --job text --files train.txt test.txt
+    python benchmarks/quality.py --plot docs/quality.png      # of the cells that are there; nothing is measured
 
 Every row of a seed starts from the same weights and batches and gets as many steps in all as dense LoRA (PEFT), at
 most 1% of the parameters trained: rank 4 on all linear layers and the norms. The tuned start of a seed is shared.
@@ -38,6 +39,7 @@ from dsee_scale.recipe.parsing import cache_folder
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _quality_jobs import METRIC, Job, load_job
+from _quality_plot import save_plot
 from _report import Report, parser
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -265,7 +267,11 @@ def main() -> None:
     arguments.add_argument("--num_eval", type=int, default=400)
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--output", default="runs/quality")
+    arguments.add_argument("--plot", type=Path, metavar="FILE.png", help="draw all jobs' finished cells; no more")
     args = arguments.parse_args()
+    if args.plot:
+        save_plot(Path(args.output), args.plot)
+        return
     if args.quick:
         args.steps, args.retune_steps, args.num_eval, args.num_calibration = 1, 1, 16, 16
         args.rows, args.output = ["dense LoRA", "ours, 50%"], args.output + "-quick"
