@@ -41,14 +41,16 @@ def save_plot(output: Path, path: Path) -> None:
             for phase, marker in PHASES.items():
                 if all(phase in one for one in cells[row]):
                     value = _mean(cells[row], phase, METRIC[job])
-                    axes.plot(
-                        value, place, marker, color=COLOURS[phase], label=phase if place == 0 else None
-                    )
+                    axes.plot(value, place, marker, color=COLOURS[phase], label=phase if place == 0 else None)
         axes.set_yticks(range(len(rows)), rows, fontsize=8)
         axes.set_xlabel(f"{job}: {METRIC[job]}")
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
 

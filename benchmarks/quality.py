@@ -53,6 +53,7 @@ OURS: dict[str, tuple[int | float | None, Any]] = {
     "ours, 70%": (64, {"sparsity": 0.7}),
     "ours, 50% without S2": (None, HALF),
     "ours, 50%, N = 0.1%": (0.001, HALF),
+    "ours, 50%, every matrix alike": (64, {**HALF, "scope": "matrix"}),
     "ours, 50%, wanda alone": (64, {**HALF, "refit": False}),
     "ours, a third of the heads, a quarter of the neurons": (64, UNITS),
     "magnitude, 50%, update beside the mask": (64, {**HALF, "score": "W", "mask_update": False}),
@@ -267,7 +268,9 @@ def main() -> None:
     arguments.add_argument("--num_eval", type=int, default=400)
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--output", default="runs/quality")
-    arguments.add_argument("--plot", type=Path, metavar="FILE.png", help="draw all jobs' finished cells; no more")
+    arguments.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw all jobs' finished cells; no more"
+    )
     args = arguments.parse_args()
     if args.plot:
         save_plot(Path(args.output), args.plot)

@@ -140,8 +140,9 @@ class PruneConfig(JsonConfig):
     pattern: str = "unstructured"
     """`unstructured`, N:M such as `2:4` (N of each M along the input stay), `heads` or `neurons`."""
     scope: Scope | None = None
-    """`global`: one threshold over a pool; `matrix`: the same sparsity in every matrix (or layer, for units); `row`:
-    in every output of every matrix. None means `matrix` for `refit`, `row` for score `wanda` alone, else `global`."""
+    """`global`: one threshold over a pool (with `refit`, over entries weighted by how much the loss depends on their
+    outputs); `matrix`: the same sparsity in every matrix (or layer, for units); `row`: in every output of every
+    matrix. None means `row` for score `wanda` without `refit`, else `global`."""
     num_per_layer: int | None = None
     """Heads or neurons removed from every layer; in place of sparsity and scope."""
     min_per_layer: int = 1
@@ -153,7 +154,7 @@ class PruneConfig(JsonConfig):
     refit: bool | None = None
     """Solve the weights that stay anew, block after block, so that each pruned layer does what the tuned one did;
     the solver chooses what goes, by its own activation-aware criterion, and W + D becomes the new frozen weight.
-    None means yes for score `wanda` with pattern `unstructured` (scope `row` or `matrix`) or N:M."""
+    None means yes for score `wanda` with pattern `unstructured` or N:M."""
     gram_memory_mib: int = 4096
     """Statistics that one rank collects at a time for `refit`, in MiB (at least one matrix's)."""
     inputs_on_cpu: bool = False
@@ -220,9 +221,8 @@ class PruneConfig(JsonConfig):
         """What suits the score, else one threshold; refuse a scope that would do nothing."""
         found = self.scope
         if found is None:
-            suited = "matrix" if self.refit else "row"
-            sees = self.score == "wanda" and self.pattern == "unstructured"
-            object.__setattr__(self, "scope", suited if sees else "global")
+            by_row = self.score == "wanda" and self.pattern == "unstructured" and not self.refit
+            object.__setattr__(self, "scope", "row" if by_row else "global")
             return []
         if found == "row" and self.pattern != "unstructured":
             return [f"scope 'row' goes with pattern 'unstructured', found {self.pattern!r}; leave scope out"]
@@ -234,10 +234,8 @@ class PruneConfig(JsonConfig):
 
     def _settle_refit(self) -> list[str]:
         """On by default wherever it can be done; refuse it where it can't."""
-        pooled = self.pattern == "unstructured" and self.scope == "global"
         if self.refit is None:
-            possible = self.score == "wanda" and not self.removes_units and not pooled
-            object.__setattr__(self, "refit", possible)
+            object.__setattr__(self, "refit", self.score == "wanda" and not self.removes_units)
         if not self.refit:
             return []
         problems = []
@@ -245,8 +243,6 @@ class PruneConfig(JsonConfig):
             problems.append(f"refit goes with pattern 'unstructured' or N:M, found {self.pattern!r}")
         if self.score != "wanda":
             problems.append(f"refit chooses by activations; leave score {self.score!r} out, or refit")
-        if pooled:
-            problems.append("refit goes with scope 'row' or 'matrix', found 'global'")
         return problems
 
     def _pattern_problems(self) -> list[str]:

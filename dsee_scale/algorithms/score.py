@@ -42,6 +42,7 @@ class Ranking:
         name: the parameter's name, part of the seed of mode random.
         delta: the weight's update; None if it has no adapter.
         norms: mode wanda: (I,) float32, the norm of each input.
+        outputs: with `norms`, (O,) float32, what each output counts; None for all alike.
         shape: with `norms`, the weight's shape as stored.
         transposed: with `norms`, whether that is I x O.
         seed: seed of mode random.
@@ -51,6 +52,7 @@ class Ranking:
     name: str
     delta: Delta | None = None
     norms: Tensor | None = None
+    outputs: Tensor | None = None
     shape: tuple[int, int] = (0, 0)
     transposed: bool = False
     seed: int = 0
@@ -63,9 +65,11 @@ class Ranking:
         return self.mode == "W" or (self.delta is None and self.mode != "random")
 
     def norm_block(self, start_row: int, stop_row: int) -> Tensor:
-        """The norm of each entry's input, rows start_row to stop_row of the storage layout."""
+        """The norm of each entry's input, times what its output counts; rows start_row to stop_row as stored."""
         assert self.norms is not None
         rows = self.norms[start_row:stop_row, None] if self.transposed else self.norms
+        if self.outputs is not None:
+            rows = rows * (self.outputs if self.transposed else self.outputs[start_row:stop_row, None])
         return rows.expand(stop_row - start_row, self.shape[1])
 
 

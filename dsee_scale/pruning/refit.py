@@ -42,6 +42,7 @@ from dsee_scale.passes.pools import WeightPool
 from dsee_scale.passes.progress import show_progress
 from dsee_scale.pruning.checks import note_pattern
 from dsee_scale.pruning.refit_matrix import Job, solve
+from dsee_scale.pruning.sensitivity_shares import find_shares
 from dsee_scale.pruning.zero_lines import Lines, check_reachable, zero_lines
 
 Counts = dict[str, tuple[int, int]]
@@ -90,8 +91,15 @@ def refit(
             calls = capture(model, blocks, batches, partition, where)
         reject_uncounted([call.batch for call in calls if call.counts], partition)
         leaders = agreed_leaders(watch.leaders, members)
+        shares = find_shares(model, pools, blocks, batches, removed, config, partition, progress=progress)
         jobs = [
-            Job(member, sparsity, leaders[name], _left(removed.get(name)))
+            Job(
+                member,
+                shares.sparsity.get(name, sparsity),
+                leaders[name],
+                _left(removed.get(name)),
+                shares.outputs.get(name),
+            )
             for name, (member, sparsity) in members.items()
         ]
         for index, (name, block) in enumerate(tqdm(blocks, desc="refit", unit="block", disable=hidden)):

@@ -27,12 +27,14 @@ class Job:
         sparsity: the fraction that goes.
         leader: the module under whose name its input is collected.
         left: (K,) inputs that are still there, where heads or neurons took some; None for all.
+        outputs: (O,) float32, what an error in each output counts; None for all alike.
     """
 
     member: Matrix
     sparsity: float
     leader: str
     left: Tensor | None
+    outputs: Tensor | None = None
 
     @property
     def gram_bytes(self) -> int:
@@ -75,19 +77,26 @@ def _swept(job: Job, weight_OI: Tensor, gram_II: Tensor, config: PruneConfig) ->
         removal = Count(min(round(job.sparsity * weight_OI.shape[1]), weight_OI.shape[1] - 1), "row")
     else:
         removal = Count(min(round(job.sparsity * weight_OI.numel()), weight_OI.numel() - 1))
-    return sparsegpt(weight_OI, gram_II, removal).weight
+    if job.outputs is None:
+        return sparsegpt(weight_OI, gram_II, removal).weight
+    # Each output is solved on its own, so its weight changes which entries go and nothing else.
+    counts_O1 = job.outputs[:, None].to(weight_OI.device)
+    return sparsegpt(weight_OI * counts_O1, gram_II, removal).weight / counts_O1
 
 
 def _new_support(member: Matrix, weight_OI: Tensor, settings: DSEEConfig) -> Support | None:
-    """Sparse entries among those that stay, slice by slice."""
+    """Sparse entries among those that stay, slice by slice; where too few do, some others that stay idle."""
     layer = member.module
     spec: AdapterSpec = layer.dsee_spec  # type: ignore[assignment]
     parts = []
     for k, (start, stop) in enumerate(spec.slices if spec.num_sparse else ()):
         part = weight_OI[start:stop]
         generator = seeded(settings.seed, f"{member.name}:{k}:refit")
+        among = part != 0
+        if (missing := spec.num_sparse - int(among.sum())) > 0:
+            among.view(-1)[(~among).flatten().nonzero()[:missing, 0]] = True
         found = find_support(
-            part, spec.num_sparse, settings.support, settings.decomposition, generator, among=part != 0
+            part, spec.num_sparse, settings.support, settings.decomposition, generator, among=among
         )
         parts.append((found.rows + start, found.cols))
     if not parts:

@@ -21,7 +21,8 @@ from tests.unit.test_calibrate import batches, make
 
 ROWS = PruneConfig(sparsity=0.4, refit=False)
 REFIT = {
-    "matrix": PruneConfig(sparsity=0.4),
+    "loss": PruneConfig(sparsity=0.4),
+    "matrix": PruneConfig(sparsity=0.4, scope="matrix"),
     "rows": PruneConfig(sparsity=0.4, scope="row"),
     "2:4": PruneConfig(pattern="2:4", modules=("*attn*",)),
 }
@@ -91,7 +92,9 @@ def test_refitted_weights_are_those_of_the_dense_path_and_training_goes_on(pools
     report = dsee_scale.prune(model, REFIT[case], batches(5))
     expected = whole_weights(model)
     for found in pools(world_size).run(pruned, family, REFIT[case], ds_config, world_size, None):
-        assert found["matrices"] == report.matrices
+        for name, (zeros, total) in found["matrices"].items():  # what the loss says is a sum over ranks too
+            assert abs(zeros - report.matrices[name][0]) <= (0.01 * total if case == "loss" else 0), name
+        assert sum(zeros for zeros, _ in found["matrices"].values()) == report.removed
         for name, layer in adapted_layers(model).items():
             weight = f"{name}.weight"
             assert torch.equal(found["trained"][weight], found["weights"][weight]), name

@@ -184,7 +184,8 @@ def test_refitting_moves_the_logits_less_than_wanda_alone(family, pattern):
         model = make(family) if pattern == "unstructured" else _divisible(family)
         with torch.no_grad():
             logits = torch.cat([model.eval()(**b).logits[b["attention_mask"].bool()] for b in data])
-        report = dsee_scale.prune(model, PruneConfig(pattern=pattern, refit=refitted), data)
+        scope = "matrix" if pattern == "unstructured" else None
+        report = dsee_scale.prune(model, PruneConfig(pattern=pattern, scope=scope, refit=refitted), data)
         assert report.sparsity == pytest.approx(0.5, abs=0.01)
         if refitted:
             _check_refitted(model, pattern)
@@ -217,13 +218,13 @@ def _check_refitted(model: nn.Module, pattern: str) -> None:
 
 def test_a_second_refit_keeps_the_zeros_of_the_first():
     model, data = make("everything"), batches()
-    dsee_scale.prune(model, PruneConfig(sparsity=0.3), data)
+    dsee_scale.prune(model, PruneConfig(sparsity=0.3, scope="matrix"), data)
     first = {name: layer.weight == 0 for name, layer in block_linears(model).items()}
     for index, layer in enumerate(adapted_layers(model).values()):  # D is not zero where the weight is
         layer.dsee_B.data.copy_(
             torch.randn(layer.dsee_B.shape, generator=torch.Generator().manual_seed(index)) * 0.1
         )
-    dsee_scale.prune(model, PruneConfig(sparsity=0.6), data)
+    dsee_scale.prune(model, PruneConfig(sparsity=0.6, scope="matrix"), data)
     for name, layer in block_linears(model).items():
         assert (layer.weight[first[name]] == 0).all()
         assert (layer.weight == 0).sum() == round(0.6 * layer.weight.numel())
@@ -316,14 +317,14 @@ def test_a_refit_that_stops_half_way_says_where_and_the_model_refuses_to_go_on(m
 def test_a_gpt2_given_token_ids_alone_is_refitted_as_with_a_mapping():
     """GPT-2 hands its cache to the blocks by position; a block must not run on what the captured pass left in it."""
     data = [batch["input_ids"] for batch in batches(6, length=20)]
-    one, two = make("gpt2"), make("gpt2")
+    one, two, config = make("gpt2"), make("gpt2"), PruneConfig(scope="matrix")
     one.config.use_cache = two.config.use_cache = True
-    dsee_scale.prune(one, PruneConfig(), data)
-    dsee_scale.prune(two, PruneConfig(), [{"input_ids": ids} for ids in data])
+    dsee_scale.prune(one, config, data)
+    dsee_scale.prune(two, config, [{"input_ids": ids} for ids in data])
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     three = make("gpt2")
     three.config.use_cache = True
-    dsee_scale.prune(three, PruneConfig(), [(ids,) for ids in data])
+    dsee_scale.prune(three, config, [(ids,) for ids in data])
     assert all(torch.equal(a, b) for a, b in zip(two.parameters(), three.parameters(), strict=True))
 
 
@@ -449,7 +450,6 @@ def test_refit_outside_of_the_blocks_is_refused():
     ("settings", "words"),
     [
         (dict(refit=True, score="W"), "refit chooses by activations"),
-        (dict(refit=True, scope="global"), "'row' or 'matrix', found 'global'"),
         (dict(refit=True, pattern="heads"), "'unstructured' or N:M, found 'heads'"),
         (dict(scope="row", pattern="2:4"), "scope 'row' goes with pattern 'unstructured'"),
         (dict(pattern="heads", num_per_layer=1, sparsity=0.5), "num_per_layer says how many"),

@@ -1,0 +1,192 @@
+"""How much the loss depends on each output of each layer: its mean squared gradient over calibration tokens.
+
+One forward and one backward pass of each batch through the frozen model. No parameter gets a gradient: the graph
+begins at the first block's input. Blocks that are trained with activation checkpointing are run with it here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dsee_scale.distributed import gather_objects
+from dsee_scale.errors import CalibrationError
+from dsee_scale.partition import Partition, unwrap
+from dsee_scale.passes.calibrate import compute_device, evaluating, in_step, to_device, token_mask
+from dsee_scale.passes.progress import show_progress
+
+IGNORED = -100
+
+
+def has_loss(model: nn.Module, batches: Sequence[Any]) -> bool:
+    """Collective. Whether every rank's batches give a loss: labels, or token ids of a decoder."""
+    module = unwrap(model)
+    return all(gather_objects(all(_with_labels(module, batch) is not None for batch in batches)))
+
+
+def output_gradients(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    widths: Mapping[str, int],
+    blocks: Sequence[tuple[str, nn.Module]],
+    batches: Sequence[Any],
+    partition: Partition,
+    *,
+    progress: bool | None = None,
+) -> dict[str, Tensor]:
+    """Collective. Mean squared gradient of the loss in each output of the layers.
+
+    The loss is summed over its labels, so that batches count by what they hold. Peak extra memory per rank: the
+    activations of one batch, as in a training step.
+
+    Args:
+        model: what `prune` was given.
+        layers: linear layers inside the blocks, by name.
+        widths: their number of outputs.
+        blocks: name and module of the repeated blocks, in order.
+        batches: this rank's model inputs, of which `has_loss` is true.
+        partition: port to the weights.
+        progress: see `prune`.
+
+    Returns:
+        Module name -> (O,) float32, the same on every rank.
+
+    Raises:
+        CalibrationError: a gradient is not finite.
+    """
+    module = unwrap(model)
+    sums = {name: torch.zeros(width, dtype=torch.float64) for name, width in widths.items()}
+    tokens = 0
+    device = compute_device(module, partition)
+    with evaluating(module), _frozen(module), _graph_from(blocks[0][1]), _watching(layers, sums) as watch:
+        for _, block in blocks:
+            block.training = True  # the block alone: what is checkpointed in training is checkpointed here
+        for batch, counts in tqdm(
+            in_step(batches, partition),
+            desc="sensitivity",
+            unit="batch",
+            disable=not show_progress(partition, progress),
+        ):
+            labelled = _with_labels(module, batch)
+            assert labelled is not None, "has_loss has seen it"
+            watch.mask = token_mask(labelled) if counts else None
+            watch.counts = counts
+            with torch.enable_grad():
+                _loss(module(**to_device(labelled, device)), labelled).backward()
+            tokens += int(watch.seen) if counts else 0
+    packed = torch.cat([*sums.values(), torch.tensor([tokens], dtype=torch.float64)])
+    total = partition.sum_over_ranks(packed)
+    if not bool(total.isfinite().all()):
+        raise CalibrationError(
+            "the loss's gradients on the calibration batches hold NaN or infinity; check the batches and the model's "
+            "weights. Nothing was changed"
+        )
+    found = total[:-1].div_(total[-1].clamp_(min=1)).float().split([len(each) for each in sums.values()])
+    return dict(zip(sums, found, strict=True))
+
+
+def _with_labels(module: nn.Module, batch: Any) -> dict[str, Any] | None:
+    """The batch as keyword arguments that give a loss, None if it can't; a decoder predicts its own tokens."""
+    if isinstance(batch, Tensor):
+        batch = {"input_ids": batch}
+    if not isinstance(batch, Mapping):
+        return None
+    inputs = dict(batch)
+    if isinstance(inputs.get("labels"), Tensor):
+        return inputs
+    ids = inputs.get("input_ids")
+    find = getattr(module, "get_output_embeddings", None)
+    if not isinstance(ids, Tensor) or find is None or find() is None or not hasattr(module, "generate"):
+        return None
+    mask = token_mask(batch)
+    inputs["labels"] = ids if mask is None else ids.masked_fill(~mask.to(ids.device), IGNORED)
+    return inputs
+
+
+def _loss(output: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """The model's loss, summed over labels."""
+    loss = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise CalibrationError(
+            "the model returns no loss for its labels, which scope 'global' of a re-fit needs; set scope='matrix'. "
+            "Nothing was changed"
+        )
+    return loss.float() * int((inputs["labels"] != IGNORED).sum())
+
+
+class _Watch:
+    """What the hooks know about the batch that runs.
+
+    Attributes:
+        mask: (B, T) tokens that count, None for all.
+        counts: whether this batch counts on this rank.
+        seen: tokens of this batch that counted.
+    """
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+        self.counts = True
+        self.seen = 0
+
+
+@contextlib.contextmanager
+def _watching(layers: Mapping[str, nn.Module], sums: Mapping[str, Tensor]) -> Iterator[_Watch]:
+    """Hooks that add up each output's squared gradients."""
+    watch = _Watch()
+
+    def take(name: str, gradient: Tensor) -> None:
+        if not watch.counts:
+            return
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        if watch.mask is not None and watch.mask.numel() == len(flat):
+            flat = flat[watch.mask.reshape(-1).to(flat.device)]
+        watch.seen = len(flat)
+        sums[name].add_(flat.float().square_().sum(0, dtype=torch.float64).cpu())
+
+    def hook(name: str) -> Callable[..., None]:
+        def after(_: nn.Module, __: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: take(name, gradient))
+
+        return after
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter wants a gradient: nothing is added to those of the user's optimizer."""
+    trained = [param for param in module.parameters() if param.requires_grad]
+    for param in trained:
+        param.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for param in trained:
+            param.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _graph_from(block: nn.Module) -> Iterator[None]:
+    """The first block's input is where the graph begins."""
+
+    def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (args[0].detach().requires_grad_(), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": kwargs["hidden_states"].detach().requires_grad_()}
+
+    handle = block.register_forward_pre_hook(begin, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,115 @@
+"""How much of each matrix goes, and what each of its outputs counts, by how much the loss depends on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dsee_scale.algorithms.allocate import NUM_BINS, count_keys_, deal_removals
+from dsee_scale.algorithms.score import ranked_blocks
+from dsee_scale.config import PruneConfig
+from dsee_scale.distributed import log_rank0
+from dsee_scale.partition import Partition
+from dsee_scale.passes.calibrate import Batches, calibrate
+from dsee_scale.passes.pools import WeightPool
+from dsee_scale.passes.sensitivity import has_loss, output_gradients
+from dsee_scale.pruning.rankings import find_rankings
+
+logger = logging.getLogger(__name__)
+
+SPREAD = 1e3
+"""How far an output's mean squared gradient may count as being from its matrix's mean, either way."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shares:
+    """What the loss says about each matrix.
+
+    Attributes:
+        sparsity: name -> fraction of its entries that goes (of those whose inputs are still there).
+        outputs: name -> (O,) float32, what an error in each output counts.
+
+    Both are empty where the loss has no say.
+    """
+
+    sparsity: dict[str, float] = dataclasses.field(default_factory=dict)
+    outputs: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+def find_shares(
+    model: nn.Module,
+    pools: Sequence[WeightPool],
+    blocks: Sequence[tuple[str, nn.Module]],
+    batches: Batches,
+    removed: Mapping[str, Tensor],
+    config: PruneConfig,
+    partition: Partition,
+    *,
+    progress: bool | None = None,
+) -> Shares:
+    """Collective. Under scope `global`, deal each pool's removals to its matrices.
+
+    One threshold goes over |W + D| * norm of the input * weight of the output. Without a loss every matrix loses its
+    pool's share, with a warning.
+
+    Args:
+        model: what `prune` was given.
+        pools: the weights.
+        blocks: the repeated blocks, in order.
+        batches: this rank's model inputs.
+        removed: inputs that went with heads or neurons, by matrix.
+        config: the pruning.
+        partition: port to the weights.
+        progress: see `prune`.
+    """
+    if config.scope != "global" or config.n_of_m:
+        return Shares()
+    batches = list(batches)
+    if not has_loss(model, batches):
+        log_rank0(
+            logger,
+            "the calibration batches have no labels and the model is no decoder, so every matrix loses the same share; "
+            "with labels, more would go where the loss depends on it less",
+        )
+        return Shares()
+    members = [member for pool in pools for member in pool.members]
+    gradients = output_gradients(
+        model,
+        {member.name: member.module for member in members},
+        {member.name: member.outputs_by_inputs[0] for member in members},
+        blocks,
+        batches,
+        partition,
+        progress=progress,
+    )
+    outputs = {name: _output_weights(each) for name, each in gradients.items()}
+    statistics = calibrate(model, batches, modules=config.modules, progress=progress)
+    rankings = find_rankings(list(pools), config, partition, statistics)
+    sparsity = {}
+    for pool in pools:
+        histograms = torch.zeros(len(pool.members), NUM_BINS, dtype=torch.int64, device=partition.device)
+        for histogram, member in zip(histograms, pool.members, strict=True):
+            ranking = dataclasses.replace(rankings[member.name], outputs=outputs[member.name])
+            shard = member.shard(partition)
+            for _, keys, _ in ranked_blocks(shard.data, shard.start, ranking):
+                count_keys_(histogram, keys)
+        histograms = partition.sum_over_shards(histograms)
+        for histogram, member in zip(histograms, pool.members, strict=True):
+            if member.name in removed:
+                histogram[0] -= int(removed[member.name].sum()) * member.outputs_by_inputs[0]
+        total = int(histograms.sum())
+        dealt = deal_removals(histograms, min(round(pool.sparsity * total), total - 1))
+        for member, histogram, count in zip(pool.members, histograms, dealt, strict=True):
+            sparsity[member.name] = count / max(1, int(histogram.sum()))
+    relative = {name: each / each.square().mean().sqrt() for name, each in outputs.items()}
+    return Shares(sparsity, relative)
+
+
+def _output_weights(squared_O: Tensor) -> Tensor:
+    """Root mean squared gradients, none of them far from the matrix's mean; the same for all where there is none."""
+    mean = squared_O.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    return squared_O.clamp(min=float(mean) / SPREAD, max=float(mean) * SPREAD).sqrt()

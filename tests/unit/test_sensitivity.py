@@ -1,0 +1,141 @@
+"""What the loss says about where weights may go: gradients against autograd's own, shares that add up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import dsee_scale
+from dsee_scale import PruneConfig
+from dsee_scale.algorithms.allocate import NUM_BINS, SWAY, count_keys_, deal_removals
+from dsee_scale.algorithms.score import keys
+from dsee_scale.config import Pool
+from dsee_scale.partition import open_partition
+from dsee_scale.passes.blocks import find_blocks
+from dsee_scale.passes.pools import block_linears
+from dsee_scale.passes.sensitivity import has_loss, output_gradients
+from tests.unit.test_calibrate import batches, make
+
+
+def labelled(count: int = 3) -> list[dict[str, torch.Tensor]]:
+    """Batches with a different number of labels each."""
+    found = []
+    for index, batch in enumerate(batches(count)):
+        labels = batch["input_ids"].masked_fill(~batch["attention_mask"].bool(), -100)
+        labels[:, : 2 + index] = -100
+        found.append({**batch, "labels": labels})
+    return found
+
+
+def reference(model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """By autograd with everything kept."""
+    outputs: dict[str, torch.Tensor] = {}
+    sums: dict[str, torch.Tensor] = {}
+    tokens = 0
+    handles = [
+        layer.register_forward_hook(lambda _, __, output, name=name: outputs.__setitem__(name, output))
+        for name, layer in block_linears(model).items()
+    ]
+    model.enable_input_require_grads()  # without adapters in the first layer, nothing else begins a graph there
+    for batch in data:
+        loss = model.eval()(**batch).loss * (batch["labels"] != -100).sum()
+        for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
+            counted = gradient[batch["attention_mask"].bool()]
+            sums[name] = sums.get(name, 0) + counted.square().sum(0)
+        tokens += int(batch["attention_mask"].sum())
+    model.disable_input_require_grads()
+    for handle in handles:
+        handle.remove()
+    return {name: value / tokens for name, value in sums.items()}
+
+
+def found(model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    layers = block_linears(model)
+    partition = open_partition(model)
+    widths = {
+        name: layer.weight.shape[1 if "conv" in type(layer).__name__.lower() else 0]
+        for name, layer in layers.items()
+    }
+    return output_gradients(model, layers, widths, find_blocks(model, list(layers)), data, partition)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "everything"])
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_gradients_are_autograds_and_leave_no_trace(family, checkpointing):
+    model, data = make(family), labelled()
+    expected = reference(model, data)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    model.train()
+    wanted = [param.requires_grad for param in model.parameters()]
+    values = found(model, data)
+    assert values.keys() == expected.keys()
+    for name, value in values.items():
+        torch.testing.assert_close(value, expected[name].float(), rtol=1e-4, atol=1e-10)
+    assert [param.requires_grad for param in model.parameters()] == wanted and any(wanted)
+    assert all(param.grad is None for param in model.parameters())
+    assert all(each.training for each in model.modules())
+
+
+def test_a_decoder_needs_no_labels_and_others_do():
+    model, data = make("llama"), batches(2)
+    assert has_loss(model, data) and has_loss(model, [batch["input_ids"] for batch in data])
+    own = [{**b, "labels": b["input_ids"].masked_fill(~b["attention_mask"].bool(), -100)} for b in data]
+    for name, value in found(model, data).items():
+        assert torch.equal(value, found(model, own)[name])
+    assert not has_loss(model.model, data) and not has_loss(model, [(data[0]["input_ids"],)])
+
+
+def test_without_a_loss_every_matrix_loses_the_same_share_and_a_warning_says_so(caplog):
+    one, two, data = make("llama"), make("llama"), batches(3)
+    tuples = [(batch["input_ids"], batch["attention_mask"]) for batch in data]
+    dsee_scale.prune(one, PruneConfig(), tuples)
+    assert "have no labels" in caplog.text
+    dsee_scale.prune(two, PruneConfig(scope="matrix"), tuples)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+def test_each_pool_loses_exactly_its_share_and_matrices_differ():
+    model = make("everything")
+    pools = (
+        Pool(name="attention", sparsity=0.3, modules=("*attn*",)),
+        Pool(name="mlp", sparsity=0.6, modules=("*mlp*",)),
+    )
+    report = dsee_scale.prune(model, PruneConfig(pools=pools), labelled())
+    for part, sparsity in (("attn", 0.3), ("mlp", 0.6)):
+        counts = [counts for name, counts in report.matrices.items() if part in name]
+        assert sum(zeros for zeros, _ in counts) == round(sparsity * sum(total for _, total in counts))
+        assert len({round(zeros / total, 3) for zeros, total in counts}) > 1
+        lowest = (1 - SWAY) * sparsity
+        for zeros, total in counts:
+            assert lowest - 0.01 < zeros / total < 1 - (1 - SWAY) * (1 - sparsity) + 0.01
+
+
+def histograms(scores: list[torch.Tensor]) -> torch.Tensor:
+    rows = torch.zeros(len(scores), NUM_BINS, dtype=torch.int64)
+    for row, each in zip(rows, scores, strict=True):
+        count_keys_(row, keys(each, torch.ones_like(each)))
+    return rows
+
+
+def test_shares_follow_one_threshold_and_add_up():
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.rand(400, generator=generator) * scale + 0.1 for scale in (1.0, 1.3, 1.7)]
+    for num_remove in (0, 1, 333, 600, 1199):
+        dealt = deal_removals(histograms(scores), num_remove)
+        assert sum(dealt) == num_remove and all(0 <= count <= 400 for count in dealt)
+    threshold = torch.cat(scores).sort().values[600]
+    dealt = deal_removals(histograms(scores), 600)
+    assert dealt == pytest.approx([int((each < threshold).sum()) for each in scores], abs=15)
+    assert dealt[0] > dealt[1] > dealt[2]
+
+
+def test_no_matrix_loses_nearly_all_or_nothing_and_zeros_always_go():
+    scores = [torch.full((1000,), 1e-6), torch.full((1000,), 1.0), torch.full((1000,), 1e6)]
+    low, middle, high = deal_removals(histograms(scores), 1500)
+    assert low == round(1000 * (1 - (1 - SWAY) * 0.5)) and high == round(1000 * (1 - SWAY) * 0.5)
+    assert low + middle + high == 1500
+    gone = histograms(scores)
+    gone[2, 0], gone[2, np.flatnonzero(gone[2].numpy())[-1]] = 900, 100
+    assert deal_removals(gone, 1500)[2] >= 900
