@@ -43,9 +43,7 @@ TARGETS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
 def build_model(arguments: argparse.Namespace, ds_config: dict[str, Any] | None) -> nn.Module:
-    """A Qwen3-MoE; its weights are partitioned while it is made if there is a DeepSpeed config."""
-    import contextlib
-
+    """A Qwen3-MoE; its weights are partitioned if there is a DeepSpeed config."""
     from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
     shape = SHAPES[arguments.shape]
@@ -63,14 +61,12 @@ def build_model(arguments: argparse.Namespace, ds_config: dict[str, Any] | None)
         use_cache=False,
         tie_word_embeddings=True,
     )
-    where: Any = contextlib.nullcontext()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
     if ds_config is not None:
         import deepspeed
 
-        where = deepspeed.zero.Init(config_dict_or_path=ds_config)
-    torch.manual_seed(0)
-    with where:
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPE)
+        deepspeed.zero.Init(module=model, config_dict_or_path=ds_config, dtype=DTYPE)
     return model.train()
 
 
@@ -82,6 +78,7 @@ def adapt(model: nn.Module, side: str) -> nn.Module:
         config = LoraConfig(
             r=RANK, lora_alpha=2 * RANK, target_modules=[], target_parameters=list(TARGETS), lora_dropout=0.0
         )
+        model.enable_input_require_grads()  # without it DeepSpeed's leaf modules lose PEFT's first gradients
         return get_peft_model(model, config, autocast_adapter_dtype=False)
     import dsee_scale
 

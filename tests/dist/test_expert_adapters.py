@@ -132,7 +132,7 @@ def test_tuning_under_the_mask_on_2_ranks_is_the_dense_one_and_what_is_exported(
     for losses, logits in pools(2).run(tuned, str(tmp_path), ds_config, shared, reentrant, targets):
         assert losses == pytest.approx(expected_losses, abs=2e-5)
         # Adam enlarges the rounding of gradients that are nearly zero.
-        assert torch.linalg.vector_norm(logits - expected) < 1e-3 * torch.linalg.vector_norm(expected)
+        assert torch.linalg.vector_norm(logits - expected) < 1e-2 * torch.linalg.vector_norm(expected)
     assert expected_losses[-1] < expected_losses[0]
 
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
