@@ -30,7 +30,7 @@ class GradientWatch:
         self._hooks = {
             name: layer.dsee_flat.register_hook(functools.partial(self._note, name))
             for name, layer in layers.items()
-            if "experts" not in name.split(".")
+            if layer.dsee_spec.experts or "experts" not in name.split(".")
         }
 
     def _note(self, name: str, gradient: Tensor) -> None:

@@ -67,7 +67,7 @@ def output_gradients(
         for _, block in blocks:
             block.training = True  # the block alone: what is checkpointed in training is checkpointed here
         for batch, counts in tqdm(
-            in_step(batches, partition),
+            in_step(module, batches, partition),
             desc="sensitivity",
             unit="batch",
             disable=not show_progress(partition, progress),
