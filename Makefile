@@ -9,7 +9,7 @@ export TORCH_EXTENSIONS_DIR ?= $(VENV)/torch_extensions
 NUM_PROCESSES ?= 2
 OUTPUT ?= runs/sentiment
 
-.PHONY: help setup test test-fast test-lowest fuzz check format demo bench docs docs-serve clean
+.PHONY: help setup test test-fast test-lowest test-interop fuzz check format demo bench docs docs-serve clean
 
 help:  ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,13 @@ test-lowest:  ## Unit tests and a run on two ranks with the lowest versions of c
 	$(LOWEST)/bin/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || $(LOWEST)/bin/pip uninstall --quiet --yes triton
 	TORCH_EXTENSIONS_DIR=$(LOWEST)/torch_extensions $(LOWEST)/bin/python -m pytest tests/unit \
 		tests/dist/test_run.py::test_every_phase_is_measured_and_half_of_the_weights_are_zero
+
+# Packages whose pins are not ours, in an environment of their own.
+INTEROP := $(CURDIR)/.venv-interop
+test-interop:  ## ms-swift with its plugin
+	test -d $(INTEROP) || $(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/pip install --quiet torch==2.13.0 ms-swift==4.6.0 pytest pytest-timeout --editable .
+	$(INTEROP)/bin/python -m pytest tests/interop
 
 fuzz: setup  ## Ten thousand damaged folders, seeded
 	DSEE_SCALE_FUZZ=$${DSEE_SCALE_FUZZ:-10000} $(BIN)/python -m pytest -s tests/fuzz

@@ -170,7 +170,7 @@ def reject_unsupported(config: Mapping[str, Any], optim: str, source: str) -> No
     if (config.get("compile") or {}).get("deepcompile"):
         problems.append(
             "compile.deepcompile puts gathers of its own into the graph, on CUDA alone (DeepSpeed 0.19.8), and was "
-            "never run with adapters; leave it out: torch.compile goes without it (training.torch_compile)"
+            "never run with adapters; leave it out: torch.compile goes without it"
         )
     if (config.get("sequence_parallel_size") or 1) > 1:
         problems.append(

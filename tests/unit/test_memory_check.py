@@ -62,7 +62,7 @@ def test_nvme_is_refused_before_any_work(zero, message):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"compile": {"deepcompile": True}}, "compile.deepcompile.*on CUDA alone.*training.torch_compile"),
+        ({"compile": {"deepcompile": True}}, "compile.deepcompile.*on CUDA alone.*leave it out"),
         ({"sequence_parallel_size": 2}, "sequence_parallel_size.*whole sequences.*loop of your own"),
     ],
 )
