@@ -17,16 +17,28 @@ from tqdm.auto import tqdm
 from dsee_scale.distributed import gather_objects
 from dsee_scale.errors import CalibrationError
 from dsee_scale.partition import Partition, unwrap
+from dsee_scale.passes.batches import together
 from dsee_scale.passes.calibrate import compute_device, evaluating, in_step, to_device, token_mask
 from dsee_scale.passes.progress import show_progress
 
 IGNORED = -100
 
 
-def has_loss(model: nn.Module, batches: Sequence[Any]) -> bool:
-    """Collective. Whether every rank's batches give a loss: labels, or token ids of a decoder."""
+def has_loss(model: nn.Module, batches: Sequence[Any], partition: Partition) -> bool:
+    """Collective. Whether every rank's batches give a loss: labels, or token ids of a decoder.
+
+    Raises:
+        CalibrationError: labels that don't fit the inputs or the model, which one rank alone would stumble over.
+    """
     module = unwrap(model)
-    return all(gather_objects(all(_with_labels(module, batch) is not None for batch in batches)))
+    labelled = [_with_labels(module, batch) for batch in batches]
+    wrong = [problem for each in labelled if each is not None and (problem := _label_problem(module, each))]
+    partition.raise_together(
+        CalibrationError(f"the labels of a calibration batch {wrong[0]}. Nothing was changed")
+        if wrong
+        else None
+    )
+    return all(gather_objects(None not in labelled))
 
 
 def output_gradients(
@@ -76,7 +88,7 @@ def output_gradients(
             assert labelled is not None, "has_loss has seen it"
             watch.mask = token_mask(labelled) if counts else None
             watch.counts = counts
-            with torch.enable_grad():
+            with torch.enable_grad(), together(partition):
                 _loss(module(**to_device(labelled, device)), labelled).backward()
             tokens += int(watch.seen) if counts else 0
     packed = torch.cat([*sums.values(), torch.tensor([tokens], dtype=torch.float64)])
@@ -106,6 +118,22 @@ def _with_labels(module: nn.Module, batch: Any) -> dict[str, Any] | None:
     mask = token_mask(batch)
     inputs["labels"] = ids if mask is None else ids.masked_fill(~mask.to(ids.device), IGNORED)
     return inputs
+
+
+def _label_problem(module: nn.Module, inputs: Mapping[str, Any]) -> str | None:
+    labels, ids, config = inputs["labels"], inputs.get("input_ids"), getattr(module, "config", None)
+    if isinstance(ids, Tensor) and labels.shape not in (ids.shape, ids.shape[:1]):
+        return f"have the shape {tuple(labels.shape)}; expected {tuple(ids.shape)} or ({len(ids)},)"
+    if labels.is_floating_point():
+        return None
+    name = "num_labels" if labels.dim() == 1 else "vocab_size"
+    bound = getattr(config, name, None)
+    if not isinstance(bound, int) or (labels.dim() == 2 and not isinstance(ids, Tensor)):
+        return None
+    counted = labels[labels != IGNORED]
+    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < bound:
+        return f"go from {int(counted.min())} to {int(counted.max())}; expected 0 to {bound - 1} ({name}), or {IGNORED}"
+    return None
 
 
 def _loss(output: Any, inputs: Mapping[str, Any]) -> Tensor:

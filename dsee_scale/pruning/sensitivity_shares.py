@@ -69,7 +69,7 @@ def find_shares(
     if config.scope != "global" or config.n_of_m:
         return Shares()
     batches = list(batches)
-    if not has_loss(model, batches):
+    if not has_loss(model, batches, partition):
         log_rank0(
             logger,
             "the calibration batches have no labels and the model is no decoder, so every matrix loses the same share; "

@@ -14,7 +14,7 @@ from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.errors import CalibrationError, PartitionError
 from dsee_scale.partition import unwrap
 from dsee_scale.partition.zero3 import Zero3Partition
-from dsee_scale.pruning import refit, refit_matrix
+from dsee_scale.pruning import refit_block, refit_matrix
 from tests.dist.test_inject_prune import engine_for, train, whole_weights
 from tests.models import zero3_config
 from tests.unit.test_calibrate import batches, make
@@ -174,20 +174,22 @@ def short_of(what: str) -> tuple[str, bool]:
 
     places = {
         "way back": (Zero3Partition, "exchange_bytes", endless),
-        "weights": (refit, "_effective", none),
-        "sums": (refit, "_add", none),
+        "weights": (refit_block, "_effective", none),
+        "sums": (refit_block, "_add", none),
         "copies": (torch.Tensor, "clone", none),
     }
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            original = refit._reduced
+            original = refit_block._reduced
 
             def reduced(*args: Any) -> Any:
                 with pytest.MonkeyPatch.context() as inner:
                     inner.setattr(*places["copies"])
                     return original(*args)
 
-            patch.setattr(refit, "_reduced", reduced) if what == "copies" else patch.setattr(*places[what])
+            patch.setattr(refit_block, "_reduced", reduced) if what == "copies" else patch.setattr(
+                *places[what]
+            )
         with pytest.raises(PartitionError) as caught:
             dsee_scale.prune(engine, PruneConfig(), here(2))
     after = whole_weights(engine)

@@ -11,6 +11,7 @@ from dsee_scale import PruneConfig
 from dsee_scale.algorithms.allocate import NUM_BINS, SWAY, count_keys_, deal_removals
 from dsee_scale.algorithms.score import keys
 from dsee_scale.config import Pool
+from dsee_scale.errors import CalibrationError
 from dsee_scale.partition import open_partition
 from dsee_scale.passes.blocks import find_blocks
 from dsee_scale.passes.pools import block_linears
@@ -80,11 +81,29 @@ def test_gradients_are_autograds_and_leave_no_trace(family, checkpointing):
 
 def test_a_decoder_needs_no_labels_and_others_do():
     model, data = make("llama"), batches(2)
-    assert has_loss(model, data) and has_loss(model, [batch["input_ids"] for batch in data])
+    partition = open_partition(model)
+    assert has_loss(model, data, partition)
+    assert has_loss(model, [batch["input_ids"] for batch in data], partition)
     own = [{**b, "labels": b["input_ids"].masked_fill(~b["attention_mask"].bool(), -100)} for b in data]
     for name, value in found(model, data).items():
         assert torch.equal(value, found(model, own)[name])
-    assert not has_loss(model.model, data) and not has_loss(model, [(data[0]["input_ids"],)])
+    assert not has_loss(model.model, data, partition)
+    assert not has_loss(model, [(data[0]["input_ids"],)], partition)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (torch.zeros(2, 5, dtype=torch.int64), r"have the shape \(2, 5\); expected \(2, 12\) or \(2,\)"),
+        (torch.full((2, 12), 10**6), r"go from 1000000 to 1000000; expected 0 to \d+ \(vocab_size\)"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused_before_anything_runs(labels, words):
+    model = make("llama")
+    before = [param.clone() for param in model.parameters()]
+    with pytest.raises(CalibrationError, match=words):
+        dsee_scale.prune(model, PruneConfig(), [{**batches(1)[0], "labels": labels}])
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_without_a_loss_every_matrix_loses_the_same_share_and_a_warning_says_so(caplog):
