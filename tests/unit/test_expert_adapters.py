@@ -11,11 +11,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import dsee_scale
-from dsee_scale import DSEEConfig
+from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.adapters.disabled import adapters_disabled
 from dsee_scale.adapters.experts import AdaptedExperts
 from dsee_scale.adapters.linear import adapted_layers, delta_record, train_under_mask
 from dsee_scale.algorithms.delta import merged_weight
+from dsee_scale.checkpoint.record import _module_record
+from dsee_scale.checkpoint.training_state import load_training_state, save_training_state
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.export.merged import merged_weights
 from tests.models import build, moe_config, token_batch
@@ -130,6 +132,41 @@ def test_saved_adapters_merged_weights_and_exports_are_what_was_trained(family, 
         assert not name.rpartition(".")[2].startswith("dsee_") and value.isfinite().all()
     with pytest.raises(ConfigError, match="adapters on experts"):
         dsee_scale.export_lora(model, tmp_path / "lora")
+
+
+def test_training_goes_on_from_a_saved_state(tmp_path):
+    tokens = token_batch(batch=4)
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+        losses = []
+        for _ in range(2):
+            losses.append(model(tokens, labels=tokens).loss)
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [loss.item() for loss in losses]
+
+    model = make("qwen3_moe", SHARED).train()
+    optimizer = torch.optim.AdamW(dsee_scale.trainable_parameters(model), lr=1e-2)
+    steps(model, optimizer)
+    dsee_scale.prune(model, PruneConfig(sparsity=0.5, score="WABS", scope="matrix"))
+    save_training_state(model, tmp_path / "state", optimizer=optimizer)
+    again = build(moe_config("qwen3_moe")).train()
+    dsee_scale.load_adapter(again, tmp_path / "state")
+    assert all(layer.dsee_under_mask for layer in adapted_layers(again).values())
+    fresh = torch.optim.AdamW(dsee_scale.trainable_parameters(again), lr=1e-2)
+    load_training_state(again, tmp_path / "state", optimizer=fresh)
+    assert steps(again, fresh) == steps(model, optimizer)
+
+
+def test_records_from_before_experts_could_be_adapted_are_read():
+    values = dataclasses.asdict(
+        adapted_layers(make("qwen3_moe"))["model.layers.0.self_attn.o_proj"].dsee_spec
+    )
+    del values["experts"], values["shared_a"]
+    assert not _module_record("o_proj", values).experts
+    with pytest.raises(ConfigError, match="do not fit"):
+        _module_record("o_proj", {**values, "experts": False, "shared_a": True})
 
 
 def test_a_copied_model_computes_the_same():
