@@ -123,7 +123,7 @@ def read_file(name: str) -> Dataset:
         cause = error.__cause__ or error
         if "no data" in str(cause):
             raise ConfigError(f"data file {name} has no rows") from error
-        if isinstance(cause, PermissionError) and str(cause.filename) != str(path):
+        if isinstance(cause, OSError) and cause.filename and str(cause.filename) != str(path):
             raise ConfigError(
                 f"data file {name}: the cache of datasets cannot be written ({cause.filename}: {cause.strerror}); set "
                 "HF_HOME to a folder that can be"

@@ -100,6 +100,16 @@ def test_bad_files_are_named_with_what_was_found(tmp_path, content, changes, mes
         load_rows(classification(str(path), validation_file=str(path), **changes))
 
 
+def test_a_home_that_cannot_be_written_is_named_and_not_the_data(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/proc/no/such")
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\nx,1\n")
+    with pytest.raises(ConfigError, match=r"the cache of datasets cannot be written.*set HF_HOME"):
+        load_rows(classification(str(path), validation_file=str(path)))
+
+
 def test_missing_file_and_unknown_ending(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.csv does not exist"):
         load_rows(classification(str(tmp_path / "none.csv")))
