@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,15 +58,25 @@ def test_every_launcher_gives_the_same_losses(tmp_path):
     assert all(values == found["deepspeed"] for values in found.values())
 
 
-ENDS = """import sys, time
-print("a rank is here", flush=True)
+ENDS = """import os, sys, time
+print("a rank is here", os.getpid(), flush=True)
 sys.exit(75) if sys.argv[1:] == ["75"] else time.sleep(300)
 """
 """A rank that ends as a run does which may be relaunched, or that is still at work."""
 
 
+def alive(pids: list[int], seconds: float) -> list[int]:
+    """Which of the processes are still there, once they had time to end."""
+    deadline = time.monotonic() + seconds
+    while (left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
 def test_what_launchers_make_of_a_ranks_code(tmp_path):
-    """DeepSpeed's hands a failed rank's code on, torchrun makes it 1; one that got SIGTERM itself ends with 1."""
+    """DeepSpeed's hands a failed rank's code on, torchrun makes it 1. SIGTERM to the group, as schedulers send it, ends
+    torchrun with 1 and DeepSpeed's front, which has no handler on one machine, by the signal; no rank is left.
+    """
     program = tmp_path / "ends.py"
     program.write_text(ENDS)
     environment = {
@@ -82,22 +95,26 @@ def test_what_launchers_make_of_a_ranks_code(tmp_path):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
+                start_new_session=True,
             )
-    codes = {}
+    codes, ranks = {}, []
     try:
         for (launcher, word), process in started.items():
             assert process.stdout is not None
             while word == "wait" and "a rank is here" not in (line := process.stdout.readline()):
                 assert line, f"{launcher} ended early"
             if word == "wait":
-                process.terminate()
+                ranks.append(int(line.split()[-1]))
+                os.killpg(process.pid, signal.SIGTERM)
             codes[launcher, word] = process.wait(timeout=120)
     finally:
         for process in started.values():
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert codes == {
         ("single_node.sh", "75"): 75,
-        ("single_node.sh", "wait"): 1,
+        ("single_node.sh", "wait"): -signal.SIGTERM,
         ("torchrun.sh", "75"): 1,
         ("torchrun.sh", "wait"): 1,
     }
+    assert len(ranks) == 2 and not alive(ranks, seconds=30)
