@@ -402,7 +402,7 @@ def test_what_a_later_pruning_cannot_do_is_refused_before_the_first(later, data,
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("place", ["_write", "advance"])
+@pytest.mark.parametrize("place", ["write_back", "advance"])
 def test_a_refit_that_fails_while_it_writes_marks_the_model(monkeypatch, place):
     model = make("llama")
 
