@@ -4,8 +4,17 @@
 
 One engine under ZeRO-3 on two ranks, tuned and pruned; both ways in turn, in the same processes, on the same
 disk. `without frozen` is DeepSpeed's `exclude_frozen_parameters=True`, from which pruned weights cannot be
-restored. Ours hashes every file and flushes it to the disk; DeepSpeed does neither, and `flushed` adds that to
-its side. Sizes are compared with
+restored. Ours hashes every file and flushes it to the disk, in a thread beside the next training step; DeepSpeed
+does neither, and `flushed` adds that to its side. Our ways to save and load:
+
+- save: what training waits for, before and after the step beside which the files are finished;
+- save, added to training: the same, and what that step takes longer;
+- save, until it is whole: without a step in between;
+- save after a pruning: the same, with the masks written anew;
+- load: into an engine whose weights have the checkpoint's masks from `load_adapter`, as in a resumed run;
+- load, masks applied: into one that lacks them.
+
+Sizes are compared with
 
     adapter + 4 bytes x (1 + moments) x trained parameters + pruned weights / 8.
 """
@@ -29,6 +38,15 @@ from scale import build as build_random
 
 RANK, NUM_SPARSE = 16, 64
 MOMENTS = 2
+TOKENS = 64
+OURS = (
+    "save",
+    "save, added to training",
+    "save, until it is whole",
+    "save after a pruning",
+    "load",
+    "load, masks applied",
+)
 
 
 def main() -> None:
@@ -49,8 +67,10 @@ def main() -> None:
         for key, times in ranks[0]["seconds"].items()
     }
     sizes, counts = ranks[0]["sizes"], ranks[0]["counts"]
-    for what in ("save", "load"):
-        report.add(case, what, "s", seconds[f"ours {what}"], seconds[f"deepspeed {what}"])
+    seconds["ours save, added to training"] = seconds["step and save"] - seconds["step"]
+    for what in OURS:
+        peer = seconds["deepspeed load" if what.startswith("load") else "deepspeed save"]
+        report.add(case, what, "s", seconds[f"ours {what}"], peer, step=seconds["step"])
     report.add(f"{case}, flushed", "save", "s", seconds["ours save"], seconds["deepspeed flushed save"])
     report.add(f"{case}, without frozen", "save", "s", seconds["ours save"], seconds["without frozen save"])
     report.add(case, "size", "B", sizes["ours"], sizes["deepspeed"], **counts)
@@ -89,13 +109,39 @@ def predicted_size(*, trained: int, pruned: int, sparse: int, weight_bytes: int 
 
 def measure(model: str, folder: str, rounds: int) -> dict[str, Any]:
     """Collective. Seconds of every round, bytes on disk, and what they hold."""
-    from dsee_scale.checkpoint.training_state import load_training_state, save_training_state
+    from dsee_scale.adapters.state import model_state
+    from dsee_scale.checkpoint.training_state import (
+        load_training_state,
+        save_training_state,
+        start_training_state,
+    )
 
     engine, counts = build_engine(model)
     ours, whole, partial = (f"{folder}/{name}" for name in ("ours", "deepspeed", "partial"))
+    waits: list[float] = []
+
+    def save_beside_a_step() -> None:
+        started = time.perf_counter()
+        unfinished = start_training_state(engine, ours, overwrite=True)
+        stepping = time.perf_counter()
+        step(engine)
+        stepped = time.perf_counter()
+        unfinished.finish()
+        waits.append(stepping - started + time.perf_counter() - stepped)
+
+    def forget_masks() -> None:
+        model_state(engine.module).masks = None
+
     ways = {
-        "ours save": lambda: save_training_state(engine, ours, overwrite=True),
+        "ours save after a pruning": lambda: (
+            forget_masks(),
+            save_training_state(engine, ours, overwrite=True),
+        ),
+        "ours save, until it is whole": lambda: save_training_state(engine, ours, overwrite=True),
+        "step": lambda: step(engine),
+        "step and save": save_beside_a_step,
         "ours load": lambda: load_training_state(engine, ours),
+        "ours load, masks applied": lambda: (forget_masks(), load_training_state(engine, ours)),
         "deepspeed save": lambda: engine.save_checkpoint(whole, tag="step"),
         "deepspeed flushed save": lambda: (engine.save_checkpoint(whole, tag="step"), flush(whole)),
         "deepspeed load": lambda: engine.load_checkpoint(whole, tag="step"),
@@ -108,6 +154,7 @@ def measure(model: str, folder: str, rounds: int) -> dict[str, Any]:
         for name, way in ways.items():
             with timed(seconds[name], counts=number > 0):
                 way()
+    seconds["ours save"] = waits[1:]
     sizes = {
         name: folder_size(path)
         for name, path in zip(("ours", "deepspeed", "without frozen"), (ours, whole, partial), strict=True)
@@ -145,14 +192,19 @@ def build_engine(model: str) -> tuple[Any, dict[str, int]]:
     dsee_scale.inject(base, dsee_scale.DSEEConfig(**settings))
     parameters = dsee_scale.trainable_parameters(base)
     engine = deepspeed.initialize(model=base, model_parameters=parameters, config=ds_config)[0]
-    tokens = torch.randint(0, 2048, (1, 16), generator=torch.Generator().manual_seed(0))
     for _ in range(2):
-        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
-        engine.step()
+        step(engine)
     pruned = dsee_scale.prune(engine, dsee_scale.PruneConfig(sparsity=0.5, score="W"))
     trained = sum(p.ds_numel for p in parameters)
     num_matrices = sum(name.endswith(("q_proj", "v_proj")) for name, _ in base.named_modules())
     return engine, {"trained": trained, "pruned": pruned.total, "sparse": num_matrices * NUM_SPARSE}
+
+
+def step(engine: Any) -> None:
+    """Collective. One training step of few tokens."""
+    tokens = torch.randint(0, 2048, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+    engine.step()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,6 +16,25 @@ MASK_UPDATE = "mask_update"
 """In the record of a pruned weight: that its update is trained under the mask."""
 
 
+@dataclass(frozen=True)
+class MaskFiles:
+    """Files that hold a model's masks as they are now, so that a further checkpoint need not write them again.
+
+    Attributes:
+        folder: the saved folder that they are in.
+        files: their lines of its manifest, by name.
+        kept: pruned weight -> entries that are not zero.
+        prunings: `ModelState.prunings` at that time.
+        sample: what some of this rank's entries were then.
+    """
+
+    folder: Path
+    files: Mapping[str, Mapping[str, Any]]
+    kept: Mapping[str, int]
+    prunings: int
+    sample: list[int]
+
+
 @dataclass
 class ModelState:
     """The injection and the prunings of one model.
@@ -22,11 +43,15 @@ class ModelState:
         config: settings of the injection, None if there was none.
         pruned: weight name -> how it was pruned, e.g. {"pattern": "unstructured"}. The zeros of these
             weights are their mask; no other copy of a mask exists.
+        prunings: how often masks have changed.
+        masks: where they were last saved, maybe before they changed; None for nowhere.
         broken: why this model must not be used any more, None for a sound one.
     """
 
     config: DSEEConfig | None = None
     pruned: dict[str, dict[str, Any]] = field(default_factory=dict)
+    prunings: int = 0
+    masks: MaskFiles | None = None
     broken: str | None = None
 
 

@@ -20,6 +20,7 @@ from dsee_scale.algorithms.decompose import Support
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, new_folder, open_folder
 from dsee_scale.checkpoint.lora_folder import is_lora_folder, load_lora, open_lora
+from dsee_scale.checkpoint.mask_files import link_masks, masks_now, note_files
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import (
     apply_mask,
@@ -130,11 +131,25 @@ def load_adapter(
         _attach(partition, model, record, targets, tensors)
     _set_values(partition, model, record, tensors)
     apply_masks(partition, model, record, masks)
+    note_files(model, masks_now(partition, model, record.kept), stored)
     return record
 
 
-def write_adapter(partition: Partition, module: nn.Module, new: NewFolder, *, mask_files: int = 1) -> None:
-    """Collective. Write an adapter's files into a folder in the making."""
+def write_adapter(
+    partition: Partition, module: nn.Module, new: NewFolder, *, mask_files: int = 1, link: bool = False
+) -> dict[str, int]:
+    """Collective. Write an adapter's files into a folder in the making.
+
+    Args:
+        partition: port to the model's weights.
+        module: the unwrapped model.
+        new: the folder.
+        mask_files: number of files for the masks.
+        link: whether the mask files of an earlier folder may be taken, in whatever number.
+
+    Returns:
+        Number of entries that each pruned weight keeps.
+    """
     params = dict(module.named_parameters())
     with raise_on_all_ranks(partition):
         missing = [name for name in model_state(module).pruned if name not in params]
@@ -143,16 +158,24 @@ def write_adapter(partition: Partition, module: nn.Module, new: NewFolder, *, ma
                 f"pruned weight {missing[0]} is gone from the model; save before changing its modules"
             )
     pruned = {name: params[name] for name in model_state(module).pruned}
-    kept = save_masks(partition, new, pruned, min(mask_files, partition.world_size)) if pruned else {}
+    kept = link_masks(partition, new, module) if link and pruned else None
+    if kept is None:
+        kept = save_masks(partition, new, pruned, min(mask_files, partition.world_size)) if pruned else {}
     with raise_on_all_ranks(partition):
         record = describe(partition, module, kept)
         if partition.rank == 0:
             new.write_json(CONFIG_FILE, record.to_dict())
     _stream_adapter(partition, module, new)
+    return kept
 
 
 def open_adapter(
-    stored: StoredFolder, record: AdapterRecord, *, rank: int = 0, world_size: int = 1
+    stored: StoredFolder,
+    record: AdapterRecord,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    count_masks: bool = True,
 ) -> TensorReader:
     """The adapter's tensors, checked against the record: shapes, indices, finite values, and the masks' counts. Local.
 
@@ -161,6 +184,7 @@ def open_adapter(
         record: what it says.
         rank: values and masks are read of this rank's share alone, ...
         world_size: ... of so many.
+        count_masks: whether the masks' bits are counted; not needed for masks that the model has already.
 
     Raises:
         FormatError: naming file and tensor.
@@ -178,17 +202,19 @@ def open_adapter(
     floating = [name for name in reader.names() if reader.spec(name).dtype.is_floating_point]
     for name in floating[rank::world_size]:
         reader.reject_not_finite(name, reader.read(name))
-    for name, how in list(record.pruned.items())[rank::world_size]:
+    for name, how in list(record.pruned.items())[rank::world_size] if count_masks else ():
         check_kept(masks, name, how["shape"], how["kept"])
     return reader
 
 
-def apply_masks(partition: Partition, model: nn.Module, record: AdapterRecord, masks: TensorReader) -> None:
-    """Collective. Zero the entries that the masks remove, in place, and note it on the model."""
+def apply_masks(
+    partition: Partition, model: nn.Module, record: AdapterRecord, masks: TensorReader | None
+) -> None:
+    """Collective. Zero the entries that the masks remove, in place (None: they are zero), and note it on the model."""
     params = dict(model.named_parameters())
     with raise_on_all_ranks(partition):
-        for name in record.pruned:
-            apply_mask(partition, params[name], masks, name)
+        for name in record.pruned if masks is not None else ():
+            apply_mask(partition, params[name], masks, name)  # type: ignore[arg-type]
     how = {
         name: {k: v for k, v in p.items() if k not in ("shape", "kept")} for name, p in record.pruned.items()
     }

@@ -7,11 +7,12 @@ into one folder, which then must lie on storage that they share.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,10 +28,11 @@ FORMAT_VERSION = 1
 
 
 class HashedFile:
-    """A new file that counts and hashes what is written, and is on disk once it is closed."""
+    """A new file that counts and hashes what is written, and is on disk once it is closed; or, `later`, settled."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.size, self._hash = path, 0, hashlib.sha256()
+    def __init__(self, path: Path, *, later: bool = False) -> None:
+        self.path, self.size, self.later, self._hash = path, 0, later, hashlib.sha256()
+        self._digest: str | None = None
         self._file: BinaryIO = path.open("xb")
 
     def write(self, data: bytes | memoryview) -> None:
@@ -39,7 +41,8 @@ class HashedFile:
             self._file.write(data)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
-        self._hash.update(data)
+        if not self.later:
+            self._hash.update(data)
         self.size += memoryview(data).nbytes
 
     def close(self) -> None:
@@ -48,17 +51,24 @@ class HashedFile:
             return
         try:
             self._file.flush()
-            os.fsync(self._file.fileno())
+            if not self.later:
+                os.fsync(self._file.fileno())
             self._file.close()
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.close()
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
+    def settle(self) -> None:
+        """Flush and hash a closed file for which that was left for later. On any thread."""
+        if self.later:
+            _flush(self.path)
+            self._digest = sha256(self.path)
+
     @property
     def record(self) -> dict[str, Any]:
         """The manifest's line about this file."""
-        return {"size": self.size, "sha256": self._hash.hexdigest()}
+        return {"size": self.size, "sha256": self._digest or self._hash.hexdigest()}
 
 
 class NewFolder:
@@ -67,24 +77,53 @@ class NewFolder:
     Attributes:
         folder: where it goes, links followed.
         partial: where files are written meanwhile; the same path on every rank.
+        later: whether files are hashed and flushed by `settle`, not while they are written.
     """
 
-    def __init__(self, partition: Partition, folder: str | Path, *, kind: str) -> None:
-        self.partition, self.kind = partition, kind
+    def __init__(self, partition: Partition, folder: str | Path, *, kind: str, later: bool = False) -> None:
+        self.partition, self.kind, self.later = partition, kind, later
         self.folder = Path(os.path.realpath(folder))
         self.partial = self.folder.with_name(f".{self.folder.name}.partial")
-        self._records: dict[str, dict[str, Any]] = {}
+        self._files: list[HashedFile] = []
+        self._records: dict[str, Mapping[str, Any]] = {}
 
     def create(self, name: str) -> HashedFile:
         """A new file. Hand it to `add` when it is written. Local."""
         path = self.partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        return HashedFile(path)
+        return HashedFile(path, later=self.later)
 
     def add(self, file: HashedFile) -> None:
         """Close a file and take it into the manifest. Local."""
         file.close()
-        self._records[file.path.relative_to(self.partial).as_posix()] = file.record
+        self._files.append(file)
+
+    def link(self, name: str, source: Path, record: Mapping[str, Any]) -> None:
+        """Take in a file of another saved folder: a second name for it, or a copy where that can't be. Local.
+
+        Raises:
+            OSError: it is not there, or not in the size that its manifest told.
+        """
+        if source.stat().st_size != record["size"]:
+            raise OSError(errno.EIO, "is not as it was saved", str(source))
+        try:
+            os.link(source, self.partial / name)
+        except OSError:
+            shutil.copyfile(source, self.partial / name)
+            _flush(self.partial / name)
+        self._records[name] = record
+
+    def unlink(self, name: str) -> None:
+        """Undo `link`, as far as it went. Local."""
+        self._records.pop(name, None)
+        (self.partial / name).unlink(missing_ok=True)
+
+    def settle(self) -> None:
+        """Hash and flush what was left for later. Local, on any thread; no file may be added meanwhile."""
+        for file in self._files:
+            file.settle()
+            self._records[file.path.relative_to(self.partial).as_posix()] = file.record
+        self._files = []
 
     def write_json(self, name: str, value: Any) -> None:
         """Write one JSON file. Local."""
@@ -94,11 +133,11 @@ class NewFolder:
 
     def adopt(self) -> None:
         """Take files that other code wrote into the partial folder into the manifest. Local."""
+        self.settle()
         for path in sorted(self.partial.rglob("*")):
             name = path.relative_to(self.partial).as_posix()
             if path.is_file() and name not in self._records:
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
+                _flush(path)
                 self._records[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
 
     def begin(self, overwrite: bool) -> None:
@@ -112,6 +151,7 @@ class NewFolder:
     def commit(self) -> None:
         """Collective. Complete the manifest and put the folder in its place."""
         with raise_on_all_ranks(self.partition):
+            self.settle()
             if self.partition.rank:
                 path = self.partial / f".records-{self.partition.rank}.json"
                 path.write_text(json.dumps(self._records), encoding="utf-8")
@@ -272,6 +312,11 @@ def _write(path: Path, value: Any) -> None:
     with path.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2)
         file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 

@@ -52,6 +52,11 @@ class AdapterRecord:
         """Whether frozen weights were solved anew, so that the published base does not have them."""
         return any("content" in how for how in self.pruned.values())
 
+    @property
+    def kept(self) -> dict[str, int]:
+        """Number of entries that each pruned weight keeps."""
+        return {name: how["kept"] for name, how in self.pruned.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {

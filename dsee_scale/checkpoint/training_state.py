@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,11 +22,14 @@ from dsee_scale.adapters.linear import BUFFERS, adapted_layers
 from dsee_scale.checkpoint.adapter import STEM as ADAPTER_STEM
 from dsee_scale.checkpoint.adapter import apply_masks, open_adapter, read_layer, write_adapter
 from dsee_scale.checkpoint.files import damaged
-from dsee_scale.checkpoint.folder import StoredFolder, new_folder, open_folder
+from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, open_folder
+from dsee_scale.checkpoint.mask_files import has_masks, masks_now, note_files
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import open_masks
+from dsee_scale.checkpoint.random_state import random_state, set_random_state
 from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord, base_identity, check_base
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec, part_name, write_dealt, write_tensors
+from dsee_scale.checkpoint.unfinished import UnfinishedState
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError, FormatError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
@@ -53,9 +54,9 @@ def save_training_state(
     extra: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Collective. Write everything that training needs to go on. Call it between optimizer steps.
+    """Collective. Write everything that training needs to go on, and wait until it is on the disk.
 
-    Extra memory per rank: one batch of 64 MiB, or the largest trained parameter.
+    Call it between optimizer steps. Extra memory per rank: one batch of 64 MiB, or the largest trained parameter.
 
     Args:
         model: a DeepSpeed engine, or a model whose optimizer is given apart.
@@ -69,14 +70,35 @@ def save_training_state(
         ConfigError: `extra` is no JSON, or the folder is not empty.
         FormatError: writing failed, e.g. no space is left; what was there before stays.
     """
+    start_training_state(model, folder, optimizer=optimizer, extra=extra, overwrite=overwrite).finish()
+
+
+def start_training_state(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    optimizer: Any = None,
+    extra: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> UnfinishedState:
+    """Collective. `save_training_state` in two parts: training may go on, prune included, before the second one.
+
+    Args:
+        model, folder, optimizer, extra, overwrite: as there.
+
+    Returns:
+        What to `finish`, on all ranks at the same point, before the next state is started.
+    """
     module, partition = unwrap(model), open_partition(model)
     with raise_on_all_ranks(partition):
         _check_boundary(model)
         state = open_optimizer(model, optimizer)
         record = _state_record(model, state, partition, extra)
     record["steps"] = state.steps()
-    with new_folder(partition, folder, kind=KIND, overwrite=overwrite) as new:
-        write_adapter(partition, module, new, mask_files=partition.world_size)
+    new = NewFolder(partition, folder, kind=KIND, later=True)
+    new.begin(overwrite)
+    try:
+        kept = write_adapter(partition, module, new, mask_files=partition.world_size, link=True)
         keys = [MASTER, *record["moments"]]
         items = {f"{name}/{key}": (name, key) for name in state.sizes for key in keys}
         specs = [TensorSpec(i, torch.float32, (state.sizes[name],)) for i, (name, _) in items.items()]
@@ -93,6 +115,10 @@ def save_training_state(
             write_tensors(new, name, own, kind=KIND)
             if partition.rank == 0:
                 new.write_json(STATE_FILE, record)
+    except BaseException:
+        new.discard()
+        raise
+    return UnfinishedState(module, new, kept)
 
 
 def load_training_state(
@@ -126,16 +152,21 @@ def load_training_state(
     module, partition = unwrap(model), open_partition(model)
     with raise_on_all_ranks(partition):
         stored = open_folder(folder, (KIND,))
-        names = [n for stem in (ADAPTER_STEM, MASKS, OPTIMIZER, RANDOM) for n in stored.names(stem)]
+    masked = has_masks(partition, module, stored)
+    with raise_on_all_ranks(partition):
+        stems = (ADAPTER_STEM, OPTIMIZER, RANDOM) if masked else (ADAPTER_STEM, MASKS, OPTIMIZER, RANDOM)
+        names = [name for stem in stems for name in stored.names(stem)]
         stored.verify(names, rank=partition.rank, world_size=partition.world_size)
         record, values = AdapterRecord.read(stored), stored.json(STATE_FILE)
         check_base(record.base, base_identity(module), str(stored.path / CONFIG_FILE))
-        adapter = open_adapter(stored, record, rank=partition.rank, world_size=partition.world_size)
+        share = {"rank": partition.rank, "world_size": partition.world_size}
+        adapter = open_adapter(stored, record, **share, count_masks=not masked)
         _check_supports(module, record, adapter, stored)
         state = open_optimizer(model, optimizer)
         tensors = TensorReader.of(stored, OPTIMIZER)
         _check_parameters(state, values, tensors, stored)
-    apply_masks(partition, module, record, open_masks(stored))
+    apply_masks(partition, module, record, None if masked else open_masks(stored))
+    note_files(module, masks_now(partition, module, record.kept), stored)
     with raise_on_all_ranks(partition):
         _put_all(state, values, tensors, moments=is_engine(model) or optimizer is not None)
         if settings:
@@ -307,41 +338,3 @@ def _plain(value: dict[str, Any] | None) -> dict[str, Any] | None:
         return json.loads(json.dumps(value))
     except TypeError:
         return None
-
-
-def random_state() -> dict[str, Tensor]:
-    """The states of PyTorch's (CPU and current CUDA device), NumPy's and Python's global generators."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    state = {
-        "torch": torch.get_rng_state(),
-        "numpy": _text([str(kind), np.asarray(keys).tolist(), *rest]),
-        "python": _text(random.getstate()),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Tensor], *, shift: int = 0) -> None:
-    """Restore what `random_state` gave.
-
-    Args:
-        state: of this rank, or of another one where this rank had none.
-        shift: 0 to go on exactly; another number seeds apart from it, the same way every time.
-    """
-    torch.set_rng_state(state["torch"])
-    kind, keys, *rest = json.loads(bytes(state["numpy"].numpy()))
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    version, internal, gauss = json.loads(bytes(state["python"].numpy()))
-    random.setstate((version, tuple(internal), gauss))
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
-    if shift:
-        seed = int(torch.randint(2**31, (1,))) + shift
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        random.seed(seed)
-
-
-def _text(value: object) -> Tensor:
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

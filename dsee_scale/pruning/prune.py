@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dsee_scale.adapters.linear import restore_under_mask
-from dsee_scale.adapters.state import reject_broken
+from dsee_scale.adapters.state import model_state, reject_broken
 from dsee_scale.config import PruneConfig
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import CalibrationError, ConfigError
@@ -206,6 +206,7 @@ def _prune_once(
     checked = check_pruning(model, config, partition)
     plan, pools = checked.plan, checked.pools
     reject_not_finite(pools, partition)
+    model_state(module).prunings += 1
     if config.refit:
         assert calibration is not None and not isinstance(calibration, Statistics)
         matrices = refit(model, pools, config, calibration, checked.removed, partition, progress=progress)

@@ -115,6 +115,10 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         """Collective. The time that it takes is noted."""
         with self.journal.timed("save"):
             super()._save_checkpoint(model, trial)
+        self.watch.leave_if_told(self.state)
+
+    def _waits_for_disk(self) -> bool:
+        return self.watch.stopping or super()._waits_for_disk()
 
     def _restore(self, record: dict[str, Any]) -> None:
         self.journal.restore(record["journal"])

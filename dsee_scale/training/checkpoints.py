@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -31,15 +32,15 @@ from dsee_scale.checkpoint.adapter import save_adapter
 from dsee_scale.checkpoint.contents import check_output
 from dsee_scale.checkpoint.files import damaged
 from dsee_scale.checkpoint.folder import open_folder
+from dsee_scale.checkpoint.random_state import random_state, set_random_state
 from dsee_scale.checkpoint.training_state import (
     KIND,
     STATE_FILE,
     check_state,
     load_training_state,
-    random_state,
-    save_training_state,
-    set_random_state,
+    start_training_state,
 )
+from dsee_scale.checkpoint.unfinished import UnfinishedState
 from dsee_scale.errors import ConfigError
 from dsee_scale.training.journal import to_jsonable
 from dsee_scale.training.survival import check_trained_values, newest_first
@@ -144,9 +145,12 @@ def delete_old_checkpoints(output: Path, limit: int | None, best: str = "") -> N
 
 class AdapterCheckpoints(Base):
     """Stands before a Trainer: a checkpoint holds adapters, optimizer state and mask bits, is complete or not there,
-    and can be resumed on another number of processes."""
+    and can be resumed on another number of processes.
+
+    It is hashed and brought to the disk while the next step computes, and appears when that is done."""
 
     _checkpoint: Path | None = None
+    _unfinished: UnfinishedState | None = None
     _saved_step = -1
     _random_state: dict[str, Tensor]  # set before it is used
 
@@ -167,6 +171,7 @@ class AdapterCheckpoints(Base):
             **kwargs: the parent's.
         """
         check_trainer(transformers.Trainer)
+        self._unfinished = None
         if not resume_from_checkpoint:
             return super().train(None, *args, **kwargs)
         if resume_from_checkpoint is True:
@@ -203,6 +208,12 @@ class AdapterCheckpoints(Base):
             self._restore(extra)
             self._move_scheduler_to(self.state.global_step)
         return prepared
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The parent's forward and backward pass, which a checkpoint of the step before had the time of."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self._finish_checkpoint()
+        return loss
 
     def _restore(self, record: dict[str, Any]) -> None:
         """What a subclass noted in `_record`."""
@@ -247,7 +258,8 @@ class AdapterCheckpoints(Base):
         load_training_state(self.model_wrapped, folder, optimizer=self._torch_optimizer(), generators=False)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Collective. Write `checkpoint-STEP`, then delete old ones beyond `save_total_limit`."""
+        """Collective. Write `checkpoint-STEP`; it appears with the next step at the latest, see `_waits_for_disk`."""
+        self._finish_checkpoint()
         check_trained_values(self.model_wrapped)
         self.store_flos()
         output = str(self.args.output_dir)
@@ -258,7 +270,7 @@ class AdapterCheckpoints(Base):
             # accelerate 1.15 steps the engine once per optimizer step, so its count of micro-batches falls behind.
             engine: Any = self.model_wrapped
             engine.micro_steps = self.state.global_step * engine.gradient_accumulation_steps()
-        save_training_state(
+        self._unfinished = start_training_state(
             self.model_wrapped,
             folder,
             optimizer=self._torch_optimizer(),
@@ -266,11 +278,26 @@ class AdapterCheckpoints(Base):
             overwrite=True,
         )
         self._saved_step = self.state.global_step
+        if self._waits_for_disk():
+            self._finish_checkpoint()
+
+    def _waits_for_disk(self) -> bool:
+        """Whether a checkpoint must be there at once: after the last step, or for callbacks that are told of it."""
+        over = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
+        callbacks: list[TrainerCallback] = self.callback_handler.callbacks
+        return over or any(type(each).on_save is not TrainerCallback.on_save for each in callbacks)
+
+    def _finish_checkpoint(self) -> None:
+        """Collective. Put a started checkpoint in its place, then delete old ones beyond `save_total_limit`."""
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is None:
+            return
+        unfinished.finish()
         if self.args.should_save:
             # Who wants no checkpoints gets those that a pruning and the end need, one at a time.
             limit = 1 if self.args.save_strategy == SaveStrategy.NO else self.args.save_total_limit
             delete_old_checkpoints(
-                Path(output), limit, best=Path(self.state.best_model_checkpoint or "").name
+                Path(str(self.args.output_dir)), limit, best=Path(self.state.best_model_checkpoint or "").name
             )
 
     def _record(self) -> dict[str, Any]:

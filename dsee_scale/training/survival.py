@@ -60,7 +60,7 @@ class RunWatch(TrainerCallback):
 
     def __init__(self, timeline: Timeline, journal: Journal) -> None:
         self._timeline, self._journal = timeline, journal
-        self._told_to_stop = self._stopping = False
+        self._told_to_stop = self.stopping = False
         self._is_number: Tensor | None = None
 
     def saw(self, loss: Tensor) -> None:
@@ -106,13 +106,11 @@ class RunWatch(TrainerCallback):
                 "(with --resume FOLDER from an earlier checkpoint if the last one is past saving)"
             )
         if stop:
-            self._stopping = control.should_save = True
+            self.stopping = control.should_save = True
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def leave_if_told(self, state: TrainerState) -> None:
         """Leave once the checkpoint that SIGTERM asked for is there."""
-        if self._stopping:
+        if self.stopping:
             raise RunStoppedError(
                 f"told to stop by SIGTERM; saved at step {state.global_step} of {state.max_steps}: {RESUME}"
             )

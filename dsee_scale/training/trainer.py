@@ -116,6 +116,8 @@ class DSEETrainer(AdapterTrainer):
         if self._saved_step != step and (self.phases.is_due(self.state) or step == self.timeline.num_steps):
             self._save_checkpoint(self.module, None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        if self.phases.is_due(self.state):
+            self._finish_checkpoint()
         self.phases.prune_if_due(self.state)
 
     def _label_loss(
