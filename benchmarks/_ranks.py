@@ -71,16 +71,17 @@ def peak_memory(build: Callable[[], Any], run: Callable[[Any], Any]) -> int:
 
 
 def small_llama(hidden: int, layers: int) -> Any:
-    """Config of a Llama with heads of 64, three query heads to a key/value group, and a small vocabulary."""
+    """Config of a Llama with heads of 64, three or four query heads to a key/value group, and a small vocabulary."""
     from transformers import LlamaConfig
 
+    heads = hidden // 64
     return LlamaConfig(
         vocab_size=4096,
         hidden_size=hidden,
         intermediate_size=hidden * 8 // 3,
         num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 192),
+        num_attention_heads=heads,
+        num_key_value_heads=next(heads // group for group in (3, 4, 2, 1) if heads % group == 0),
         use_cache=False,
         tie_word_embeddings=True,
     )

@@ -54,9 +54,9 @@ def median_seconds_each(*functions: Callable[[], Any], repeats: int = 5, warmup:
 class Report:
     """Prints cases as they are measured and keeps them in `cases`."""
 
-    def __init__(self, benchmark: str, as_json: bool) -> None:
-        self.benchmark = benchmark
-        self.as_json = as_json
+    def __init__(self, benchmark: str, as_json: bool, **always: Any) -> None:
+        """`always` are JSON keys of every line."""
+        self.benchmark, self.as_json, self.always = benchmark, as_json, always
         self.cases: list[dict[str, Any]] = []
 
     def add(
@@ -71,7 +71,7 @@ class Report:
         """Record one case. `ratio` is ours / peer, null without a peer; `details` are further JSON keys."""
         ratio = ours / peer if peer else None
         line = {"benchmark": self.benchmark, "case": case, "metric": metric, "unit": unit}
-        line |= {"ours": ours, "peer": peer, "ratio": ratio} | details
+        line |= {"ours": ours, "peer": peer, "ratio": ratio} | self.always | details
         self.cases.append(line)
         if self.as_json:
             print(json.dumps(line), flush=True)

@@ -1,5 +1,7 @@
 """Peak memory per rank of a training step: bf16, int8, nf4 and CPU offload, beside PEFT's LoRA of the same rank.
 
+`under the mask` is ours after half of the adapted weights were pruned, with all linear layers adapted.
+
     python benchmarks/memory.py [--json] [--quick]
 
 A Llama shape under ZeRO-3, frozen but for the adapters. On GPUs the peak is what PyTorch's allocator held; on
@@ -21,9 +23,11 @@ from _ranks import launch, peak_memory, small_llama
 from _report import Report, parser
 from torch import nn
 
-CASES = ("bf16", "int8", "nf4", "bf16, offloaded")
+MASKED = "bf16, under the mask"
+CASES = ("bf16", MASKED, "int8", "nf4", "bf16, offloaded")
 RANK, NUM_SPARSE = 16, 64
 TARGETS = ("q_proj", "v_proj")
+ALL = (*TARGETS, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def ds_config(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -80,15 +84,19 @@ def quantise(model: nn.Module, case: str) -> nn.Module:
     return model
 
 
-def adapt(model: nn.Module, side: str) -> nn.Module:
+def targets_of(case: str) -> tuple[str, ...]:
+    return ALL if case == MASKED else TARGETS
+
+
+def adapt(model: nn.Module, side: str, targets: tuple[str, ...]) -> nn.Module:
     if side == "peft":
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(TARGETS), lora_dropout=0.0)
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(targets), lora_dropout=0.0)
         return get_peft_model(model, config, autocast_adapter_dtype=False)
     import dsee_scale
 
-    settings = dict(rank=RANK, alpha=2 * RANK, num_sparse=NUM_SPARSE, target_modules=TARGETS)
+    settings = dict(rank=RANK, alpha=2 * RANK, num_sparse=NUM_SPARSE, target_modules=targets)
     dsee_scale.inject(model, dsee_scale.DSEEConfig(support="random", **settings), progress=False)
     return model
 
@@ -96,12 +104,17 @@ def adapt(model: nn.Module, side: str) -> nn.Module:
 def build_engine(case: str, side: str, arguments: argparse.Namespace) -> Any:
     import deepspeed
 
-    model = adapt(build_model(case, arguments), side)
+    import dsee_scale
+
+    model = adapt(build_model(case, arguments), side, targets_of(case))
     if arguments.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]
     config = ds_config(case, arguments)
-    return deepspeed.initialize(model=model.train(), model_parameters=trained, config=config)[0]
+    engine = deepspeed.initialize(model=model.train(), model_parameters=trained, config=config)[0]
+    if case == MASKED and side == "ours":
+        dsee_scale.prune(engine, dsee_scale.PruneConfig(score="W", modules=ALL), progress=False)
+    return engine
 
 
 def run_steps(engine: Any, arguments: argparse.Namespace) -> None:
@@ -148,12 +161,13 @@ def planned(case: str, arguments: argparse.Namespace) -> int:
         offload="offloaded" in case,
         rank=RANK,
         num_sparse=NUM_SPARSE,
-        targets=TARGETS,
+        targets=targets_of(case),
         batch=arguments.batch,
         length=arguments.length,
         checkpointing=arguments.checkpointing,
     )
-    memory = training_memory(shape_of_config(small_llama(arguments.hidden, arguments.layers)), setting)
+    shape = shape_of_config(small_llama(arguments.hidden, arguments.layers))
+    memory = training_memory(shape, setting, masked=case == MASKED)
     return memory.gpu if torch.cuda.is_available() else memory.gpu + memory.host
 
 

@@ -102,7 +102,7 @@ def decompose_only(shape: str, repeats: int) -> dict[str, Any]:
     return {"seconds": statistics.median(times[1:])}
 
 
-def build(shape: str) -> torch.nn.Module:
+def build(shape: str, blocks: int | None = None) -> torch.nn.Module:
     """A Llama of random weights, created partitioned; each rank fills its own shards."""
     import deepspeed
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -112,7 +112,7 @@ def build(shape: str) -> torch.nn.Module:
 
     layers, hidden, intermediate, heads, vocabulary = SHAPES[shape]
     config = LlamaConfig(
-        num_hidden_layers=layers,
+        num_hidden_layers=blocks or layers,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_attention_heads=heads,

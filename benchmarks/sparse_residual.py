@@ -29,17 +29,19 @@ from dsee_scale.adapters.support import prepare
 class Case:
     """One problem and the three ways to compute it; each returns (y, dx, gradient of the entries)."""
 
-    def __init__(self, size: int, tokens: int, count: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self, shape: tuple[int, int], tokens: int, count: int, dtype: torch.dtype, device: str
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
-        flat = torch.randperm(size * size, generator=generator)[:count].sort().values
-        self.rows, self.cols = ((flat // size).int().to(device), (flat % size).int().to(device))
-        self.x, self.dy = (torch.randn(tokens, size, generator=generator).to(device, dtype) for _ in range(2))
+        flat = torch.randperm(shape[0] * shape[1], generator=generator)[:count].sort().values
+        self.rows, self.cols = (flat // shape[1]).int().to(device), (flat % shape[1]).int().to(device)
+        self.dy, self.x = (torch.randn(tokens, n, generator=generator).to(device, dtype) for n in shape)
         self.values = torch.randn(count, generator=generator).to(device, dtype)
-        self.support = prepare(self.rows, self.cols, (size, size))
+        self.support = prepare(self.rows, self.cols, shape)
         self.at = (self.rows.long(), self.cols.long())
-        self.size = size
-        self.starts = torch.zeros(size + 1, dtype=torch.int32, device=device)
-        self.starts[1:] = torch.bincount(self.rows, minlength=size).cumsum(0)
+        self.shape = shape
+        self.starts = torch.zeros(shape[0] + 1, dtype=torch.int32, device=device)
+        self.starts[1:] = torch.bincount(self.rows, minlength=shape[0]).cumsum(0)
         self.y, self.dx = torch.zeros_like(self.dy), torch.zeros_like(self.x)
 
     def ours(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,8 +50,8 @@ class Case:
 
     def make_dense(self) -> None:
         """The masked layer's parameter and mask, made for its own runs only."""
-        self.mask = self.x.new_zeros(self.size, self.size).index_put(self.at, self.x.new_ones(()))
-        self.dense_values = self.x.new_zeros(self.size, self.size).index_put(self.at, self.values)
+        self.mask = self.x.new_zeros(self.shape).index_put(self.at, self.x.new_ones(()))
+        self.dense_values = self.x.new_zeros(self.shape).index_put(self.at, self.values)
         self.dense_values.requires_grad_()
 
     def dense_masked(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +62,7 @@ class Case:
 
     def torch_sparse(self) -> tuple[Tensor, Tensor, Tensor]:
         x, values = self.x.detach().requires_grad_(), self.values.detach().requires_grad_()
-        s2 = torch.sparse_csr_tensor(self.starts, self.cols, values, (self.size, self.size))
+        s2 = torch.sparse_csr_tensor(self.starts, self.cols, values, self.shape)
         y = (s2 @ x.t()).t()
         return y, *torch.autograd.grad(y, (x, values), self.dy)
 
@@ -118,7 +120,7 @@ def main() -> None:
     counts = [16, 64, 256, round(1e-4 * size**2), round(1e-3 * size**2), round(1e-2 * size**2)]
     for tokens in (64, 512):
         for count in counts:
-            case = Case(size, tokens, count, dtype, device)
+            case = Case((size, size), tokens, count, dtype, device)
             case.make_dense()
             check(case)
             measure(case, f"{size} x {size}, {tokens} tokens, N = {count}", report, device)

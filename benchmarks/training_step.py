@@ -265,7 +265,8 @@ def main() -> None:
         return worker(arguments)
     if arguments.quick:
         arguments.layers, arguments.lengths, arguments.rounds = 4, [32], 5
-    report = Report("training_step", arguments.json)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    report = Report("training_step", arguments.json, device=device)
     for targets in [arguments.targets] if arguments.targets else TARGETS:
         report_case(arguments, targets, report)
     return None

@@ -116,6 +116,7 @@ def make_plan(shape: ModelShape, setting: Setting) -> Plan:
             "decompose": decompose_memory(shape, setting),
             "train": training_memory(shape, setting),
             "prune": prune_memory(shape, setting),
+            "retune": training_memory(shape, setting, masked=True),
             "export": export_memory(shape, setting),
         },
         traffic=_traffic(shape, setting),
@@ -142,8 +143,8 @@ def adapter_entries(shape: ModelShape, setting: Setting) -> int:
     return sum(setting.rank * (o + i) + setting.num_sparse for o, i in sizes)
 
 
-def training_memory(shape: ModelShape, setting: Setting) -> Memory:
-    """The peak of one training step."""
+def training_memory(shape: ModelShape, setting: Setting, *, masked: bool = False) -> Memory:
+    """The peak of one training step; `masked` where the update is trained under the mask of a pruned weight."""
     trainable = adapter_entries(shape, setting)
     share = trainable / setting.gpus
     base = _stored_base(shape, setting) / setting.gpus
@@ -153,6 +154,8 @@ def training_memory(shape: ModelShape, setting: Setting) -> Memory:
     resident = trainable * 2 + share * 2 + trainable * 2
     gpu = resident + _scales(shape, setting) + REDUCE_BUCKET * 4
     gpu += _live_weights(shape, setting) + _activations(shape, setting) + _decoded(shape, setting)
+    if masked:  # the merged weight, then in its place the gradient of D
+        gpu += 2.0 * largest_target(shape, setting)
     if setting.offload:
         return Memory(gpu, base + optimizer)
     return Memory(gpu + base + optimizer)
@@ -171,7 +174,7 @@ def load_memory(shape: ModelShape, setting: Setting) -> Memory:
 def decompose_memory(shape: ModelShape, setting: Setting) -> Memory:
     """The base, what two rounds of 64 MiB (or a matrix) send and receive, and one matrix's workspace in float32."""
     stored = _stored_base(shape, setting)
-    largest = max(math.prod(one) for name in setting.targets for one in shape.matrices[name])
+    largest = largest_target(shape, setting)
     travels = 4 * max(64 * 2**20, largest * bytes_per_entry(setting.quantize))
     work = 4 * 4.0 * largest
     if setting.quantize is not None:  # not partitioned before the engine is made
@@ -196,6 +199,11 @@ def export_memory(shape: ModelShape, setting: Setting) -> Memory:
     prune = prune_memory(shape, setting)
     one = max(shape.largest, shape.vocab * shape.hidden) * 2.0
     return dataclasses.replace(prune, gpu=prune.gpu + one, host=prune.host + one)
+
+
+def largest_target(shape: ModelShape, setting: Setting) -> int:
+    """Entries of the largest adapted matrix."""
+    return max(math.prod(one) for name in setting.targets for one in shape.matrices[name])
 
 
 def _stored_base(shape: ModelShape, setting: Setting) -> float:

@@ -81,7 +81,7 @@ def collect_grams(
 
     def take(name: str, x_TI: Tensor) -> None:
         try:
-            _add(sums[name], x_TI.float())
+            add_gram_(sums[name], x_TI.float())
             tokens[name] += x_TI.shape[0]
         except (
             Exception
@@ -100,7 +100,8 @@ def collect_grams(
     return _reduced(sums, dict(zip(leaders, counts, strict=True)), jobs, owners, config, partition)
 
 
-def _add(gram_II: Tensor, x_TI: Tensor) -> None:
+def add_gram_(gram_II: Tensor, x_TI: Tensor) -> None:
+    """gram += X^T X, both in float32."""
     gram_II.addmm_(x_TI.t(), x_TI)
 
 

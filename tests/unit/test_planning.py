@@ -50,6 +50,8 @@ def test_more_gpus_fewer_bits_and_offload_need_less_of_each_gpu():
         assert plan.phases["train"].gpu < plans[8].phases["train"].gpu
         assert plan.phases["load"].gpu > plans[8].phases["load"].gpu  # whole on every GPU
         assert plan.traffic < plans[8].traffic
+    masked = {name: memory.gpu for name, memory in plans[8].phases.items()}
+    assert masked["retune"] - masked["train"] == 2 * 8192 * 8192  # q's merged weight
 
 
 def test_the_command_prints_every_phase_and_advice(capsys):

@@ -1,0 +1,63 @@
+"""What a computation cannot be faster than on an H100: its bytes over the memory's rate, its FLOPs over the units'."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+BYTES_PER_SECOND = 3.35e12
+FLOPS_PER_SECOND = 989e12
+"""Dense, in bfloat16."""
+
+
+def floor(*, bytes_moved: float = 0, flops: float = 0) -> float:
+    """Seconds."""
+    return max(bytes_moved / BYTES_PER_SECOND, flops / FLOPS_PER_SECOND)
+
+
+def frozen_flops(config: Any, sequences: int, length: int, *, forward_only: bool = False) -> float:
+    """FLOPs of a step of a frozen Llama: forward, forward again of what was checkpointed, gradients of activations.
+
+    Args:
+        config: of transformers.
+        sequences: of a batch.
+        length: tokens of each, of which causal attention looks at half the pairs.
+        forward_only: without the rest of the step.
+    """
+    tokens = sequences * length
+    blocks = config.num_hidden_layers * sum(map(math.prod, matrices(config)))
+    head = config.vocab_size * config.hidden_size
+    attention = 2 * tokens * length * config.hidden_size * config.num_hidden_layers
+    if forward_only:
+        return 2 * tokens * (blocks + head) + attention
+    return 2 * tokens * (3 * blocks + 2 * head) + 4 * attention
+
+
+def adapter_flops(sizes: Iterable[tuple[int, int]], rank: int, tokens: int) -> float:
+    """FLOPs of low-rank updates: forward, again, gradients of activations and of A and B."""
+    return sum(8 * tokens * rank * (outputs + inputs) for outputs, inputs in sizes)
+
+
+def masked_flops(sizes: Iterable[tuple[int, int]], rank: int, tokens: int) -> float:
+    """FLOPs that training under the mask adds: the update formed three times, and its whole gradient once."""
+    return sum(outputs * inputs * (2 * tokens + 6 * rank + 4 * rank) for outputs, inputs in sizes)
+
+
+def matrices(config: Any) -> list[tuple[int, int]]:
+    """(outputs, inputs) of a Llama block's linear layers."""
+    hidden, width = config.hidden_size, config.intermediate_size
+    narrow = hidden * config.num_key_value_heads // config.num_attention_heads
+    return [(hidden, hidden)] * 2 + [(narrow, hidden)] * 2 + [(width, hidden)] * 2 + [(hidden, width)]
+
+
+def residual_bytes(tokens: int, rows: int, columns: int, width: int) -> float:
+    """Bytes of y += x S2^T and both gradients: x's columns twice, y's and dy's rows, dx's columns; in and out.
+
+    Args:
+        tokens: T.
+        rows: distinct rows of S2's entries.
+        columns: distinct columns.
+        width: bytes of an entry.
+    """
+    return tokens * width * (2 * columns + 2 * rows + rows + 2 * columns)

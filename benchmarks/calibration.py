@@ -1,0 +1,145 @@
+"""What statistics and re-fitting cost, on a few blocks of a Llama of a billion parameters.
+
+    python benchmarks/calibration.py [--json] [--quick] [--blocks 2]
+
+- diagonal: `calibrate` on one batch of 2,048 tokens, against the forward pass alone (peer);
+- Gram: one block's Gram matrices with the block's own pass, against that pass and the products X^T X alone (peer);
+- re-fit on 2 ranks against one (peer): `prune` of half of every matrix under ZeRO-3, the same batches in all.
+
+What is compared runs in turn, medians of the rounds, and by processor time besides, which a busy machine changes less.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from _report import Report, parser
+from scale import SHAPES, build, run_on
+from torch import Tensor, nn
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--blocks", type=int, default=2)
+    arguments.add_argument("--tokens", type=int, default=2048)
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--threads", type=int, default=1)
+    arguments.add_argument("--only", choices=("statistics", "re-fit"))
+    args = arguments.parse_args()
+    shape = "small" if args.quick else "1b"
+    tokens, rounds = (128, 2) if args.quick else (args.tokens, args.rounds)
+    report = Report("calibration", args.json)
+    case = f"{args.blocks} blocks of {shape}, {tokens} tokens"
+    if args.only != "re-fit":
+        torch.set_num_threads(args.threads)
+        measure_statistics(report, case, model_of(shape, args.blocks), tokens, rounds)
+    if args.only != "statistics":
+        times = {
+            ranks: max(r["seconds"] for r in run_on(ranks, refit_only, shape, args.blocks, tokens, rounds))
+            for ranks in (1, 2)
+        }
+        report.add(case, "re-fit, 2 ranks against 1", "s", times[2], times[1])
+
+
+def model_of(shape: str, blocks: int) -> nn.Module:
+    """Random bfloat16 weights in one process."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    _, hidden, width, heads, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        num_hidden_layers=blocks,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        vocab_size=vocabulary,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+@torch.no_grad()
+def measure_statistics(report: Report, case: str, model: nn.Module, tokens: int, rounds: int) -> None:
+    import dsee_scale
+    from dsee_scale.partition import open_partition
+    from dsee_scale.passes.blocks import capture, find_blocks, run_block
+    from dsee_scale.passes.calibrate import watching
+    from dsee_scale.passes.pools import block_linears
+    from dsee_scale.pruning.refit_block import add_gram_
+
+    ids = torch.randint(0, 1000, (1, tokens), generator=torch.Generator().manual_seed(0))
+    batch, partition = {"input_ids": ids}, open_partition(model)
+    forward = lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1)  # noqa: E731
+    statistics_of = lambda: dsee_scale.calibrate(model, [batch], progress=False)  # noqa: E731
+    add(report, case, "diagonal, against the forward pass", in_turn(rounds, statistics_of, forward))
+
+    layers = block_linears(model)
+    name, block = find_blocks(model, list(layers))[0]
+    call = capture(model, [(name, block)], [batch], partition, torch.device("cpu"))[0]
+    inputs: dict[str, Tensor] = {}
+    inside = {n: layer for n, layer in layers.items() if n.startswith(f"{name}.")}
+    with watching(inside, lambda n, x: inputs.__setitem__(n, x.clone())):
+        run_block(block, 0, call, call.hidden, model, partition)
+    sums = {n: torch.zeros(x.shape[1], x.shape[1]) for n, x in inputs.items()}
+
+    def gram_pass() -> None:
+        def take(n: str, x: Tensor) -> None:
+            add_gram_(sums[n], x.float())
+
+        with watching({n: layers[n] for n in inputs}, take):
+            run_block(block, 0, call, call.hidden, model, partition)
+
+    wide = {n: x.float() for n, x in inputs.items()}
+
+    def products_alone() -> None:
+        run_block(block, 0, call, call.hidden, model, partition)
+        for n, x in wide.items():
+            torch.mm(x.t(), x, out=sums[n])
+
+    add(report, case, "Gram pass, against its products", in_turn(rounds, gram_pass, products_alone))
+
+
+def in_turn(rounds: int, *calls: Callable[[], Any]) -> list[tuple[float, float]]:
+    """Median wall and processor seconds of each call, after one round that does not count."""
+    times: list[list[tuple[float, float]]] = [[] for _ in calls]
+    for number in range(rounds + 1):
+        for of_call, call in zip(times, calls, strict=True):
+            started = time.perf_counter(), time.process_time()
+            call()
+            if number:
+                of_call.append((time.perf_counter() - started[0], time.process_time() - started[1]))
+    return [tuple(statistics.median(column) for column in zip(*each, strict=True)) for each in times]  # type: ignore[misc]
+
+
+def add(report: Report, case: str, metric: str, medians: list[tuple[float, float]]) -> None:
+    ours, peer = medians
+    report.add(case, metric, "s", ours[0], peer[0])
+    report.add(case, f"{metric}, processor", "s", ours[1], peer[1])
+
+
+def refit_only(shape: str, blocks: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Collective. Seconds of re-fits, each of the model that the one before it left."""
+    import dsee_scale
+    from dsee_scale.partition import open_partition
+
+    model = build(shape, blocks)
+    port = open_partition(model)
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(0, 1000, (1, tokens // 2), generator=generator)} for _ in range(4)]
+    mine = batches[port.rank :: port.world_size]
+    times = []
+    for number in range(rounds):
+        config = dsee_scale.PruneConfig(sparsity=0.5 + 0.01 * number)
+        port.barrier()
+        started = time.perf_counter()
+        dsee_scale.prune(model, config, mine, progress=False)
+        times.append(time.perf_counter() - started)
+    return {"seconds": statistics.median(times)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Whole matrices are dealt evenly, and no rank waits long for another's round."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsee_scale.passes.deal import deal, rounds
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def simulation() -> Any:
+    sys.path.insert(0, str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("virtual_ranks", BENCHMARKS / "virtual_ranks.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.remove(str(BENCHMARKS))
+    return module
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 64])
+def test_the_last_of_64_ranks_ends_within_a_tenth_of_the_mean(simulation, ranks):
+    entries = [o * i for block in simulation.MODELS["Llama-70B"] for o, i in block]
+    mean = sum(entries) / ranks
+    owners = deal(entries, ranks)
+    assert max(simulation.loads(entries, owners, ranks)) <= 1.02 * mean
+    assert simulation.last_end(entries, owners, ranks) <= 1.1 * mean
+
+
+def test_every_matrix_travels_once_to_its_owner_and_no_round_is_too_large():
+    sizes = [5, 3, 9, 1, 1, 7, 2, 4]
+    owners = deal(sizes, 3)
+    plan = rounds(sizes, owners, 3, 8)
+    assert sorted(i for each in plan for i in each.indices) == list(range(8))
+    for each in plan:
+        assert each.owners == tuple(owners[i] for i in each.indices)
+        for rank in range(3):
+            mine = [sizes[i] for i, owner in zip(each.indices, each.owners, strict=True) if owner == rank]
+            assert sum(mine) <= 8 or len(mine) == 1
