@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dsee_scale.errors import ConfigError, DSEEError, FormatError, RunError
+from dsee_scale.checkpoint.folder import open_folder
+from dsee_scale.errors import ConfigError, DSEEError, FormatError, RunError, RunStoppedError
 from dsee_scale.evaluation import export_check, stock_check
 from dsee_scale.recipe.recipe import build_recipe
 from dsee_scale.training import lock
 from dsee_scale.training import trainer as training
+from dsee_scale.training.base_trainer import AdapterTrainer
 from dsee_scale.training.run import run
 from dsee_scale.training.timeline import Phase, PruneEvent, Timeline
 from tests.dist.run_inputs import tiny_recipe, write_inputs, zero_share
@@ -85,6 +89,28 @@ def test_a_checkpoint_before_the_prune_and_one_at_the_end_whatever_save_strategy
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-11"]
     zeros, entries = zero_share(tmp_path / "run" / "model")
     assert zeros == round(entries / 2)
+
+
+def test_a_run_that_is_told_to_stop_leaves_with_a_whole_checkpoint_and_nothing_half_done(
+    inputs, tmp_path, monkeypatch
+):
+    """The checkpoint of the step before is finished by then; the last one is waited for."""
+    real, steps = AdapterTrainer.training_step, []
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", told)
+    with pytest.raises(RunStoppedError, match="saved at step 3 of 11"):
+        launch(plain(inputs, tmp_path / "run", training__save_steps=2))
+    saved = sorted((tmp_path / "run").glob("checkpoint-*"))
+    assert [path.name for path in saved] == ["checkpoint-2", "checkpoint-3"]
+    for folder in saved:
+        open_folder(folder, ("training_state",)).verify_all()
+    assert not list((tmp_path / "run").glob(".*.partial"))
 
 
 def test_a_run_resumed_between_checkpoint_and_prune_gives_the_same_bytes(finished, inputs, tmp_path):
