@@ -139,6 +139,7 @@ def prune(
         CalibrationError: calibration data that are missing, empty, not finite, or statistics of another state.
         PartitionError: weights stored where an edit would not last (NVMe, quantised by DeepSpeed).
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile would compile the model anew with every hook
     module = unwrap(model)
     reject_broken(module)
     configs = [config] if isinstance(config, PruneConfig) else list(config)

@@ -12,8 +12,14 @@ from dsee_scale import DSEEConfig, PruneConfig
 from tests.models import build, gpt2_config, llama_config, token_batch
 
 CONFIGS = {
-    "llama": (llama_config(), DSEEConfig(rank=2, num_sparse=5, target_modules=("q_proj", "down_proj"))),
-    "gpt2": (gpt2_config(), DSEEConfig(rank=2, num_sparse=5, target_modules=("c_attn", "c_fc"))),
+    "llama": (
+        llama_config(),
+        DSEEConfig(rank=2, num_sparse=5, support="magnitude", target_modules=("q_proj", "down_proj")),
+    ),
+    "gpt2": (
+        gpt2_config(),
+        DSEEConfig(rank=2, num_sparse=5, support="magnitude", target_modules=("c_attn", "c_fc")),
+    ),
 }
 
 
@@ -27,7 +33,7 @@ def losses(name: str, wrap: Any, dtype: torch.dtype) -> list[float]:
     found = []
     for step in range(6):
         if step == 3:
-            dsee_scale.prune(called, PruneConfig(), [{"input_ids": token_batch()}])
+            dsee_scale.prune(called, PruneConfig(refit=False), [{"input_ids": token_batch()}])
         ids = token_batch(seed=step)
         loss = called(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -37,8 +43,7 @@ def losses(name: str, wrap: Any, dtype: torch.dtype) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", list(CONFIGS))
+@pytest.mark.parametrize(("name", "dtype"), [("llama", torch.float32), ("gpt2", torch.bfloat16)])
 def test_a_compiled_model_trains_and_is_pruned_alike(name, dtype):
     torch.compiler.reset()
     expected = losses(name, lambda model: model, dtype)
