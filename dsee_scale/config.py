@@ -14,12 +14,14 @@ from dsee_scale.settings import JsonConfig, at_least, fraction, regex_problems, 
 
 SupportMethod = Literal["grebsmo", "magnitude", "random"]
 DecompositionPreset = Literal["fast", "reference"]
-Score = Literal["wanda", "W", "AB", "ABS", "WAB", "WABS", "NAB", "NABS", "random"]
+Score = Literal["wanda", "W", "AB", "ABS", "WAB", "WABS", "NAB", "NABS", "random", "reap", "frequency"]
 Scope = Literal["global", "matrix", "row"]
 PoolSelect = Literal["adapted", "others", "all"]
 
-SCORES_WITHOUT_ADAPTER = ("wanda", "W", "random")
-UNIT_PATTERNS = ("heads", "neurons")
+SCORES_WITHOUT_ADAPTER = ("wanda", "W", "random", "reap", "frequency")
+SCORES_OF_ACTIVATIONS = ("wanda", "reap", "frequency")
+UNIT_PATTERNS = ("heads", "neurons", "experts")
+EXPERT_SCORES = ("reap", "frequency", "random")
 DEFAULT_SPARSITY = 0.5
 
 
@@ -135,22 +137,26 @@ class PruneConfig(JsonConfig):
     """Which frozen weights are set to zero."""
 
     sparsity: float | None = None
-    """Fraction of the weights, heads or neurons removed, in [0, 1). None means half, or what the pattern N:M, the
-    pools or num_per_layer say."""
+    """Fraction of the weights, heads, neurons or experts removed, in [0, 1). None means half, or what the pattern N:M,
+    the pools or num_per_layer say."""
     pattern: str = "unstructured"
-    """`unstructured`, N:M such as `2:4` (N of each M along the input stay), `heads` or `neurons`."""
+    """`unstructured`, N:M such as `2:4` (N of each M along the input stay), `heads`, `neurons` or `experts`."""
     scope: Scope | None = None
     """`global`: one threshold over a pool (with `refit`, over entries weighted by how much the loss depends on their
     outputs); `matrix`: the same sparsity in every matrix (or layer, for units); `row`: in every output of every
-    matrix. None means `row` for score `wanda` without `refit`, else `global`."""
+    matrix. None means `row` for score `wanda` without `refit`, `matrix` for experts, else `global`."""
     num_per_layer: int | None = None
-    """Heads or neurons removed from every layer; in place of sparsity and scope."""
+    """Heads or experts removed from every layer, or neurons from every feed-forward or expert; in place of sparsity
+    and scope."""
     min_per_layer: int = 1
-    """Heads or neurons that scope `global` leaves in every layer at least."""
+    """Heads, neurons or experts that scope `global` leaves in every layer at least. Of experts one more than a token
+    goes to stays in any case."""
     score: Score = "wanda"
     """Importance of an entry: wanda = |W + D| times the norm of its input over the calibration data (of a head or
     neuron: the norm of what it adds to the block's output), W = |W|,
-    AB = |s BA|, ABS = |D|, WAB = |W + s BA|, WABS = |W + D|, NAB = 1/AB, NABS = 1/ABS, random."""
+    AB = |s BA|, ABS = |D|, WAB = |W + s BA|, WABS = |W + D|, NAB = 1/AB, NABS = 1/ABS, random. Of experts: reap (the
+    default) = mean over the expert's tokens of gate value times norm of its output, frequency = how many tokens go
+    there, random."""
     refit: bool | None = None
     """Solve the weights that stay anew, block after block, so that each pruned layer does what the tuned one did;
     the solver chooses what goes, by its own activation-aware criterion, and W + D becomes the new frozen weight.
@@ -177,6 +183,8 @@ class PruneConfig(JsonConfig):
 
     def problems(self) -> list[str]:
         """What is out of range, or contradicts something else."""
+        if self.pattern == "experts" and self.score == "wanda":
+            object.__setattr__(self, "score", "reap")
         problems = self._settle_sparsity() + self._pattern_problems()
         problems += self._settle_refit() + self._settle_scope() + at_least(self, 1, "gram_memory_mib")
         names = [pool.name for pool in self.pools]
@@ -192,7 +200,7 @@ class PruneConfig(JsonConfig):
 
     @property
     def removes_units(self) -> bool:
-        """Whether whole heads or neurons are removed."""
+        """Whether whole heads, neurons or experts are removed."""
         return self.pattern in UNIT_PATTERNS
 
     def _settle_sparsity(self) -> list[str]:
@@ -222,7 +230,8 @@ class PruneConfig(JsonConfig):
         found = self.scope
         if found is None:
             by_row = self.score == "wanda" and self.pattern == "unstructured" and not self.refit
-            object.__setattr__(self, "scope", "row" if by_row else "global")
+            other = "matrix" if self.pattern == "experts" else "global"
+            object.__setattr__(self, "scope", "row" if by_row else other)
             return []
         if found == "row" and self.pattern != "unstructured":
             return [f"scope 'row' goes with pattern 'unstructured', found {self.pattern!r}; leave scope out"]
@@ -250,14 +259,21 @@ class PruneConfig(JsonConfig):
         if self.n_of_m is None and self.pattern != "unstructured" and not self.removes_units:
             problems.append(
                 f"pattern {self.pattern!r} is unknown; valid: 'unstructured', N:M such as '2:4', "
-                "'heads', 'neurons'"
+                "'heads', 'neurons', 'experts'"
+            )
+        if (self.pattern == "experts" and self.score not in EXPERT_SCORES) or (
+            self.pattern != "experts" and self.score in ("reap", "frequency")
+        ):
+            problems.append(
+                f"score {self.score!r} does not go with pattern {self.pattern!r}; scores of experts: "
+                f"{', '.join(EXPERT_SCORES)}"
             )
         if self.pattern != "unstructured" and self.pools:
             problems.append(f"pools go with pattern 'unstructured', found {self.pattern!r}")
         if self.removes_units and self.modules:
             problems.append(f"pattern {self.pattern!r} chooses its matrices itself; leave `modules` out")
         if not self.removes_units and (self.num_per_layer is not None or self.min_per_layer != 1):
-            problems.append("num_per_layer and min_per_layer go with pattern 'heads' or 'neurons'")
+            problems.append("num_per_layer and min_per_layer go with pattern 'heads', 'neurons' or 'experts'")
         problems += at_least(self, 1, "num_per_layer", "min_per_layer")
         if self.num_per_layer is not None and self.min_per_layer != 1:
             problems.append("give num_per_layer (the same in every layer) or min_per_layer, not both")

@@ -15,18 +15,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dsee_scale.adapters.matrices import Matrix, ShapeOf, linear_matrix
-from dsee_scale.adapters.targets import linear_kind
 from dsee_scale.errors import TargetError
-from dsee_scale.partition.quantized import quantised_kind
-
-Kind = Literal["heads", "neurons"]
-Side = Literal["outputs", "inputs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +117,7 @@ BERT = Family(
         "attention.self.all_head_size": "width",
     },
 )
-QWEN_MOE = dataclasses.replace(LLAMA, name="qwen_moe", experts=Experts(count_key="num_experts"))
+QWEN_MOE = dataclasses.replace(LLAMA, name="qwen_moe", experts=Experts())
 MIXTRAL = dataclasses.replace(LLAMA, name="mixtral", experts=Experts(neuron_key="intermediate_size"))
 GPT_OSS = dataclasses.replace(
     MIXTRAL,
@@ -160,77 +153,6 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
-    """One matrix of a layer's units.
-
-    Attributes:
-        matrix: the weight.
-        side: whether units are its outputs or its inputs.
-        unit_of: (O,) or (I,) int64, the unit of each output or input.
-    """
-
-    matrix: Matrix
-    side: Side
-    unit_of: Tensor
-
-    @property
-    def name(self) -> str:
-        """The matrix's name."""
-        return self.matrix.name
-
-    @property
-    def module(self) -> nn.Module:
-        """The module that holds it."""
-        return self.matrix.module
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """True (O, I)."""
-        return self.matrix.outputs_by_inputs
-
-    @property
-    def transposed(self) -> bool:
-        """Whether it is stored I x O."""
-        return self.matrix.transposed
-
-    @property
-    def axis(self) -> int:
-        """The stored matrix's axis that runs over units: 0 for rows, 1 for columns."""
-        return int((self.side == "inputs") != self.transposed)
-
-    @property
-    def has_unit_bias(self) -> bool:
-        """Whether the layer has a bias with entries that belong to units."""
-        return self.side == "outputs" and self.matrix.bias is not None
-
-
-@dataclass(frozen=True, eq=False)
-class UnitLayer:
-    """The heads or the neurons of one block.
-
-    Attributes:
-        name: of the block.
-        kind: `heads` or `neurons`.
-        num_units: U; a key/value group is one unit.
-        unit_size: query heads in a unit; 1 for neurons.
-        head_size: outputs of one head; 1 for neurons.
-        parts: the matrices.
-    """
-
-    name: str
-    kind: Kind
-    num_units: int
-    unit_size: int
-    head_size: int
-    parts: tuple[Part, ...]
-
-    @property
-    def size(self) -> int:
-        """Query heads or neurons of the block."""
-        return self.num_units * self.unit_size
-
-
 def family_of(model: nn.Module) -> Family:
     """The description of a model's architecture.
 
@@ -245,27 +167,6 @@ def family_of(model: nn.Module) -> Family:
             "dsee_scale.adapters.families.FAMILIES"
         )
     return FAMILIES[model_type]
-
-
-def find_units(model: nn.Module, kind: Kind, shape_of: ShapeOf) -> list[UnitLayer]:
-    """The heads or the neurons of every block, in the model's order. Reads names and shapes only.
-
-    Raises:
-        TargetError: an unknown architecture, or blocks that are not as described.
-    """
-    family = family_of(model)
-    if kind == "heads" and family.heads:
-        raise TargetError(f"heads of {family.name} can't be removed: {family.heads}; choose another pattern")
-    if kind == "neurons" and family.experts:
-        raise TargetError(
-            f"neurons of {family.name} lie in experts, from which they can't be removed yet; choose pattern "
-            "'unstructured' or N:M"
-        )
-    blocks = find_blocks(model, family)
-    if kind == "neurons":
-        _reject_activation(model, family)
-    find = _heads if kind == "heads" else _neurons
-    return [find(name, block, family, shape_of) for name, block in blocks.items()]
 
 
 def find_blocks(model: nn.Module, family: Family) -> dict[str, nn.Module]:
@@ -294,62 +195,3 @@ def inner(block: Any, path: str, name: str) -> Any:
             )
         block = getattr(block, step)
     return block
-
-
-def _heads(name: str, block: nn.Module, family: Family, shape_of: ShapeOf) -> UnitLayer:
-    head_size = int(inner(block, family.head_size, name))
-    fused = len(family.qkv) == 1
-    width = _shape(name, block, family.qkv[0], shape_of)[0] // (3 if fused else 1)
-    kv_width = width if fused else _shape(name, block, family.qkv[1], shape_of)[0]
-    num_heads, num_units = width // head_size, kv_width // head_size
-    unit_size = num_heads // num_units
-    by_query = torch.arange(width) // (head_size * unit_size)
-    by_kv = torch.arange(kv_width) // head_size
-    owners = (torch.cat([by_query, by_kv, by_kv]),) if fused else (by_query, by_kv, by_kv)
-    parts = [
-        _part(name, block, path, "outputs", unit_of, shape_of)
-        for path, unit_of in zip(family.qkv, owners, strict=True)
-    ]
-    parts.append(_part(name, block, family.o, "inputs", by_query, shape_of))
-    return UnitLayer(name, "heads", num_units, unit_size, head_size, tuple(parts))
-
-
-def _neurons(name: str, block: nn.Module, family: Family, shape_of: ShapeOf) -> UnitLayer:
-    num_units = _shape(name, block, family.down, shape_of)[1]
-    unit_of = torch.arange(num_units)
-    parts = [_part(name, block, path, "outputs", unit_of, shape_of) for path in family.up]
-    parts.append(_part(name, block, family.down, "inputs", unit_of, shape_of))
-    return UnitLayer(name, "neurons", num_units, 1, 1, tuple(parts))
-
-
-def _part(name: str, block: nn.Module, path: str, side: Side, unit_of: Tensor, shape_of: ShapeOf) -> Part:
-    shape = _shape(name, block, path, shape_of)
-    if shape[side == "inputs"] != len(unit_of):
-        raise TargetError(
-            f"{name}.{path} has {shape[side == 'inputs']} {side}, expected {len(unit_of)} from its neighbours"
-        )
-    return Part(linear_matrix(f"{name}.{path}", inner(block, path, name), shape_of), side, unit_of)
-
-
-def _shape(name: str, block: nn.Module, path: str, shape_of: ShapeOf) -> tuple[int, int]:
-    """True (O, I)."""
-    module = inner(block, path, name)
-    kind = linear_kind(module)
-    if kind is None or quantised_kind(module) or not module.weight.is_floating_point():
-        raise TargetError(
-            f"{name}.{path} is a {type(module).__name__}; heads and neurons are removed from nn.Linear or Conv1D "
-            "with floating-point weights: prune an unquantised base, or choose pattern 'unstructured' or N:M"
-        )
-    return linear_matrix(name, module, shape_of).outputs_by_inputs
-
-
-def _reject_activation(model: nn.Module, family: Family) -> None:
-    """A neuron whose activation of 0 is not 0 would shift the output when it is taken away."""
-    from transformers.activations import ACT2FN
-
-    name = getattr(model.config, family.activation)
-    if isinstance(name, str) and float(ACT2FN[name](torch.zeros(1))) != 0:
-        raise TargetError(
-            f"activation {name!r} of 0 is not 0, so a zeroed neuron still has an output; expected one like "
-            "gelu, silu or relu"
-        )

@@ -97,7 +97,7 @@ class Matrix:
     def adapter(self) -> Any:
         """What holds its update: the adapted layer, or the `ExpertWeight` of all experts; None for none."""
         if self.expert is None:
-            return self.module if is_adapted(self.module) else None
+            return self.module if is_adapted(self.module) and linear_kind(self.module) else None
         if not isinstance(self.module, AdaptedExperts):
             return None
         return self.module.dsee_weights(self.owner).get(self.param_name)

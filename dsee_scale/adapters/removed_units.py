@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import Tensor, nn, tensor, zeros
 from torch import bool as boolean
 
-from dsee_scale.adapters.families import UnitLayer, find_units
 from dsee_scale.adapters.matrices import ShapeOf
 from dsee_scale.adapters.state import model_state
+from dsee_scale.adapters.units import UnitLayer, find_units
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
 
@@ -43,11 +43,14 @@ def removed_inputs(model: nn.Module, shape_of: ShapeOf) -> dict[str, Tensor]:
 
 def record_removed(model: nn.Module, layer: UnitLayer, gone: Tensor) -> None:
     """Note what is removed of one layer, in all. A pattern within the weights stays noted."""
-    pruned = model_state(model).pruned
-    for part in layer.parts:
-        names = [part.matrix.param_name] + ([part.matrix.bias_name] if part.has_unit_bias else [])
-        for name in names:
-            pruned[name] = {"pattern": layer.kind, **pruned.get(name, {}), layer.kind: pack_units(gone)}
+    pruned, packed = model_state(model).pruned, pack_units(gone)
+    names = [
+        name
+        for part in layer.parts
+        for name in [part.matrix.param_name] + ([part.matrix.bias_name] if part.has_unit_bias else [])
+    ]
+    for name in dict.fromkeys(names):
+        pruned[name] = {"pattern": layer.kind, **pruned.get(name, {}), layer.kind: packed}
 
 
 def pack_units(gone: Tensor) -> str:

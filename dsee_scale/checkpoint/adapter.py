@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dsee_scale.adapters.experts import fused_experts
 from dsee_scale.adapters.linear import BUFFERS, adapted_layers, restore_under_mask
+from dsee_scale.adapters.routers import mask_routers
 from dsee_scale.adapters.state import model_state, reject_broken
 from dsee_scale.adapters.targets import Target, linear_kind
 from dsee_scale.algorithms.decompose import Support
@@ -220,6 +221,7 @@ def apply_masks(
     }
     model_state(model).pruned.update(how)
     restore_under_mask(model)
+    mask_routers(model, partition.shape)
 
 
 def _stream_adapter(partition: Partition, module: nn.Module, new: NewFolder) -> None:

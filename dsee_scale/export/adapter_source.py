@@ -80,11 +80,11 @@ AdapterSource = LiveAdapter | StoredAdapter
 def _removed_outputs(specs: Mapping[str, AdapterSpec], structure: Structure | None) -> dict[str, Tensor]:
     """Adapted modules that lost outputs with their heads or neurons: (O,) bool, True where gone."""
     found: dict[str, Tensor] = {}
-    kept_lines = structure.kept if structure is not None else {}
+    cuts = structure.cuts if structure is not None else {}
     for name, spec in specs.items():
-        axis, kept = kept_lines.get(weight_name(name, spec), (None, None))
-        if axis == (1 if spec.transposed else 0):
-            gone = torch.ones(spec.shape[0], dtype=torch.bool)
-            gone[kept] = False
-            found[name] = gone
+        for cut in cuts.get(weight_name(name, spec), ()):
+            if cut.axis == (1 if spec.transposed else 0):
+                gone = torch.ones(spec.shape[0], dtype=torch.bool)
+                gone[cut.indices] = False
+                found[name] = gone
     return found

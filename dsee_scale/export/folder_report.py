@@ -175,7 +175,7 @@ def _adapter_report(stored: StoredFolder) -> FolderReport:
             " + ".join(patterns_of(info)),
         )
         for name, info in record.pruned.items()
-        if len(info["shape"]) == 2
+        if len(info["shape"]) >= 2
     )
     if matrices:
         patterns = sorted({pattern for info in record.pruned.values() for pattern in patterns_of(info)})

@@ -16,7 +16,8 @@ from dsee_scale.checkpoint.folder import open_if_saved
 from dsee_scale.checkpoint.pretrained import read_config
 from dsee_scale.errors import FormatError, TargetError
 from dsee_scale.export.report import KIND
-from dsee_scale.export.structure import STRUCTURE_FILE, BlockSizes, read_structure, resize_blocks
+from dsee_scale.export.resize import read_structure, resize_blocks
+from dsee_scale.export.structure import STRUCTURE_FILE, BlockSizes
 from dsee_scale.passes.pools import block_linears
 
 

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.families import Family, Part, family_of, find_blocks, find_units, inner
+from dsee_scale.adapters.families import family_of
 from dsee_scale.adapters.matrices import ShapeOf
 from dsee_scale.adapters.removed_units import removed_units
+from dsee_scale.adapters.routers import router_tensors
 from dsee_scale.adapters.state import model_state
+from dsee_scale.adapters.units import UnitLayer, find_units
 from dsee_scale.checkpoint.files import damaged
 from dsee_scale.checkpoint.folder import FORMAT_VERSION
 from dsee_scale.checkpoint.pretrained import reject_endless
@@ -32,63 +35,93 @@ STRUCTURE_FILE = "dsee_structure.json"
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSizes:
-    """What one transformer block has."""
+    """What one transformer block has; None where nothing of the kind was removed from the model."""
 
-    heads: int
+    heads: int | None = None
     """Query heads."""
-    kv_heads: int
+    kv_heads: int | None = None
     """Key/value heads."""
-    head_size: int
+    head_size: int | None = None
     """Outputs of one head."""
-    neurons: int
-    """Feed-forward neurons."""
+    neurons: int | None = None
+    """Feed-forward neurons; of a mixture of experts those of each expert."""
+    experts: int | None = None
+    """Routed experts."""
 
-    def size(self, what: str) -> int:
+    def size(self, what: str) -> int | None:
         """One of the fields, or `width`, the size of all query heads together."""
-        return self.heads * self.head_size if what == "width" else getattr(self, what)
+        if what == "width":
+            return None if self.heads is None or self.head_size is None else self.heads * self.head_size
+        return getattr(self, what)
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Lines of a tensor that stay.
+
+    Attributes:
+        axis: along which they lie.
+        indices: (K,) those that stay; or (E, K), for each slice along the first axis its own.
+    """
+
+    axis: int
+    indices: Tensor
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A tensor's shape afterwards."""
+        return tuple(self.indices.shape[-1] if i == self.axis else size for i, size in enumerate(shape))
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """The lines that stay."""
+        indices = self.indices.to(tensor.device)
+        if indices.dim() == 1:
+            return tensor.index_select(self.axis, indices)
+        slices = zip(tensor, indices, strict=True)
+        return torch.stack([one.index_select(self.axis - 1, stay) for one, stay in slices])
 
 
 @dataclass(frozen=True)
 class Structure:
-    """What is left of a model's heads and neurons.
+    """What is left of a model's heads, neurons and experts.
 
     Attributes:
         blocks: sizes by name of the block.
         whole: sizes of the blocks before anything was removed.
-        kept: parameter's name -> (axis, indices that stay), for parameters that get smaller.
+        cuts: name of a parameter or buffer that gets smaller -> what stays, one cut after the other.
         num_removed: entries of all parameters that are cut out.
     """
 
     blocks: dict[str, BlockSizes]
     whole: dict[str, BlockSizes]
-    kept: dict[str, tuple[int, Tensor]]
+    cuts: dict[str, list[Cut]]
     num_removed: int
 
     def shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """A parameter's shape in the files."""
-        if name not in self.kept:
-            return shape
-        axis, indices = self.kept[name]
-        return tuple(len(indices) if i == axis else size for i, size in enumerate(shape))
+        for cut in self.cuts.get(name, ()):
+            shape = cut.shape(shape)
+        return shape
 
     def shrink(self, name: str, tensor: Tensor) -> Tensor:
         """A parameter without what was removed."""
-        if name not in self.kept:
-            return tensor
-        axis, indices = self.kept[name]
-        return tensor.index_select(axis, indices.to(tensor.device))
+        for cut in self.cuts.get(name, ()):
+            tensor = cut.apply(tensor)
+        return tensor
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        blocks = {name: dataclasses.asdict(sizes) for name, sizes in self.blocks.items()}
+        blocks = {
+            name: {what: size for what, size in dataclasses.asdict(sizes).items() if size is not None}
+            for name, sizes in self.blocks.items()
+        }
         return {"version": FORMAT_VERSION, "blocks": blocks}
 
     def summary(self) -> str:
         """One line for people."""
         parts = []
-        for what in ("heads", "neurons"):
-            left = sum(sizes.size(what) for sizes in self.blocks.values())
-            total = sum(sizes.size(what) for sizes in self.whole.values())
+        for what in UNIT_PATTERNS:
+            left = sum(sizes.size(what) or 0 for sizes in self.blocks.values())
+            total = sum(sizes.size(what) or 0 for sizes in self.whole.values())
             if left < total:
                 parts.append(f"{total - left:,} of {total:,} {what}")
         blocks = f"{len(self.blocks)} blocks"
@@ -96,39 +129,69 @@ class Structure:
 
 
 def find_structure(model: nn.Module, shape_of: ShapeOf) -> Structure | None:
-    """What the record of a model's prunings leaves of it; None where no head or neuron was removed. Local.
+    """What the record of a model's prunings leaves of it; None where nothing whole was removed. Local.
 
     Raises:
         FormatError: the record does not fit the model.
     """
-    if not any(
-        kind in prune_info for prune_info in model_state(model).pruned.values() for kind in UNIT_PATTERNS
-    ):
+    recorded = {key for prune_info in model_state(model).pruned.values() for key in prune_info}
+    if recorded.isdisjoint(UNIT_PATTERNS):
         return None
-    kept: dict[str, tuple[int, Tensor]] = {}
-    num_removed = 0
+    cuts: dict[str, list[Cut]] = {}
     left: dict[str, dict[str, int]] = {}
     whole: dict[str, dict[str, int]] = {}
-    for kind in UNIT_PATTERNS:
+    described = family_of(model).experts is None
+    for kind in UNIT_PATTERNS:  # experts last: the cuts before it count them all
+        if kind not in recorded and not (described and kind in ("heads", "neurons")):
+            continue
         for layer in find_units(model, kind, shape_of):  # type: ignore[arg-type]
             gone = removed_units(model, layer)
-            for part in layer.parts if gone.any() else ():
-                lines = gone[part.unit_of]
-                kept |= _kept_lines(part, (~lines).nonzero().flatten())
-                num_removed += int(lines.sum()) * (part.matrix.shape[1 - part.axis] + part.has_unit_bias)
+            if gone.any():
+                for name, cut in _cuts(layer, gone, shape_of):
+                    cuts.setdefault(name, []).append(cut)
             for sizes, num_units in ((left, int((~gone).sum())), (whole, layer.num_units)):
-                found = sizes.setdefault(layer.name, {})
-                if kind == "heads":
-                    found |= {"heads": num_units * layer.unit_size, "kv_heads": num_units}
-                    found["head_size"] = layer.head_size
-                else:
-                    found["neurons"] = num_units
+                sizes.setdefault(layer.name, {}).update(_sizes(layer, num_units))
+    num_removed = 0
+    for name, param in model.named_parameters():
+        shape = tuple(shape_of(param))
+        num_removed += math.prod(shape)
+        for cut in cuts.get(name, ()):
+            shape = cut.shape(shape)
+        num_removed -= math.prod(shape)
     return Structure(
         {name: BlockSizes(**sizes) for name, sizes in left.items()},
         {name: BlockSizes(**sizes) for name, sizes in whole.items()},
-        kept,
+        cuts,
         num_removed,
     )
+
+
+def _sizes(layer: UnitLayer, num_units: int) -> dict[str, int]:
+    """Fields of `BlockSizes`."""
+    if layer.kind == "heads":
+        heads = num_units * layer.unit_size
+        return {"heads": heads, "kv_heads": num_units, "head_size": layer.head_size}
+    return {layer.kind: num_units // (layer.groups if layer.kind == "neurons" else 1)}
+
+
+def _cuts(layer: UnitLayer, gone: Tensor, shape_of: ShapeOf) -> Iterator[tuple[str, Cut]]:
+    """What stays of each tensor, where some units of a layer are gone."""
+    by_expert: dict[str, list[Tensor]] = {}
+    for part in layer.parts:
+        stay = (~gone[part.unit_of]).nonzero().flatten()
+        names = [(part.matrix.param_name, part.axis)]
+        names += [(part.matrix.bias_name, 0)] if part.has_unit_bias else []
+        for name, axis in names:
+            if part.matrix.expert is None:
+                yield name, Cut(axis, stay)
+            else:  # the slices of one tensor follow each other
+                slices = by_expert.setdefault(name, [])
+                slices.append(stay)
+                if len(slices) == layer.groups:
+                    yield name, Cut(axis + 1, torch.stack(slices))
+    if layer.router is not None:
+        for name in router_tensors(layer.router, layer.num_units, shape_of):
+            yield f"{layer.router_name}.{name}", Cut(0, (~gone).nonzero().flatten())
 
 
 def recorded_model(
@@ -167,15 +230,19 @@ def smaller_config(model: Any, structure: Structure, shape_of: ShapeOf) -> tuple
         The config and None, or None and why there is none.
     """
     family = family_of(model)
-    sizes = list(structure.blocks.values())
-    kind = type(model.config).__name__
-    if any(other != sizes[0] for other in sizes):
+    left, whole, kind = _common(structure.blocks), _common(structure.whole), type(model.config).__name__
+    if left is None or whole is None:
         return None, f"its blocks are not alike, which {kind} cannot say"
-    values = model.config.to_dict() | {family.neuron_key: sizes[0].neurons}
-    if sizes[0].heads != next(iter(structure.whole.values())).heads:
+    experts = family.experts
+    values = model.config.to_dict()
+    if left.neurons is not None:
+        values[experts.neuron_key if experts else family.neuron_key] = left.neurons
+    if experts and left.experts is not None:
+        values[experts.count_key] = left.experts
+    if left.heads != whole.heads:
         if not family.head_keys:
             return None, f"{kind} cannot say a number of heads apart from the hidden size"
-        values |= {key: sizes[0].size(what) for key, what in family.head_keys.items()}
+        values |= {key: left.size(what) for key, what in family.head_keys.items()}
     try:
         config = type(model.config).from_dict(values)
         with torch.device("meta"):
@@ -191,80 +258,12 @@ def smaller_config(model: Any, structure: Structure, shape_of: ShapeOf) -> tuple
     return (config, None) if found == expected else (None, f"{kind} means other shapes by these sizes")
 
 
-def read_structure(values: Mapping[str, Any], where: str) -> dict[str, BlockSizes]:
-    """Block sizes from `dsee_structure.json`.
-
-    Raises:
-        FormatError: an unknown version, or values that make no sense.
-    """
-    if values.get("version") != FORMAT_VERSION:
-        raise FormatError(
-            f"{where} has format version {values.get('version')!r}, expected {FORMAT_VERSION}; use the "
-            "dsee_scale that wrote it"
-        )
-    names = {field.name for field in dataclasses.fields(BlockSizes)}
-    try:
-        blocks = {name: BlockSizes(**sizes) for name, sizes in values["blocks"].items()}
-        sound = all(sizes.size(name) >= 1 for sizes in blocks.values() for name in names)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{where} is damaged: {error}; use another copy of it") from error
-    if not blocks or not sound:
-        raise FormatError(f"{where} is damaged: expected positive sizes for every block")
-    return blocks
-
-
-def resize_blocks(model: nn.Module, blocks: Mapping[str, BlockSizes], where: str) -> None:
-    """Give a freshly made model the sizes of its files; the values of the weights are not kept. Local.
-
-    Raises:
-        FormatError: the blocks are not those of this model.
-    """
-    family = family_of(model)
-    found = find_blocks(model, family)
-    if set(found) != set(blocks):
-        raise FormatError(
-            f"{where} and the model differ in blocks {', '.join(sorted(set(blocks) ^ set(found))[:3])}; "
-            "the folder was put together from different models"
-        )
-    for name, block in found.items():
-        _resize(block, name, family, blocks[name])
-
-
-def _resize(block: nn.Module, name: str, family: Family, sizes: BlockSizes) -> None:
-    width, kv_width = sizes.size("width"), sizes.kv_heads * sizes.head_size
-    fused = len(family.qkv) == 1
-    outputs = (3 * width,) if fused else (width, kv_width, kv_width)
-    for path, size in zip(family.qkv, outputs, strict=True):
-        _set_size(inner(block, path, name), outputs=size)
-    _set_size(inner(block, family.o, name), inputs=width)
-    for path in family.up:
-        _set_size(inner(block, path, name), outputs=sizes.neurons)
-    _set_size(inner(block, family.down, name), inputs=sizes.neurons)
-    for path, what in family.head_attributes.items():
-        owner, _, attribute = path.rpartition(".")
-        setattr(inner(block, owner, name) if owner else block, attribute, sizes.size(what))
-
-
-def _set_size(module: Any, *, outputs: int | None = None, inputs: int | None = None) -> None:
-    """Make a Linear's or Conv1D's parameters anew, of other sizes, where and what they were."""
-    transposed = not isinstance(module, nn.Linear)
-    old_outputs, old_inputs = module.weight.shape[::-1] if transposed else module.weight.shape
-    shape = (outputs or old_outputs, inputs or old_inputs)
-    if shape == (old_outputs, old_inputs):
-        return
-    module.weight = _like(module.weight, shape[::-1] if transposed else shape)
-    if outputs and module.bias is not None:
-        module.bias = _like(module.bias, (outputs,))
-    if transposed:
-        module.nx, module.nf = shape[1], shape[0]
-    else:
-        module.in_features, module.out_features = shape[1], shape[0]
-
-
-def _like(param: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter:
-    return nn.Parameter(param.new_empty(shape), requires_grad=param.requires_grad)
-
-
-def _kept_lines(part: Part, indices: Tensor) -> dict[str, tuple[int, Tensor]]:
-    lines = {part.matrix.param_name: (part.axis, indices)}
-    return lines | ({part.matrix.bias_name: (0, indices)} if part.has_unit_bias else {})
+def _common(blocks: Mapping[str, BlockSizes]) -> BlockSizes | None:
+    """What all blocks have that have it at all; None where they differ."""
+    found = {}
+    for name in (field.name for field in dataclasses.fields(BlockSizes)):
+        sizes = {getattr(each, name) for each in blocks.values()} - {None}
+        if len(sizes) > 1:
+            return None
+        found[name] = next(iter(sizes), None)
+    return BlockSizes(**found)

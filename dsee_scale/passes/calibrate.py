@@ -7,30 +7,25 @@ leaves out do not count. Layers that read the same tensor (q, k and v; gate and 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dsee_scale.adapters.targets import find_modules, linear_kind
+from dsee_scale.adapters.targets import find_modules, linear_kind, matches
 from dsee_scale.distributed import gather_objects
-from dsee_scale.errors import CalibrationError, FormatError
+from dsee_scale.errors import CalibrationError
 from dsee_scale.partition import Partition, open_partition, unwrap
 from dsee_scale.passes.batches import problem, reject_encoder_decoder, together
 from dsee_scale.passes.fingerprint import fingerprint
-from dsee_scale.passes.pools import block_linears
+from dsee_scale.passes.pools import block_matrices
 from dsee_scale.passes.progress import show_progress
+from dsee_scale.passes.routed import RoutedSums
+from dsee_scale.passes.statistics import Statistics
 
-FORMAT_VERSION = 1
 NO_TOKEN = (
     "no token of the calibration batches counts: their attention masks leave out everything; expected at least one "
     "token. Nothing was changed"
@@ -41,71 +36,6 @@ NOT_FINITE = (
 )
 Batches = Iterable[Any]
 Take = Callable[[str, Tensor], None]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Statistics:
-    """How large each layer's inputs are, over all ranks' calibration tokens.
-
-    Attributes:
-        squares: module name -> (I,) float32, sum of the squares of each input.
-        tokens: module name -> tokens that reached it.
-        fingerprint: of the model and the adapter values that they were collected with.
-    """
-
-    squares: Mapping[str, Tensor]
-    tokens: Mapping[str, int]
-    fingerprint: str
-
-    def norms(self, name: str) -> Tensor | None:
-        """(I,) float32 root mean square of each input of a module, on the CPU; None if no token reached it."""
-        if not self.tokens.get(name):
-            return None
-        return (self.squares[name] / self.tokens[name]).sqrt_()
-
-    def save(self, path: str | Path) -> None:
-        """Write as one safetensors file. Call it on one rank."""
-        path = Path(path)
-        # Layers with one input share one tensor, here as in memory.
-        first: dict[int, str] = {}
-        stored = {name: first.setdefault(id(value), name) for name, value in self.squares.items()}
-        header = {
-            "format": "dsee_statistics",
-            "version": str(FORMAT_VERSION),
-            "tokens": json.dumps(self.tokens),
-            "stored": json.dumps(stored),
-            "fingerprint": self.fingerprint,
-        }
-        partial = path.with_name(path.name + ".partial")
-        save_file({name: self.squares[name].contiguous() for name in first.values()}, partial, header)
-        os.replace(partial, path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Statistics:
-        """Read what `save` wrote.
-
-        Raises:
-            FormatError: not such a file, or damaged.
-        """
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            squares = {name: tensors[at] for name, at in json.loads(header["stored"]).items()}
-            tokens = {str(name): int(count) for name, count in json.loads(header["tokens"]).items()}
-            version, found = header["version"], header["fingerprint"]
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FormatError(f"{path} holds no calibration statistics: {error}") from error
-        if version != str(FORMAT_VERSION):
-            raise FormatError(f"{path} has format version {version}; this dsee_scale reads {FORMAT_VERSION}")
-        if squares.keys() != tokens.keys() or not all(
-            value.dim() == 1
-            and value.dtype == torch.float32
-            and bool((value >= 0).all() & value.isfinite().all())
-            for value in squares.values()
-        ):
-            raise FormatError(f"{path} is damaged: expected one non-negative float32 vector for each module")
-        return cls(squares, tokens, found)
 
 
 @torch.no_grad()
@@ -135,12 +65,7 @@ def calibrate(
     module = unwrap(model)
     reject_encoder_decoder(module)
     partition = open_partition(module)
-    layers = block_linears(module)
-    in_blocks_only = not modules
-    if modules:
-        named = dict(module.named_modules())
-        found = find_modules(module, modules, what="calibrated module")
-        layers |= {name: named[name] for name in found if linear_kind(named[name])}
+    layers, experts = _layers(module, modules, partition)
     sums: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
 
@@ -150,7 +75,7 @@ def calibrate(
         sums[name] = total if name not in sums else sums[name].add_(total)
         tokens[name] = tokens.get(name, 0) + x_TI.shape[0]
 
-    with evaluating(module), watching(layers, take) as watch:
+    with evaluating(module), watching(layers, take, experts) as watch:
         for batch, counts in tqdm(
             in_step(module, batches, partition),
             desc="calibrate",
@@ -158,9 +83,28 @@ def calibrate(
             disable=not show_progress(partition, progress),
         ):
             with watch.batch(batch, counts):
-                run_model(model, batch, partition, short_logits=in_blocks_only)
+                run_model(model, batch, partition, short_logits=not modules)
     leaders = agreed_leaders(watch.leaders, layers)
-    return _reduce(sums, tokens, layers, leaders, fingerprint(module, partition), partition)
+    for each in experts.values():
+        each.reduce(partition)
+    return _reduce(sums, tokens, layers, leaders, experts, fingerprint(module, partition), partition)
+
+
+def _layers(
+    module: nn.Module, further: Sequence[str], partition: Partition
+) -> tuple[dict[str, nn.Module], dict[str, RoutedSums]]:
+    """The linear layers and the modules with experts to watch, by name."""
+    matrices = block_matrices(module, partition.shape)
+    layers = {name: matrix.module for name, matrix in matrices.items() if matrix.expert is None}
+    named = dict(module.named_modules())
+    for pattern in further:
+        if not any(
+            matrix.expert is not None and matches(name, (pattern,)) for name, matrix in matrices.items()
+        ):
+            found = find_modules(module, (pattern,), what="calibrated module")
+            layers |= {name: named[name] for name in found if linear_kind(named[name])}
+    owners = dict.fromkeys(matrix.owner for matrix in matrices.values() if matrix.expert is not None)
+    return layers, {name: RoutedSums(name, named[name], partition.shape) for name in owners}
 
 
 def agreed_leaders(found: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
@@ -178,6 +122,7 @@ def _reduce(
     tokens: dict[str, int],
     layers: Mapping[str, nn.Module],
     leaders: Mapping[str, str],
+    routed: Mapping[str, RoutedSums],
     found: str,
     partition: Partition,
 ) -> Statistics:
@@ -194,6 +139,9 @@ def _reduce(
         packed = torch.cat([mine.cpu(), torch.tensor([tokens.get(leader, 0)], dtype=torch.float64)])
         total = partition.sum_over_ranks(packed)
         squares[name], counts[name] = total[:-1].float(), int(total[-1])
+    for experts in routed.values():
+        squares |= experts.squares()
+        counts |= experts.counts()
     broken = [name for name, value in squares.items() if not bool(value.isfinite().all())]
     if broken:
         raise CalibrationError(
@@ -202,7 +150,8 @@ def _reduce(
         )
     if not any(counts.values()):
         raise CalibrationError(NO_TOKEN)
-    return Statistics(squares, counts, found)
+    gated = {name: experts.gated.tolist() for name, experts in routed.items()}
+    return Statistics(squares, counts, found, gated)
 
 
 def _num_inputs(layer: nn.Module, partition: Partition) -> int:
@@ -244,6 +193,11 @@ class Watch:
         if self._counts:
             self._take(name, self._counted(x))
 
+    def see_routed(self, sums: RoutedSums, values: tuple[Any, ...]) -> None:
+        """A module with experts is about to be called with these values."""
+        if self._counts:
+            sums.add(values, None if self._mask is None else self._mask.reshape(-1))
+
     def _counted(self, x: Tensor) -> Tensor:
         """(T, I), the tokens that count."""
         flat, mask = x.reshape(-1, x.shape[-1]), self._mask
@@ -257,15 +211,24 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def watching(layers: Mapping[str, nn.Module], take: Take) -> Iterator[Watch]:
-    """Hooks on the layers for as long as the context lasts."""
+def watching(
+    layers: Mapping[str, nn.Module], take: Take, experts: Mapping[str, RoutedSums] | None = None
+) -> Iterator[Watch]:
+    """Hooks on the layers, and on modules with experts, for as long as the context lasts."""
     watch = Watch(take)
 
     def hook(name: str) -> Callable[..., None]:
         return lambda _, args, kwargs: watch.see(name, args[0] if args else next(iter(kwargs.values())))
 
+    def routed(sums: RoutedSums) -> Callable[..., None]:
+        return lambda _, args, kwargs: watch.see_routed(sums, (*args, *kwargs.values()))
+
     handles = [
         layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()
+    ]
+    handles += [
+        sums.module.register_forward_pre_hook(routed(sums), with_kwargs=True)
+        for sums in (experts or {}).values()
     ]
     try:
         yield watch

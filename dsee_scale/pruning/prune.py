@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from dsee_scale.adapters.linear import restore_under_mask
+from dsee_scale.adapters.routers import mask_routers
 from dsee_scale.adapters.state import model_state, reject_broken
-from dsee_scale.config import PruneConfig
+from dsee_scale.config import SCORES_OF_ACTIVATIONS, PruneConfig
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import CalibrationError, ConfigError
 from dsee_scale.partition import Partition, open_partition, unwrap
@@ -27,6 +28,7 @@ from dsee_scale.passes.coverage import Coverage
 from dsee_scale.passes.fingerprint import fingerprint
 from dsee_scale.passes.progress import show_progress
 from dsee_scale.pruning.checks import check_in_order, check_pruning, note_contents, note_pattern
+from dsee_scale.pruning.experts import expert_scores
 from dsee_scale.pruning.groups import remove_in_rows, remove_n_of_m
 from dsee_scale.pruning.lowest import remove_lowest
 from dsee_scale.pruning.rankings import find_rankings, reject_not_finite
@@ -43,8 +45,9 @@ class PruneReport:
     Attributes:
         matrices: weight's module name -> (zeros, entries).
         seconds: time of the whole pass.
-        units: block and kind -> (heads or neurons that are gone, all of them), for those patterns.
-        by_magnitude: matrices that no calibration token reached: scored by |W| under score `wanda`.
+        units: block and kind -> (heads, neurons or experts that are gone, all of them), for those patterns.
+        by_magnitude: matrices that no calibration token reached, and those of experts that fewer than 32 reached:
+            scored by |W| under score `wanda`.
         coverage: how much of the blocks the matrices are; of a sequence, those of the last pruning.
     """
 
@@ -100,7 +103,9 @@ class PruneReport:
                 f"  {len(found):4d} x {suffix:<16} {mean:5.1f}% (from {min(shares):.1f}% to {max(shares):.1f}%)"
             )
         if self.by_magnitude:
-            lines.append(f"  no calibration token reached {', '.join(self.by_magnitude)}: scored by |W|")
+            shown = ", ".join(self.by_magnitude[:8])
+            more = f" and {len(self.by_magnitude) - 8} more" if len(self.by_magnitude) > 8 else ""
+            lines.append(f"  too few calibration tokens reached {shown}{more}: scored by |W|")
         return "\n".join(lines)
 
 
@@ -126,8 +131,8 @@ def prune(
     Args:
         model: a raw model (whole or partitioned), a DeepSpeed engine, a DDP or an Accelerate-prepared model.
         config: what to remove; several, such as heads and then neurons, one after the other.
-        calibration: for score `wanda`: model inputs, every rank its own, or what `calibrate` returned; for `refit`
-            model inputs. See `calibrate`.
+        calibration: for scores that look at activations (`wanda`, `reap`, `frequency`): model inputs, every rank its
+            own, or what `calibrate` returned; for `refit` model inputs. See `calibrate`.
         progress: show a progress bar on rank 0; None: only on a terminal.
 
     Returns:
@@ -152,7 +157,7 @@ def prune(
     _reject_uncalibrated(configs, calibration)
     if len(configs) > 1:
         _check_all(model, configs)
-        if isinstance(calibration, list) and any(each.score == "wanda" for each in configs):
+        if isinstance(calibration, list) and any(each.score in SCORES_OF_ACTIVATIONS for each in configs):
             reject_uncounted(calibration, open_partition(module))
     report = _prune_once(model, configs[0], calibration, progress)
     for further in configs[1:]:
@@ -163,11 +168,13 @@ def prune(
 
 def _reject_uncalibrated(configs: Sequence[PruneConfig], calibration: Statistics | Batches | None) -> None:
     """Local, alike on all ranks but for an empty list, which `calibrate` refuses on all."""
-    wanting = [config for config in configs if config.score == "wanda"]
+    wanting = [config for config in configs if config.score in SCORES_OF_ACTIVATIONS]
     if wanting and calibration is None:
+        other = "random" if wanting[0].pattern == "experts" else "W"
         raise CalibrationError(
-            "score 'wanda' looks at activations: pass calibration=batches, an iterable of the model's inputs (128 "
-            "sequences are plenty), or choose a score that does not, such as score='W'. Nothing was removed"
+            f"score {wanting[0].score!r} looks at activations: pass calibration=batches, an iterable of the model's "
+            "inputs (128 sequences are plenty), or choose a score that does not, such as "
+            f"score={other!r}. Nothing was removed"
         )
     if not isinstance(calibration, Statistics):
         return
@@ -215,8 +222,15 @@ def _prune_once(
             PruneReport(matrices, time.perf_counter() - started, coverage=checked.coverage), partition
         )
     statistics = _statistics(model, config, calibration, partition, progress)
-    rankings = find_rankings(pools, config, partition, statistics)
     units: dict[str, tuple[int, int]] = {}
+    if plan and config.pattern == "experts":
+        scores = expert_scores(plan.layers, config, statistics)
+        matrices, units = remove_units(model, module, plan, {}, partition, scores)
+        mask_routers(module, partition.shape)
+        return _reported(
+            PruneReport(matrices, time.perf_counter() - started, units, coverage=checked.coverage), partition
+        )
+    rankings = find_rankings(pools, config, partition, statistics)
     if plan:
         matrices, units = remove_units(model, module, plan, rankings, partition)
     elif config.n_of_m:
@@ -228,9 +242,9 @@ def _prune_once(
     if not plan:
         note_pattern(module, pools, config)
         restore_under_mask(module)
-    seen = [] if statistics is None else [name for name in matrices if not statistics.tokens.get(name)]
+    unseen = [] if statistics is None else [name for name in matrices if not statistics.reached(name)]
     seconds = time.perf_counter() - started
-    return _reported(PruneReport(matrices, seconds, units, tuple(seen), checked.coverage), partition)
+    return _reported(PruneReport(matrices, seconds, units, tuple(unseen), checked.coverage), partition)
 
 
 def _reported(report: PruneReport, partition: Partition) -> PruneReport:
@@ -251,7 +265,7 @@ def _statistics(
     Raises:
         CalibrationError: they were collected on another model, or before the adapters or zeros changed.
     """
-    if config.score != "wanda" or calibration is None:
+    if config.score not in SCORES_OF_ACTIVATIONS or calibration is None:
         return None
     if not isinstance(calibration, Statistics):
         return calibrate(model, calibration, modules=config.modules, progress=progress)

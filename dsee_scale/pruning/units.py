@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.families import Kind, Part, UnitLayer, find_units
 from dsee_scale.adapters.removed_units import record_removed, removed_units
 from dsee_scale.adapters.state import model_state
+from dsee_scale.adapters.units import Kind, Part, UnitLayer, find_units
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.patterns import (
     EXPONENTS,
@@ -80,6 +80,7 @@ def plan_units(
         _reject_unscored(layer, config)
         _reject_shared_a(layer)
         _reject_shifted_groups(module, layer)
+        _reject_unequal(layer, config)
     overall = config.num_per_layer is None and config.scope == "global"
     return UnitPlan(
         layers=layers,
@@ -102,12 +103,21 @@ def remove_units(
     plan: UnitPlan,
     rankings: dict[str, Ranking],
     partition: Partition,
+    known: list[Tensor] | None = None,
 ) -> tuple[Counts, Counts]:
     """Collective. Choose the units that go and zero them; zeros and entries by matrix, gone and all by layer.
 
     Peak extra memory per rank: a few blocks, and one int64 for each row or column of one matrix.
+
+    Args:
+        model: what `prune` was given.
+        module: the same, unwrapped.
+        plan: what goes.
+        rankings: how each matrix is ranked.
+        partition: the ranks.
+        known: (U,) int64 scores of each layer, where they don't come from its matrices.
     """
-    gone = _choose(plan, _unit_scores(plan, rankings, partition))
+    gone = _choose(plan, _unit_scores(plan, rankings, partition) if known is None else known)
     chosen = list(zip(plan.layers, gone, strict=True))
     zero_lines(model, partition, [one for layer, units in chosen for one in _lines(layer, units)])
     for layer, units in chosen:
@@ -128,7 +138,10 @@ def _choose(plan: UnitPlan, found: list[Tensor]) -> list[Tensor]:
     if plan.floor is not None:
         chosen = lowest_units_overall(ranked, plan.budget[0], plan.floor)
     else:
-        chosen = [lowest_units(scores, count) for scores, count in zip(ranked, plan.budget, strict=True)]
+        chosen = [
+            torch.cat([lowest_units(run, count // layer.groups) for run in scores.chunk(layer.groups)])
+            for layer, scores, count in zip(plan.layers, ranked, plan.budget, strict=True)
+        ]
     return [units | gone for units, gone in zip(chosen, plan.gone, strict=True)]
 
 
@@ -136,10 +149,7 @@ def _unit_scores(plan: UnitPlan, rankings: dict[str, Ranking], partition: Partit
     """Collective. (U,) int64 of each layer, the same on any number of ranks."""
     how = rankings[plan.pool.members[0].name]
     if how.mode == "random":
-        return [
-            (random_scores(how.seed, f"{layer.name}.{layer.kind}", 0, layer.num_units) * 2**24).long()
-            for layer in plan.layers
-        ]
+        return random_unit_scores(plan.layers, how.seed)
     exponents = torch.zeros(EXPONENTS, dtype=torch.int64)
     error: Exception | None = None
     try:
@@ -154,6 +164,14 @@ def _unit_scores(plan: UnitPlan, rankings: dict[str, Ranking], partition: Partit
     summed = partition.sum_over_shards(torch.cat(sums))
     signed = -summed if how.mode in RECIPROCAL else summed
     return list(signed.split([layer.num_units for layer in plan.layers]))
+
+
+def random_unit_scores(layers: Sequence[UnitLayer], seed: int) -> list[Tensor]:
+    """(U,) int64 of each layer, that depend on the seed and its name alone."""
+    return [
+        (random_scores(seed, f"{layer.name}.{layer.kind}", 0, layer.num_units) * 2**24).long()
+        for layer in layers
+    ]
 
 
 def _layer_sums(layer: UnitLayer, rankings: dict[str, Ranking], shift: int, partition: Partition) -> Tensor:
@@ -294,21 +312,37 @@ def _reject_shifted_groups(module: nn.Module, layer: UnitLayer) -> None:
 
 def _layer_budget(layer: UnitLayer, config: PruneConfig) -> int:
     """Units that go of one layer."""
+    run = layer.num_units // layer.groups
     if config.num_per_layer is not None:
-        num_units, rest = divmod(config.num_per_layer, layer.unit_size)
+        each = (
+            layer.groups if layer.kind == "neurons" else 1
+        )  # of experts the neurons of each one are counted
+        num_units, rest = divmod(config.num_per_layer * each, layer.unit_size)
         if rest:
             raise ConfigError(
                 f"num_per_layer {config.num_per_layer} breaks the key/value groups of {layer.name}: "
                 f"{layer.unit_size} heads share one; expected a multiple of {layer.unit_size}"
             )
     else:
-        num_units = _rounded(config.sparsity or 0.0, layer.num_units, layer)
-    if num_units >= layer.num_units:
+        num_units = _rounded(config.sparsity or 0.0, run, layer) * layer.groups
+    if num_units % layer.groups:
         raise ConfigError(
-            f"this removes all {layer.size} {layer.kind} of {layer.name} (one unit is {layer.unit_size}); "
-            "at least one unit must stay: remove fewer"
+            f"{layer.name} chooses among {layer.groups} groups of {run} experts, which must stay equal, and "
+            f"{num_units} are to go; expected a multiple of {layer.groups}"
+        )
+    least = _floor(layer, config)
+    if layer.num_units - num_units < least * (1 if layer.kind == "experts" else layer.groups):
+        raise ConfigError(
+            f"this removes {num_units * layer.unit_size} of {layer.size} {layer.kind} of {layer.name} (one unit is "
+            f"{layer.unit_size}); at least {_reason(layer, least)} must stay: remove fewer"
         )
     return num_units
+
+
+def _reason(layer: UnitLayer, least: int) -> str:
+    if layer.kind == "experts":
+        return f"{least}, one more than the {layer.top} that each token goes to,"
+    return "one unit"
 
 
 def _overall_budget(layers: list[UnitLayer], config: PruneConfig) -> int:
@@ -319,7 +353,7 @@ def _overall_budget(layers: list[UnitLayer], config: PruneConfig) -> int:
     if num_units > most:
         raise ConfigError(
             f"sparsity {config.sparsity} removes {num_units} of {total} units, but with at least "
-            f"{config.min_per_layer} {layers[0].kind} in every layer only {most} can go; "
+            f"{max(config.min_per_layer, layers[0].top + 1)} {layers[0].kind} in every layer only {most} can go; "
             "lower sparsity or min_per_layer"
         )
     return num_units
@@ -336,4 +370,15 @@ def _rounded(sparsity: float, num_units: int, layer: UnitLayer) -> int:
 
 
 def _floor(layer: UnitLayer, config: PruneConfig) -> int:
-    return -(-config.min_per_layer // layer.unit_size)
+    """Units that stay; of experts one more than a token goes to, else there would be nothing to choose."""
+    return max(-(-config.min_per_layer // layer.unit_size), layer.top + 1)
+
+
+def _reject_unequal(layer: UnitLayer, config: PruneConfig) -> None:
+    """One tensor holds the matrices of all experts, so they must stay alike; so must groups of experts."""
+    if layer.groups > 1 and config.num_per_layer is None and config.scope == "global":
+        what = "experts" if layer.kind == "neurons" else "groups of experts"
+        raise ConfigError(
+            f"scope 'global' would leave the {what} of {layer.name} with unequal numbers of {layer.kind}, which no "
+            "tensor can hold; set scope='matrix', or num_per_layer"
+        )

@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
 
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
-from tests.dist.test_inject_prune import engine_for, fill_adapters, whole_weights
-from tests.models import build, moe_config, partition, zero3_config
+from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
+from dsee_scale.export.export import export_model
+from tests.dist.test_inject_prune import engine_for, fill_adapters, train, whole_weights
+from tests.models import build, moe_config, partition, token_batch, zero3_config
 
 ATTENTION = {"deepseek_v3": ("o_proj", "kv_b_proj"), "gpt_oss": ("q_proj", "v_proj")}
 
@@ -31,20 +35,56 @@ WITHIN = (
     PruneConfig(sparsity=0.4, scope="row", score="W", modules=("*.experts.*",)),
     PruneConfig(sparsity=0.5, scope="matrix", score="random", modules=("*.experts.*",)),
     PruneConfig(pattern="2:4", score="W", modules=("*.experts.*",)),
+    PruneConfig(sparsity=0.6, refit=False, modules=("*.experts.*",)),
+    PruneConfig(pattern="neurons", num_per_layer=4),
+    PruneConfig(pattern="experts", num_per_layer=1),
+    PruneConfig(pattern="experts", sparsity=0.4, scope="global", score="frequency"),
 )
+BATCHES = [token_batch(batch=2, length=24, seed=seed) for seed in range(6)]
 
 
 def pruned_within(model_type: str, ds_config: dict[str, Any] | None, dtype: torch.dtype) -> Any:
     model = make(model_type, ds_config, dtype)
+    mine = BATCHES[dist.get_rank() :: dist.get_world_size()] if ds_config is not None else BATCHES
     found = []
     for config in WITHIN:
-        report = dsee_scale.prune(model, config)
-        found.append((whole_weights(model), report.matrices))
+        report = dsee_scale.prune(model, config, mine)
+        found.append((whole_weights(model), report.matrices | report.units))
     return found
 
 
+def retuned(folder: str, model_type: str) -> list[torch.Tensor]:
+    """Remove experts under ZeRO-3, retune, save and export; logits of the live engine, and after loading again."""
+    engine = make(model_type, zero3_config())
+    train(engine, 1)
+    dsee_scale.prune(engine, PruneConfig(pattern="experts", num_per_layer=2), BATCHES)
+    dsee_scale.prune(engine, PruneConfig(sparsity=0.3, score="W", modules=("*.experts.*",)))
+    train(engine, 2)
+    save_adapter(engine, f"{folder}/adapter")
+    export_model(engine, f"{folder}/model")
+    again = partition(build(moe_config(model_type)), zero3_config())
+    load_adapter(again, f"{folder}/adapter")
+    found = []
+    for each in (engine, engine_for(again, zero3_config())):
+        each.eval()
+        with torch.no_grad():
+            found.append(each(BATCHES[0]).logits.clone())
+    return found
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3"])
+def test_a_model_retuned_without_some_experts_is_exported_as_a_stock_model(pools, tmp_path, model_type):
+    everyone = pools(2).run(retuned, str(tmp_path), model_type)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        found = stock(BATCHES[0]).logits
+    for logits in everyone:
+        for expected in logits:
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("model_type, dtype", [("qwen3_moe", torch.float32), ("gpt_oss", torch.bfloat16)])
-def test_zeros_within_experts_are_the_same_on_1_2_3_ranks_and_without_deepspeed(pools, model_type, dtype):
+def test_experts_are_pruned_the_same_on_1_2_3_ranks_and_without_deepspeed(pools, model_type, dtype):
     expected = pruned_within(model_type, None, dtype)
     for world_size in (1, 2, 3):
         for found in pools(world_size).run(pruned_within, model_type, zero3_config(dtype), dtype):

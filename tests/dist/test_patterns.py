@@ -9,9 +9,9 @@ import torch
 
 import dsee_scale
 from dsee_scale import DSEEConfig, PartitionError, PruneConfig
-from dsee_scale.adapters.families import find_units
 from dsee_scale.adapters.linear import adapted_layers, is_adapted
 from dsee_scale.adapters.removed_units import removed_units
+from dsee_scale.adapters.units import find_units
 from dsee_scale.algorithms.patterns import groups_hold
 from dsee_scale.partition import open_partition, unwrap
 from dsee_scale.partition.engine_state import open_optimizer

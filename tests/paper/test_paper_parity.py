@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, BertConfig
 
 from dsee_scale import DSEEConfig, inject, prune
-from dsee_scale.adapters.families import find_units
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.adapters.removed_units import removed_units
+from dsee_scale.adapters.units import find_units
 from paper.glue.arguments import parse_flags
 from paper.glue.model import dsee_config, prune_configs
 from tests.golden import pruning as golden

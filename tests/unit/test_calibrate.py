@@ -10,9 +10,9 @@ from torch import nn
 
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig, Statistics
-from dsee_scale.adapters.families import find_units
 from dsee_scale.adapters.linear import adapted_layers, is_adapted
 from dsee_scale.adapters.targets import linear_kind
+from dsee_scale.adapters.units import find_units
 from dsee_scale.errors import CalibrationError, ConfigError, FormatError, PartitionError, TargetError
 from dsee_scale.passes.pools import block_linears
 from dsee_scale.pruning import refit, refit_matrix

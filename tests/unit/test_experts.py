@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import dsee_scale
-from dsee_scale import PruneConfig, TargetError
+from dsee_scale import CalibrationError, ConfigError, DSEEConfig, PruneConfig, TargetError
 from dsee_scale.adapters.matrices import expert_layout, find_matrices
-from tests.models import build, moe_config
+from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
+from dsee_scale.export.export import export_model
+from dsee_scale.export.folder_report import inspect_folder
+from dsee_scale.passes.statistics import LEAST_TOKENS
+from tests.models import build, llama_config, moe_config, token_batch
 
 MODELS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "glm4_moe", "qwen2_moe")
 
@@ -104,3 +111,260 @@ def test_a_refit_of_experts_is_refused_by_name():
     with pytest.raises(TargetError, match=r"experts\.0\.gate_up_proj is an expert's.*refit=False"):
         dsee_scale.prune(model, PruneConfig(sparsity=0.5), [batch])
     assert not any((p == 0).any() for n, p in model.named_parameters() if "experts" in n)
+
+
+def routed(model: Any, batches: list[torch.Tensor]) -> dict[str, list[tuple[torch.Tensor, ...]]]:
+    """What each expert got and gave, by its place: tokens, what lies between its matrices, output, gate values."""
+    calls: dict[str, list[Any]] = {name: [] for name in expert_modules(model)}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: calls[name].append(args))
+        for name, module in expert_modules(model).items()
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    matrices, found = find_matrices(model, shapes), {}
+    for name, module in expert_modules(model).items():
+        layout = expert_layout(module)
+        x, chosen, gates = (torch.cat([call[i] for call in calls[name]]) for i in range(3))
+        for expert in range(len(module.down_proj)):
+            token, place = (chosen == expert).nonzero(as_tuple=True)
+            first, last = (matrices[f"{name}.{expert}.{each}"] for each in (layout.up, layout.down))
+            w_up, w_down = (m.of(m.param).T if m.transposed else m.of(m.param) for m in (first, last))
+            bias = [m.bias[expert] if m.bias is not None else 0 for m in (first, last)]
+            with torch.no_grad():
+                between = module._apply_gate(x[token] @ w_up.T + bias[0])
+                output = between @ w_down.T + bias[1]
+            found[f"{name}.{expert}"] = (x[token], between, output, gates[token, place])
+    return found
+
+
+def batches_of(count: int, seed: int = 0) -> list[torch.Tensor]:
+    return [token_batch(batch=2, length=24, seed=seed + index) for index in range(count)]
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_wanda_takes_the_norms_of_each_experts_own_tokens(model_type):
+    model = build(moe_config(model_type))
+    batches = batches_of(2)
+    seen, matrices = routed(model, batches), find_matrices(model, shapes)
+    before = {n: m.of(m.param).clone() for n, m in matrices.items() if m.expert is not None}
+    config = PruneConfig(sparsity=0.4, refit=False, modules=("*.experts.*",))
+    report = dsee_scale.prune(model, config, batches)
+    few = []
+    for name, weight in before.items():
+        matrix = matrices[name]
+        place = name.rpartition(".")[0]
+        inputs = seen[place][0] if matrix.attribute.endswith("up_proj") else seen[place][1]
+        weight_OI = weight.T if matrix.transposed else weight
+        norms = (
+            inputs.square().mean(0).sqrt() if len(inputs) >= LEAST_TOKENS else torch.ones(weight_OI.shape[1])
+        )
+        few += [] if len(inputs) >= LEAST_TOKENS else [name]
+        scores = weight_OI.abs() * norms
+        gone = torch.zeros_like(scores, dtype=torch.bool)
+        gone.scatter_(1, scores.argsort(1)[:, : round(0.4 * scores.shape[1])], True)
+        found = matrix.of(matrix.param)
+        assert torch.equal((found.T if matrix.transposed else found) == 0, gone), name
+    assert report.by_magnitude == tuple(few) and 0 < len(few) < len(before)
+    assert "too few calibration tokens reached model.layers.0.mlp.experts." in str(report)
+
+
+def test_statistics_of_experts_are_read_back_as_they_were(tmp_path):
+    found = dsee_scale.calibrate(build(moe_config("mixtral")), batches_of(2))
+    found.save(tmp_path / "statistics")
+    again = dsee_scale.Statistics.load(tmp_path / "statistics")
+    assert again.gated == found.gated and len(found.gated) == 2 and again.tokens == found.tokens
+    assert all(torch.equal(again.squares[name], value) for name, value in found.squares.items())
+
+
+@pytest.mark.parametrize("score", ["reap", "frequency", "random"])
+def test_the_experts_of_lowest_score_go(score):
+    model = build(moe_config("qwen3_moe"))
+    batches = batches_of(3)
+    seen = routed(model, batches)
+    config = PruneConfig(pattern="experts", num_per_layer=2, score=score)
+    report = dsee_scale.prune(model, config, None if score == "random" else batches)
+    assert report.units == {f"model.layers.{i} experts": (2, 5) for i in range(2)}
+    assert "4 of 10 experts are gone, in 2 layers" in str(report)
+    for name, module in expert_modules(model).items():
+        gone = [bool((one == 0).all()) for one in module.down_proj]
+        assert sum(gone) == 2 and gone == [bool((one == 0).all()) for one in module.gate_up_proj]
+        if score != "random":
+            scores = []
+            for expert in range(5):
+                tokens, _, output, gates = seen[f"{name}.{expert}"]
+                scores.append(float((gates * output.norm(dim=-1)).mean()) if score == "reap" else len(tokens))
+            assert {i for i in range(5) if gone[i]} == set(torch.tensor(scores).argsort()[:2].tolist())
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_a_model_without_some_experts_is_a_stock_model_with_the_same_logits(model_type, tmp_path):
+    model = build(moe_config(model_type))
+    dsee_scale.prune(model, PruneConfig(pattern="experts", num_per_layer=2, score="random"))
+    whole = dsee_scale.prune(model, PruneConfig(sparsity=0.3, score="W"))
+    assert whole.sparsity >= 0.3
+    ids = token_batch(length=24)
+    chosen: list[torch.Tensor] = []
+    for module in expert_modules(model).values():
+        module.register_forward_pre_hook(lambda _, args: chosen.append(args[1]))
+    with torch.no_grad():
+        expected = model(ids).logits
+    gone = [
+        {i for i, one in enumerate(module.down_proj) if bool((one == 0).all())}
+        for module in expert_modules(model).values()
+    ]
+    assert all(
+        len(each) == 2 and not each & set(c.unique().tolist()) for each, c in zip(gone, chosen, strict=True)
+    )
+    report = export_model(model, tmp_path / "small")
+    assert report.loads_with == "transformers" and "experts cut out of" in str(report.structure)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert {len(module.down_proj) for module in expert_modules(stock).values()} == {3}
+    with torch.no_grad():
+        torch.testing.assert_close(stock(ids).logits, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_layers_that_keep_unequal_numbers_are_loaded_by_load_pretrained(model_type, tmp_path):
+    model = build(moe_config(model_type, experts=8))
+    config = PruneConfig(pattern="experts", sparsity=0.3, scope="global", score="reap")
+    report = dsee_scale.prune(model, config, batches_of(3))
+    counts = [gone for gone, _ in report.units.values()]
+    assert sum(counts) == 5 and counts[0] != counts[1]
+    exported = export_model(model, tmp_path / "small")
+    assert exported.loads_with == "dsee_scale.load_pretrained"
+    small = dsee_scale.load_pretrained(tmp_path / "small")
+    assert [8 - len(module.down_proj) for module in expert_modules(small).values()] == counts
+    with torch.no_grad():
+        ids = token_batch(length=24)
+        torch.testing.assert_close(small(ids).logits, model(ids).logits, atol=1e-6, rtol=1e-5)
+
+
+def test_groups_of_experts_lose_equally_many(tmp_path):
+    model = build(moe_config("deepseek_v3", experts=8, n_group=2, topk_group=1))
+    with pytest.raises(ConfigError, match=r"2 groups of 4 experts, which must stay equal, and 3 are to go"):
+        dsee_scale.prune(model, PruneConfig(pattern="experts", num_per_layer=3, score="random"))
+    dsee_scale.prune(model, PruneConfig(pattern="experts", num_per_layer=2, score="random"))
+    export_model(model, tmp_path / "small")
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    with torch.no_grad():
+        ids = token_batch(length=24)
+        torch.testing.assert_close(small(ids).logits, model(ids).logits, atol=1e-6, rtol=1e-5)
+
+
+def test_removed_experts_stay_out_of_adapter_files_and_a_later_load(tmp_path):
+    model = build(moe_config("qwen3_moe"))
+    dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=5))
+    dsee_scale.prune(model, PruneConfig(pattern="experts", num_per_layer=2), batches_of(3))
+    save_adapter(model, tmp_path / "adapter")
+    again = build(moe_config("qwen3_moe"))
+    load_adapter(again, tmp_path / "adapter")
+    with torch.no_grad():
+        ids = token_batch(length=24)
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    dsee_scale.prune(again, PruneConfig(pattern="experts", num_per_layer=1), batches_of(3))
+    assert all(sum(bool((e == 0).all()) for e in m.down_proj) == 2 for m in expert_modules(again).values())
+    assert "experts" in str(inspect_folder(tmp_path / "adapter"))
+
+
+def test_gradients_reach_what_is_left_and_a_removed_expert_stays_zero():
+    model = build(moe_config("qwen3_moe", output_router_logits=True))
+    dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=5, trained_modules=("gate",)))
+    dsee_scale.prune(model, PruneConfig(pattern="experts", num_per_layer=2), batches_of(3))
+    optimizer = torch.optim.AdamW(dsee_scale.trainable_parameters(model), lr=1e-2)
+    ids = token_batch(length=24)
+    for _ in range(2):
+        loss = model(ids, labels=ids).loss  # with the router's balancing loss, over all logits
+        assert torch.isfinite(loss)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for layer in model.model.layers:
+        assert sum(bool((one == 0).all()) for one in layer.mlp.experts.down_proj) == 2
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_every_expert_loses_its_own_neurons(model_type, tmp_path):
+    model = build(moe_config(model_type))
+    ids = token_batch(length=24)
+    with pytest.raises(ConfigError, match="scope 'global' would leave the experts"):
+        dsee_scale.prune(model, PruneConfig(pattern="neurons", sparsity=0.25, score="W"))
+    report = dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=4), batches_of(4))
+    assert set(report.units.values()) == {(20, 60)}
+    dsee_scale.prune(model, PruneConfig(pattern="experts", num_per_layer=1, score="random"))
+    exported = export_model(model, tmp_path / "small")
+    assert exported.loads_with == "transformers"
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert {m.down_proj.numel() for m in expert_modules(small).values()} == {4 * 8 * 20}
+    with torch.no_grad():
+        torch.testing.assert_close(small(ids).logits, model(ids).logits, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config, error, text",
+    [
+        (
+            dict(num_per_layer=3),
+            ConfigError,
+            r"3 of 5 experts.*at least 3, one more than the 2 that each token",
+        ),
+        (dict(sparsity=0.5, scope="global"), ConfigError, r"at least 3 experts in every layer only 4 can go"),
+        (
+            dict(num_per_layer=1, score="reap"),
+            CalibrationError,
+            r"'reap' looks at activations.*score='random'",
+        ),
+    ],
+)
+def test_experts_that_cannot_go_are_refused_and_nothing_changes(config, error, text):
+    model = build(moe_config("qwen3_moe"))
+    with pytest.raises(error, match=text):
+        dsee_scale.prune(model, PruneConfig(**{"pattern": "experts", "score": "random", **config}))
+    assert not any((p == 0).any() for n, p in model.named_parameters() if "experts" in n)
+
+
+def test_the_pattern_is_refused_where_there_are_no_experts_and_with_other_scores():
+    with pytest.raises(TargetError, match=r"LlamaForCausalLM has no experts"):
+        dsee_scale.prune(build(llama_config()), PruneConfig(pattern="experts", score="random"))
+    with pytest.raises(ConfigError, match=r"score 'W' does not go with pattern 'experts'"):
+        PruneConfig(pattern="experts", score="W")
+    with pytest.raises(ConfigError, match=r"score 'reap' does not go with pattern 'unstructured'"):
+        PruneConfig(score="reap", sparsity=0.5)
+    with pytest.raises(TargetError, match=r"heads of gpt_oss can't be removed: each head has a sink"):
+        dsee_scale.prune(build(moe_config("gpt_oss")), PruneConfig(pattern="heads", score="W"))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_adapted_experts_are_scored_with_their_updates_and_cut_with_them(model_type, tmp_path):
+    model = build(moe_config(model_type))
+    dsee_scale.inject(
+        model, DSEEConfig(rank=2, num_sparse=5, target_modules=("gate_up_proj", "down_proj", "q_proj"))
+    )
+    for name, param in model.named_parameters():
+        if "dsee_" in name:
+            torch.nn.init.normal_(param, std=0.1)
+    module = next(iter(expert_modules(model).values()))
+    calls: list[Any] = []
+    hook = module.register_forward_hook(lambda _, args, output: calls.append((*args, output)))
+    batch = token_batch(batch=2, length=24)
+    statistics = dsee_scale.calibrate(model, [batch])
+    hook.remove()
+    (x, chosen, gates, _) = calls[0]
+    expected = torch.zeros(5)
+    with torch.no_grad():
+        for token, place in ((t, p) for t in range(len(x)) for p in range(2)):
+            alone = module(x[token : token + 1], chosen[token, place].view(1, 1), torch.ones(1, 1))
+            expected[chosen[token, place]] += gates[token, place] * alone.norm()
+    torch.testing.assert_close(
+        torch.tensor(next(iter(statistics.gated.values()))), expected, rtol=1e-4, atol=1e-6
+    )
+    dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=4), [batch])
+    dsee_scale.prune(model, PruneConfig(sparsity=0.3, refit=False, score="WABS", modules=("*.experts.*",)))
+    dsee_scale.prune(model, PruneConfig(pattern="experts", num_per_layer=1), [batch])
+    assert export_model(model, tmp_path / "small").loads_with == "transformers"
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    with torch.no_grad():
+        torch.testing.assert_close(small(batch).logits, model(batch).logits, atol=1e-5, rtol=1e-4)

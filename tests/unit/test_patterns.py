@@ -14,10 +14,11 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertConf
 
 import dsee_scale
 from dsee_scale import ConfigError, DSEEConfig, FormatError, PruneConfig, TargetError
-from dsee_scale.adapters.families import FAMILIES, find_units
+from dsee_scale.adapters.families import FAMILIES
 from dsee_scale.adapters.linear import adapted_layers, is_adapted
 from dsee_scale.adapters.removed_units import pack_units, removed_units, unpack_units
 from dsee_scale.adapters.state import model_state
+from dsee_scale.adapters.units import find_units
 from dsee_scale.algorithms import patterns
 from dsee_scale.algorithms.delta import delta_block
 from dsee_scale.algorithms.score import Ranking

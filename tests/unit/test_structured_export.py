@@ -15,8 +15,8 @@ from torch import nn
 
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
-from dsee_scale.adapters.families import find_units
 from dsee_scale.adapters.state import model_state
+from dsee_scale.adapters.units import find_units
 from dsee_scale.cli import main
 from dsee_scale.errors import FormatError, TargetError
 from dsee_scale.export.export import export_model
