@@ -7,9 +7,17 @@ from torch import nn
 from dsee_scale.partition.dense import DensePartition
 from dsee_scale.partition.port import Exchange, Partition, Shard
 from dsee_scale.partition.unknown_engines import reject_unknown_engines
-from dsee_scale.partition.zero3 import Zero3Partition, is_partitioned
+from dsee_scale.partition.zero3 import Zero3Partition, is_partitioned, keep_experts_together
 
-__all__ = ["Exchange", "Partition", "Shard", "is_engine", "open_partition", "unwrap"]
+__all__ = [
+    "Exchange",
+    "Partition",
+    "Shard",
+    "is_engine",
+    "keep_experts_together",
+    "open_partition",
+    "unwrap",
+]
 
 
 def open_partition(model: nn.Module) -> Partition:

@@ -37,6 +37,8 @@ def _split_by(module: nn.Module) -> str | None:
             return "split by FSDP: use DeepSpeed ZeRO-3 in its place"
         if cls.__module__.startswith("deepspeed.module_inject") and hasattr(module, "mp_group"):
             return 'split by DeepSpeed AutoTP: take "tensor_parallel" out of the DeepSpeed config'
+        if cls.__module__.startswith("deepspeed.module_inject.auto_ep"):
+            return 'spread over ranks by DeepSpeed AutoEP: take "expert_parallel" out of the DeepSpeed config'
         if cls.__module__.startswith("deepspeed.moe"):
             return "DeepSpeed's mixture-of-experts layer (each rank holds other experts): use the model's own"
     return None

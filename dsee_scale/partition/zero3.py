@@ -26,6 +26,28 @@ def is_partitioned(param: nn.Parameter) -> bool:
     return hasattr(param, "ds_id")
 
 
+def keep_experts_together(model: nn.Module) -> list[str]:
+    """Local. Make modules whose experts are modules of their own leaves of ZeRO-3; their names.
+
+    Which of the experts run depends on a rank's tokens, and ranks that fetch different ones wait for each other for
+    good. The parameters of a leaf come together. DeepSpeed does so itself for three classes of transformers alone.
+    Fused experts are one module and need none of it.
+    """
+    found = [
+        name.rpartition(".")[0]
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] == "experts"
+        and isinstance(module, nn.ModuleList)
+        and any(map(is_partitioned, module.parameters()))
+    ]
+    if found:
+        from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
+
+        for name in found:
+            set_z3_leaf_module(model.get_submodule(name), True)
+    return found
+
+
 class Zero3Partition(Ranks):
     """Each rank holds one stretch of every weight.
 

@@ -21,7 +21,7 @@ from dsee_scale.algorithms.score import all_finite
 from dsee_scale.config import DSEEConfig
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import TargetError
-from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
+from dsee_scale.partition import Partition, is_engine, keep_experts_together, open_partition, unwrap
 from dsee_scale.partition.quantized import compute_dtype, prepare_quantised, quantised_kind
 from dsee_scale.passes.coverage import Coverage, block_coverage
 from dsee_scale.passes.decompose_model import decompose_model, seeded
@@ -136,6 +136,8 @@ def apply_adapters(
         )
         if target.experts:
             let_gradients_through(modules[target.name.rsplit(".", 2)[0]])
+    for name in keep_experts_together(model):
+        let_gradients_through(model.get_submodule(name))
     model_state(model).config = config
     set_trainable(model, trained_modules)
     if _checkpoints_activations(model):

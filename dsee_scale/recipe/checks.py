@@ -172,6 +172,11 @@ def reject_unsupported(config: Mapping[str, Any], optim: str, source: str) -> No
             "compile.deepcompile puts gathers of its own into the graph, on CUDA alone (DeepSpeed 0.19.8), and was "
             "never run with adapters; leave it out: torch.compile goes without it"
         )
+    if (config.get("expert_parallel") or {}).get("enabled"):
+        problems.append(
+            "expert_parallel (AutoEP) puts layers of its own, of which each rank holds other experts, in place of the "
+            "adapted ones; leave it out: ZeRO-3 partitions the model's own experts"
+        )
     if (config.get("sequence_parallel_size") or 1) > 1:
         problems.append(
             "sequence_parallel_size: a run evaluates and calibrates on whole sequences; leave it out, or share "

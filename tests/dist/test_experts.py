@@ -92,3 +92,69 @@ def test_experts_are_pruned_the_same_on_1_2_3_ranks_and_without_deepspeed(pools,
                 assert counts == expected_counts, world_size
                 for name, weight in expected_weights.items():
                     assert torch.equal(weights[name], weight), (world_size, name)
+
+
+class Chosen(torch.nn.Module):
+    """Experts that are modules of their own, of which a caller chooses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, which: int) -> torch.Tensor:
+        return self.experts[which](x)
+
+
+class WithModules(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block = torch.nn.Linear(8, 8), Chosen()
+
+    def forward(self, x: torch.Tensor, which: int) -> torch.Tensor:
+        return self.block(self.first(x), which).square().mean()
+
+
+def each_rank_its_own_expert() -> list[float]:
+    model = partition(WithModules(), zero3_config())
+    targets = ("first", "experts.0", "experts.1")
+    dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=3, target_modules=targets))
+    engine = engine_for(model, zero3_config())
+    losses = []
+    for _ in range(3):
+        loss = engine(torch.ones(2, 8), dist.get_rank() % 2)
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss))
+    return losses
+
+
+def one_token_over_and_over(checkpointing: bool) -> tuple[list[float], int]:
+    """Rank 0's batch is one token: most experts get nothing there. Losses, and how many experts were used."""
+    model = build(moe_config("qwen3_moe"))
+    partition(model, zero3_config())
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    targets = ("q_proj", "gate_up_proj", "down_proj")
+    dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=5, target_modules=targets))
+    engine: Any = engine_for(model, zero3_config())
+    used: set[int] = set()
+    experts = engine.module.model.layers[0].mlp.experts
+    experts.register_forward_pre_hook(lambda _, args: used.update(args[1].unique().tolist()))
+    ids = torch.full((2, 1), 5) if dist.get_rank() == 0 else BATCHES[1]
+    losses = []
+    for _ in range(3):
+        loss = engine(ids.repeat(1, 2), labels=ids.repeat(1, 2)).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss))
+    return losses, len(used)
+
+
+def test_ranks_whose_tokens_avoid_an_expert_wait_for_nobody(pools):
+    for losses in pools(2).run(each_rank_its_own_expert, timeout=60.0):
+        assert losses[-1] < losses[0]
+    found = [pools(2).run(one_token_over_and_over, on, timeout=60.0) for on in (False, True)]
+    for (plain, used), (checkpointed, _) in zip(*found, strict=True):
+        assert plain[-1] < plain[0] and used >= 2
+        torch.testing.assert_close(torch.tensor(checkpointed), torch.tensor(plain), rtol=1e-5, atol=1e-6)
+    assert found[0][0][1] < 5, "rank 0 uses every expert, so the test shows nothing"

@@ -122,6 +122,7 @@ def unknown_engines() -> list[str]:
         tensor_parallel,
         pipelined,
         experts_of_deepspeed,
+        spread_by_auto_ep,
     ):
         model = made()
         for call in (
@@ -173,10 +174,20 @@ def experts_of_deepspeed() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(8, 8), MoE(hidden_size=8, expert=expert, num_experts=2))
 
 
+def spread_by_auto_ep() -> torch.nn.Module:
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    layer = AutoEPMoELayer.__new__(AutoEPMoELayer)  # what it is told by; made by an engine alone
+    torch.nn.Module.__init__(layer)
+    return torch.nn.Sequential(torch.nn.Linear(8, 8), layer)
+
+
 def test_models_that_are_split_otherwise_are_refused_by_name(pools):
     texts = pools(2).run(unknown_engines)
     assert texts[0] == texts[1]
-    for index, name in enumerate(("FSDP", "FSDP", "FSDP", "AutoTP", "pipeline", "mixture-of-experts")):
+    for index, name in enumerate(
+        ("FSDP", "FSDP", "FSDP", "AutoTP", "pipeline", "mixture-of-experts", "AutoEP")
+    ):
         for text in texts[0][2 * index : 2 * index + 2]:
             assert name in text and "DDP or ZeRO-1, 2 or 3" in text
 

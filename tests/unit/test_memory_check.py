@@ -63,10 +63,11 @@ def test_nvme_is_refused_before_any_work(zero, message):
     ("setting", "message"),
     [
         ({"compile": {"deepcompile": True}}, "compile.deepcompile.*on CUDA alone.*leave it out"),
+        ({"expert_parallel": {"enabled": True}}, "expert_parallel.*AutoEP.*the model's own experts"),
         ({"sequence_parallel_size": 2}, "sequence_parallel_size.*whole sequences.*loop of your own"),
     ],
 )
-def test_deepcompile_and_ulysses_are_refused_before_any_work(setting, message):
+def test_deepcompile_expert_parallelism_and_ulysses_are_refused_before_any_work(setting, message):
     with pytest.raises(ConfigError, match=message):
         reject_unsupported({"zero_optimization": {"stage": 3}, **setting}, "adamw_torch", "ds.json")
 
