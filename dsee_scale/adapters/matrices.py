@@ -96,11 +96,9 @@ class Matrix:
     @property
     def adapter(self) -> Any:
         """What holds its update: the adapted layer, or the `ExpertWeight` of all experts; None for none."""
-        if self.expert is None:
-            return self.module if is_adapted(self.module) and linear_kind(self.module) else None
-        if not isinstance(self.module, AdaptedExperts):
-            return None
-        return self.module.dsee_weights(self.owner).get(self.param_name)
+        if isinstance(self.module, AdaptedExperts):
+            return self.module.dsee_weights(self.owner).get(self.param_name)
+        return self.module if is_adapted(self.module) else None
 
     def delta(self, flat: Tensor) -> Delta:
         """Its update, given the adapter's whole parameter."""

@@ -238,27 +238,35 @@ def _lines(layer: UnitLayer, units: Tensor) -> Iterator[Lines]:
         yield Lines(matrix.param, part.axis, gone, matrix.shape, matrix.offset)
         if part.has_unit_bias:
             yield Lines(matrix.bias, 1, gone, (1, len(gone)), (matrix.expert or 0) * len(gone))  # type: ignore[arg-type]
-        if matrix.adapted and matrix.expert is not None:
+        if matrix.adapted and layer.kind == "experts":
+            yield from _whole_expert_lines(part, gone)
+        elif matrix.adapted and matrix.expert is not None:
             yield from _expert_lines(part, gone, matrix.expert)
         elif matrix.adapted:
             yield from _adapter_lines(part, gone)
 
 
-def _expert_lines(part: Part, gone: Tensor, expert: int) -> Iterator[Lines]:
-    """Of one expert's update: stored rows of its matrix are rows of its B, stored columns are columns of its A.
+def _whole_expert_lines(part: Part, gone: Tensor) -> Iterator[Lines]:
+    """Of the updates of whole experts: their B and values, which no other expert has."""
+    layer = part.matrix.adapter
+    a, b, values = map(math.prod, layer.dsee_spec.shapes)
+    yield Lines(layer.dsee_flat, 0, gone, (len(gone), b // len(gone)), a)
+    if values:
+        yield Lines(layer.dsee_flat, 0, gone, (len(gone), values // len(gone)), a + b)
 
-    Where the whole expert goes its B says enough, which no other expert has.
-    """
+
+def _expert_lines(part: Part, gone: Tensor, expert: int) -> Iterator[Lines]:
+    """Of one expert's update: stored rows of its matrix are rows of its B, stored columns are columns of its A."""
     layer = part.matrix.adapter
     spec, (rows, columns) = layer.dsee_spec, part.matrix.shape
     a, b, _ = map(math.prod, spec.shapes)
     own = slice(expert * spec.num_sparse, (expert + 1) * spec.num_sparse)
-    if part.axis == 0 or bool(gone.all()):
-        by_row = gone if part.axis == 0 else gone.new_ones(rows)
-        yield Lines(layer.dsee_flat, 0, by_row, (rows, spec.rank), a + expert * rows * spec.rank)
+    if part.axis == 0:
+        yield Lines(layer.dsee_flat, 0, gone, (rows, spec.rank), a + expert * rows * spec.rank)
+        at = layer.dsee_rows[own] - expert * rows
     else:
         yield Lines(layer.dsee_flat, 1, gone, (spec.rank, columns), expert * spec.rank * columns)
-    at = layer.dsee_rows[own] - expert * rows if part.axis == 0 else layer.dsee_cols[own]
+        at = layer.dsee_cols[own]
     if spec.num_sparse:
         yield Lines(layer.dsee_flat, 1, gone[at.long().cpu()], (1, spec.num_sparse), a + b + own.start)
 

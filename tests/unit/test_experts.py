@@ -364,6 +364,13 @@ def test_adapted_experts_are_scored_with_their_updates_and_cut_with_them(model_t
     dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=4), [batch])
     dsee_scale.prune(model, PruneConfig(sparsity=0.3, refit=False, score="WABS", modules=("*.experts.*",)))
     dsee_scale.prune(model, PruneConfig(pattern="experts", num_per_layer=1), [batch])
+    b, values = (
+        module.dsee_weights("")[".down_proj"].dsee_B,
+        module.dsee_weights("")[".down_proj"].dsee_values,
+    )
+    gone = torch.tensor([bool((one == 0).all()) for one in module.down_proj])
+    for update in (b, values):
+        assert torch.equal((update.reshape(5, -1) == 0).all(1), gone)
     assert export_model(model, tmp_path / "small").loads_with == "transformers"
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     with torch.no_grad():
