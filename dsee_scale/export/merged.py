@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.state import reject_broken
+from dsee_scale.adapters.state import model_state, reject_broken
 from dsee_scale.algorithms.delta import merged_weight
+from dsee_scale.errors import TargetError
 from dsee_scale.export.export import LiveModel
 from dsee_scale.export.writer import masked_weights, trained_form
 from dsee_scale.partition import open_partition, unwrap
@@ -28,11 +29,19 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Args:
         model: a raw model, a DeepSpeed engine, or what Accelerate or DDP made of it.
 
+    Raises:
+        TargetError: experts were removed.
+
     Yields:
         Name and whole weight, on the CPU where an update was put in. It may alias the model's own storage: read it.
     """
     module, partition = unwrap(model), open_partition(model)
     reject_broken(module)
+    if any("experts" in how for how in model_state(module).pruned.values()):
+        raise TargetError(
+            "experts were removed from this model, and an engine that has all of them would still choose them; write "
+            "the smaller model with export_model, and load that"
+        )
     source = LiveModel(module, partition, "2GB", cut=False)
     masked = masked_weights(source.pruned)
     for entries in source.plan.files.values():

@@ -14,6 +14,7 @@ from dsee_scale.adapters.matrices import expert_layout, find_matrices
 from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
 from dsee_scale.export.export import export_model
 from dsee_scale.export.folder_report import inspect_folder
+from dsee_scale.export.merged import merged_weights
 from dsee_scale.passes.statistics import LEAST_TOKENS
 from tests.models import build, llama_config, moe_config, token_batch
 
@@ -265,6 +266,8 @@ def test_removed_experts_stay_out_of_adapter_files_and_a_later_load(tmp_path):
     with torch.no_grad():
         ids = token_batch(length=24)
         assert torch.equal(again(ids).logits, model(ids).logits)
+    with pytest.raises(TargetError, match=r"experts were removed.*export_model"):
+        next(merged_weights(again))
     dsee_scale.prune(again, PruneConfig(pattern="experts", num_per_layer=1), batches_of(3))
     assert all(sum(bool((e == 0).all()) for e in m.down_proj) == 2 for m in expert_modules(again).values())
     assert "experts" in str(inspect_folder(tmp_path / "adapter"))
