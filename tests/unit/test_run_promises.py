@@ -69,6 +69,12 @@ def resumed_from(finished: Path, step: int, output: Path) -> None:
     shutil.copytree(finished / f"checkpoint-{step}", output / f"checkpoint-{step}")
 
 
+def test_the_exports_card_shows_the_run(finished):
+    card = (finished / "model" / "README.md").read_text()
+    assert "| retuned " in card and "![accuracy at each phase](dsee_quality.png)" in card
+    assert (finished / "model" / "dsee_quality.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_checkpoint_before_the_prune_and_one_at_the_end_whatever_save_strategy_says(
     inputs, tmp_path, monkeypatch
 ):
