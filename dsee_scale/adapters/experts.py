@@ -19,6 +19,8 @@ from dsee_scale.adapters.linear import Adapted, check_support, initial_values
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.errors import TargetError
 
+COLUMNS = 8
+"""What an expert's thin factors have a multiple of: PyTorch's grouped product wants strides of 16 bytes."""
 IMPLEMENTATION = "grouped_mm"
 """The one of transformers' implementations whose sums are ours: with it injection changes no bit."""
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -115,7 +117,7 @@ class AdaptedExperts(Adapted):
         spec = self.dsee_specs[name]
         rows, cols = getattr(self, f"dsee_{name}_rows"), getattr(self, f"dsee_{name}_cols")
         transposed = bool(self.is_transposed)
-        fold = None if rows.is_meta else make_fold(spec, rows, cols, _most_entries(spec))
+        fold = None if rows.is_meta else make_fold(spec, rows, cols, _most_entries(spec), COLUMNS)
         self.dsee_updates[name] = ExpertUpdate(spec, rows, cols, transposed, fold)
 
     def dsee_weights(self, name: str) -> dict[str, Any]:

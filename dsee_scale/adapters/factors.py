@@ -55,14 +55,24 @@ class Factors:
     values: Tensor | None
 
 
-def make_fold(spec: AdapterSpec, rows: Tensor, cols: Tensor, most: int = MOST_ENTRIES) -> Fold | None:
-    """Positions for a fixed support; None where S2 is empty or has more than `most` entries a slice."""
+def make_fold(
+    spec: AdapterSpec, rows: Tensor, cols: Tensor, most: int = MOST_ENTRIES, multiple: int = 1
+) -> Fold | None:
+    """Positions for a fixed support; None where there is nothing to fold in, or too much.
+
+    Args:
+        spec: the adapter's.
+        rows: int32 (K*N,) output index of each entry.
+        cols: int32 (K*N,) input index.
+        most: entries of a slice that are folded in at most.
+        multiple: what a slice's columns are filled up to a multiple of, with zeros.
+    """
     count = spec.num_sparse
-    if not 0 < count <= most:
+    wide = -(-(spec.rank + count) // multiple) * multiple
+    if count > most or wide == spec.rank:
         return None
-    wide = spec.rank + count
     entry = torch.arange(rows.numel(), device=rows.device)
-    number, place = entry // count, spec.rank + entry % count
+    number, place = entry // max(1, count), spec.rank + entry % max(1, count)
     shift = [of_b.start - start for start, _, _, of_b in spec.per_slice()]
     covered_rows = rows.long() + torch.tensor(shift, device=rows.device)[number]
     return Fold(

@@ -35,7 +35,7 @@ def make(transposed: bool, shared: bool, count: int, *, thin: bool, seed: int = 
     weight = torch.randn(EXPERTS, rows, cols, generator=g, dtype=torch.float64)
     weight[torch.rand(weight.shape, generator=g) < 0.4] = 0
     flat = torch.randn(spec.numel, generator=g, dtype=torch.float64)
-    fold = make_fold(spec, at_rows, at_cols) if thin else None
+    fold = make_fold(spec, at_rows, at_cols, multiple=8 if shared else 1) if thin else None
     return weight, flat, ExpertUpdate(spec, at_rows, at_cols, transposed, fold)
 
 
