@@ -22,7 +22,7 @@ import torch
 from _report import Report, median_seconds_each, parser
 from torch import Tensor
 
-from dsee_scale.adapters.sparse_residual import backward_, forward_
+from dsee_scale.adapters.kernels.sparse_residual import backward_, forward_
 from dsee_scale.adapters.support import prepare
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.factors import make_fold
-from dsee_scale.adapters.grouped import ExpertUpdate, expert_product, grouped_mm
+from dsee_scale.adapters.kernels.factors import make_fold
+from dsee_scale.adapters.kernels.grouped import ExpertUpdate, expert_product, grouped_mm
 from dsee_scale.adapters.linear import Adapted, check_support, initial_values
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.errors import TargetError

@@ -18,11 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.factors import make_fold
-from dsee_scale.adapters.lowrank_sparse import Update, adapted_linear, add_update
+from dsee_scale.adapters.kernels.factors import make_fold
+from dsee_scale.adapters.kernels.lowrank_sparse import Update, adapted_linear, add_update
+from dsee_scale.adapters.kernels.under_mask import MaskedLayer, masked_product
 from dsee_scale.adapters.state import MASK_UPDATE, model_state
 from dsee_scale.adapters.support import prepare
-from dsee_scale.adapters.under_mask import MaskedLayer, masked_product
 from dsee_scale.algorithms.delta import AdapterSpec, Delta
 from dsee_scale.errors import TargetError
 from dsee_scale.partition.quantized import find_codecs

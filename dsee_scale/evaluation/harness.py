@@ -17,7 +17,7 @@ from dsee_scale.checkpoint.lora_folder import CONFIG_NAME, is_lora_folder
 from dsee_scale.checkpoint.record import AdapterRecord
 from dsee_scale.data.tokenizer import open_tokenizer
 from dsee_scale.errors import ConfigError
-from dsee_scale.export.base import BASE_FOLDER
+from dsee_scale.export.export import BASE_FOLDER
 from dsee_scale.export.load import load_pretrained
 from dsee_scale.export.lora import KIND as LORA
 from dsee_scale.export.report import KIND as EXPORT

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.linear import adapted_layers, delta_record, weight_name
 from dsee_scale.adapters.state import model_state, reject_broken
-from dsee_scale.algorithms.delta import Delta
+from dsee_scale.algorithms.delta import Delta, merged_weight
 from dsee_scale.checkpoint.adapter import write_adapter
 from dsee_scale.checkpoint.contents import reject_input
 from dsee_scale.checkpoint.folder import NewFolder
@@ -22,12 +23,21 @@ from dsee_scale.errors import TargetError
 from dsee_scale.export.plan import Entry, plan_export, reverted, saved_state
 from dsee_scale.export.report import ExportReport
 from dsee_scale.export.structure import find_structure, smaller_config
-from dsee_scale.export.writer import WITHOUT_UPDATE, DeltaForm, check_delta, write_model
+from dsee_scale.export.writer import (
+    WITHOUT_UPDATE,
+    DeltaForm,
+    check_delta,
+    masked_weights,
+    trained_form,
+    write_model,
+)
 from dsee_scale.partition import Partition, open_partition, unwrap
 
 logger = logging.getLogger(__name__)
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+BASE_FOLDER = "base"
+"""Where a run keeps the frozen weights that a re-fit leaves."""
 
 
 def export_model(
@@ -189,3 +199,58 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         if source.name == SENTENCEPIECE_FILE and source.is_file():
             shutil.copyfile(source, folder / SENTENCEPIECE_FILE)
             return
+
+
+def save_base(model: nn.Module, folder: str | Path, *, tokenizer: Any = None) -> None:
+    """Collective. Write the frozen weights as a plain Hugging Face folder; adapters saved later name it as their base.
+
+    Args:
+        model: what `export_model` takes.
+        folder: output folder; an earlier base in it is replaced.
+        tokenizer: saved along.
+    """
+    export_model(model, folder, delta="none", tokenizer=tokenizer, overwrite=True)
+    config: Any = getattr(unwrap(model), "config", None)
+    if config is not None:
+        config._name_or_path = str(folder)
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Collective: every rank must run through it. The weights with their updates, on rank 0; nothing elsewhere.
+
+    They have the names and shapes that stock transformers, and so vLLM's `load_weights`, knows. Pruned matrices are
+    (W + D) * M or W * M + D, whichever is trained. In TRL's GRPO with a vLLM server:
+
+        trainer.vllm_generation._iter_named_params = lambda: merged_weights(trainer.model_wrapped)
+
+    Extra memory: the adapters of 2 GB of weights; on rank 0 one weight besides.
+
+    Args:
+        model: a raw model, a DeepSpeed engine, or what Accelerate or DDP made of it.
+
+    Raises:
+        TargetError: experts were removed.
+
+    Yields:
+        Name and whole weight, on the CPU where an update was put in. It may alias the model's own storage: read it.
+    """
+    module, partition = unwrap(model), open_partition(model)
+    reject_broken(module)
+    if any("experts" in how for how in model_state(module).pruned.values()):
+        raise TargetError(
+            "experts were removed from this model, and an engine that has all of them would still choose them; write "
+            "the smaller model with export_model, and load that"
+        )
+    source = LiveModel(module, partition, "2GB", cut=False)
+    masked = masked_weights(source.pruned)
+    for entries in source.plan.files.values():
+        pieces = source.read(entries, updates=True)
+        for entry, piece in zip(entries, pieces, strict=True):
+            if piece is None or partition.rank:
+                continue
+            weight, update = piece
+            if update is not None:
+                form = trained_form(source.pruned, entry.name)
+                weight = merged_weight(weight, update, pruned=entry.name in masked, form=form)
+            yield from source.stored(entry, weight).items()

@@ -15,8 +15,8 @@ from dsee_scale.checkpoint.folder import StoredFolder, open_folder
 from dsee_scale.checkpoint.lora_folder import CONFIG_NAME as LORA_CONFIG
 from dsee_scale.checkpoint.record import CONFIG_FILE
 from dsee_scale.errors import ConfigError, DSEEError
-from dsee_scale.export.base import BASE_FOLDER
 from dsee_scale.export.card import CARD_FILE, adapter_card, is_hub_id, moved_card
+from dsee_scale.export.export import BASE_FOLDER
 from dsee_scale.export.lora import KIND as LORA
 from dsee_scale.export.report import KIND as EXPORT
 

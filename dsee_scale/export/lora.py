@@ -27,9 +27,8 @@ from dsee_scale.checkpoint.tensors import TensorSpec, TensorWriter, aligned, bat
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.export.adapter_source import AdapterSource, LiveAdapter, StoredAdapter
-from dsee_scale.export.base import BASE_FOLDER
 from dsee_scale.export.card import CARD_FILE, lora_card
-from dsee_scale.export.export import LiveModel, reject_unknown_quantisation
+from dsee_scale.export.export import BASE_FOLDER, LiveModel, reject_unknown_quantisation
 from dsee_scale.export.from_files import StoredModel
 from dsee_scale.export.writer import write_model
 from dsee_scale.partition import open_partition, unwrap

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.config import SCORES_OF_ACTIVATIONS, PruneConfig
 from dsee_scale.errors import ConfigError, RunError, TargetError
-from dsee_scale.export.base import BASE_FOLDER, save_base
+from dsee_scale.export.export import BASE_FOLDER, save_base
 from dsee_scale.pruning.prune import prune
 from dsee_scale.pruning.schedule import CubicSchedule
 from dsee_scale.training.base_trainer import GradientCallback, log_within_step

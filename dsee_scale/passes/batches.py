@@ -1,10 +1,13 @@
-"""Calibration batches that would leave other ranks waiting: told before they run, or said on every rank."""
+"""Calibration batches: read in step by all ranks, checked before they run, run through the model as it is.
+
+What would leave other ranks waiting is told before it runs, or said on every rank.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +15,17 @@ from torch import Tensor, nn
 
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import CalibrationError, DSEEError, TargetError
-from dsee_scale.partition import Partition
+from dsee_scale.partition import Partition, unwrap
+
+NO_TOKEN = (
+    "no token of the calibration batches counts: their attention masks leave out everything; expected at least one "
+    "token. Nothing was changed"
+)
+NOT_FINITE = (
+    "the model's activations on the calibration batches hold NaN or infinity; check the batches and the model's "
+    "weights. Nothing was changed"
+)
+Batches = Iterable[Any]
 
 
 def reject_encoder_decoder(module: nn.Module) -> None:
@@ -97,3 +110,121 @@ def together(partition: Partition) -> Iterator[None]:
                 f"a calibration batch of rank {partition.rank} does not run through the model: "
                 f"{type(error).__name__}: {reason}. Nothing was changed"
             ) from error
+
+
+def reject_uncounted(batches: Sequence[Any], partition: Partition) -> None:
+    """Collective. Refuse batches without a token that counts, or a rank without batches.
+
+    Raises:
+        CalibrationError: the same on every rank.
+    """
+    masks = [token_mask(batch) for batch in batches]
+    counted = sum(1 if mask is None else int(mask.sum()) for mask in masks)
+    tokens, empty = partition.sum_over_ranks(torch.tensor([counted, int(not batches)])).tolist()
+    _reject_empty(empty, partition)
+    if not tokens:
+        raise CalibrationError(NO_TOKEN)
+
+
+def _reject_empty(empty: int, partition: Partition) -> None:
+    if empty:
+        raise CalibrationError(
+            f"{empty} of {partition.world_size} ranks have no calibration batch; expected at least one on every "
+            "rank: give fewer samples to each batch, or more data"
+        )
+
+
+def reject_lone_batch(batches: Any) -> None:
+    """One batch would be iterated by key or by row. Local."""
+    if isinstance(batches, (Mapping, Tensor)):
+        raise CalibrationError(
+            f"calibration is one batch (a {type(batches).__name__}); expected an iterable of batches, such as [batch]"
+        )
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode throughout; afterwards every submodule is in the mode that it was in."""
+    modes = [(each, each.training) for each in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, training in modes:
+            each.training = training
+
+
+def in_step(module: nn.Module, batches: Batches, partition: Partition) -> Iterator[tuple[Any, bool]]:
+    """Collective. Each rank's batches, as many rounds as the rank with most has; (batch, whether it counts).
+
+    A rank that has run out repeats its last one without counting it: under ZeRO-3 the others wait for its weights.
+
+    Raises:
+        CalibrationError: a rank has no batch at all, or one that is no input of the model.
+    """
+    left = iter(batches)
+    last: Any = None
+    while True:
+        batch = wrong = None
+        try:
+            batch = next(left, None)
+            wrong = None if batch is None else problem(module, batch, partition)
+        except Exception as error:
+            wrong = CalibrationError(f"a calibration batch cannot be read: {type(error).__name__}: {error}")
+        state = [batch is not None, batch is None and last is None, wrong is not None]
+        going, empty, broken = partition.sum_over_ranks(torch.tensor(state, dtype=torch.int64)).tolist()
+        if broken:
+            partition.raise_together(wrong)
+        _reject_empty(empty, partition)
+        if not going:
+            return
+        last = last if batch is None else batch
+        yield last, batch is not None
+
+
+def run_model(model: nn.Module, batch: Any, partition: Partition, *, short_logits: bool = True) -> None:
+    """Collective. One forward pass of one batch.
+
+    Raises:
+        CalibrationError: it fails; on every rank where the weights are replicas. Under ZeRO-3 the others wait for a
+            rank that leaves its forward pass, so what can be told before is told by `in_step`.
+    """
+    known = list(inspect.signature(unwrap(model).forward).parameters)
+    with together(partition):
+        batch = to_device(batch, compute_device(unwrap(model), partition))
+        if isinstance(batch, (tuple, list)):
+            model(*batch, **({"use_cache": False} if "use_cache" in known else {}))
+            return
+        if not isinstance(batch, Mapping):
+            batch = {known[0]: batch}
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        inputs |= {"use_cache": False} if "use_cache" in known else {}
+        inputs |= {"logits_to_keep": 1} if short_logits and "logits_to_keep" in known else {}
+        model(**inputs)
+
+
+def compute_device(module: nn.Module, partition: Partition) -> torch.device:
+    """Where the model computes."""
+    return partition.compute_device(next(module.parameters()))
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Tensors of a batch on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return map_tensors(lambda each: to_device(each, device), value)
+
+
+def map_tensors(change: Callable[[Any], Any], value: Any) -> Any:
+    """Change the members of a mapping, a list or a tuple; anything else stays as it is."""
+    if isinstance(value, Mapping):
+        return {key: change(each) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(change(each) for each in value)
+    return value
+
+
+def token_mask(batch: Any) -> Tensor | None:
+    """(B, T) bool, which tokens of a batch count; None for all."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dsee_scale.algorithms.score import all_finite
 from dsee_scale.errors import CalibrationError, TargetError
 from dsee_scale.partition import Partition, unwrap
-from dsee_scale.passes.calibrate import (
+from dsee_scale.passes.batches import (
     NOT_FINITE,
     Batches,
     compute_device,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.experts import AdaptedExperts, ExpertLayout, expert_layout
-from dsee_scale.adapters.grouped import grouped_mm
+from dsee_scale.adapters.kernels.grouped import grouped_mm
 from dsee_scale.adapters.matrices import ShapeOf
 from dsee_scale.partition import Partition
 

@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 from dsee_scale.distributed import gather_objects
 from dsee_scale.errors import CalibrationError
 from dsee_scale.partition import Partition, unwrap
-from dsee_scale.passes.batches import together
-from dsee_scale.passes.calibrate import compute_device, evaluating, in_step, to_device, token_mask
+from dsee_scale.passes.batches import compute_device, evaluating, in_step, to_device, together, token_mask
 from dsee_scale.passes.progress import show_progress
 
 IGNORED = -100

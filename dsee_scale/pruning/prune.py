@@ -17,13 +17,8 @@ from dsee_scale.config import SCORES_OF_ACTIVATIONS, PruneConfig
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import CalibrationError, ConfigError
 from dsee_scale.partition import Partition, open_partition, unwrap
-from dsee_scale.passes.calibrate import (
-    Batches,
-    Statistics,
-    calibrate,
-    reject_lone_batch,
-    reject_uncounted,
-)
+from dsee_scale.passes.batches import Batches, reject_lone_batch, reject_uncounted
+from dsee_scale.passes.calibrate import Statistics, calibrate
 from dsee_scale.passes.coverage import Coverage
 from dsee_scale.passes.fingerprint import fingerprint
 from dsee_scale.passes.progress import show_progress

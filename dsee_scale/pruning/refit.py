@@ -23,16 +23,15 @@ from dsee_scale.algorithms.decompose import Support
 from dsee_scale.config import PruneConfig
 from dsee_scale.errors import PartitionError, TargetError
 from dsee_scale.partition import Partition, unwrap
-from dsee_scale.passes.batches import reject_encoder_decoder
-from dsee_scale.passes.blocks import Call, advance, capture, find_blocks
-from dsee_scale.passes.calibrate import (
+from dsee_scale.passes.batches import (
     Batches,
-    agreed_leaders,
     compute_device,
     evaluating,
+    reject_encoder_decoder,
     reject_uncounted,
-    watching,
 )
+from dsee_scale.passes.blocks import Call, advance, capture, find_blocks
+from dsee_scale.passes.calibrate import agreed_leaders, watching
 from dsee_scale.passes.deal import deal
 from dsee_scale.passes.pools import WeightPool
 from dsee_scale.passes.progress import show_progress

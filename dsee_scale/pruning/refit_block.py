@@ -19,8 +19,9 @@ from dsee_scale.config import PruneConfig
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import CalibrationError
 from dsee_scale.partition import Partition
+from dsee_scale.passes.batches import compute_device
 from dsee_scale.passes.blocks import Call, run_block
-from dsee_scale.passes.calibrate import compute_device, watching
+from dsee_scale.passes.calibrate import watching
 from dsee_scale.passes.decompose_model import explain_shortage
 from dsee_scale.pruning.refit_matrix import Job
 from dsee_scale.pruning.zero_lines import Lines, zero_lines

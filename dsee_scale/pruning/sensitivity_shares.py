@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.algorithms.allocate import NUM_BINS, count_keys_, deal_removals
 from dsee_scale.algorithms.score import ranked_blocks
+from dsee_scale.algorithms.select import NUM_BINS, count_keys_, deal_removals
 from dsee_scale.config import PruneConfig
 from dsee_scale.distributed import log_rank0
 from dsee_scale.partition import Partition
-from dsee_scale.passes.calibrate import Batches, calibrate
+from dsee_scale.passes.batches import Batches
+from dsee_scale.passes.calibrate import calibrate
 from dsee_scale.passes.pools import WeightPool
 from dsee_scale.passes.sensitivity import has_loss, output_gradients
 from dsee_scale.pruning.rankings import find_rankings

@@ -23,8 +23,7 @@ from dsee_scale.distributed import raise_on_all_ranks, rank
 from dsee_scale.errors import ConfigError, FormatError
 from dsee_scale.evaluation.evaluate import EvaluationSet
 from dsee_scale.evaluation.export_check import check_export
-from dsee_scale.export.base import BASE_FOLDER
-from dsee_scale.export.export import export_model
+from dsee_scale.export.export import BASE_FOLDER, export_model
 from dsee_scale.export.lora import export_lora
 from dsee_scale.export.report import KIND as EXPORT
 from dsee_scale.partition import open_partition

@@ -14,8 +14,7 @@ from dsee_scale.checkpoint.contents import check_output
 from dsee_scale.checkpoint.tensors import TensorReader
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError, DSEEError
-from dsee_scale.export.base import BASE_FOLDER
-from dsee_scale.export.export import LiveModel, reject_unknown_quantisation
+from dsee_scale.export.export import BASE_FOLDER, LiveModel, reject_unknown_quantisation
 from dsee_scale.export.from_files import WEIGHTS_FILE, base_files
 from dsee_scale.export.report import INDEX_FILE
 from dsee_scale.export.report import KIND as EXPORT

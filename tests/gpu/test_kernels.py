@@ -15,11 +15,11 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds, or with `pip install triton`")
 
-from dsee_scale.adapters import triton_kernels  # noqa: E402
+from dsee_scale.adapters.kernels import triton_kernels  # noqa: E402
+from dsee_scale.adapters.kernels.sparse_residual import backward_, forward_  # noqa: E402
+from dsee_scale.adapters.kernels.triton_merge import merge_under_mask_  # noqa: E402
 from dsee_scale.adapters.linear import attach, train_under_mask  # noqa: E402
-from dsee_scale.adapters.sparse_residual import backward_, forward_  # noqa: E402
 from dsee_scale.adapters.support import choose_method, prepare  # noqa: E402
-from dsee_scale.adapters.triton_merge import merge_under_mask_  # noqa: E402
 from dsee_scale.algorithms.delta import Delta, merged_weight  # noqa: E402
 from tests.unit.test_delta import make_spec  # noqa: E402
 from tests.unit.test_sparse_residual import dense, positions  # noqa: E402

@@ -10,7 +10,7 @@ import dsee_scale
 from dsee_scale import FormatError, PruneConfig
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.adapters.state import model_state
-from dsee_scale.export.base import save_base
+from dsee_scale.export.export import save_base
 from dsee_scale.export.from_files import export_files
 from dsee_scale.passes.fingerprint import as_text, rounded_sum
 from tests.models import token_batch

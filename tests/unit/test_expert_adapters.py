@@ -19,7 +19,7 @@ from dsee_scale.algorithms.delta import merged_weight
 from dsee_scale.checkpoint.record import _module_record
 from dsee_scale.checkpoint.training_state import load_training_state, save_training_state
 from dsee_scale.errors import ConfigError, TargetError
-from dsee_scale.export.merged import merged_weights
+from dsee_scale.export.export import merged_weights
 from tests.models import build, moe_config, token_batch
 
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3")

@@ -12,9 +12,8 @@ import dsee_scale
 from dsee_scale import CalibrationError, ConfigError, DSEEConfig, PruneConfig, TargetError
 from dsee_scale.adapters.matrices import expert_layout, find_matrices
 from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
-from dsee_scale.export.export import export_model
+from dsee_scale.export.export import export_model, merged_weights
 from dsee_scale.export.folder_report import inspect_folder
-from dsee_scale.export.merged import merged_weights
 from dsee_scale.passes.statistics import LEAST_TOKENS
 from tests.models import build, llama_config, moe_config, token_batch
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsee_scale.adapters.factors import make_fold
-from dsee_scale.adapters.grouped import ExpertUpdate, expert_product, grouped_mm, grouped_outer
+from dsee_scale.adapters.kernels.factors import make_fold
+from dsee_scale.adapters.kernels.grouped import ExpertUpdate, expert_product, grouped_mm, grouped_outer
 from dsee_scale.algorithms.delta import AdapterSpec, Delta, delta_block, merged_weight
 
 EXPERTS, OUT, IN, RANK, COUNT = 4, 6, 5, 2, 3
@@ -128,7 +128,7 @@ def test_pytorchs_grouped_product_and_the_padded_one_agree(counts, dtype, monkey
     x, matrices = torch.randn(sum(counts), 16).to(dtype), torch.randn(4, 16, 8).to(dtype)
     other = torch.randn(sum(counts), 24).to(dtype)
     native = grouped_mm(x, matrices, ends), grouped_outer(x, other, ends)
-    monkeypatch.setattr("dsee_scale.adapters.grouped._native", lambda *operands: None)
+    monkeypatch.setattr("dsee_scale.adapters.kernels.grouped._native", lambda *operands: None)
     for one, two in zip(native, (grouped_mm(x, matrices, ends), grouped_outer(x, other, ends)), strict=True):
         torch.testing.assert_close(one, two)
 

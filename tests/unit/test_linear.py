@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from dsee_scale.adapters import linear, lowrank_sparse
+from dsee_scale.adapters import linear
 from dsee_scale.adapters import support as support_module
+from dsee_scale.adapters.kernels import lowrank_sparse
 from dsee_scale.adapters.linear import (
     adapted_layers,
     attach,

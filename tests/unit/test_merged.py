@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsee_scale.export.export import export_model
-from dsee_scale.export.merged import merged_weights
+from dsee_scale.export.export import export_model, merged_weights
 from tests.models import gpt2_config, llama_config
 from tests.unit.test_export import read_weights, tuned
 

@@ -8,8 +8,8 @@ import torch
 
 import dsee_scale
 from dsee_scale import PruneConfig
-from dsee_scale.algorithms.allocate import NUM_BINS, SWAY, count_keys_, deal_removals
 from dsee_scale.algorithms.score import keys
+from dsee_scale.algorithms.select import NUM_BINS, SWAY, count_keys_, deal_removals
 from dsee_scale.config import Pool
 from dsee_scale.errors import CalibrationError
 from dsee_scale.partition import open_partition

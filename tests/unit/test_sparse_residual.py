@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsee_scale.adapters.sparse_residual import backward_, forward_
+from dsee_scale.adapters.kernels.sparse_residual import backward_, forward_
 from dsee_scale.adapters.support import choose_method, prepare
 
 METHODS = ("gather", "bags")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsee_scale.adapters.factors import Factors, Fold, flat_gradient, make_factors
+from dsee_scale.adapters.kernels.factors import Factors, Fold, flat_gradient, make_factors
 from dsee_scale.algorithms.bits import zero_where_zero_
 from dsee_scale.algorithms.delta import AdapterSpec, Delta, Form, merged_weight
 

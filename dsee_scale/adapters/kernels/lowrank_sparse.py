@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsee_scale.adapters.factors import Factors, Fold, flat_gradient, folds, low_ranks, make_factors
-from dsee_scale.adapters.sparse_residual import backward_, forward_
+from dsee_scale.adapters.kernels.factors import Factors, Fold, flat_gradient, folds, low_ranks, make_factors
+from dsee_scale.adapters.kernels.sparse_residual import backward_, forward_
 from dsee_scale.adapters.support import PreparedSupport
 from dsee_scale.algorithms.delta import AdapterSpec
 

@@ -144,6 +144,6 @@ def _add_bags_(target_TM: Tensor, source_JT: Tensor, values_N: Tensor, route: Ro
 
 
 def _triton() -> ModuleType:
-    from dsee_scale.adapters import triton_kernels
+    from dsee_scale.adapters.kernels import triton_kernels
 
     return triton_kernels

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsee_scale.adapters.lowrank_sparse import compute_dtype
+from dsee_scale.adapters.kernels.lowrank_sparse import compute_dtype
 from dsee_scale.algorithms.bits import zero_where_zero_
 from dsee_scale.algorithms.delta import AdapterSpec, Delta, merged_weight
 from dsee_scale.partition.quantized import Codec
@@ -116,7 +116,7 @@ def _merged(weight: Tensor, flat: Tensor, layer: MaskedLayer, dtype: torch.dtype
     entries = _decoded(weight, layer)
     out = torch.empty(entries.shape, dtype=dtype, device=entries.device)
     if _fused(entries, flat):
-        from dsee_scale.adapters.triton_merge import merge_under_mask_
+        from dsee_scale.adapters.kernels.triton_merge import merge_under_mask_
 
         base = layer.form == "masked"
         merge_under_mask_(out, entries, flat, layer.rows, layer.cols, layer.spec, base=base)

@@ -1,0 +1,1 @@
+"""The arithmetic of adapted layers, forward and backward: plain, grouped by expert, under the mask, in Triton."""
