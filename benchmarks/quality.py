@@ -154,7 +154,7 @@ def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     found["pruned"] = lab.quality(model)
     lab.train(model, source, lab.args.retune_steps)
     found["retuned"] = lab.quality(model)
-    folder = lab.output / "exported"
+    folder = lab.output / "exported, ours"
     dsee_scale.export_model(model, folder, tokenizer=lab.tokenizer, overwrite=True)
     return found | judged(lab, folder)
 
@@ -188,7 +188,7 @@ def _peft(lab: Lab, model: nn.Module, seed: int, *, masked: bool) -> dict[str, A
         found["merged densely"] = lab.quality(merged)
         for name, keep in masks.items():
             merged.get_submodule(name).weight.data.mul_(keep)
-    folder = lab.output / "exported"
+    folder = lab.output / "exported, peer"
     merged.save_pretrained(folder)
     return found | judged(lab, folder)
 
