@@ -106,7 +106,7 @@ class StoredModel:
         _check_config(self.record, base, self._where)
         self._keys = _base_keys(self.record, self._weights, base)
         self._adapter, self._masks = open_adapter(stored, self.record), open_masks(stored)
-        self._dtype: torch.dtype = getattr(torch, str(self.record.base.get("dtype", "float32")))
+        self._dtype = _dtype(self.record.base.get("dtype", "float32"), self._where)
         self.structure, self.config, self.reason = self._smaller() if cut else (None, None, None)
         self.plan = self._plan()
         quantization = self.record.base.get("quantization") if cut else None
@@ -189,6 +189,15 @@ class StoredModel:
             if name not in self._keys:
                 files[last].append(Entry(name, (TensorSpec(name, self._dtype, shape),)))
         return ExportPlan(files)
+
+
+def _dtype(name: Any, where: str) -> torch.dtype:
+    found = getattr(torch, str(name), None)
+    if not isinstance(found, torch.dtype):
+        raise FormatError(
+            f"{where} is damaged: the base's dtype is {str(name)[:50]!r}; use another copy of it"
+        )
+    return found
 
 
 def base_files(folder: Path) -> list[Path]:
