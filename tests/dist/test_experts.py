@@ -151,9 +151,9 @@ def one_token_over_and_over(checkpointing: bool) -> tuple[list[float], int]:
 
 
 def test_ranks_whose_tokens_avoid_an_expert_wait_for_nobody(pools):
-    for losses in pools(2).run(each_rank_its_own_expert, timeout=60.0):
+    for losses in pools(2).run(each_rank_its_own_expert):
         assert losses[-1] < losses[0]
-    found = [pools(2).run(one_token_over_and_over, on, timeout=60.0) for on in (False, True)]
+    found = [pools(2).run(one_token_over_and_over, on) for on in (False, True)]
     for (plain, used), (checkpointed, _) in zip(*found, strict=True):
         assert plain[-1] < plain[0] and used >= 2
         torch.testing.assert_close(torch.tensor(checkpointed), torch.tensor(plain), rtol=1e-5, atol=1e-6)
