@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from tqdm.auto import tqdm
 
+from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.score import Ranking, key_bits, ranked_blocks
 from dsee_scale.algorithms.select import Cut, CutSearch, apply_cut_
 from dsee_scale.partition import Partition, Shard
@@ -62,6 +63,8 @@ def _apply(
 
 
 def _apply_to(begin: int, stored: Shard, ranking: Ranking, cut: Cut) -> int:
+    if cut.key == 0:  # as many as were to go, or more, are zero already
+        return stored.data.numel() - count_nonzero(stored.data)
     zeros: int | torch.Tensor = 0
     for entries, ranked, position in ranked_blocks(stored.data, stored.start, ranking):
         zeros = zeros + apply_cut_(entries, ranked, begin + position, cut)

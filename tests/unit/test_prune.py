@@ -89,6 +89,17 @@ def test_exactly_the_asked_number_is_zero(sparsity, dtype):
     assert report.total == total
 
 
+@pytest.mark.parametrize("score", ["W", "WABS"])
+def test_a_model_with_more_zeros_than_asked_for_is_reported_as_it_is(score):
+    model = trained()
+    for module in block_linears(model).values():
+        module.weight.data[:, ::3] = 0
+    before = {name: w.clone() for name, w in weights(model).items()}
+    report = dsee_scale.prune(model, PruneConfig(sparsity=0.1, score=score))
+    assert report.removed == sum(int((w == 0).sum()) for w in before.values()) > 0.1 * report.total
+    assert all(torch.equal(w, before[name]) for name, w in weights(model).items())
+
+
 def test_ties_are_broken_by_position():
     model = trained()
     for module in block_linears(model).values():
