@@ -275,7 +275,7 @@ def test_one_process_waits_for_none_and_needs_no_reporter():
         ),
         ("--pruning_ratio 0.2 --prune_mode W", ConfigError, "add --apply_lora"),
         ("--apply_sparse", ConfigError, "goes with --apply_lora"),
-        ("--apply_lora --prune_mode W --prune_heads_num 12", ConfigError, "removes all 12 heads"),
+        ("--apply_lora --prune_mode W --prune_heads_num 12", ConfigError, "removes 12 of 12 heads"),
         ("--apply_lora --task_name mrpc", ConfigError, "no column 'sentence1'.*sentence, label.*'mrpc'"),
         ("--apply_lora --task_name rte", ConfigError, "no column 'sentence1'"),
         ("--apply_lora --model_name_or_path nowhere/at_all", ConfigError, "does not load"),

@@ -229,9 +229,13 @@ def test_wrong_usage_is_2_and_ctrl_c_is_130(monkeypatch, tmp_path, capsys):
             main(words)
         assert caught.value.code == 2
     assert main(["run"]) == 2
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers have none
     interrupt = lambda *_, **__: signal.raise_signal(signal.SIGINT)  # noqa: E731
     monkeypatch.setattr("dsee_scale.export.folder_report.inspect_folder", interrupt)
-    assert main(["inspect", str(tmp_path)]) == 130
+    try:
+        assert main(["inspect", str(tmp_path)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, kept)
     assert "Traceback" not in capsys.readouterr().err
 
 

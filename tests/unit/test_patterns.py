@@ -471,20 +471,20 @@ def test_the_record_names_units_and_keeps_the_pattern_within():
 # Bad input
 
 BAD = [
-    ("llama", dict(pattern="heads", num_per_layer=6), ConfigError, "removes all 6 heads"),
+    ("llama", dict(pattern="heads", num_per_layer=6), ConfigError, "removes 6 of 6 heads"),
     (
         "llama",
         dict(pattern="heads", num_per_layer=3),
         ConfigError,
         "breaks the key/value groups.*multiple of 2",
     ),
-    ("llama", dict(pattern="heads", sparsity=0.9, scope="matrix"), ConfigError, "removes all 6 heads"),
+    ("llama", dict(pattern="heads", sparsity=0.9, scope="matrix"), ConfigError, "removes 6 of 6 heads"),
     ("llama", dict(pattern="heads", sparsity=0.9), ConfigError, "only 4 can go"),
     ("llama", dict(pattern="heads", sparsity=0.1, scope="matrix"), ConfigError, "rounds to none"),
-    ("llama", dict(pattern="neurons", num_per_layer=52), ConfigError, "removes all 52 neurons"),
+    ("llama", dict(pattern="neurons", num_per_layer=52), ConfigError, "removes 52 of 52 neurons"),
     ("llama", dict(pattern="2:5"), ConfigError, "48 inputs, which groups of 5 do not divide"),
     ("llama", dict(pattern="4:8"), ConfigError, "down_proj has 52 inputs"),
-    ("bert", dict(pattern="neurons", score="AB", num_per_layer=44), ConfigError, "removes all 44"),
+    ("bert", dict(pattern="neurons", score="AB", num_per_layer=44), ConfigError, "removes 44 of 44"),
 ]
 
 
@@ -509,7 +509,7 @@ def test_bad_counts_are_refused_before_anything_changes(family, settings, kind, 
         (dict(pattern="blocks"), "is unknown"),
         (dict(pattern="heads", modules=("q_proj",)), "leave `modules` out"),
         (dict(pattern="2:4", pools=(dict(name="a", sparsity=0.5),)), "pools go with"),
-        (dict(num_per_layer=2), "go with pattern 'heads' or 'neurons'"),
+        (dict(num_per_layer=2), "go with pattern 'heads', 'neurons' or 'experts'"),
         (dict(pattern="heads", num_per_layer=0), "at least 1"),
         (dict(pattern="heads", num_per_layer=2, min_per_layer=2), "not both"),
     ],

@@ -117,7 +117,7 @@ def test_a_later_pruning_that_makes_no_sense_is_refused_before_the_first():
     model = adapted("llama")
     before = [param.clone() for param in model.parameters()]
     for bad, text in (
-        (PruneConfig(pattern="neurons", num_per_layer=52, score="W"), "removes all 52 neurons"),
+        (PruneConfig(pattern="neurons", num_per_layer=52, score="W"), "removes 52 of 52 neurons"),
         (PruneConfig(pattern="2:4", modules=("no_such_module",), score="W"), "no_such_module"),
     ):
         with pytest.raises(dsee_scale.errors.DSEEError, match=text):
