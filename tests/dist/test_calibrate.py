@@ -14,7 +14,7 @@ from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.errors import CalibrationError, PartitionError
 from dsee_scale.partition import unwrap
 from dsee_scale.partition.zero3 import Zero3Partition
-from dsee_scale.pruning import refit_block, refit_matrix
+from dsee_scale.pruning import refit, refit_block, refit_matrix
 from tests.dist.test_inject_prune import engine_for, train, whole_weights
 from tests.models import zero3_config
 from tests.unit.test_calibrate import batches, make
@@ -175,10 +175,12 @@ def short_of(what: str) -> tuple[str, bool]:
     places = {
         "way back": (Zero3Partition, "exchange_bytes", endless),
         "weights": (refit_block, "_effective", none),
-        "sums": (refit_block, "_add", none),
+        "sums": (refit_block, "add_gram_", none),
         "copies": (torch.Tensor, "clone", none),
     }
     with pytest.MonkeyPatch.context() as patch:
+        # q, k and v to different owners, so that their input's sum has to be copied
+        patch.setattr(refit, "deal", lambda costs, ranks: [index % ranks for index in range(len(costs))])
         if dist.get_rank() == 1:
             original = refit_block._reduced
 
