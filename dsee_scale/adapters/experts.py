@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dsee_scale.adapters.kernels.factors import make_fold
 from dsee_scale.adapters.kernels.grouped import ExpertUpdate, expert_product, grouped_mm
-from dsee_scale.adapters.linear import Adapted, check_support, initial_values
+from dsee_scale.adapters.linear import Adapted, FlatViews, check_support, initial_values
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.errors import TargetError
 
@@ -143,7 +143,7 @@ class AdaptedExperts(Adapted):
         return (_blank, (self.dsee_base,), *state)
 
 
-class ExpertWeight:
+class ExpertWeight(FlatViews):
     """One adapted parameter of experts, with the names that an adapted linear layer has. It holds nothing itself.
 
     Attributes:
@@ -162,12 +162,12 @@ class ExpertWeight:
         return getattr(self.module, self.attribute)
 
     @property
-    def dsee_spec(self) -> AdapterSpec:
+    def dsee_spec(self) -> AdapterSpec:  # type: ignore[override]
         """Of the parameter as one matrix (E*M, J)."""
         return self.module.dsee_specs[self.attribute]
 
     @property
-    def dsee_flat(self) -> nn.Parameter:
+    def dsee_flat(self) -> nn.Parameter:  # type: ignore[override]
         """A, B and values of all experts."""
         return getattr(self.module, f"dsee_{self.attribute}")
 
@@ -180,21 +180,6 @@ class ExpertWeight:
     def dsee_cols(self) -> Tensor:
         """int32 (E*N,), as `ExpertUpdate.cols`."""
         return getattr(self.module, f"dsee_{self.attribute}_cols")
-
-    @property
-    def dsee_A(self) -> Tensor:
-        """(E*R, J), or (R, J) if it is shared; view of the whole parameter."""
-        return self.dsee_spec.split(self.dsee_flat)[0]
-
-    @property
-    def dsee_B(self) -> Tensor:
-        """(E*M, R), view of the whole parameter."""
-        return self.dsee_spec.split(self.dsee_flat)[1]
-
-    @property
-    def dsee_values(self) -> Tensor:
-        """(E*N,), view of the whole parameter."""
-        return self.dsee_spec.split(self.dsee_flat)[2]
 
     @property
     def dsee_under_mask(self) -> bool:

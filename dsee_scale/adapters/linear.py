@@ -43,7 +43,29 @@ class Adapted(nn.Module):
         raise NotImplementedError
 
 
-class AdaptedLayer(Adapted):
+class FlatViews:
+    """A, B and the values of an adapter as views of `dsee_flat`, in the shapes that `dsee_spec` gives."""
+
+    dsee_spec: AdapterSpec
+    dsee_flat: nn.Parameter
+
+    @property
+    def dsee_A(self) -> Tensor:
+        """(K*R, I); of experts (E*R, J), or (R, J) where they share it."""
+        return self.dsee_spec.split(self.dsee_flat)[0]
+
+    @property
+    def dsee_B(self) -> Tensor:
+        """(S, R); of experts (E*M, R)."""
+        return self.dsee_spec.split(self.dsee_flat)[1]
+
+    @property
+    def dsee_values(self) -> Tensor:
+        """(K*N,); of experts (E*N,)."""
+        return self.dsee_spec.split(self.dsee_flat)[2]
+
+
+class AdaptedLayer(FlatViews, Adapted):
     """Mixin in front of the base class of an adapted layer; `attach` makes instances, never a constructor.
 
     Attributes:
@@ -99,21 +121,6 @@ class AdaptedLayer(Adapted):
         if self.dsee_under_mask:  # W sees all of x, D * M what dropout left of it
             return y + self._masked(x, None, "update")
         return add_update(y, x, self.dsee_flat, self._update())
-
-    @property
-    def dsee_A(self) -> Tensor:
-        """(K*R, I), view of the whole parameter."""
-        return self.dsee_spec.split(self.dsee_flat)[0]
-
-    @property
-    def dsee_B(self) -> Tensor:
-        """(S, R), view of the whole parameter."""
-        return self.dsee_spec.split(self.dsee_flat)[1]
-
-    @property
-    def dsee_values(self) -> Tensor:
-        """(K*N,), view of the whole parameter."""
-        return self.dsee_spec.split(self.dsee_flat)[2]
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether base and update can be computed together."""

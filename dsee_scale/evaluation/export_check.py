@@ -86,20 +86,24 @@ def check_export(
         with raise_on_all_ranks(what=what):
             if check is None:
                 return {}
-            answer = check.answer()
-            differences = [
-                (torch.tensor(a) - b).abs().max().item() for a, b in zip(answer["logits"], live, strict=True)
-            ]
-            return {
-                "quality": _tally(data, answer["nll"]).metrics(),
-                "max_logit_difference": max(differences),
-                "same_tokens": answer["tokens"] == [tokenizer(text)["input_ids"] for text in texts],
-                "dsee_scale_imported": answer["dsee_scale_imported"],
-                "seconds": answer["seconds"],
-            }
+            return _compared(check.answer(), data, live, [tokenizer(text)["input_ids"] for text in texts])
     finally:
         if check is not None:
             check.close()
+
+
+def _compared(
+    answer: dict[str, Any], data: EvaluationSet, live: list[torch.Tensor], tokens: list[list[int]]
+) -> dict[str, Any]:
+    """What the other process found beside what the live model and tokenizer give."""
+    pairs = zip(answer["logits"], live, strict=True)
+    return {
+        "quality": _tally(data, answer["nll"]).metrics(),
+        "max_logit_difference": max((torch.tensor(a) - b).abs().max().item() for a, b in pairs),
+        "same_tokens": answer["tokens"] == tokens,
+        "dsee_scale_imported": answer["dsee_scale_imported"],
+        "seconds": answer["seconds"],
+    }
 
 
 class StockCheck:

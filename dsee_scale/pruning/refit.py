@@ -38,7 +38,7 @@ from dsee_scale.passes.progress import show_progress
 from dsee_scale.pruning.checks import note_pattern
 from dsee_scale.pruning.refit_block import alike, collect_grams, grouped, owned_weights, reserve, write_back
 from dsee_scale.pruning.refit_matrix import Job, solve
-from dsee_scale.pruning.sensitivity_shares import find_shares
+from dsee_scale.pruning.sensitivity_shares import Shares, find_shares
 from dsee_scale.pruning.zero_lines import check_reachable
 
 Counts = dict[str, tuple[int, int]]
@@ -88,16 +88,7 @@ def refit(
         reject_uncounted([call.batch for call in calls if call.counts], partition)
         leaders = agreed_leaders(watch.leaders, members)
         shares = find_shares(model, pools, blocks, batches, removed, config, partition, progress=progress)
-        jobs = [
-            Job(
-                member,
-                shares.sparsity.get(name, sparsity),
-                leaders[name],
-                _left(removed.get(name)),
-                shares.outputs.get(name),
-            )
-            for name, (member, sparsity) in members.items()
-        ]
+        jobs = _jobs(members, leaders, shares, removed)
         for index, (name, block) in enumerate(tqdm(blocks, desc="refit", unit="block", disable=hidden)):
             here = [job for job in jobs if job.member.name.startswith(name + ".")]
             try:
@@ -113,6 +104,25 @@ def refit(
     note_pattern(module, pools, config)
     restore_under_mask(module)
     return _counts([member for member, _ in members.values()], partition)
+
+
+def _jobs(
+    members: Mapping[str, tuple[Matrix, float]],
+    leaders: Mapping[str, str],
+    shares: Shares,
+    removed: Mapping[str, Tensor],
+) -> list[Job]:
+    """What each matrix loses: its share by the loss, or its pool's."""
+    return [
+        Job(
+            member,
+            shares.sparsity.get(name, sparsity),
+            leaders[name],
+            _left(removed.get(name)),
+            shares.outputs.get(name),
+        )
+        for name, (member, sparsity) in members.items()
+    ]
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.algorithms.score import ranked_blocks
+from dsee_scale.algorithms.score import Ranking, ranked_blocks
 from dsee_scale.algorithms.select import NUM_BINS, count_keys_, deal_removals
 from dsee_scale.config import PruneConfig
 from dsee_scale.distributed import log_rank0
@@ -92,22 +92,34 @@ def find_shares(
     rankings = find_rankings(list(pools), config, partition, statistics)
     sparsity = {}
     for pool in pools:
-        histograms = torch.zeros(len(pool.members), NUM_BINS, dtype=torch.int64, device=partition.device)
-        for histogram, member in zip(histograms, pool.members, strict=True):
-            ranking = dataclasses.replace(rankings[member.name], outputs=outputs[member.name])
-            shard = member.shard(partition)
-            for _, keys, _ in ranked_blocks(shard.data, shard.start, ranking):
-                count_keys_(histogram, keys)
-        histograms = partition.sum_over_shards(histograms)
-        for histogram, member in zip(histograms, pool.members, strict=True):
-            if member.name in removed:
-                histogram[0] -= int(removed[member.name].sum()) * member.outputs_by_inputs[0]
+        histograms = _histograms(pool, rankings, outputs, removed, partition)
         total = int(histograms.sum())
         dealt = deal_removals(histograms, min(round(pool.sparsity * total), total - 1))
         for member, histogram, count in zip(pool.members, histograms, dealt, strict=True):
             sparsity[member.name] = count / max(1, int(histogram.sum()))
     relative = {name: each / each.square().mean().sqrt() for name, each in outputs.items()}
     return Shares(sparsity, relative)
+
+
+def _histograms(
+    pool: WeightPool,
+    rankings: Mapping[str, Ranking],
+    outputs: Mapping[str, Tensor],
+    removed: Mapping[str, Tensor],
+    partition: Partition,
+) -> Tensor:
+    """Collective. (members, NUM_BINS): how the scores of each matrix are spread, without the inputs that are gone."""
+    histograms = torch.zeros(len(pool.members), NUM_BINS, dtype=torch.int64, device=partition.device)
+    for histogram, member in zip(histograms, pool.members, strict=True):
+        ranking = dataclasses.replace(rankings[member.name], outputs=outputs[member.name])
+        shard = member.shard(partition)
+        for _, keys, _ in ranked_blocks(shard.data, shard.start, ranking):
+            count_keys_(histogram, keys)
+    histograms = partition.sum_over_shards(histograms)
+    for histogram, member in zip(histograms, pool.members, strict=True):
+        if member.name in removed:
+            histogram[0] -= int(removed[member.name].sum()) * member.outputs_by_inputs[0]
+    return histograms
 
 
 def _output_weights(squared_O: Tensor) -> Tensor:
