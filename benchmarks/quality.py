@@ -33,7 +33,7 @@ import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.data.encoding import collator
 from dsee_scale.evaluation.evaluate import Tally, evaluate, generate_texts
-from dsee_scale.evaluation.label_logits import label_loss, logits_at, predicting
+from dsee_scale.passes.label_logits import label_loss, logits_at, predicting
 from dsee_scale.passes.pools import block_linears
 from dsee_scale.recipe.parsing import cache_folder
 

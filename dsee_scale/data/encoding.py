@@ -16,10 +16,9 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from dsee_scale.errors import ConfigError
+from dsee_scale.passes.label_logits import IGNORED
 from dsee_scale.recipe.sections import DataConfig
 
-IGNORED = -100
-"""Label of a token that is not learned."""
 ROLE = "assistant"
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from dsee_scale.data.encoding import IGNORED, Choice, Generation, pad
 from dsee_scale.distributed import gather_objects, rank, world_size
 from dsee_scale.errors import ConfigError
-from dsee_scale.evaluation.label_logits import logits_at, predicting, select_logits
+from dsee_scale.passes.label_logits import logits_at, predicting, select_logits
 
 T = TypeVar("T")
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import CalibrationError, DSEEError, TargetError
 from dsee_scale.partition import Partition, unwrap
+from dsee_scale.passes.label_logits import logits_at
 
 NO_TOKEN = (
     "no token of the calibration batches counts: their attention masks leave out everything; expected at least one "
@@ -185,6 +186,13 @@ def in_step(module: nn.Module, batches: Batches, partition: Partition) -> Iterat
 def run_model(model: nn.Module, batch: Any, partition: Partition, *, short_logits: bool = True) -> None:
     """Collective. One forward pass of one batch.
 
+    Args:
+        model: what the pass was given.
+        batch: on any device; its labels are left out.
+        partition: port to the weights.
+        short_logits: compute those of one token alone, since nobody reads them: over a large vocabulary they cost as
+            much as several blocks.
+
     Raises:
         CalibrationError: it fails; on every rank where the weights are replicas. Under ZeRO-3 the others wait for a
             rank that leaves its forward pass, so what can be told before is told by `in_step`.
@@ -199,8 +207,14 @@ def run_model(model: nn.Module, batch: Any, partition: Partition, *, short_logit
             batch = {known[0]: batch}
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         inputs |= {"use_cache": False} if "use_cache" in known else {}
-        inputs |= {"logits_to_keep": 1} if short_logits and "logits_to_keep" in known else {}
-        model(**inputs)
+        ids = inputs.get("input_ids")
+        if not short_logits or not isinstance(ids, Tensor):
+            model(**inputs)
+            return
+        first = torch.zeros_like(ids, dtype=torch.bool)
+        first.view(-1)[:1] = True
+        with logits_at(unwrap(model), first):
+            model(**inputs)
 
 
 def compute_device(module: nn.Module, partition: Partition) -> torch.device:

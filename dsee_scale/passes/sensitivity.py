@@ -18,9 +18,8 @@ from dsee_scale.distributed import gather_objects
 from dsee_scale.errors import CalibrationError
 from dsee_scale.partition import Partition, unwrap
 from dsee_scale.passes.batches import compute_device, evaluating, in_step, to_device, together, token_mask
+from dsee_scale.passes.label_logits import IGNORED, label_loss, logits_at, output_layer, predicting
 from dsee_scale.passes.progress import show_progress
-
-IGNORED = -100
 
 
 def has_loss(model: nn.Module, batches: Sequence[Any], partition: Partition) -> bool:
@@ -88,7 +87,7 @@ def output_gradients(
             watch.mask = token_mask(labelled) if counts else None
             watch.counts = counts
             with torch.enable_grad(), together(partition):
-                _loss(module(**to_device(labelled, device)), labelled).backward()
+                _loss(module, to_device(labelled, device)).backward()
             tokens += int(watch.seen) if counts else 0
     packed = torch.cat([*sums.values(), torch.tensor([tokens], dtype=torch.float64)])
     total = partition.sum_over_ranks(packed)
@@ -111,8 +110,7 @@ def _with_labels(module: nn.Module, batch: Any) -> dict[str, Any] | None:
     if isinstance(inputs.get("labels"), Tensor):
         return inputs
     ids = inputs.get("input_ids")
-    find = getattr(module, "get_output_embeddings", None)
-    if not isinstance(ids, Tensor) or find is None or find() is None or not hasattr(module, "generate"):
+    if not isinstance(ids, Tensor) or not _is_decoder(module):
         return None
     mask = token_mask(batch)
     inputs["labels"] = ids if mask is None else ids.masked_fill(~mask.to(ids.device), IGNORED)
@@ -135,15 +133,28 @@ def _label_problem(module: nn.Module, inputs: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _loss(output: Any, inputs: Mapping[str, Any]) -> Tensor:
-    """The model's loss, summed over labels."""
-    loss = output["loss"] if isinstance(output, Mapping) else getattr(output, "loss", None)
+def _is_decoder(module: nn.Module) -> bool:
+    return output_layer(module) is not None and hasattr(module, "generate")
+
+
+def _loss(module: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """The model's loss, summed over labels; a decoder's from no more logits than it needs."""
+    labels = inputs["labels"]
+    if labels.dim() == 2 and _is_decoder(module):
+        rest = {key: value for key, value in inputs.items() if key != "labels"}
+        with logits_at(module, predicting(labels)):
+            return label_loss(_found(module(**rest), "logits"), labels, num_items=1)
+    loss = _found(module(**inputs), "loss")
     if not isinstance(loss, Tensor):
         raise CalibrationError(
             "the model returns no loss for its labels, which scope 'global' of a re-fit needs; set scope='matrix'. "
             "Nothing was changed"
         )
     return loss.float() * int((inputs["labels"] != IGNORED).sum())
+
+
+def _found(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
 class _Watch:

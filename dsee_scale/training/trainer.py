@@ -14,8 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dsee_scale.errors import ConfigError
 from dsee_scale.evaluation.evaluate import EvaluationSet, Tally, evaluate, generate_texts
-from dsee_scale.evaluation.label_logits import label_loss, logits_at, predicting
 from dsee_scale.export.export import BASE_FOLDER, save_base
+from dsee_scale.passes.label_logits import label_loss, logits_at, predicting
 from dsee_scale.pruning.prune import prune
 from dsee_scale.training.base_trainer import AdapterTrainer, log_within_step
 from dsee_scale.training.journal import (

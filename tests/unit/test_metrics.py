@@ -14,7 +14,7 @@ from dsee_scale.evaluation.evaluate import (
     evaluate,
     rank_batches,
 )
-from dsee_scale.evaluation.label_logits import label_loss, logits_at, predicting, select_logits
+from dsee_scale.passes.label_logits import label_loss, logits_at, predicting, select_logits
 from tests.models import build, gpt2_config, llama_config
 
 pytestmark = pytest.mark.unit

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dsee_scale.data.encoding import IGNORED
+IGNORED = -100
+"""The label of a position from which nothing is learned."""
 
 
 def predicting(labels: Tensor) -> Tensor:
@@ -25,6 +26,12 @@ def predicting(labels: Tensor) -> Tensor:
     wanted = torch.zeros_like(labels, dtype=torch.bool)
     wanted[:, :-1] = labels[:, 1:] != IGNORED
     return wanted
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """The layer that gives a transformers model's logits."""
+    find = getattr(model, "get_output_embeddings", None)
+    return find() if find is not None else None
 
 
 @contextlib.contextmanager
@@ -37,8 +44,7 @@ def logits_at(model: nn.Module, wanted: Tensor) -> Iterator[None]:
         model: a transformers model, not wrapped by an engine.
         wanted: (batch, time) bool, in the order in which logits are returned.
     """
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if find is not None else None
+    head = output_layer(model)
     if head is None:
         yield
         return
