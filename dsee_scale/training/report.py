@@ -25,6 +25,7 @@ REPORT_FILE = "report.html"
 PICTURE_FILE = "dsee_quality.png"
 TEMPLATE = "report_template.html"
 HEADLINE_METRICS = ("accuracy", "bleu", "perplexity", "loss")
+LOWER_IS_BETTER = ("perplexity", "loss")
 PHASE_WORDS = {
     "before": "before tuning",
     "tuned": "tuned",
@@ -51,6 +52,7 @@ def write_report(output: Path) -> Path:
         title=html.escape(f"{_short(metrics['run']['model'])}: {metrics['run']['task'].replace('_', ' ')}"),
         subtitle=html.escape(_subtitle(metrics["run"])),
         cards="".join(_card(*words) for words in _headlines(metrics, metric)),
+        losses="".join(f'<p class="loss">{html.escape(line)}</p>' for line in losses(metrics)),
         metric=html.escape(metric_words(metric, metrics["run"])),
         quality=quality_bars(_quality(metrics, metric), metric),
         loss=loss_curve(metrics),
@@ -66,8 +68,29 @@ def write_report(output: Path) -> Path:
 
 
 def summary_table(output: Path) -> str:
-    """The phases as a plain-text table, for a terminal."""
-    return phase_table(json.loads((output / METRICS_FILE).read_text(encoding="utf-8")))
+    """The phases as a plain-text table, and which of them made the model worse; for a terminal."""
+    metrics = json.loads((output / METRICS_FILE).read_text(encoding="utf-8"))
+    return "\n".join([phase_table(metrics), *losses(metrics)])
+
+
+def losses(metrics: dict[str, Any]) -> list[str]:
+    """A sentence for each phase that ended below the untouched model, and one if retuning took more than it gave."""
+    metric = headline_metric(metrics)
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    words, quality = metric_words(metric, metrics["run"]), _quality(metrics, metric)
+    values = dict(quality)
+    before, pruned, retuned = (values.get(PHASE_WORDS[name]) for name in ("before", "pruned", "retuned"))
+    found = [
+        f"Worse than before the run: {words} {_value(value)} {phase}, {_value(before)} before."
+        for phase, value in quality
+        if before is not None and sign * value < sign * before
+    ]
+    if pruned is not None and retuned is not None and sign * retuned < sign * pruned:
+        found.append(
+            f"Retuning made it worse: {words} {_value(pruned)} before it, {_value(retuned)} after; "
+            "a lower retune.learning_rate or fewer steps may be enough."
+        )
+    return found
 
 
 def phase_table(metrics: dict[str, Any]) -> str:
@@ -90,7 +113,8 @@ def card_notes(metrics: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
     """
     if not metrics["phases"]:
         return "", {}
-    notes, metric = f"## What was measured\n\n{phase_table(metrics)}", headline_metric(metrics)
+    measured = "\n\n".join([phase_table(metrics), *losses(metrics)])
+    notes, metric = f"## What was measured\n\n{measured}", headline_metric(metrics)
     try:
         picture = quality_picture(_quality(metrics, metric))
     except ConfigError:  # no matplotlib: the run says so when it writes its report

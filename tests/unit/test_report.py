@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from dsee_scale.training.journal import Journal, to_jsonable
-from dsee_scale.training.report import headline_metric, summary_table, write_metrics, write_report
+from dsee_scale.training.report import card_notes, headline_metric, summary_table, write_metrics, write_report
 
 pytestmark = pytest.mark.unit
 
@@ -145,10 +145,29 @@ def test_short_runs_without_pruning_or_files_have_a_page_too(tmp_path, history):
 
 def test_the_terminal_table_lines_up(tmp_path):
     write_metrics(tmp_path, journal(), HISTORY)
-    lines = summary_table(tmp_path).splitlines()
+    lines = summary_table(tmp_path).splitlines()[: 2 + 4]
     assert len({len(line) for line in lines}) == 1
-    assert len(lines) == 2 + 4
     assert "0.858" in lines[-1]
+
+
+def test_a_phase_that_is_worse_than_the_untouched_model_is_named(tmp_path):
+    found = journal()
+    page = written(tmp_path, found)
+    said = "Worse than before the run: accuracy 0.550 pruned, 0.812 before."
+    assert said in summary_table(tmp_path)
+    assert said in page
+    assert said in card_notes(to_jsonable(found.to_dict()))[0]
+    assert "Retuning" not in summary_table(tmp_path), "it won accuracy back"
+
+
+def test_retuning_that_takes_more_than_it_gives_is_named(tmp_path):
+    found = journal()
+    found.phases[2]["quality"], found.phases[3]["quality"] = {"loss": 0.31}, {"loss": 0.4}
+    for phase in found.phases[:2]:
+        del phase["quality"]["accuracy"]
+    write_metrics(tmp_path, found, HISTORY)
+    assert "Retuning made it worse: loss 0.310 before it, 0.400 after" in summary_table(tmp_path)
+    assert "Worse" not in summary_table(tmp_path), "a lower loss is better"
 
 
 def test_the_headline_is_the_tasks_own_metric():
