@@ -1,7 +1,6 @@
 """Whole runs of `dsee-scale run` on fresh processes that a fault may hit at any moment.
 
-A pool's workers are reused and must stay alive; here each run has processes of its own. They are forked from
-one server that has imported everything, so a run costs its own seconds and no start of the interpreter.
+A pool's workers are reused and must stay alive; here each run has processes of its own, from the same server.
 """
 
 from __future__ import annotations
@@ -9,10 +8,8 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import importlib
-import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -20,7 +17,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["torch._dynamo", "deepspeed", "peft", "transformers", "dsee_scale.training.run"]
+from tests.dist.pool import as_rank, fork_server, free_port
+
 PLACES = {
     "load": ("dsee_scale.training.run", "load_model"),
     "decompose": ("dsee_scale.passes.decompose_model", "find_support"),
@@ -72,11 +70,7 @@ def launch(
     Raises:
         AssertionError: a rank did not end in time.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    context, port = fork_server(), free_port()
     words = [str(recipe), *flags]
     ranks = [context.Process(target=_rank, args=(r, world, port, words, fault)) for r in range(world)]
     for process in ranks:
@@ -115,8 +109,7 @@ def _rank(rank: int, world: int, port: int, words: list[str], fault: Fault | Non
     os.dup2(log, 1)
     os.dup2(log, 2)
     faulthandler.register(signal.SIGUSR1)  # a rank that is late is asked where it is
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port))
-    os.environ.update(LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", DS_ACCELERATOR="cpu")
+    as_rank(rank, world, port)
     import torch
 
     torch.set_num_threads(1)

@@ -1,13 +1,15 @@
 """Worker processes with real DeepSpeed on gloo, started once and shared by all distributed tests.
 
-A fresh DeepSpeed start costs seconds; a task sent to a running pool costs milliseconds. A task is a
-module-level function of a test file; each rank runs it and sends its result back. A task that fails or
-does not end in time takes its pool down, and the next task starts a new one.
+Workers are forked from one server that has imported everything: a fresh import of DeepSpeed costs seconds a
+process, a fork milliseconds. A task is a module-level function of a test file; each rank runs it and sends its
+result back. A task that fails or does not end in time takes its pool down, and the next task starts a new one.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -16,9 +18,43 @@ import traceback
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from typing import Any
 
-import torch.multiprocessing as mp
+PRELOADED = [
+    "torch._dynamo",  # must be imported before any zero.Init context
+    "deepspeed",
+    "peft",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+    "dsee_scale.training.run",
+]
+
+
+def fork_server() -> ForkServerContext:
+    """What ranks are started from. The server reads the environment once, when the first of them starts."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def as_rank(rank: int, world_size: int, port: int) -> None:
+    """Local. What a launcher tells a process; and all that was imported is left out of garbage collections.
+
+    DeepSpeed collects garbage whenever it makes an engine, which took longer than the rest of a small test.
+    """
+    gc.freeze()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 class RankError(AssertionError):
@@ -28,7 +64,7 @@ class RankError(AssertionError):
 class WorkerPool:
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self.workers: list[tuple[mp.Process, Connection]] = []
+        self.workers: list[tuple[BaseProcess, Connection]] = []
 
     def run(self, task: Callable[..., Any], *args: Any, timeout: float = 150.0) -> list[Any]:
         """Run `task(*args)` on every rank; the results in rank order."""
@@ -39,10 +75,7 @@ class WorkerPool:
         return self._collect(timeout)
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        context, port = fork_server(), free_port()
         for rank in range(self.world_size):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.world_size, port, there), daemon=True)
@@ -83,20 +116,8 @@ class WorkerPool:
 
 
 def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-        HF_HUB_OFFLINE="1",
-        TOKENIZERS_PARALLELISM="false",
-        DS_ACCELERATOR=os.environ.get("DS_ACCELERATOR", "cpu"),
-    )
+    as_rank(rank, world_size, port)
     import torch
-    import torch._dynamo  # must be imported before any zero.Init context
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
