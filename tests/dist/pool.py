@@ -24,12 +24,17 @@ from typing import Any
 
 PRELOADED = [
     "torch._dynamo",  # must be imported before any zero.Init context
-    "deepspeed",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "matplotlib.backends.backend_svg",
+    "matplotlib.figure",
     "peft",
+    "sklearn.metrics",
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
     "dsee_scale.training.run",
 ]
+"""What a run needs, and what it would import later; one that is missing is passed over."""
 
 
 def fork_server() -> ForkServerContext:
