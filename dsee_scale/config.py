@@ -143,8 +143,9 @@ class PruneConfig(JsonConfig):
     """`unstructured`, N:M such as `2:4` (N of each M along the input stay), `heads`, `neurons` or `experts`."""
     scope: Scope | None = None
     """`global`: one threshold over a pool (with `refit`, over entries weighted by how much the loss depends on their
-    outputs); `matrix`: the same sparsity in every matrix (or layer, for units); `row`: in every output of every
-    matrix. None means `row` for score `wanda` without `refit`, `matrix` for experts, else `global`."""
+    outputs, while each expert's matrix loses the pool's share); `matrix`: the same sparsity in every matrix (or layer,
+    for units); `row`: in every output of every matrix. None means `row` for score `wanda` without `refit`, `matrix` for
+    experts, else `global`."""
     num_per_layer: int | None = None
     """Heads or experts removed from every layer, or neurons from every feed-forward or expert; in place of sparsity
     and scope."""

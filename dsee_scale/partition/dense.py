@@ -86,10 +86,11 @@ class DensePartition(Ranks):
         owners: Sequence[int],
         values: Mapping[int, Tensor],
         workspace: Tensor | None = None,
+        parts: Sequence[Part] | None = None,
     ) -> None:
         """Collective. Each owner broadcasts its weights one by one, in place."""
         self._reject_codecs(params)
-        self._broadcast_values(params, owners, values)
+        self._broadcast_values(range(len(params)), params, owners, values, parts)
 
     def deal(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """This rank's own piece alone: the other ranks would send the same."""

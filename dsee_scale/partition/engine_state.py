@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,25 @@ from dsee_scale.distributed import communication_device
 from dsee_scale.errors import PartitionError, TargetError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.optimizer_state import OptimizerState, Stretch
+
+
+@contextlib.contextmanager
+def no_leaf_gradients(model: nn.Module) -> Iterator[None]:
+    """Local. For a backward pass of one's own through an engine's model, in which no parameter wants a gradient.
+
+    DeepSpeed (0.19.8) reduces gradients of zero for every parameter of a leaf module of ZeRO-3, as the blocks of
+    Mixtral and Qwen-MoE are, in any backward pass, and the next training step would stumble over them.
+    """
+    optimizer = getattr(model, "optimizer", None) if is_engine(model) else None
+    taken = []
+    for handle in getattr(optimizer, "_leaf_module_hooks", ()):
+        hooks = handle.hooks_dict_ref()
+        taken.append((hooks, handle.id, hooks.pop(handle.id)))
+    try:
+        yield
+    finally:
+        for hooks, key, hook in taken:
+            hooks[key] = hook
 
 
 class Zero3State(OptimizerState):

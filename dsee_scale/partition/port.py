@@ -160,17 +160,18 @@ class Partition(Protocol):
         owners: Sequence[int],
         values: Mapping[int, Tensor],
         workspace: Tensor | None = None,
+        parts: Sequence[Part] | None = None,
     ) -> None:
         """Collective. The way back of an exchange: owners hold whole new values, which go into every rank's shard.
 
-        One all-to-all; no rank but the owner ever holds a whole weight. Where weights are replicas the owner
+        One all-to-all; no rank but the owner ever holds a whole matrix. Where weights are replicas the owner
         broadcasts them one by one, in place. Extra memory: `exchange_bytes`, which `workspace` may provide.
 
         Args:
             params: frozen weights, not quantised.
             owners: the rank that brings each one's values.
             values: by index into `params`, exactly those that this rank owns; true shapes, any dtype and device.
-            workspace: as in `start_exchange`.
+            workspace, parts: as in `start_exchange`.
 
         Raises:
             PartitionError: a quantised weight, the same on every rank.

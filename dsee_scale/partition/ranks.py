@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dsee_scale.distributed import communication_device, raise_first
 from dsee_scale.errors import PartitionError
-from dsee_scale.partition.port import Exchange, Part, Shard
+from dsee_scale.partition.port import Exchange, Part, Shard, part_of
 from dsee_scale.partition.quantized import Codec, find_codecs
 
 
@@ -84,15 +84,20 @@ class Ranks:
             )
 
     def _broadcast_values(
-        self, params: Sequence[nn.Parameter], owners: Sequence[int], values: Mapping[int, Tensor]
+        self,
+        which: Sequence[int],
+        params: Sequence[nn.Parameter],
+        owners: Sequence[int],
+        values: Mapping[int, Tensor],
+        parts: Sequence[Part] | None,
     ) -> None:
-        """Collective. Whole values of replicated weights from their owners to every rank, in place where possible."""
-        for index, (param, owner) in enumerate(zip(params, owners, strict=True)):
-            with self.edit(param) as stretches:
-                flat = stretches[-1].data
+        """Collective. Values of replicated weights from their owners to every rank, in place where possible."""
+        for index in which:
+            with self.edit(params[index]) as stretches:
+                flat = part_of(stretches[-1].data, parts, index)
                 if index in values:
                     flat.copy_(values[index].reshape(-1))
-                self.broadcast(flat, owner)
+                self.broadcast(flat, owners[index])
 
     def broadcast(self, tensor: Tensor, src: int) -> Tensor:
         """Collective. In-place broadcast from rank `src` of the group."""

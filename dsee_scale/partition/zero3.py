@@ -153,9 +153,6 @@ class Zero3Partition(Ranks):
     ) -> int:
         """This rank's stretches of all matrices, and everyone's of the matrices that it owns."""
         pieces = _pieces(params, parts)
-        if parts is None:  # with the padding, which a scatter sends too
-            sizes = {i: _shard_bytes(params[i]) for i in pieces}
-            return sum(size * (1 + self.world_size * (owners[i] == self.rank)) for i, size in sizes.items())
         sent = sum(piece.bytes_on(self.rank) for piece in pieces.values())
         owned = [piece for i, piece in pieces.items() if owners[i] == self.rank]
         return sent + sum(piece.bytes_on(r) for piece in owned for r in range(self.world_size))
@@ -176,15 +173,18 @@ class Zero3Partition(Ranks):
         owners: Sequence[int],
         values: Mapping[int, Tensor],
         workspace: Tensor | None = None,
+        parts: Sequence[Part] | None = None,
     ) -> None:
-        """Collective. Owners send each rank its shards of their weights' new values, in one all-to-all."""
+        """Collective. Owners send each rank its stretches of their matrices' new values, in one all-to-all."""
         self._reject_codecs(params)
-        managed = [i for i, param in enumerate(params) if is_partitioned(param)]
-        replicas = [i for i, param in enumerate(params) if not is_partitioned(param)]
-        if managed:
-            self._scatter_shards(*_choose(managed, params, owners, values), workspace)
-        if replicas:
-            self._broadcast_values(*_choose(replicas, params, owners, values))
+        pieces = _pieces(params, parts)
+        if pieces:
+            if workspace is None:
+                size = self.exchange_bytes(params, owners, parts)
+                workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
+            self._scatter_pieces(pieces, owners, values, workspace)
+        replicas = [i for i in range(len(params)) if i not in pieces]
+        self._broadcast_values(replicas, params, owners, values, parts)
 
     def sum_over_shards(self, tensor: Tensor) -> Tensor:
         """Collective. In-place sum over all ranks."""
@@ -192,45 +192,35 @@ class Zero3Partition(Ranks):
         dist.all_reduce(there, group=self.group)
         return tensor.copy_(there) if there is not tensor else tensor
 
-    def _scatter_shards(
+    def _scatter_pieces(
         self,
-        params: Sequence[Any],
+        pieces: Mapping[int, _Piece],
         owners: Sequence[int],
         values: Mapping[int, Tensor],
-        workspace: Tensor | None,
+        workspace: Tensor,
     ) -> None:
-        order = sorted(
-            range(len(params)), key=lambda i: owners[i]
-        )  # what comes from rank 0, from rank 1, ...
-        mine = [i for i in order if owners[i] == self.rank]
-        if workspace is None:
-            size = self.exchange_bytes(params, owners)
-            workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
-        row = sum(_shard_bytes(params[i]) for i in mine)
-        outgoing = workspace[: self.world_size * row].view(self.world_size, row)
-        at = 0
-        for i in mine:
-            self._cut(params[i], values[i], outgoing[:, at : at + _shard_bytes(params[i])])
-            at += _shard_bytes(params[i])
+        order = sorted(pieces, key=lambda i: owners[i])  # what comes from rank 0, from rank 1, ...
+        at, sent = 0, [0] * self.world_size
+        for rank in range(self.world_size):
+            for i in order:
+                if owners[i] != self.rank:
+                    continue
+                stretch = pieces[i].cut(values[i], rank).to(self.device).view(torch.uint8)
+                workspace[at : at + stretch.numel()].copy_(stretch)
+                at += stretch.numel()
+                sent[rank] += stretch.numel()
         coming = [0] * self.world_size
         for i in order:
-            coming[owners[i]] += _shard_bytes(params[i])
-        incoming = workspace[outgoing.numel() :][: sum(coming)]
-        dist.all_to_all_single(incoming, outgoing.view(-1), coming, [row] * self.world_size, group=self.group)
+            coming[owners[i]] += pieces[i].bytes_on(self.rank)
+        incoming = workspace[at:][: sum(coming)]
+        dist.all_to_all_single(incoming, workspace[:at], coming, sent, group=self.group)
         at = 0
         for i in order:
-            piece = incoming[at : at + _shard_bytes(params[i])]
-            at += piece.numel()
-            with self.edit(params[i]) as (shard,):
-                shard.data.view(torch.uint8).copy_(piece[: shard.data.numel() * shard.data.element_size()])
-
-    def _cut(self, param: Any, value: Tensor, rows: Tensor) -> None:
-        """Bytes of every rank's shard of a whole value, one in each row; padding is left as it is."""
-        flat = value.detach().reshape(-1)
-        for rank in range(self.world_size):
-            start, valid = _valid(param, rank)
-            piece = flat[start : start + valid].to(self.device, param.ds_tensor.dtype).view(torch.uint8)
-            rows[rank, : piece.numel()].copy_(piece)
+            begin, end = pieces[i].within(self.rank)
+            with self.edit(pieces[i].param) as (shard,):
+                target = shard.data[begin:end].view(torch.uint8)
+                target.copy_(incoming[at : at + target.numel()])
+            at += target.numel()
 
     def _sendable(self, param: Any) -> Tensor:
         return param.ds_tensor.detach().view(-1).to(self.device)
@@ -333,6 +323,12 @@ class _Piece:
         begin, end = self.within(rank)
         return self.param.ds_tensor.detach().view(-1)[begin:end].view(torch.uint8)
 
+    def cut(self, value: Tensor, rank: int) -> Tensor:
+        """A rank's stretch of new values for all of it, as they are stored."""
+        begin, end = self.within(rank)
+        start = _valid(self.param, rank)[0] + begin - self.bounds[0]
+        return value.detach().reshape(-1)[start : start + end - begin].to(self.param.ds_tensor.dtype)
+
     def whole(self, stretches: Sequence[Tensor]) -> Tensor:
         """Put together from what the ranks sent, in their order."""
         dtype = self.param.ds_tensor.dtype
@@ -352,23 +348,8 @@ def _pieces(params: Sequence[Any], parts: Sequence[Part] | None) -> dict[int, _P
     }
 
 
-def _shard_bytes(param: Any) -> int:
-    return int(param.ds_tensor.numel() * param.ds_tensor.element_size())
-
-
 def _valid(param: Any, rank: int) -> tuple[int, int]:
     """Where a rank's shard begins in the flat order of what is stored, and its length without the padding."""
     stored = int(param.ds_tensor.numel())
     start = min(rank * stored, int(param.ds_numel))
     return start, min(stored, int(param.ds_numel) - start)
-
-
-def _choose(
-    which: Sequence[int], params: Sequence[Any], owners: Sequence[int], values: Mapping[int, Tensor]
-) -> tuple[list[Any], list[int], dict[int, Tensor]]:
-    """Some of the weights of a scatter, with indices of their own."""
-    return (
-        [params[i] for i in which],
-        [owners[i] for i in which],
-        {at: values[i] for at, i in enumerate(which) if i in values},
-    )

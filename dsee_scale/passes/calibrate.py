@@ -31,7 +31,7 @@ from dsee_scale.passes.batches import (
 from dsee_scale.passes.fingerprint import fingerprint
 from dsee_scale.passes.pools import block_matrices
 from dsee_scale.passes.progress import show_progress
-from dsee_scale.passes.routed import RoutedSums
+from dsee_scale.passes.routed import Routed, RoutedSums
 from dsee_scale.passes.statistics import Statistics
 
 Take = Callable[[str, Tensor], None]
@@ -192,7 +192,7 @@ class Watch:
         if self._counts:
             self._take(name, self._counted(x))
 
-    def see_routed(self, sums: RoutedSums, values: tuple[Any, ...]) -> None:
+    def see_routed(self, sums: Routed, values: tuple[Any, ...]) -> None:
         """A module with experts is about to be called with these values."""
         if self._counts:
             sums.add(values, None if self._mask is None else self._mask.reshape(-1))
@@ -211,7 +211,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 @contextlib.contextmanager
 def watching(
-    layers: Mapping[str, nn.Module], take: Take, experts: Mapping[str, RoutedSums] | None = None
+    layers: Mapping[str, nn.Module], take: Take, experts: Mapping[str, Routed] | None = None
 ) -> Iterator[Watch]:
     """Hooks on the layers, and on modules with experts, for as long as the context lasts."""
     watch = Watch(take)
@@ -219,7 +219,7 @@ def watching(
     def hook(name: str) -> Callable[..., None]:
         return lambda _, args, kwargs: watch.see(name, args[0] if args else next(iter(kwargs.values())))
 
-    def routed(sums: RoutedSums) -> Callable[..., None]:
+    def routed(sums: Routed) -> Callable[..., None]:
         return lambda _, args, kwargs: watch.see_routed(sums, (*args, *kwargs.values()))
 
     handles = [

@@ -8,7 +8,9 @@ gate value times norm of the output, whose mean over tokens is REAP's score (arX
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,34 @@ from dsee_scale.adapters.experts import AdaptedExperts, ExpertLayout, expert_lay
 from dsee_scale.adapters.kernels.grouped import grouped_mm
 from dsee_scale.adapters.matrices import ShapeOf
 from dsee_scale.partition import Partition
+
+
+class Routed(Protocol):
+    """What takes the calls of a module with experts, see `RoutedSums.add`."""
+
+    module: nn.Module
+
+    def add(self, values: tuple[Any, ...], kept: Tensor | None) -> None:
+        """One call."""
+
+
+class RoutedInputs:
+    """Hands out, call by call, what each matrix of a module with experts reads: (T, I) under the matrix's name."""
+
+    def __init__(self, name: str, module: nn.Module, take: Callable[[str, Tensor], None]) -> None:
+        """`take` is called for experts that some token goes to."""
+        layout = expert_layout(module)
+        assert layout is not None
+        self.name, self.module, self.layout, self.take = name, module, layout, take
+
+    def add(self, values: tuple[Any, ...], kept: Tensor | None) -> None:
+        """See `RoutedSums.add`."""
+        seen, start = _route(self.module, self.layout, values, kept), 0
+        for expert, end in enumerate(seen.ends.tolist()):
+            if start < end:
+                self.take(f"{self.name}.{expert}.{self.layout.up}", seen.x[start:end])
+                self.take(f"{self.name}.{expert}.{self.layout.down}", seen.hidden[start:end])
+            start = end
 
 
 class RoutedSums:
@@ -49,18 +79,10 @@ class RoutedSums:
             values: (T, H) tokens, (T, K) indices of experts, (T, K) gate values.
             kept: (T,) bool, the tokens that count; None for all.
         """
-        x_TH, chosen_TK, gates_TK = (each.reshape(-1, each.shape[-1]) for each in values[:3])
-        if kept is not None and kept.numel() == len(x_TH):
-            kept = kept.to(x_TH.device)
-            x_TH, chosen_TK, gates_TK = x_TH[kept], chosen_TK[kept], gates_TK[kept]
-        module, experts = self.module, len(self.tokens)
-        expert_S, order_S = torch.sort(chosen_TK.reshape(-1), stable=True)
-        after = torch.arange(1, experts + 1, device=expert_S.device)
-        ends_E = torch.searchsorted(expert_S, after).to(torch.int32)
-        x_SH = x_TH[order_S // chosen_TK.shape[1]]
-        hidden_SI = _activated(module, self.layout, _product(module, self.layout.up, x_SH, ends_E, expert_S))
-        output_SH = _product(module, self.layout.down, hidden_SI, ends_E, expert_S)
-        gated_S = torch.linalg.vector_norm(output_SH.float(), dim=-1) * gates_TK.reshape(-1)[order_S].float()
+        module, seen = self.module, _route(self.module, self.layout, values, kept)
+        x_SH, hidden_SI, ends_E = seen.x, seen.hidden, seen.ends
+        output_SH = _product(module, self.layout.down, hidden_SI, ends_E, seen.experts)
+        gated_S = torch.linalg.vector_norm(output_SH.float(), dim=-1) * seen.gates.float()
         start = 0
         for expert, end in enumerate(ends_E.tolist()):
             self.up[expert] += _squares(x_SH[start:end])
@@ -92,6 +114,38 @@ class RoutedSums:
             for attribute in (self.layout.up, self.layout.down)
             for expert, count in enumerate(self.tokens.tolist())
         }
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """The tokens of one call in their experts' order, and what they are between an expert's two matrices.
+
+    Attributes:
+        x, hidden: (S, H) and (S, I), what the first and the second matrices read.
+        gates: (S,) gate values.
+        experts: (S,) whose they are.
+        ends: (E,) int32, where each expert's end.
+    """
+
+    x: Tensor
+    hidden: Tensor
+    gates: Tensor
+    experts: Tensor
+    ends: Tensor
+
+
+def _route(module: Any, layout: ExpertLayout, values: tuple[Any, ...], kept: Tensor | None) -> _Seen:
+    """Local; the module's parameters are whole here."""
+    x_TH, chosen_TK, gates_TK = (each.reshape(-1, each.shape[-1]) for each in values[:3])
+    if kept is not None and kept.numel() == len(x_TH):
+        kept = kept.to(x_TH.device)
+        x_TH, chosen_TK, gates_TK = x_TH[kept], chosen_TK[kept], gates_TK[kept]
+    expert_S, order_S = torch.sort(chosen_TK.reshape(-1), stable=True)
+    after = torch.arange(1, module.num_experts + 1, device=expert_S.device)
+    ends_E = torch.searchsorted(expert_S, after).to(torch.int32)
+    x_SH = x_TH[order_S // chosen_TK.shape[1]]
+    hidden_SI = _activated(module, layout, _product(module, layout.up, x_SH, ends_E, expert_S))
+    return _Seen(x_SH, hidden_SI, gates_TK.reshape(-1)[order_S], expert_S, ends_E)
 
 
 def _activated(module: Any, layout: ExpertLayout, first: Tensor) -> Tensor:

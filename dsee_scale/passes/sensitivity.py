@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from dsee_scale.distributed import gather_objects
 from dsee_scale.errors import CalibrationError
 from dsee_scale.partition import Partition, unwrap
+from dsee_scale.partition.engine_state import no_leaf_gradients
 from dsee_scale.passes.batches import compute_device, evaluating, in_step, to_device, together, token_mask
 from dsee_scale.passes.label_logits import IGNORED, label_loss, logits_at, output_layer, predicting
 from dsee_scale.passes.progress import show_progress
@@ -73,7 +74,13 @@ def output_gradients(
     sums = {name: torch.zeros(width, dtype=torch.float64) for name, width in widths.items()}
     tokens = 0
     device = compute_device(module, partition)
-    with evaluating(module), _frozen(module), _graph_from(blocks[0][1]), _watching(layers, sums) as watch:
+    with (
+        evaluating(module),
+        _frozen(module),
+        no_leaf_gradients(model),
+        _graph_from(blocks[0][1]),
+        _watching(layers, sums) as watch,
+    ):
         for _, block in blocks:
             block.training = True  # the block alone: what is checkpointed in training is checkpointed here
         for batch, counts in tqdm(

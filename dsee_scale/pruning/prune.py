@@ -42,7 +42,7 @@ class PruneReport:
         seconds: time of the whole pass.
         units: block and kind -> (heads, neurons or experts that are gone, all of them), for those patterns.
         by_magnitude: matrices that no calibration token reached, and those of experts that fewer than 32 reached:
-            scored by |W| under score `wanda`.
+            scored by |W| under score `wanda`, by |W + D| and not solved under a re-fit.
         coverage: how much of the blocks the matrices are; of a sequence, those of the last pruning.
     """
 
@@ -212,9 +212,12 @@ def _prune_once(
     model_state(module).prunings += 1
     if config.refit:
         assert calibration is not None and not isinstance(calibration, Statistics)
-        matrices = refit(model, pools, config, calibration, checked.removed, partition, progress=progress)
+        matrices, few = refit(
+            model, pools, config, calibration, checked.removed, partition, progress=progress
+        )
+        seconds = time.perf_counter() - started
         return _reported(
-            PruneReport(matrices, time.perf_counter() - started, coverage=checked.coverage), partition
+            PruneReport(matrices, seconds, by_magnitude=tuple(few), coverage=checked.coverage), partition
         )
     statistics = _statistics(model, config, calibration, partition, progress)
     units: dict[str, tuple[int, int]] = {}

@@ -3,7 +3,7 @@
 Per block: run it over the calibration data for the Gram matrices X^T X of its layers' inputs; sum each to the rank
 that owns a matrix with that input; solve there, on W + D; scatter the new weights into the shards; run the block again
 for the next one's inputs. So later blocks see what earlier ones do after pruning. D starts again at zero, on a support
-among the entries that stay.
+among the entries that stay. Each expert's matrices are solved for the tokens that are routed to it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dsee_scale.adapters.linear import is_adapted, restore_under_mask
+from dsee_scale.adapters.linear import restore_under_mask
 from dsee_scale.adapters.matrices import Matrix
 from dsee_scale.adapters.state import model_state, reject_broken
 from dsee_scale.algorithms.bits import count_nonzero
@@ -36,7 +36,15 @@ from dsee_scale.passes.deal import deal
 from dsee_scale.passes.pools import WeightPool
 from dsee_scale.passes.progress import show_progress
 from dsee_scale.pruning.checks import note_pattern
-from dsee_scale.pruning.refit_block import alike, collect_grams, grouped, owned_weights, reserve, write_back
+from dsee_scale.pruning.refit_block import (
+    adapter_params,
+    alike,
+    collect_grams,
+    grouped,
+    owned_weights,
+    reserve,
+    write_back,
+)
 from dsee_scale.pruning.refit_matrix import Job, solve
 from dsee_scale.pruning.sensitivity_shares import Shares, find_shares
 from dsee_scale.pruning.zero_lines import check_reachable
@@ -54,8 +62,8 @@ def refit(
     partition: Partition,
     *,
     progress: bool | None = None,
-) -> Counts:
-    """Collective. Prune the pools' weights and solve what stays; zeros and entries of each matrix.
+) -> tuple[Counts, list[str]]:
+    """Collective. Prune the pools' weights and solve what stays.
 
     Peak extra memory per rank: the inputs of one block for this rank's batches; Gram matrices of up to
     `config.gram_memory_mib`, or of one matrix; the matrices of one block that the rank owns in float32, and the
@@ -70,6 +78,10 @@ def refit(
         partition: port to the weights.
         progress: see `prune`.
 
+    Returns:
+        Zeros and entries of each matrix; and the matrices of experts that too few tokens reached: pruned by |W + D|,
+        not solved.
+
     Raises:
         CalibrationError: no batch or token, or activations that are not finite. Nothing was removed.
         TargetError: a quantised weight, or blocks that do not follow each other. Nothing was removed.
@@ -79,9 +91,10 @@ def refit(
     members = {member.name: (member, pool.sparsity) for pool in pools for member in pool.members}
     blocks = check_refit(model, pools, partition)
     done: list[str] = []
+    unsolved: list[str] = []
     hidden = not show_progress(partition, progress)
     with evaluating(module):
-        layers = {name: member.module for name, (member, _) in members.items()}
+        layers = {name: member.module for name, (member, _) in members.items() if member.expert is None}
         with watching(layers, lambda *_: None) as watch:
             where = torch.device("cpu") if config.inputs_on_cpu else compute_device(module, partition)
             calls = capture(model, blocks, batches, partition, where)
@@ -93,8 +106,9 @@ def refit(
             here = [job for job in jobs if job.member.name.startswith(name + ".")]
             try:
                 with _exact():
-                    solved, owners = _solve_block(model, block, index, here, calls, config, partition)
+                    solved, owners, few = _solve_block(model, block, index, here, calls, config, partition)
                 workspace = reserve(here, owners, config, partition)
+                unsolved += few
                 done.append(name)  # from here on it counts as written
                 write_back(model, here, owners, solved, workspace, partition)
                 if index + 1 < len(blocks):
@@ -103,7 +117,7 @@ def refit(
                 raise _stopped(module, error, done) from error
     note_pattern(module, pools, config)
     restore_under_mask(module)
-    return _counts([member for member, _ in members.values()], partition)
+    return _counts([member for member, _ in members.values()], partition), unsolved
 
 
 def _jobs(
@@ -144,8 +158,8 @@ def _solve_block(
     calls: Sequence[Call],
     config: PruneConfig,
     partition: Partition,
-) -> tuple[dict[str, tuple[Tensor, Support | None]], dict[str, int]]:
-    """Collective. Collect and solve the matrices of one block: what this rank solved, and the owner of each."""
+) -> tuple[dict[str, tuple[Tensor, Support | None]], dict[str, int], list[str]]:
+    """Collective. Collect and solve one block's matrices: what this rank solved, all owners, those left unsolved."""
     module = unwrap(model)
     owners = dict(
         zip(
@@ -155,16 +169,18 @@ def _solve_block(
         )
     )
     solved: dict[str, tuple[Tensor, Support | None]] = {}
+    unsolved: list[str] = []
     for group in grouped(jobs, config.gram_memory_mib << 20):
-        grams = collect_grams(module, block, index, group, calls, owners, config, partition)
+        grams, few = collect_grams(module, block, index, group, calls, owners, config, partition)
         weights = owned_weights(group, owners, config, partition)
         with alike(partition, config), torch.autocast(compute_device(module, partition).type, enabled=False):
             for job in group:
                 name = job.member.name
                 if owners[name] == partition.rank:
                     solved[name] = solve(module, job, weights[name], grams[job.leader], config)
+        unsolved += few
         del grams, weights
-    return solved, owners
+    return solved, owners, unsolved
 
 
 def _left(gone: Tensor | None) -> Tensor | None:
@@ -191,11 +207,6 @@ def check_refit(
     """
     members = {member.name: member for pool in pools for member in pool.members}
     for name, member in members.items():
-        if member.expert is not None:
-            raise TargetError(
-                f"{name} is an expert's, and a re-fit does not reach experts; set refit=False to prune them by wanda "
-                "alone, or leave them out with `modules`. Nothing was removed"
-            )
         if id(member.param) in partition.codecs:
             raise TargetError(
                 f"{name}.weight is quantised, and re-fitted values would have to be rounded to its codes again; set "
@@ -207,8 +218,7 @@ def check_refit(
             f"the weights lie on several devices ({', '.join(sorted(map(str, devices)))}), and a re-fit runs all "
             "on one; load it without a device_map, or set refit=False. Nothing was removed"
         )
-    adapted = [member.module.dsee_flat for member in members.values() if is_adapted(member.module)]
-    check_reachable(model, adapted)  # type: ignore[arg-type]
+    check_reachable(model, list(adapter_params(list(members.values())).values()))
     reject_encoder_decoder(unwrap(model))
     return find_blocks(unwrap(model), list(members))
 

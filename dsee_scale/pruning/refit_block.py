@@ -12,17 +12,20 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.linear import delta_record, is_adapted
+from dsee_scale.adapters.matrices import Matrix
 from dsee_scale.algorithms.decompose import Support
 from dsee_scale.algorithms.delta import AdapterSpec, delta_block
 from dsee_scale.config import PruneConfig
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import CalibrationError
 from dsee_scale.partition import Partition
+from dsee_scale.partition.port import Part
 from dsee_scale.passes.batches import compute_device
 from dsee_scale.passes.blocks import Call, run_block
 from dsee_scale.passes.calibrate import watching
 from dsee_scale.passes.decompose_model import explain_shortage
+from dsee_scale.passes.routed import RoutedInputs
+from dsee_scale.passes.statistics import LEAST_TOKENS
 from dsee_scale.pruning.refit_matrix import Job
 from dsee_scale.pruning.zero_lines import Lines, zero_lines
 
@@ -64,13 +67,18 @@ def collect_grams(
     owners: Mapping[str, int],
     config: PruneConfig,
     partition: Partition,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], list[str]]:
     """Collective. X^T X / tokens of the inputs of matrices that this rank owns, (I, I) float32, by leader.
+
+    An expert that too few tokens reached gets the identity: its least weights go, the others stay as they are. Those
+    experts' matrices are named besides, the same on all ranks.
 
     Raises:
         CalibrationError: an input is not finite.
     """
     leaders = {job.leader: job for job in jobs}
+    linear = {name: module.get_submodule(name) for name, job in leaders.items() if job.member.expert is None}
+    owning = {job.member.owner: job.member.module for job in jobs if job.member.expert is not None}
     device = compute_device(module, partition)
     with alike(partition, config):  # a rank without the memory must not leave the others in a forward pass
         sums = {
@@ -81,6 +89,8 @@ def collect_grams(
     short: list[Exception] = []
 
     def take(name: str, x_TI: Tensor) -> None:
+        if name not in sums:  # an expert's that is no part of this
+            return
         try:
             add_gram_(sums[name], x_TI.float())
             tokens[name] += x_TI.shape[0]
@@ -89,8 +99,8 @@ def collect_grams(
         ) as error:  # under ZeRO-3 the others wait for this forward pass: end it, then fail together
             short.append(error)
 
-    watched = {name: module.get_submodule(name) for name in leaders}
-    with watching(watched, take) as watch:
+    routed = {name: RoutedInputs(name, each, take) for name, each in owning.items()}
+    with watching(linear, take, routed) as watch:
         for call in calls:
             with watch.batch(call.batch, call.counts):
                 run_block(block, index, call, call.hidden, module, partition)
@@ -98,7 +108,12 @@ def collect_grams(
         if short:
             raise short[0]
     counts = partition.sum_over_ranks(torch.tensor(list(tokens.values()), dtype=torch.int64)).tolist()
-    return _reduced(sums, dict(zip(leaders, counts, strict=True)), jobs, owners, config, partition)
+    tokens = dict(zip(leaders, counts, strict=True))
+    few = [name for name in leaders if name not in linear and tokens[name] < LEAST_TOKENS]
+    grams = _reduced(sums, tokens, jobs, owners, config, partition)
+    for name in grams.keys() & set(few):
+        grams[name] = torch.eye(len(grams[name]), device=device)
+    return grams, few
 
 
 def add_gram_(gram_II: Tensor, x_TI: Tensor) -> None:
@@ -119,8 +134,10 @@ def _reduced(
     broken: Exception | None = None
     for name in list(sums):
         ranks = sorted({owners[job.member.name] for job in jobs if job.leader == name})
-        with alike(partition, config):  # a sum takes the place of what it adds up
-            copies = [sums[name], *(sums[name].clone() for _ in ranks[1:])]
+        copies = [sums[name]]
+        if len(ranks) > 1:  # a sum takes the place of what it adds up
+            with alike(partition, config):
+                copies += [sums[name].clone() for _ in ranks[1:]]
         del sums[name]
         for owner in ranks:
             total = partition.sum_to(copies.pop(), owner)
@@ -139,37 +156,50 @@ def reserve(
     jobs: Sequence[Job], owners: Mapping[str, int], config: PruneConfig, partition: Partition
 ) -> Tensor:
     """Collective. What an exchange of these weights needs on this rank, before any rank waits for one that lacks it."""
-    params, dealt = [job.member.param for job in jobs], [owners[job.member.name] for job in jobs]
     with alike(partition, config):
-        size = partition.exchange_bytes(params, dealt)
+        size = partition.exchange_bytes(*_request(jobs, owners))
         return torch.empty(size, dtype=torch.uint8, device=partition.device)
+
+
+def _request(
+    jobs: Sequence[Job], owners: Mapping[str, int]
+) -> tuple[list[nn.Parameter], list[int], list[Part]]:
+    """What an exchange asks for: parameters, owners, and of experts the part that each is."""
+    members = [job.member for job in jobs]
+    parts: list[Part] = [None if m.expert is None else (m.offset, m.numel) for m in members]
+    return [m.param for m in members], [owners[m.name] for m in members], parts
 
 
 def owned_weights(
     jobs: Sequence[Job], owners: Mapping[str, int], config: PruneConfig, partition: Partition
 ) -> dict[str, Tensor]:
     """Collective. Whole W + D, (O, I) float32, of the matrices that this rank owns; zero wherever W is."""
-    params = [job.member.param for job in jobs]
-    dealt = [owners[job.member.name] for job in jobs]
+    params, dealt, parts = _request(jobs, owners)
     workspace = reserve(jobs, owners, config, partition)
-    whole = partition.start_exchange(params, dealt, workspace).wait()
-    adapted = [job.member for job in jobs if is_adapted(job.member.module)]
-    flats = partition.gather([member.module.dsee_flat for member in adapted]) if adapted else []  # type: ignore[misc]
-    by_name = dict(zip((member.name for member in adapted), flats, strict=True))
+    whole = partition.start_exchange(params, dealt, workspace, parts).wait()
+    small = adapter_params([job.member for job in jobs])
+    flats = partition.gather(list(small.values())) if small else []
+    by_name = dict(zip(small, flats, strict=True))
     with alike(partition, config):
         return _effective(jobs, whole, by_name)
+
+
+def adapter_params(members: Sequence[Matrix]) -> dict[str, nn.Parameter]:
+    """The matrices' adapters by the name of the adapted parameter: one for all experts of a layer."""
+    return {member.param_name: member.adapter.dsee_flat for member in members if member.adapted}
 
 
 def _effective(
     jobs: Sequence[Job], whole: Mapping[int, Tensor], flats: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Local. W + D, (O, I) float32, of owned matrices, given the adapters' values by module name."""
+    """Local. W + D, (O, I) float32, of owned matrices, given the adapters' values by parameter name."""
     found = {}
-    for index, stored in whole.items():
+    for index, entries in whole.items():
         member = jobs[index].member
+        stored = entries.view(member.shape)
         weight = stored.float()
-        if member.name in flats:
-            delta = delta_record(member.module, flats[member.name])
+        if member.adapted:
+            delta = member.delta(flats[member.param_name])
             weight = weight + delta_block(delta, 0, member.shape[0]).to(weight.device)
             # What an earlier pruning removed is gone, whatever D says there.
             weight.masked_fill_(stored == 0, 0)
@@ -187,30 +217,61 @@ def write_back(
 ) -> None:
     """Collective. New weights into the shards, new supports to all ranks, D = 0."""
     values = {at: solved[job.member.name][0] for at, job in enumerate(jobs) if job.member.name in solved}
-    params, dealt = [job.member.param for job in jobs], [owners[job.member.name] for job in jobs]
-    partition.scatter(params, dealt, values, workspace)
-    lines = []
-    for job in jobs:
-        layer = job.member.module
-        if not is_adapted(layer):
+    params, dealt, parts = _request(jobs, owners)
+    partition.scatter(params, dealt, values, workspace, parts)
+    adapted = [job.member for job in jobs if job.member.adapted]
+    _share_supports(adapted, owners, solved, partition)
+    zero_lines(model, partition, _update_lines(adapted))
+
+
+def _update_lines(members: Sequence[Matrix]) -> list[Lines]:
+    """B and the values of S2 of these matrices: without them D is zero."""
+    gone: dict[str, Tensor] = {}
+    for member in members:
+        spec: AdapterSpec = member.adapter.dsee_spec
+        _, b, v = (math.prod(shape) for shape in spec.shapes)
+        mask = gone.setdefault(member.param_name, torch.zeros(b + v, dtype=torch.bool))
+        if member.expert is None:
+            mask.fill_(True)
             continue
-        spec: AdapterSpec = layer.dsee_spec  # type: ignore[assignment]
-        if spec.num_sparse:
-            support = solved[job.member.name][1] if job.member.name in solved else None
-            _share_support(layer, support, owners[job.member.name], partition)
-        a, b, v = (math.prod(shape) for shape in spec.shapes)
-        gone = torch.ones(b + v, dtype=torch.bool)
-        lines.append(Lines(layer.dsee_flat, 1, gone, (1, b + v), a))  # type: ignore[arg-type]
-    zero_lines(model, partition, lines)
+        rows, n = b // len(spec.slices), spec.num_sparse
+        mask[member.expert * rows : (member.expert + 1) * rows] = True
+        mask[b + member.expert * n : b + (member.expert + 1) * n] = True
+    adapters = {member.param_name: member.adapter for member in members}
+    return [
+        Lines(each.dsee_flat, 1, gone[name], (1, len(gone[name])), math.prod(each.dsee_spec.shapes[0]))
+        for name, each in adapters.items()
+    ]
 
 
-def _share_support(layer: nn.Module, support: Support | None, owner: int, partition: Partition) -> None:
-    rows, cols = layer.dsee_rows, layer.dsee_cols
-    if support is None:
-        packed = torch.empty(2, rows.numel(), dtype=torch.int32, device=partition.device)  # type: ignore[operator]
-    else:
-        packed = torch.stack([support.rows, support.cols]).to(partition.device)
-    partition.broadcast(packed, owner)
-    rows.copy_(packed[0])  # type: ignore[operator]
-    cols.copy_(packed[1])  # type: ignore[operator]
-    layer.dsee_prepare()  # type: ignore[operator]
+def _share_supports(
+    members: Sequence[Matrix],
+    owners: Mapping[str, int],
+    solved: Mapping[str, tuple[Tensor, Support | None]],
+    partition: Partition,
+) -> None:
+    """Collective. Where the adapters' sparse entries are now, on every rank, in one message from each."""
+    for owner in range(partition.world_size):
+        own = [m for m in members if owners[m.name] == owner and m.adapter.dsee_spec.num_sparse]
+        if not own:
+            continue
+        views = [_positions(member) for member in own]
+        widths = [rows.numel() for rows, _ in views]
+        packed = torch.empty(2, sum(widths), dtype=torch.int32, device=partition.device)
+        if owner == partition.rank:
+            found = [solved[member.name][1] for member in own]
+            packed = torch.cat([torch.stack([s.rows, s.cols]) for s in found if s], dim=1).to(packed)
+        partition.broadcast(packed, owner)
+        for (rows, cols), new in zip(views, packed.split(widths, dim=1), strict=True):
+            rows.copy_(new[0])
+            cols.copy_(new[1])
+    for adapter in {member.param_name: member.adapter for member in members}.values():
+        adapter.dsee_prepare()
+
+
+def _positions(member: Matrix) -> tuple[Tensor, Tensor]:
+    """Rows and columns of its adapter's sparse entries, views of the buffers."""
+    adapter = member.adapter
+    n = adapter.dsee_spec.num_sparse
+    own = slice(None) if member.expert is None else slice(member.expert * n, (member.expert + 1) * n)
+    return adapter.dsee_rows[own], adapter.dsee_cols[own]

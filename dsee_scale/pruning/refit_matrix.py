@@ -7,7 +7,6 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.linear import is_adapted
 from dsee_scale.adapters.matrices import Matrix
 from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.decompose import Support, find_support
@@ -60,7 +59,7 @@ def solve(
     solved = _swept(job, weight_OI, gram_II, config)
     stored = to_storage(solved, member.param.dtype)
     support = None
-    if is_adapted(member.module):
+    if member.adapted:
         settings = model_state(module).config
         assert settings is not None
         support = _new_support(member, stored, settings)
@@ -90,11 +89,17 @@ def _swept(job: Job, weight_OI: Tensor, gram_II: Tensor, config: PruneConfig) ->
 
 def _new_support(member: Matrix, weight_OI: Tensor, settings: DSEEConfig) -> Support | None:
     """Sparse entries among those that stay, slice by slice; where too few do, some others that stay idle."""
-    layer = member.module
-    spec: AdapterSpec = layer.dsee_spec  # type: ignore[assignment]
+    spec: AdapterSpec = member.adapter.dsee_spec
+    weight, slices, first = weight_OI, list(spec.slices), 0
+    if member.expert is not None:  # of all experts as they are stored
+        weight, slices = (
+            (weight_OI.t().contiguous() if member.transposed else weight_OI),
+            [(0, member.shape[0])],
+        )
+        first = member.expert * member.shape[0]
     parts = []
-    for k, (start, stop) in enumerate(spec.slices if spec.num_sparse else ()):
-        part = weight_OI[start:stop]
+    for k, (start, stop) in enumerate(slices if spec.num_sparse else ()):
+        part = weight[start:stop]
         generator = seeded(settings.seed, f"{member.name}:{k}:refit")
         among = part != 0
         if (missing := spec.num_sparse - int(among.sum())) > 0:
@@ -102,7 +107,7 @@ def _new_support(member: Matrix, weight_OI: Tensor, settings: DSEEConfig) -> Sup
         found = find_support(
             part, spec.num_sparse, settings.support, settings.decomposition, generator, among=among
         )
-        parts.append((found.rows + start, found.cols))
+        parts.append((found.rows + start + first, found.cols))
     if not parts:
         return None
     return Support(torch.cat([rows for rows, _ in parts]), torch.cat([cols for _, cols in parts]))

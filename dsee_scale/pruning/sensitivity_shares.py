@@ -52,7 +52,7 @@ def find_shares(
     *,
     progress: bool | None = None,
 ) -> Shares:
-    """Collective. Under scope `global`, deal each pool's removals to its matrices.
+    """Collective. Under scope `global`, deal each pool's removals to its linear layers; experts lose the pool's share.
 
     One threshold goes over |W + D| * norm of the input * weight of the output. Without a loss every matrix loses its
     pool's share, with a warning.
@@ -67,7 +67,12 @@ def find_shares(
         partition: port to the weights.
         progress: see `prune`.
     """
-    if config.scope != "global" or config.n_of_m:
+    linear = [
+        dataclasses.replace(pool, members=tuple(m for m in pool.members if m.expert is None))
+        for pool in pools
+    ]
+    pools = [pool for pool in linear if pool.members]
+    if config.scope != "global" or config.n_of_m or not pools:
         return Shares()
     batches = list(batches)
     if not has_loss(model, batches, partition):

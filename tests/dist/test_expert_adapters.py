@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 import dsee_scale
@@ -142,3 +143,43 @@ def test_tuning_under_the_mask_on_2_ranks_is_the_dense_one_and_what_is_exported(
     again = build(moe_config("qwen3_moe"))
     dsee_scale.load_adapter(again, tmp_path / "adapter")
     assert torch.equal(again.eval()(token_batch()).logits, logits)
+
+
+def refitted(model_type: str, ds_config: dict[str, Any] | None) -> dict[str, Any]:
+    """Weights, supports and adapters after a re-fit with the default settings, and after two more steps."""
+    model = make(model_type, ds_config, torch.float32, False)
+    fill_adapters(model)
+    whole = model if ds_config is None else engine_for(model, ds_config)
+    data = [token_batch(batch=2, length=24, seed=seed) for seed in range(6)]
+    if ds_config is not None:
+        data = data[dist.get_rank() :: dist.get_world_size()]
+    found: dict[str, Any] = {"report": dsee_scale.prune(whole, PruneConfig(sparsity=0.4), data)}
+    found["weights"] = whole_weights(whole)
+    layers, names = adapted_layers(model), {id(p): name for name, p in model.named_parameters()}
+    found["supports"] = {n: torch.stack([m.dsee_rows, m.dsee_cols]).long() for n, m in layers.items()}
+    found["flats"] = {n: names[id(m.dsee_flat)] for n, m in layers.items()}
+    if ds_config is not None:
+        train(whole, 2)
+        found["trained"] = whole_weights(whole)
+    return found
+
+
+@pytest.mark.parametrize(("model_type", "world_size"), [("qwen3_moe", 2), ("gpt_oss", 3)])
+def test_refitted_experts_are_those_of_the_dense_path_and_training_goes_on(pools, model_type, world_size):
+    expected = refitted(model_type, None)
+    layers = adapted_layers(make(model_type, None, torch.float32, False))
+    for found in pools(world_size).run(refitted, model_type, zero3_config()):
+        assert found["report"].by_magnitude == expected["report"].by_magnitude
+        assert found["report"].removed == expected["report"].removed == round(0.4 * found["report"].total)
+        for name, layer in layers.items():
+            weight = name if layer.dsee_spec.experts else f"{name}.weight"
+            mine, dense = found["weights"][weight], expected["weights"][weight]
+            # Sums over ranks round otherwise, and an entry near the threshold may swap with its neighbour.
+            assert ((mine == 0) == (dense == 0)).float().mean() > 0.97, name
+            assert (mine - dense).norm() < 0.2 * dense.norm(), name
+            assert torch.equal(found["trained"][weight], mine), name
+            rows, cols = found["supports"][name]
+            assert (mine.view(layer.dsee_spec.storage_shape)[rows, cols] != 0).all(), name
+            before, after = (found[when][found["flats"][name]] for when in ("weights", "trained"))
+            assert not any(part.any() for part in layer.dsee_spec.split(before)[1:]), name
+            assert all(part.any() for part in layer.dsee_spec.split(after)[1:]), name

@@ -10,7 +10,10 @@ from transformers import AutoModelForCausalLM
 
 import dsee_scale
 from dsee_scale import CalibrationError, ConfigError, DSEEConfig, PruneConfig, TargetError
-from dsee_scale.adapters.matrices import expert_layout, find_matrices
+from dsee_scale.adapters.matrices import Matrix, expert_layout, find_matrices
+from dsee_scale.algorithms.delta import delta_block
+from dsee_scale.algorithms.refit import sparsegpt
+from dsee_scale.algorithms.sweep import Count
 from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
 from dsee_scale.export.export import export_model, merged_weights
 from dsee_scale.export.folder_report import inspect_folder
@@ -105,12 +108,19 @@ def test_one_experts_matrix_can_be_named():
     assert [int((slice == 0).sum()) for slice in down] == [0, 0, 0, down[0].numel() // 2, 0]
 
 
-def test_a_refit_of_experts_is_refused_by_name():
-    model = build(moe_config("qwen3_moe"))
-    batch = torch.randint(0, 97, (2, 8))
-    with pytest.raises(TargetError, match=r"experts\.0\.gate_up_proj is an expert's.*refit=False"):
-        dsee_scale.prune(model, PruneConfig(sparsity=0.5), [batch])
-    assert not any((p == 0).any() for n, p in model.named_parameters() if "experts" in n)
+def fill_adapters(model: Any) -> None:
+    torch.manual_seed(1)
+    for name, param in model.named_parameters():
+        if "dsee" in name:
+            torch.nn.init.normal_(param, std=0.1)
+
+
+def with_update(matrix: Matrix) -> torch.Tensor:
+    """W + D as it is stored."""
+    if not matrix.adapted:
+        return matrix.of(matrix.param).detach()
+    delta = matrix.delta(matrix.adapter.dsee_flat)
+    return (matrix.of(matrix.param) + delta_block(delta, 0, matrix.shape[0])).detach()
 
 
 def routed(model: Any, batches: list[torch.Tensor]) -> dict[str, list[tuple[torch.Tensor, ...]]]:
@@ -132,7 +142,7 @@ def routed(model: Any, batches: list[torch.Tensor]) -> dict[str, list[tuple[torc
         for expert in range(len(module.down_proj)):
             token, place = (chosen == expert).nonzero(as_tuple=True)
             first, last = (matrices[f"{name}.{expert}.{each}"] for each in (layout.up, layout.down))
-            w_up, w_down = (m.of(m.param).T if m.transposed else m.of(m.param) for m in (first, last))
+            w_up, w_down = (with_update(m).T if m.transposed else with_update(m) for m in (first, last))
             bias = [m.bias[expert] if m.bias is not None else 0 for m in (first, last)]
             with torch.no_grad():
                 between = module._apply_gate(x[token] @ w_up.T + bias[0])
@@ -143,6 +153,50 @@ def routed(model: Any, batches: list[torch.Tensor]) -> dict[str, list[tuple[torc
 
 def batches_of(count: int, seed: int = 0) -> list[torch.Tensor]:
     return [token_batch(batch=2, length=24, seed=seed + index) for index in range(count)]
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_a_refit_solves_each_expert_for_its_own_tokens(model_type):
+    model, calibration = build(moe_config(model_type)), batches_of(2)
+    dsee_scale.inject(model, DSEEConfig(rank=3, num_sparse=7, target_modules=("experts",)))
+    fill_adapters(model)
+    seen = routed(model, calibration)
+    first = {n: m for n, m in find_matrices(model, shapes).items() if ".0.mlp.experts." in n}
+    before = {name: with_update(matrix) for name, matrix in first.items()}
+    report = dsee_scale.prune(model, PruneConfig(sparsity=0.4), calibration)
+    assert report.removed == round(0.4 * report.total)
+    for name, matrix in first.items():
+        place, attribute = name.rsplit(".", 1)
+        x = seen[place][attribute == "down_proj"]
+        whole = before[name]
+        weight = whole.T.contiguous() if matrix.transposed else whole
+        few = len(x) < LEAST_TOKENS
+        assert (name in report.by_magnitude) == few
+        gram = torch.eye(x.shape[1]) if few else x.T @ x / len(x)
+        expected = sparsegpt(weight, gram, Count(round(0.4 * weight.numel()))).weight
+        found = matrix.of(matrix.param)
+        torch.testing.assert_close(found.T if matrix.transposed else found, expected, atol=1e-4, rtol=1e-3)
+        if few:
+            assert torch.equal(found[found != 0], whole[found != 0])
+    for adapter in {m.param_name: m.adapter for m in first.values()}.values():
+        flat, weight = adapter.dsee_flat, adapter.weight.flatten(0, 1)
+        assert flat.any() and not flat[adapter.dsee_spec.split(flat)[0].numel() :].any()
+        assert (weight[adapter.dsee_rows.long(), adapter.dsee_cols.long()] != 0).all()
+    assert {len(each[0]) < LEAST_TOKENS for each in seen.values()} == {True, False}
+
+
+def test_one_experts_matrix_can_be_refitted_and_the_others_keep_their_updates():
+    model = build(moe_config("qwen3_moe"))
+    dsee_scale.inject(model, DSEEConfig(rank=3, num_sparse=7, target_modules=("experts",)))
+    fill_adapters(model)
+    matrices = {n: m for n, m in find_matrices(model, shapes).items() if m.expert is not None}
+    before = {name: with_update(matrix) for name, matrix in matrices.items()}
+    chosen = "layers.1.mlp.experts.3.down_proj"
+    dsee_scale.prune(model, PruneConfig(modules=(chosen,)), batches_of(8))
+    changed = {
+        name for name, matrix in matrices.items() if not torch.equal(with_update(matrix), before[name])
+    }
+    assert changed == {f"model.{chosen}"}
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
