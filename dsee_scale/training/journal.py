@@ -17,7 +17,7 @@ from torch import nn
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.distributed import gather_objects
 from dsee_scale.partition import open_partition, unwrap
-from dsee_scale.passes.pools import block_linears
+from dsee_scale.passes.pools import block_matrices
 
 
 @dataclasses.dataclass
@@ -97,18 +97,14 @@ def to_jsonable(value: Any) -> Any:
 
 @torch.no_grad()
 def count_zeros(model: nn.Module) -> dict[str, list[int]]:
-    """Collective. Zeros and entries of every linear weight of the blocks, counted on the shards."""
+    """Collective. Zeros and entries of every matrix of the blocks, experts' too, counted on the shards."""
     partition = open_partition(model)
-    layers = block_linears(unwrap(model))
-    weights: list[nn.Parameter] = [layer.weight for layer in layers.values()]  # type: ignore[misc]
-    shards = [partition.shard(weight).data for weight in weights]
-    zeros = [shard.numel() - count_nonzero(shard) for shard in shards]
-    total = partition.sum_over_shards(
-        torch.tensor(zeros, dtype=torch.int64, device=partition.device)
-    ).tolist()
+    matrices = block_matrices(unwrap(model), partition.shape)
+    shards = [matrix.shard(partition).data for matrix in matrices.values()]
+    zeros = torch.tensor([shard.numel() - count_nonzero(shard) for shard in shards], device=partition.device)
+    total = partition.sum_over_shards(zeros).tolist()
     return {
-        name: [count, partition.shape(weight).numel()]
-        for name, weight, count in zip(layers, weights, total, strict=True)
+        name: [count, matrix.numel] for (name, matrix), count in zip(matrices.items(), total, strict=True)
     }
 
 
