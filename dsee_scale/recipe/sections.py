@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from dsee_scale.export.card import is_hub_id
 from dsee_scale.export.writer import DeltaForm
 from dsee_scale.recipe.checks import quantization_problems
 from dsee_scale.settings import JsonConfig, at_least
@@ -181,9 +182,19 @@ class ExportConfig(JsonConfig):
     """With delta `separate`: `dsee`, or `peft`, a LoRA folder for PEFT and vLLM with the pruned base in `base`."""
     check: bool = True
     """Reload the folder in stock transformers, without dsee_scale, and compare quality and logits."""
+    push_to_hub: str | None = None
+    """OWNER/NAME: upload the folder once it is checked, in one commit, as `dsee-scale push` does."""
 
     def problems(self) -> list[str]:
         """What is wrong across fields."""
+        found = []
         if self.adapter_format == "peft" and self.delta != "separate":
-            return [f"adapter_format 'peft' goes with delta 'separate', found {self.delta!r}"]
-        return []
+            found.append(f"adapter_format 'peft' goes with delta 'separate', found {self.delta!r}")
+        if self.push_to_hub is not None and not is_hub_id(self.push_to_hub):
+            found.append(f"push_to_hub {self.push_to_hub!r} is no OWNER/NAME")
+        if self.push_to_hub is not None and self.delta == "separate":
+            found.append(
+                "push_to_hub uploads whole models, and delta 'separate' leaves an adapter on a base of this machine: "
+                "push both after the run (`dsee-scale push FOLDER OWNER/NAME --base OWNER/BASE`)"
+            )
+        return found

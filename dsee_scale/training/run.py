@@ -24,6 +24,7 @@ from dsee_scale.errors import ConfigError, FormatError
 from dsee_scale.evaluation.evaluate import EvaluationSet
 from dsee_scale.evaluation.export_check import check_export
 from dsee_scale.export.export import BASE_FOLDER, export_model
+from dsee_scale.export.hub import push_to_hub
 from dsee_scale.export.lora import export_lora
 from dsee_scale.export.report import KIND as EXPORT
 from dsee_scale.partition import open_partition
@@ -104,6 +105,8 @@ def _run(recipe: Recipe, args: TrainingArguments, journal: Journal) -> Path:
     if recipe.export is not None:
         _export(recipe, recipe.export, trainer, output / MODEL_FOLDER)
         _write_numbers(output, trainer)
+        if recipe.export.push_to_hub is not None:
+            _push(output / MODEL_FOLDER, recipe.export.push_to_hub)
     return output
 
 
@@ -266,6 +269,13 @@ def _export(recipe: Recipe, config: ExportConfig, trainer: DSEETrainer, folder: 
             peak_memory_bytes=memory,
             **found,
         )
+
+
+def _push(folder: Path, repo: str) -> None:
+    """Collective. Rank 0 uploads what was exported and checked; the others wait, `ddp_timeout` at most."""
+    with raise_on_all_ranks(what=f"pushing {folder}"):
+        if not rank():
+            logger.warning("pushed %s: %s", folder, push_to_hub(folder, repo))
 
 
 def _description(recipe: Recipe, args: TrainingArguments, model: nn.Module) -> dict[str, Any]:

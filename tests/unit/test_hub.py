@@ -13,11 +13,14 @@ import dsee_scale
 from dsee_scale.checkpoint.adapter import save_adapter
 from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.cli import main
+from dsee_scale.errors import ConfigError
 from dsee_scale.export.export import export_model
 from dsee_scale.export.lora import export_lora
+from tests.dist.run_inputs import write_inputs
 from tests.fake_hub import FakeHub, running_hub
 from tests.models import build, llama_config, token_batch
 from tests.unit.test_cli import CONFIGS, tune
+from tests.unit.test_run_promises import launch, plain
 
 
 @pytest.fixture
@@ -120,3 +123,18 @@ def test_export_pushes_what_it_wrote(hub, folders, tmp_path):
     words = ["--base", str(folders / "base"), "--output", str(tmp_path / "out"), "--delta", "dense"]
     assert main(["export", str(folders / "adapter"), *words, "--push_to_hub", "me/out"]) == 0
     open_folder(pulled(hub, "me/out", tmp_path / "there"), ("export",)).verify_all()
+
+
+def test_a_recipe_pushes_what_it_exported_and_one_that_cannot_keeps_it(hub, tmp_path):
+    write_inputs(tmp_path)
+    export = {"check": False, "push_to_hub": "me/run"}
+    steps = {"training__max_steps": 1, "retune": None, "prune": None}
+    hub.fault = "commit"
+    with pytest.raises(ConfigError, match="nothing of it is in me/run"):
+        launch(plain(tmp_path, tmp_path / "run", export=export, **steps))
+    saved = open_folder(tmp_path / "run" / "model", ("export",))
+    saved.verify_all()
+    hub.fault = None
+    launch(plain(tmp_path, tmp_path / "again", export=export, **steps))
+    assert hub.commits == {"me/run": 1} and set(saved.files) <= hub.repos["me/run"].keys()
+    open_folder(pulled(hub, "me/run", tmp_path / "there"), ("export",)).verify_all()

@@ -97,6 +97,9 @@ def test_seed_is_the_trainers_and_others_need_their_section(recipe_file):
         (["stray"], "'stray' on the command line belongs to no setting"),
         (["--prune", "null"], "retune comes after prune"),
         (["--export.delta", "dense"], "prune.mask_update to false"),
+        (["--push_to_hub", "true"], "push_to_hub.*export.push_to_hub: OWNER/NAME uploads"),
+        (["--export.push_to_hub", "mine"], "push_to_hub 'mine' is no OWNER/NAME"),
+        (["--export.push_to_hub", "me/m", "--export.delta", "separate"], "push_to_hub uploads whole models"),
         (["--export.adapter_format", "peft"], "adapter_format 'peft' goes with delta 'separate'"),
         (
             ["--export.adapter_format", "peft", "--export.delta", "separate"],
