@@ -124,8 +124,9 @@ def fraction(config: Any, *names: str) -> list[str]:
     ]
 
 
-MOST_REPEATS = 4
 LONGEST_PATTERN = 1000
+MOST_TIMES, MOST_WAYS, OPEN = 4, 1 << 16, 16
+"""A repeat of more times is open and counts as 16 ways, so at most four of them."""
 
 
 def regex_problems(name: str, pattern: str) -> list[str]:
@@ -136,36 +137,45 @@ def regex_problems(name: str, pattern: str) -> list[str]:
         ]
     try:
         re.compile(pattern)
-        parser: Any = getattr(re, "_parser", None) or importlib.import_module(
-            "sre_parse"
-        )  # its name until 3.10
-        repeats = list(_open_repeats(parser.parse(pattern)))
+        # Its name until Python 3.10.
+        parser: Any = getattr(re, "_parser", None) or importlib.import_module("sre_parse")
+        ways = _ways(parser.parse(pattern))
     except (re.error, RecursionError, OverflowError) as error:
         return [f"{name} {pattern!r} is not a regular expression: {error}"]
-    if len(repeats) > MOST_REPEATS or any(repeats):
+    if ways > MOST_WAYS:
         return [
-            f"{name} {pattern!r} may take for ever; expected at most {MOST_REPEATS} of '*' and '+', none of them over "
-            "alternatives or over another one"
+            f"{name} {pattern!r} may take for ever; expected at most four of '*' and '+', none of them over what can "
+            "match in several ways, and few of '?', '{0,4}' and alternatives that begin alike"
         ]
     return []
 
 
-def _open_repeats(part: Any) -> Iterator[bool]:
-    """For each unbounded repeat within a parsed expression: whether a choice or a repeat stands inside."""
-    for code, argument in part if hasattr(part, "data") else ():
-        inner = [each for each in _flat(argument) if hasattr(each, "data")]
-        if str(code).endswith("REPEAT") and argument[1] > MOST_REPEATS:
-            yield any(str(c).endswith(("REPEAT", "BRANCH")) for each in inner for c, _ in _all_codes(each))
-        for each in inner:
-            yield from _open_repeats(each)
-
-
-def _all_codes(part: Any) -> Iterator[tuple[Any, Any]]:
+def _ways(part: Any) -> int:
+    """How often a parsed expression may be tried at one place of a name, at most; the product over what it holds."""
+    ways = 1
     for code, argument in part:
-        yield code, argument
-        for each in _flat(argument):
-            if hasattr(each, "data"):
-                yield from _all_codes(each)
+        inner = [each for each in _flat(argument) if hasattr(each, "data")]
+        counts = [_ways(each) for each in inner]
+        if str(code).endswith("REPEAT"):
+            low, high = argument[:2]
+            if high > MOST_TIMES:
+                ways *= OPEN if counts == [1] else MOST_WAYS + 1
+            else:
+                ways *= sum(counts[0] ** times for times in range(low, high + 1))
+        elif str(code) == "BRANCH":
+            ways *= max(counts) if _begin_apart(inner) else sum(counts)
+        else:
+            ways *= math.prod(counts)
+        ways = min(ways, MOST_WAYS + 1)
+    return ways
+
+
+def _begin_apart(alternatives: Sequence[Any]) -> bool:
+    """Whether the first character tells which alternative it is."""
+    firsts: list[tuple[Any, Any]] = [each[0] if len(each) else ("", 0) for each in alternatives]
+    if any(str(code) != "LITERAL" for code, _ in firsts):
+        return False
+    return len({chr(letter).casefold() for _, letter in firsts}) == len(firsts)
 
 
 def _flat(value: Any) -> Iterator[Any]:
