@@ -27,6 +27,8 @@ NOT_FINITE = (
     "weights. Nothing was changed"
 )
 Batches = Iterable[Any]
+POSITIONS = ("wpe", "position_embeddings", "embed_positions")
+"""Names of embeddings of positions: GPT-2's, BERT's and RoBERTa's, OPT's."""
 
 
 def reject_encoder_decoder(module: nn.Module) -> None:
@@ -83,6 +85,34 @@ def _ids_problem(module: nn.Module, batch: Mapping[str, Any], partition: Partiti
     low, high = (int(edge) for edge in torch.aminmax(ids))
     if words is not None and not 0 <= low <= high < words:
         return f"input_ids go from {low} to {high}, and the model knows 0 to {words - 1}"
+    positions = _learned_positions(module)
+    if positions is not None and ids.shape[1] > positions:
+        return f"input_ids are {ids.shape[1]} tokens long, and the model has positions for {positions}"
+    types = getattr(getattr(module, "config", None), "type_vocab_size", None)
+    beside = (("position_ids", positions), ("token_type_ids", types))
+    return next(
+        filter(None, (_beside_problem(name, batch.get(name), ids, limit) for name, limit in beside)), None
+    )
+
+
+def _beside_problem(name: str, found: Any, ids: Tensor, limit: int | None) -> str | None:
+    """What is wrong with integers that go with the tokens one by one."""
+    if not isinstance(found, Tensor) or found.dim() > 2:
+        return None
+    if found.is_floating_point() or found.shape not in (ids.shape, ids[:1].shape, ids[0].shape):
+        return f"{name} are {found.dtype} of shape {tuple(found.shape)}, and input_ids are {tuple(ids.shape)}"
+    low, high = (int(edge) for edge in torch.aminmax(found))
+    if limit and not 0 <= low <= high < limit:
+        return f"{name} go from {low} to {high}, and the model knows 0 to {limit - 1}"
+    return None
+
+
+def _learned_positions(module: nn.Module) -> int | None:
+    """Tokens that a model with learned positions takes at most."""
+    for name, each in module.named_modules():
+        if isinstance(each, nn.Embedding) and name.rpartition(".")[2] in POSITIONS:
+            unused = 0 if each.padding_idx is None else each.padding_idx + 1
+            return each.num_embeddings - int(getattr(each, "offset", unused))
     return None
 
 
@@ -194,8 +224,10 @@ def run_model(model: nn.Module, batch: Any, partition: Partition, *, short_logit
             much as several blocks.
 
     Raises:
-        CalibrationError: it fails; on every rank where the weights are replicas. Under ZeRO-3 the others wait for a
-            rank that leaves its forward pass, so what can be told before is told by `in_step`.
+        CalibrationError: it fails; on every rank where the weights are replicas. Under ZeRO-3 the others wait for the
+            weights of a rank that leaves its forward pass, until its process ends. So `in_step` tells what can be told
+            before: token ids, masks, positions and types that no model takes. What stays is what a model makes of
+            inputs of its own, and errors of the device.
     """
     known = list(inspect.signature(unwrap(model).forward).parameters)
     with together(partition):

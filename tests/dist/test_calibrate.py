@@ -211,6 +211,7 @@ def bad_on_one_rank(ds_config: dict[str, Any], bad: str, refit: bool) -> tuple[s
     if dist.get_rank() == 1:
         wrong = {"ids": {"input_ids": data[0]["input_ids"] + 90}}
         wrong["positions"] = {**data[0], "position_ids": torch.ones(7, 12, dtype=torch.int64)}
+        wrong["argument"] = {**data[0], "inputs_embeds": torch.ones(2, 12, 3)}
         data = [data[0], wrong[bad]]
     with pytest.raises(CalibrationError) as caught:
         dsee_scale.prune(engine, PruneConfig(refit=refit), data)
@@ -218,7 +219,7 @@ def bad_on_one_rank(ds_config: dict[str, Any], bad: str, refit: bool) -> tuple[s
 
 
 @pytest.mark.parametrize("refit", [True, False])
-@pytest.mark.parametrize(("stage", "bad"), [(3, "ids"), (2, "ids"), (2, "positions")])
+@pytest.mark.parametrize(("stage", "bad"), [(3, "ids"), (3, "positions"), (2, "argument")])
 def test_a_bad_batch_of_one_rank_is_said_on_all_of_them(pools, stage, bad, refit):
     """One that only its forward pass shows is said by all where no rank waits for another in it: not under ZeRO-3."""
     config = zero3_config(stage=2) if stage == 2 else zero3_config()

@@ -113,6 +113,33 @@ def test_a_rank_that_hangs_is_named_with_the_phase_once_the_timeout_is_over(inpu
     assert "ddp_timeout (10 s)" in said
 
 
+class FailsInside(Fault):
+    """Calibration fails on this rank inside the model, between two blocks."""
+
+    def install(self) -> None:
+        from dsee_scale.passes import calibrate
+
+        def run_model(model: Any, *args: Any, **kwargs: Any) -> None:
+            def fail(*_: Any) -> None:
+                raise ValueError("a kernel that is not there")
+
+            model.module.model.layers[1].register_forward_pre_hook(fail)
+            original(model, *args, **kwargs)
+
+        original, calibrate.run_model = calibrate.run_model, run_model
+
+
+def test_a_rank_that_fails_inside_the_model_ends_the_run_on_all_of_them(inputs, tmp_path):
+    """Nobody can tell before, and under ZeRO-3 the other is in a collective: until this process ends, not for ever."""
+    recipe = write_recipe(inputs, tmp_path, prune={"refit": False, "sparsity": 0.5}, training__max_steps=2)
+    codes = launch(recipe, fault=FailsInside("", 0, rank=0), seconds=90)
+    said = [Path(f"{recipe}.log.{rank}").read_text() for rank in range(2)]
+    assert codes == [2, RELAUNCH], logs(recipe)
+    assert "rank 0 does not run through the model: ValueError: a kernel that is not there" in said[0]
+    assert "rank 1 lost another rank during 'prune" in said[1]
+    assert "Traceback" not in "".join(said) and (tmp_path / "run" / "checkpoint-2").exists()
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_good_checkpoints(inputs, tmp_path):
     recipe = write_recipe(inputs, tmp_path, retune={"max_steps": 6, "learning_rate": 9e17})
     assert launch(recipe) == [2, 2], logs(recipe)

@@ -5,6 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaModel,
+)
 
 import dsee_scale
 from dsee_scale import PruneConfig
@@ -28,7 +37,7 @@ BAD = [
     ("a text", "found str"),
     (
         {"input_ids": IDS, "position_ids": torch.ones(7, 12, dtype=torch.int64)},
-        "does not run through the model",
+        r"position_ids are torch.int64 of shape \(7, 12\)",
     ),
 ]
 
@@ -47,6 +56,36 @@ def test_arguments_that_a_model_does_not_take_are_named():
     linear = torch.nn.Linear(2, 2)
     assert "Linear takes no x, y" in str(problem(linear, {"x": 1, "y": 2}, open_partition(linear)))
     assert problem(linear, {"input": torch.ones(2), "labels": 1}, open_partition(linear)) is None
+
+
+def test_what_only_some_models_take_is_told_before_it_runs():
+    """Under ZeRO-3 a batch that fails inside the model leaves the other ranks waiting."""
+    sizes = dict(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=97
+    )
+    models = {
+        "gpt2": build(GPT2Config(n_positions=16, n_embd=8, n_layer=1, n_head=2, vocab_size=97)),
+        "bert": BertModel(BertConfig(max_position_embeddings=16, **sizes)),
+        "roberta": RobertaModel(RobertaConfig(max_position_embeddings=18, pad_token_id=1, **sizes)),
+        "opt": OPTForCausalLM(
+            OPTConfig(max_position_embeddings=16, word_embed_proj_dim=8, ffn_dim=8, **sizes)
+        ),
+    }
+    long = torch.arange(2, 18)[None]
+    for model in models.values():
+        port = open_partition(model)
+        model(input_ids=long)
+        assert problem(model, {"input_ids": long, "position_ids": torch.arange(16)}, port) is None
+        longer = torch.cat([long, long[:, :1]], dim=1)
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=longer)
+        assert "17 tokens long, and the model has positions for 16" in str(
+            problem(model, {"input_ids": longer}, port)
+        )
+    port = open_partition(models["bert"])
+    for name in ("position_ids", "token_type_ids"):
+        found = str(problem(models["bert"], {"input_ids": long, name: torch.full((1, 16), 99)}, port))
+        assert f"{name} go from 99 to 99" in found
 
 
 def test_a_loader_that_fails_is_a_calibration_error():
