@@ -135,10 +135,8 @@ def build_trainer(
     with raise_on_all_ranks(what="loading the tokenizer"):
         tokenizer = load_tokenizer(recipe.model)
     encoder = Encoder(tokenizer, recipe.data)
-    # The first process of a machine tokenizes, the others read its cache.
-    first = args.main_process_first(desc="tokenizing")
-    with journal.timed("data"), raise_on_all_ranks(what="reading the data"), first:
-        train_rows, evaluation = _encode(recipe, encoder)
+    with journal.timed("data"):
+        train_rows, evaluation = read_data(recipe, args, encoder)
     timeline = build_timeline(recipe, args, steps_per_epoch(len(train_rows), args))
     args.max_steps = timeline.num_steps
     done: list[dict[str, Any]] = []
@@ -194,8 +192,18 @@ def _base(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None) -> M
     return dataclasses.replace(recipe.model, name=str(folder), revision=None)
 
 
+def read_data(recipe: Recipe, args: TrainingArguments, encoder: Encoder) -> tuple[Dataset, EvaluationSet]:
+    """Collective. Training examples and the validation set as tokens.
+
+    The first process of a machine tokenizes, the others read its cache.
+    """
+    first = args.main_process_first(desc="tokenizing")
+    with raise_on_all_ranks(what="reading the data"), first:
+        return _encode(recipe, encoder)
+
+
 def _encode(recipe: Recipe, encoder: Encoder) -> tuple[Dataset, EvaluationSet]:
-    """Local. Training examples and the validation set as tokens."""
+    """Local."""
     train, validation = load_rows(recipe.data)
     examples = encoder.training_examples(train)
     answers: list[tuple[list[int], list[int]]] = []

@@ -256,6 +256,37 @@ def test_completion_with_bleu_and_gradual_pruning(inputs, pools, tmp_path):
     assert all("bleu" in phase["quality"] for phase in phases[:4])
 
 
+def read_and_count(values: dict[str, Any]) -> tuple[int, list[list[int]]]:
+    """How many tables a pool's rank writes to read the data, and the examples."""
+    from datasets.arrow_writer import ArrowWriter
+
+    from dsee_scale.data.encoding import Encoder
+    from dsee_scale.recipe.recipe import build_recipe
+    from dsee_scale.training.run import read_data
+    from dsee_scale.training.setup import kept_environment, load_tokenizer, training_arguments
+
+    written: list[Any] = []
+    finalize = ArrowWriter.finalize
+    recipe = build_recipe(values)
+    with kept_environment(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ArrowWriter, "finalize", lambda *a, **k: written.append(a) or finalize(*a, **k))
+        args = training_arguments(recipe)
+        rows, _ = read_data(recipe, args, Encoder(load_tokenizer(recipe.model), recipe.data))
+    return len(written), rows["input_ids"][:]
+
+
+def test_rank_0_tokenises_and_packs_and_the_others_read_its_cache(inputs, pools, tmp_path):
+    values = tiny_recipe(inputs, tmp_path / "run")
+    for part in ("train_file", "validation_file"):  # no other test's cache
+        values["data"][part] = shutil.copy(values["data"][part], tmp_path)
+    for key in ("labels", "prompt"):
+        del values["data"][key]
+    values["data"] |= {"task": "language_modelling", "text_column": "text", "max_length": 16}
+    (first, mine), (other, theirs) = pools(2).run(read_and_count, values, timeout=LONG)
+    assert first >= 6 and other == 0  # each file read, tokenized and packed
+    assert mine == theirs and mine
+
+
 def test_plain_text_without_deepspeed_in_one_process(inputs, tmp_path, monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
