@@ -77,9 +77,7 @@ def run(flags: argparse.Namespace) -> None:
         )
     tokenizer = load_tokenizer(ModelConfig(name=flags.model))
     items = Encoder(tokenizer, config).generations(rows, flags.max_samples or len(rows))
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else "cpu"
-    )
+    device = own_device()
     dtype = getattr(torch, flags.dtype) if flags.dtype else None
     model = load_model(flags.model, dtype)
     if flags.adapter:
@@ -88,7 +86,7 @@ def run(flags: argparse.Namespace) -> None:
     prompts, arguments = [item.prompt for item in items], dict(config.generation)
     texts = generate_texts(
         model, tokenizer, prompts, arguments, pad_id=int(tokenizer.pad_token_id), batch_size=flags.batch_size,
-        device=torch.device(device),
+        device=device,
     )  # fmt: skip
     if int(os.environ.get("RANK", "0")) == 0:
         shown = [str(tokenizer.decode(prompt, skip_special_tokens=True)) for prompt in prompts]
@@ -96,6 +94,15 @@ def run(flags: argparse.Namespace) -> None:
         sys.stdout.write(
             f"BLEU {found['bleu']:.2f} on {found['prompts']} prompts; files in {flags.output_dir}\n"
         )
+
+
+def own_device() -> torch.device:
+    """This process's GPU, made the current one: what NCCL gathers goes through it."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
 
 
 def load_model(name: str, dtype: torch.dtype | None) -> torch.nn.Module:
@@ -109,6 +116,7 @@ def load_model(name: str, dtype: torch.dtype | None) -> torch.nn.Module:
 def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     flags = parse([word for word in argv if not word.startswith(("--local_rank", "--local-rank"))])
+    own_device()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:

@@ -91,14 +91,31 @@ def test_batched_beams_are_those_of_each_prompt_alone_and_in_order():
     assert found == alone and len(set(found)) > 1
 
 
+def program():
+    spec = importlib.util.spec_from_file_location("run_generation", ROOT / "paper" / "run_generation.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def test_each_process_takes_its_own_gpu_before_the_group_is_made(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: done.append(str(device)))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: done.append(backend))
+    for name, value in {"LOCAL_RANK": "3", "RANK": "11", "WORLD_SIZE": "16"}.items():
+        monkeypatch.setenv(name, value)
+    words = ["--model", "m", "--data_file", "nowhere.csv", "--output_dir", "o"]
+    assert program().main(words) == 2
+    assert done == ["cuda:3", "nccl"]
+
+
 def test_the_program_writes_texts_of_a_model_folder(tmp_path, capsys):
     write_inputs(tmp_path)
     (tmp_path / "test.csv").write_text(
         "subject,ref\nfilm,the film is great\nplot,the plot is flat\nfilm,fine\n"
     )
-    spec = importlib.util.spec_from_file_location("run_generation", ROOT / "paper" / "run_generation.py")
-    program = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(program)
+    run_generation = program()
     flags = [
         "--model",
         str(tmp_path / "model"),
@@ -117,11 +134,11 @@ def test_the_program_writes_texts_of_a_model_folder(tmp_path, capsys):
         "--max_new_tokens",
         "4",
     ]
-    assert program.main(flags) == 0
+    assert run_generation.main(flags) == 0
     assert "on 2 prompts" in capsys.readouterr().out
     assert (
         tmp_path / "out" / "references.txt"
     ).read_text() == "the film is great\nfine\n\nthe plot is flat\n\n"
     assert len((tmp_path / "out" / "hypotheses.txt").read_text().splitlines()) == 2
     flags[5] = "the {object} is"
-    assert program.main(flags) == 2
+    assert run_generation.main(flags) == 2
