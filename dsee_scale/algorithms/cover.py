@@ -54,7 +54,8 @@ def smallest_cover(rows: Tensor, cols: Tensor) -> Cover:
     if not len(all_rows):
         return Cover(all_rows, all_cols)
     edges = torch.stack([row_of, col_of], dim=1).unique(dim=0)
-    entries = (torch.ones(len(edges)).numpy(), tuple(edges.t().numpy()))
+    # scipy before 1.12 matches 32-bit positions alone, and from torch's it makes wider ones.
+    entries = (torch.ones(len(edges)).numpy(), tuple(edges.int().t().numpy()))
     graph = csr_array(entries, shape=(len(all_rows), len(all_cols)))
     col_of_row = torch.as_tensor(maximum_bipartite_matching(graph, perm_type="column"), dtype=torch.int64)
     seen_rows, seen_cols = _reachable(edges, col_of_row, len(all_cols))
