@@ -24,10 +24,12 @@ from _report import Report, parser
 from torch import nn
 
 MASKED = "bf16, under the mask"
-CASES = ("bf16", MASKED, "int8", "nf4", "bf16, offloaded")
+EXPERTS, MASKED_EXPERTS = "experts, bf16", "experts, bf16, under the mask"
+CASES = ("bf16", MASKED, "int8", "nf4", "bf16, offloaded", EXPERTS, MASKED_EXPERTS)
 RANK, NUM_SPARSE = 16, 64
 TARGETS = ("q_proj", "v_proj")
 ALL = (*TARGETS, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+WITH_EXPERTS = (*TARGETS, "experts")
 
 
 def ds_config(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -54,12 +56,34 @@ def build_model(case: str, arguments: argparse.Namespace) -> nn.Module:
     import deepspeed
     from transformers import AutoModelForCausalLM
 
-    config = small_llama(arguments.hidden, arguments.layers)
+    config = shape_of(case, arguments)
     torch.manual_seed(0)
     if case in ("int8", "nf4"):
         return quantise(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), case)
     with deepspeed.zero.Init(config_dict_or_path=ds_config(case, arguments)):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def shape_of(case: str, arguments: argparse.Namespace) -> Any:
+    """The config: a Llama, or a Qwen3-MoE of the same attention with a third of the layers and 16 experts in each."""
+    llama = small_llama(arguments.hidden, arguments.layers)
+    if "experts" not in case:
+        return llama
+    from transformers import Qwen3MoeConfig
+
+    return Qwen3MoeConfig(
+        vocab_size=llama.vocab_size,
+        hidden_size=arguments.hidden,
+        moe_intermediate_size=arguments.hidden // 2,
+        num_hidden_layers=max(1, arguments.layers // 3),
+        num_attention_heads=llama.num_attention_heads,
+        num_key_value_heads=llama.num_key_value_heads,
+        head_dim=64,
+        num_experts=16,
+        num_experts_per_tok=4,
+        use_cache=False,
+        tie_word_embeddings=True,
+    )
 
 
 def quantise(model: nn.Module, case: str) -> nn.Module:
@@ -85,6 +109,8 @@ def quantise(model: nn.Module, case: str) -> nn.Module:
 
 
 def targets_of(case: str) -> tuple[str, ...]:
+    if case in (EXPERTS, MASKED_EXPERTS):
+        return WITH_EXPERTS
     return ALL if case == MASKED else TARGETS
 
 
@@ -92,7 +118,14 @@ def adapt(model: nn.Module, side: str, targets: tuple[str, ...]) -> nn.Module:
     if side == "peft":
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(targets), lora_dropout=0.0)
+        fused = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if "experts" in targets else None
+        config = LoraConfig(
+            r=RANK,
+            lora_alpha=2 * RANK,
+            target_modules=[name for name in targets if name != "experts"],
+            target_parameters=fused,
+            lora_dropout=0.0,
+        )
         return get_peft_model(model, config, autocast_adapter_dtype=False)
     import dsee_scale
 
@@ -112,8 +145,8 @@ def build_engine(case: str, side: str, arguments: argparse.Namespace) -> Any:
     trained = [p for p in model.parameters() if p.requires_grad]
     config = ds_config(case, arguments)
     engine = deepspeed.initialize(model=model.train(), model_parameters=trained, config=config)[0]
-    if case == MASKED and side == "ours":
-        dsee_scale.prune(engine, dsee_scale.PruneConfig(score="W", modules=ALL), progress=False)
+    if case in (MASKED, MASKED_EXPERTS) and side == "ours":
+        dsee_scale.prune(engine, dsee_scale.PruneConfig(score="W"), progress=False)
     return engine
 
 
@@ -166,8 +199,8 @@ def planned(case: str, arguments: argparse.Namespace) -> int:
         length=arguments.length,
         checkpointing=arguments.checkpointing,
     )
-    shape = shape_of_config(small_llama(arguments.hidden, arguments.layers))
-    memory = training_memory(shape, setting, masked=case == MASKED)
+    shape = shape_of_config(shape_of(case, arguments))
+    memory = training_memory(shape, setting, masked=case in (MASKED, MASKED_EXPERTS))
     return memory.gpu if torch.cuda.is_available() else memory.gpu + memory.host
 
 

@@ -134,12 +134,24 @@ def adapter_entries(shape: ModelShape, setting: Setting) -> int:
     Raises:
         ConfigError: a target is no layer of the model.
     """
-    unknown = [name for name in setting.targets if name not in shape.matrices]
+    known = (*shape.matrices, *shape.experts, *(["experts"] if shape.experts else []))
+    unknown = [name for name in setting.targets if name not in known]
     if unknown:
         raise ConfigError(
-            f"target {unknown[0]!r} is no layer of {shape.name}; its layers: {', '.join(shape.matrices)}"
+            f"target {unknown[0]!r} is no layer of {shape.name}; its layers: {', '.join(known)}"
         )
-    sizes = [one for name in setting.targets for one in shape.matrices[name]]
+    return sum(setting.rank * (o + i) + setting.num_sparse for o, i in _targets(shape, setting))
+
+
+def _targets(shape: ModelShape, setting: Setting) -> list[tuple[int, int]]:
+    """(outputs, inputs) of every adapted matrix."""
+    return [one for name in dict.fromkeys(setting.targets) for one in shape.target(name)]
+
+
+def expert_adapter_entries(shape: ModelShape, setting: Setting) -> int:
+    """Of these, the ones of experts: a parameter for a layer's, too large to stay whole on every GPU."""
+    names = tuple(shape.experts) if "experts" in setting.targets else setting.targets
+    sizes = [one for name in dict.fromkeys(names) for one in shape.experts.get(name, ())]
     return sum(setting.rank * (o + i) + setting.num_sparse for o, i in sizes)
 
 
@@ -150,12 +162,14 @@ def training_memory(shape: ModelShape, setting: Setting, *, masked: bool = False
     base = _stored_base(shape, setting) / setting.gpus
     # Float32 master values, two moments, the gradient of the step; gradients kept in float32.
     optimizer = share * (4 + 4 + 4 + 4 + 4)
-    # Adapters count as whole on every GPU; their shards, too; their gradients when backward is done.
-    resident = trainable * 2 + share * 2 + trainable * 2
+    # Adapters count as whole on every GPU; their shards, too; their gradients when backward is done. Of experts'
+    # adapters the shards alone: they come and go with the experts.
+    whole = trainable - expert_adapter_entries(shape, setting)
+    resident = whole * 2 + share * 2 + whole * 2
     gpu = resident + _scales(shape, setting) + REDUCE_BUCKET * 4
     gpu += _live_weights(shape, setting) + _activations(shape, setting) + _decoded(shape, setting)
-    if masked:  # the merged weight, then in its place the gradient of D
-        gpu += 2.0 * largest_target(shape, setting)
+    if masked:  # the merged weight, then in its place the gradient of D; of experts a layer's together
+        gpu += 2.0 * max(largest_target(shape, setting), _adapted_layer(shape, setting))
     if setting.offload:
         return Memory(gpu, base + optimizer)
     return Memory(gpu + base + optimizer)
@@ -203,7 +217,12 @@ def export_memory(shape: ModelShape, setting: Setting) -> Memory:
 
 def largest_target(shape: ModelShape, setting: Setting) -> int:
     """Entries of the largest adapted matrix."""
-    return max(math.prod(one) for name in setting.targets for one in shape.matrices[name])
+    return max(math.prod(one) for one in _targets(shape, setting))
+
+
+def _adapted_layer(shape: ModelShape, setting: Setting) -> int:
+    """Entries of the largest tensor of adapted experts."""
+    return shape.layer_experts if expert_adapter_entries(shape, setting) else 0
 
 
 def _stored_base(shape: ModelShape, setting: Setting) -> float:
@@ -229,6 +248,7 @@ def _live_weights(shape: ModelShape, setting: Setting) -> float:
     stored = shape.block_entries * (width if setting.quantize else 1.0) + shape.expert_entries
     per_element = 1.0 if setting.quantize and not shape.expert_entries else 2.0
     elements = stored + shape.vocab * shape.hidden * (1 if shape.tied else 2)
+    elements += expert_adapter_entries(shape, setting)
     kept = min(elements, REUSE_DISTANCE / 2 + PREFETCH_BUCKET)
     from_blocks = max(0.0, kept - shape.vocab * shape.hidden)
     return from_blocks * per_element + min(kept, shape.vocab * shape.hidden) * 2.0
@@ -263,4 +283,4 @@ def _traffic(shape: ModelShape, setting: Setting) -> float:
 
 
 def _decomposed_entries(shape: ModelShape, setting: Setting) -> int:
-    return sum(math.prod(one) for name in setting.targets for one in shape.matrices[name])
+    return sum(math.prod(one) for one in _targets(shape, setting))

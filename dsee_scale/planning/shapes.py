@@ -25,7 +25,11 @@ class ModelShape:
         tied: whether the output head is the embedding.
         parameters: all entries.
         matrices: (outputs, inputs) of every linear layer in the blocks, by its last name.
-        expert_entries: entries of experts that are one tensor of a whole block, in the blocks.
+        experts: (outputs, inputs) of every expert's matrices, by the name of the tensor that holds a layer's.
+        expert_entries: entries of experts that are one tensor of a whole block, in the blocks; also of those laid out
+            in a way that is not known here.
+        layer_experts: entries of the largest of these tensors.
+        chosen: experts that a token goes to; 0 without.
         largest: entries of the largest tensor of a block.
         width: outputs of the feed-forward network that one token passes through.
         gated: whether it has a gate.
@@ -39,11 +43,20 @@ class ModelShape:
     tied: bool
     parameters: int
     matrices: Mapping[str, tuple[Sizes, ...]]
+    experts: Mapping[str, tuple[Sizes, ...]]
     expert_entries: int
+    layer_experts: int
+    chosen: int
     largest: int
     width: int
     gated: bool
     repeated: int
+
+    def target(self, name: str) -> tuple[Sizes, ...]:
+        """Sizes of the matrices that a target means: linear layers', or experts'; empty if there is none."""
+        if name == "experts":
+            return tuple(size for sizes in self.experts.values() for size in sizes)
+        return (*self.matrices.get(name, ()), *self.experts.get(name, ()))
 
     @property
     def block_entries(self) -> int:
@@ -133,6 +146,7 @@ def _shape_of_model(model: Any, config: Any, name: str) -> ModelShape:
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
     sizes = [math.prod(one) for group in matrices.values() for one in group]
     width = max(max(one) for group in matrices.values() for one in group)
+    chosen = 0
     if experts:  # of each pair of tensors the smaller one leads back to the residual stream
         down = min(experts, key=lambda p: p.numel())
         chosen = getattr(config, "num_experts_per_tok", None) or down.shape[0]
@@ -145,12 +159,26 @@ def _shape_of_model(model: Any, config: Any, name: str) -> ModelShape:
         tied=bool(config.tie_word_embeddings),
         parameters=sum(p.numel() for p in model.parameters()),
         matrices=matrices,
+        experts=_experts(model),
         expert_entries=sum(p.numel() for p in experts),
+        layer_experts=max((p.numel() for p in experts), default=0),
+        chosen=int(chosen),
         largest=max(*sizes, *(p.numel() for p in experts)),
         width=width,
         gated=any("gate_proj" in n or "gate_up" in n for n, _ in model.named_parameters()),
         repeated=heads * head,
     )
+
+
+def _experts(model: Any) -> dict[str, tuple[Sizes, ...]]:
+    """True sizes of the experts' matrices, by the last part of their parameters' names."""
+    from dsee_scale.adapters.matrices import find_matrices
+
+    found: dict[str, list[Sizes]] = {}
+    for matrix in find_matrices(model, lambda param: param.shape).values():
+        if matrix.expert is not None:
+            found.setdefault(matrix.attribute, []).append(matrix.outputs_by_inputs)
+    return {name: tuple(sizes) for name, sizes in found.items()}
 
 
 def _matrices(model: Any) -> dict[str, tuple[Sizes, ...]]:

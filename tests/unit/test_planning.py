@@ -10,7 +10,7 @@ from dsee_scale.cli import main
 from dsee_scale.errors import ConfigError
 from dsee_scale.planning.plan import GIB, Setting, adapter_entries, make_plan
 from dsee_scale.planning.shapes import BUILT_IN, find_shape, shape_of_config
-from tests.models import build, gpt2_config, llama_config
+from tests.models import build, gpt2_config, llama_config, moe_config
 
 
 @pytest.mark.parametrize(
@@ -97,5 +97,26 @@ def test_experts_are_counted_and_what_is_no_decoder_is_refused():
     assert mixtral.width == 2 * 14336 and mixtral.gated
     plan = make_plan(mixtral, Setting(gpus=8))
     assert plan.trainable == adapter_entries(mixtral, Setting(gpus=8)) == 32 * (16 * (4096 * 3 + 1024) + 128)
+    adapted = make_plan(mixtral, Setting(gpus=8, targets=("q_proj", "experts")))
+    assert adapted.trainable == 32 * (16 * 2 * 4096 + 64 + 8 * (16 * (3 * 14336 + 2 * 4096) + 2 * 64))
+    assert adapted.phases["train"].gpu > plan.phases["train"].gpu
+    one = 2 * 8 * 2 * 14336 * 4096  # W + D of a layer's experts
+    assert adapted.phases["retune"].gpu - adapted.phases["train"].gpu == one
+    assert adapted.decomposition > 60 * plan.decomposition
     with pytest.raises(ConfigError, match="makes no decoder of its config"):
         shape_of_config(T5Config())
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_adapters_of_experts_are_as_large_as_planned(model_type):
+    import dsee_scale
+
+    shape = shape_of_config(moe_config(model_type))
+    model = build(moe_config(model_type))
+    dsee_scale.inject(
+        model, dsee_scale.DSEEConfig(rank=3, num_sparse=7, target_modules=("o_proj", "experts"))
+    )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    setting = Setting(gpus=2, rank=3, num_sparse=7, targets=("o_proj", "experts"))
+    assert adapter_entries(shape, setting) == trained
+    assert adapter_entries(shape, Setting(gpus=2, rank=3, num_sparse=7, targets=("down_proj",))) > 0
