@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import dsee_scale
 from dsee_scale.errors import ConfigError, DSEEError
-from tests.dist.run_inputs import losses, tiny_recipe, zero_share
+from dsee_scale.recipe.recipe import load_recipe
+from tests.dist.run_inputs import WORDS, losses, tiny_recipe, zero_share
+from tests.models import build, moe_config
 
 # The first run of a process imports transformers' Trainer and all that hangs on it.
 LONG = 400.0
@@ -227,6 +229,24 @@ def test_a_refitted_run_writes_its_base_once_and_resumes_from_it(inputs, pools, 
     assert losses(resumed) == losses(tmp_path / "run")
     files = [folder / "adapter" / "dsee_adapter.safetensors" for folder in (tmp_path / "run", resumed)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_recipe_for_experts_leaves_a_smaller_stock_model(inputs, pools, tmp_path):
+    shipped = load_recipe(
+        Path(__file__).parents[2] / "recipes" / "moe.yaml", variables={"DSEE_SCALE_CACHE": "/"}
+    )
+    shutil.copytree(inputs, tmp_path / "inputs")
+    sizes = dict(vocab_size=len(WORDS), eos_token_id=1, pad_token_id=0, bos_token_id=None)
+    build(moe_config("qwen3_moe", 8, **sizes)).save_pretrained(tmp_path / "inputs" / "model")
+    sections = {"dsee": {**shipped.to_dict()["dsee"], "num_sparse": 8}, "prune": shipped.to_dict()["prune"]}
+    values = tiny_recipe(tmp_path / "inputs", tmp_path / "run", **sections, training__save_strategy="no")
+    pools(2).run(run_recipe, values, timeout=LONG)
+    phases = {p["phase"]: p for p in json.loads((tmp_path / "run" / "metrics.json").read_text())["phases"]}
+    experts = 2 * 2 * (2 * 12 * 20 + 12 * 20)  # two of eight in each of two layers
+    assert phases["tuned"]["zeros"] == 0 and phases["retuned"]["zeros"] == experts
+    assert phases["retuned"]["quality"]["loss"] < phases["before"]["quality"]["loss"] - 0.1
+    assert phases["exported"]["same_tokens"] and phases["exported"]["max_logit_difference"] < 1e-4
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").config.num_experts == 6
 
 
 def test_completion_with_bleu_and_gradual_pruning(inputs, pools, tmp_path):
