@@ -37,7 +37,7 @@ test-fast: setup  ## Unit tests only
 # DeepSpeed imports triton where there is one, which fails without a GPU until triton 3.3.
 test-lowest:  ## Unit tests and a run on two ranks with the lowest versions of constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/pip install --quiet --constraint constraints-lowest.txt torch setuptools wheel ninja py-cpuinfo numpy
+	$(LOWEST)/bin/pip install --quiet --constraint constraints-lowest.txt torch 'setuptools>=77' wheel ninja py-cpuinfo numpy
 	$(LOWEST)/bin/pip install --quiet --constraint constraints-lowest.txt --no-build-isolation --editable '.[train,fast,report,quant]' \
 		gguf hypothesis peft pytest pytest-timeout
 	$(LOWEST)/bin/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || $(LOWEST)/bin/pip uninstall --quiet --yes triton

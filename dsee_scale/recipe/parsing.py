@@ -18,10 +18,10 @@ MOST_VALUES = 20_000
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML as people write it: `1e-4` is a number, a date is text, and a key given twice is an error.
+    """YAML as people write it: `1e-4` is a number, a date and `2:4` are text, and a key given twice is an error.
 
-    YAML 1.1, which PyYAML follows, wants a dot in a float and keeps the last of two equal keys. What aliases blow up is
-    refused before it is made.
+    YAML 1.1, which PyYAML follows, wants a dot in a float, takes 2:4 for 124 seconds, and keeps the last of two equal
+    keys. What aliases blow up is refused before it is made.
     """
 
     def get_single_node(self) -> yaml.Node | None:
@@ -33,7 +33,10 @@ class RecipeLoader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose keys are all different."""
+        """A mapping whose keys are all different; `yes` and `no` are words there, say the names of classes."""
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:bool":
+                key.tag = "tag:yaml.org,2002:str"
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
         repeated = sorted({str(key) for key in keys if keys.count(key) > 1})
         if repeated:
@@ -52,9 +55,14 @@ def _num_values(node: yaml.Node, sizes: dict[int, int]) -> int:
 
 
 RecipeLoader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, rule) for tag, rule in rules if tag.rpartition(":")[2] not in ("timestamp", "int")]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$"),
+    list("-+0123456789"),
+)
 RecipeLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )

@@ -100,8 +100,12 @@ def load_recipe(
     """
     path = find_file("recipes", path)
     values = read_with_base(path)
+    given: list[list[str]] = []
     for name, value in parse_command_line(argv):
         full = _full_name(name)
+        if full in given:
+            raise ConfigError(f"--{name} is given twice; give {'.'.join(full)} once")
+        given.append(full)
         if len(full) > 1 and isinstance(values.get(full[0]), list):
             raise ConfigError(f"--{name}: section {full[0]!r} of {path} is a list; change it there")
         set_nested(values, full, value)

@@ -87,6 +87,14 @@ FLAGS = [
     (["--data.calibration_samples", "-1"], "calibration_samples must be"),
     (["--", "x"], "belongs to no setting"),
     (["--a.b.c", "1"], "unknown key 'a'"),
+    (["--learning_rate", "1", "--training.learning_rate", "2"], "training.learning_rate is given twice"),
+    (["--dsee.trained_modules", "score"], "trained_modules must be a list of text"),
+    (["--prune.modules", "q_proj"], "modules must be a list of text"),
+    (
+        ["--prune.sparsity", "0.3", "--prune.pools", "[{name: a, sparsity: 0.5}]"],
+        "sparsity 0.3 has no effect",
+    ),
+    (["--prune.pattern", "heads", "--prune.sparsity", "0.3", "--prune.num_per_layer", "2"], "has no effect"),
 ]
 
 
@@ -152,6 +160,13 @@ def test_what_people_write_is_still_read(recipe):
         recipe, ["--output_dir", "2024-01-01", "--seed", "007", "--dsee.target_modules", r".*\.(q|v)_proj"]
     )
     assert read.training["output_dir"] == "2024-01-01"
+    words = ["--data.task", "classification", "--data.prompt", "{x}", "--prune.pattern", "2:4"]
+    read = load_recipe(recipe, [*words, "--data.labels", "{yes: ' yes', no: ' no'}"])
+    assert dict(read.data.labels) == {"yes": " yes", "no": " no"} and read.prune[0].n_of_m == (2, 4)
+    assert dict(load_recipe(recipe, [*words, "--data.labels", "{0: a, 1: b}"]).data.labels) == {
+        0: "a",
+        1: "b",
+    }
     recipe.write_text(GOOD + "training: {output_dir: 2024-01-01}\n")
     assert load_recipe(recipe).training["output_dir"] == "2024-01-01"
     recipe.write_text("x: &x {name: x}\nmodel: *x\n" + GOOD.splitlines()[1])
