@@ -24,11 +24,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python tests/dist/extensions.py
 	touch $@
 
-# One process a core: tests of one process two files at a time, then those that start ranks themselves.
+# Two files at a time, those that start ranks first: much of what a rank does is to wait for another one.
 test: setup  ## All tests, real DeepSpeed in 1, 2 and 3 processes included
 	failed=0; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/paper tests/fuzz || failed=1; \
-	$(BIN)/python -m pytest tests/dist tests/gpu || failed=1; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/dist tests/unit tests/paper tests/fuzz || failed=1; \
+	$(BIN)/python -m pytest tests/gpu || failed=1; \
 	exit $$failed
 
 test-fast: setup  ## Unit tests only

@@ -1,9 +1,9 @@
-"""The examples run as their first lines say, under real launchers."""
+"""The examples run with the words of their first lines; the one for accelerate under its launcher."""
 
 from __future__ import annotations
 
 import os
-import socket
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +13,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tests.dist.pool import free_port
 from tests.models import build, llama_config
 
 ROOT = Path(__file__).parents[2]
 TEXT = "the cat sat on the mat and the dog sat on the log while the bird sang of the sea\n" * 40
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -42,30 +37,45 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-LAUNCHES = {
-    "deepspeed_loop.py": ["deepspeed", "--num_gpus", "2", "--master_port", "PORT"],
-    "accelerate_loop.py": [
-        "accelerate",
-        "launch",
-        "--main_process_port",
-        "PORT",
-        "--config_file",
-        "ds_configs/accelerate_cpu.yaml",
-    ],
-}
+def words(inputs: Path, output: Path) -> list[str]:
+    given = [
+        "--model",
+        str(inputs / "model"),
+        "--text",
+        str(inputs / "text.txt"),
+        "--output_dir",
+        str(output),
+    ]
+    return [*given, "--steps", "6", "--block_size", "16"]
 
 
-@pytest.mark.parametrize("example", list(LAUNCHES))
-def test_the_example_tunes_prunes_and_exports(example, inputs, tmp_path):
-    command = [word.replace("PORT", free_port()) for word in LAUNCHES[example]]
-    command += [f"examples/{example}", "--model", str(inputs / "model"), "--text", str(inputs / "text.txt")]
-    command += ["--output_dir", str(tmp_path / "out"), "--steps", "6", "--block_size", "16"]
+def assert_half_is_zero(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    weights = [p for n, p in model.named_parameters() if "layers" in n and p.dim() == 2]
+    zeros = sum(int((w == 0).sum()) for w in weights)
+    assert zeros >= round(sum(w.numel() for w in weights) / 2)
+
+
+def run_example(argv: list[str]) -> None:
+    """What `deepspeed` does with the program on each rank."""
+    os.chdir(ROOT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", argv)
+        runpy.run_path(argv[0])["main"]()
+
+
+def test_the_loop_for_deepspeed_tunes_prunes_and_exports(pools, inputs, tmp_path):
+    pools(2).run(run_example, ["examples/deepspeed_loop.py", *words(inputs, tmp_path / "out")])
+    assert_half_is_zero(tmp_path / "out" / "model")
+
+
+def test_the_loop_for_accelerate_tunes_prunes_and_exports(inputs, tmp_path):
+    command = ["accelerate", "launch", "--main_process_port", str(free_port())]
+    command += ["--config_file", "ds_configs/accelerate_cpu.yaml", "examples/accelerate_loop.py"]
+    command += words(inputs, tmp_path / "out")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert "50.00%" in run.stdout
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
-    weights = [p for n, p in model.named_parameters() if "layers" in n and p.dim() == 2]
-    zeros = sum(int((w == 0).sum()) for w in weights)
-    assert zeros >= round(sum(w.numel() for w in weights) / 2)
+    assert_half_is_zero(tmp_path / "out" / "model")

@@ -18,9 +18,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.dist.pool import free_port
 from tests.dist.run_inputs import losses, tiny_recipe, zero_share
 from tests.dist.test_run import LONG, run_recipe
-from tests.dist.two_hosts import INTERFACE, NAMES, TwoHosts, clean_environment, free_port, two_hosts, why_not
+from tests.dist.two_hosts import INTERFACE, NAMES, TwoHosts, clean_environment, two_hosts, why_not
 
 ROOT = Path(__file__).parents[2]
 PER_HOST = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": INTERFACE}

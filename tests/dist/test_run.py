@@ -72,22 +72,6 @@ def test_the_export_was_judged_without_dsee_scale(finished):
     assert exported["same_tokens"] is True
 
 
-def test_a_dense_export_has_the_live_models_logits_and_quality(inputs, pools, tmp_path):
-    values = tiny_recipe(
-        inputs,
-        tmp_path / "run",
-        export={"delta": "dense"},
-        prune__mask_update=False,
-        training__save_strategy="no",
-    )
-    pools(2).run(run_recipe, values, timeout=LONG)
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    phases = {phase["phase"]: phase for phase in metrics["phases"]}
-    assert phases["exported"]["max_logit_difference"] < 1e-4
-    for name, value in phases["exported"]["quality"].items():
-        assert value == pytest.approx(phases["retuned"]["quality"][name], rel=1e-4)
-
-
 def test_checkpoints_hold_no_base_weight_and_nothing_empty(finished):
     checkpoints = sorted(path.name for path in finished.glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-11", "checkpoint-4", "checkpoint-6", "checkpoint-8"]
@@ -209,7 +193,7 @@ def test_bad_input_is_the_same_error_on_every_rank(finished, inputs, pools, tmp_
 
 def test_a_refitted_run_writes_its_base_once_and_resumes_from_it(inputs, pools, tmp_path):
     """The default pruning: by activations, re-fitted. A checkpoint holds none of the new weights."""
-    changes = dict(prune={"sparsity": 0.5}, data__calibration_samples=24)
+    changes: dict[str, Any] = dict(prune={"sparsity": 0.5}, data__calibration_samples=24)
     pools(2).run(run_recipe, tiny_recipe(inputs, tmp_path / "run", **changes), timeout=LONG)
     phases = json.loads((tmp_path / "run" / "metrics.json").read_text())["phases"]
     zeros, entries = zero_share(tmp_path / "run" / "model")
@@ -221,6 +205,7 @@ def test_a_refitted_run_writes_its_base_once_and_resumes_from_it(inputs, pools, 
     dsee_scale.load_adapter(base, tmp_path / "run" / "adapter")
     resumed = tmp_path / "resumed"
     shutil.copytree(tmp_path / "run" / "checkpoint-8", resumed / "checkpoint-8")
+    changes["export"] = None
     values = tiny_recipe(inputs, resumed, training__resume_from_checkpoint=True, **changes)
     found = pools(2).run(run_and_tell, values, timeout=LONG)
     assert found[0] == found[1] and "base is missing; resume an older checkpoint" in found[0][1]
@@ -249,7 +234,7 @@ def test_the_recipe_for_experts_leaves_a_smaller_stock_model(inputs, pools, tmp_
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").config.num_experts == 6
 
 
-def test_completion_with_bleu_and_gradual_pruning(inputs, pools, tmp_path):
+def test_completion_with_bleu_gradual_pruning_and_a_dense_export_like_the_live_model(inputs, pools, tmp_path):
     (tmp_path / "pairs.csv").write_text("mr,ref\n" + "the film,is fine\nthe plot,is dull\n" * 30)
     data = {
         "task": "completion",
@@ -274,6 +259,9 @@ def test_completion_with_bleu_and_gradual_pruning(inputs, pools, tmp_path):
     assert phases[2]["step"] == 10
     assert phases[2]["sparsity"] == pytest.approx(0.5, abs=1e-3)
     assert all("bleu" in phase["quality"] for phase in phases[:4])
+    assert phases[4]["max_logit_difference"] < 1e-4
+    for name, value in phases[4]["quality"].items():
+        assert value == pytest.approx(phases[3]["quality"][name], rel=1e-4)
 
 
 def read_and_count(values: dict[str, Any]) -> tuple[int, list[list[int]]]:
@@ -313,7 +301,12 @@ def test_plain_text_without_deepspeed_in_one_process(inputs, tmp_path, monkeypat
     (tmp_path / "a.txt").write_text("the film is fine and the plot is dull\n" * 60)
     data = {"task": "language_modelling", "train_file": str(tmp_path / "a.txt"), "max_length": 16}
     values = tiny_recipe(
-        inputs, tmp_path / "run", data=data, training__deepspeed=None, training__per_device_train_batch_size=2
+        inputs,
+        tmp_path / "run",
+        data=data,
+        training__deepspeed=None,
+        training__per_device_train_batch_size=2,
+        training__save_strategy="no",
     )
     run_recipe(values)
     phases = json.loads((tmp_path / "run" / "metrics.json").read_text())["phases"]

@@ -11,7 +11,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -172,12 +171,6 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
         hosts.tear_down()
         if made_folder:
             SSHD_FOLDER.rmdir()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
