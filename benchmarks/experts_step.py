@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ import torch
 import torch._dynamo  # before any zero.Init context; see docs/architecture.md
 from _ranks import launch, peak_memory
 from _report import Report, parser
+from _steps import slowest_ranks, step, time_rounds, zero3_config
 from torch import nn
 
 SHAPES = {
@@ -116,14 +115,7 @@ def build_engine(side: str, arguments: argparse.Namespace) -> Any:
     """A side, ready to step."""
     ds_config = None
     if arguments.engine == "ZeRO-3":
-        ds_config = {
-            "train_micro_batch_size_per_gpu": arguments.batch,
-            "zero_optimization": {"stage": 3},
-            "bf16": {"enabled": torch.bfloat16 == DTYPE},
-            "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        }
+        ds_config = zero3_config(arguments.batch, DTYPE)
     model = adapt(build_model(arguments, ds_config), side)
     engine: Any = Plain(model)
     if ds_config is not None:
@@ -139,13 +131,6 @@ def build_engine(side: str, arguments: argparse.Namespace) -> Any:
     return engine
 
 
-def step(engine: Any, tokens: torch.Tensor) -> float:
-    loss = engine(input_ids=tokens, labels=tokens).loss
-    engine.backward(loss)
-    engine.step()
-    return loss.item()
-
-
 def time_steps(arguments: argparse.Namespace, tokens: torch.Tensor) -> dict[str, Any]:
     """Wall and processor seconds of each round's step for every side, and why a side does not run."""
     engines, failed = {}, {}
@@ -158,18 +143,7 @@ def time_steps(arguments: argparse.Namespace, tokens: torch.Tensor) -> dict[str,
                 raise
             engines.pop(side, None)
             failed[side] = f"{type(error).__name__}: {error}"[:200]
-    sides = list(engines)
-    times: dict[str, Any] = {metric: {side: [] for side in sides} for metric in ("wall", "processor")}
-    for k in range(arguments.rounds):
-        turn = k % len(sides)
-        for side in sides[turn:] + sides[:turn]:
-            if arguments.processes > 1:
-                torch.distributed.barrier()
-            start, start_cpu = time.perf_counter(), time.process_time()
-            step(engines[side], tokens)
-            times["wall"][side].append(time.perf_counter() - start)
-            times["processor"][side].append(time.process_time() - start_cpu)
-    return {"times": times, "failed": failed}
+    return {"times": time_rounds(engines, tokens, arguments.rounds), "failed": failed}
 
 
 def worker(arguments: argparse.Namespace) -> None:
@@ -212,16 +186,14 @@ def launch_ranks(arguments: argparse.Namespace, shape: str, engine: str, memory_
 def report_case(arguments: argparse.Namespace, shape: str, engine: str, report: Report) -> None:
     """Time and memory of one shape under one engine."""
     ranks = launch_ranks(arguments, shape, engine)
-    failed, seconds = ranks[0]["failed"], {}
+    failed = ranks[0]["failed"]
     details = {
         "tokens_per_rank": arguments.batch * arguments.length,
         **({"peft": failed["peft"]} if failed else {}),
     }
     case = f"{engine}, {shape}"
-    for metric in ("wall", "processor"):
-        for side in ranks[0]["times"][metric]:
-            rounds = zip(*(rank["times"][metric][side] for rank in ranks), strict=True)
-            seconds[side] = statistics.median(max(times) for times in rounds)
+    for metric in ("wall", "cpu"):
+        seconds = slowest_ranks([rank["times"] for rank in ranks], metric)
         name = "step time" if metric == "wall" else "step time, processor"
         for side in SIDES[1:]:
             report.add(f"{case}, {side}", name, "s", seconds[side], seconds.get("peft"), **details)

@@ -25,7 +25,6 @@ import argparse
 import json
 import os
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ import torch
 import torch._dynamo  # before any zero.Init context; see docs/architecture.md
 from _ranks import launch, peak_memory, small_llama
 from _report import Report, parser
+from _steps import slowest_ranks, step, time_rounds, zero3_config
 from torch import nn
 
 TARGETS = {
@@ -80,14 +80,8 @@ def build_engine(side: str, targets: tuple[str, ...], arguments: argparse.Namesp
     """A DeepSpeed engine with an optimizer over what is trained."""
     import deepspeed
 
-    ds_config = {
-        "train_micro_batch_size_per_gpu": arguments.batch,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": arguments.threshold},
-        "bf16": {"enabled": True},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "torch_adam": True}},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
+    threshold = {"stage3_param_persistence_threshold": arguments.threshold}
+    ds_config = zero3_config(arguments.batch, torch.bfloat16, **threshold)
     model = adapt(build_model(arguments, ds_config), side, targets)
     trained = [p for p in model.parameters() if p.requires_grad]
     engine = deepspeed.initialize(model=model, model_parameters=trained, config=ds_config)[0]
@@ -96,13 +90,6 @@ def build_engine(side: str, targets: tuple[str, ...], arguments: argparse.Namesp
 
         dsee_scale.prune(engine, dsee_scale.PruneConfig(sparsity=0.5, score="W", modules=targets))
     return engine
-
-
-def step(engine: Any, tokens: torch.Tensor) -> float:
-    loss = engine(input_ids=tokens, labels=tokens).loss
-    engine.backward(loss)
-    engine.step()
-    return loss.item()
 
 
 def time_steps(
@@ -115,27 +102,12 @@ def time_steps(
         for _ in range(3):
             step(engine, longest)
     fetches = {side: count_fetches(engine, longest) for side, engine in engines.items()}
-    times = {tokens.numel(): time_rounds(engines, tokens, arguments.rounds) for tokens in batches.values()}
+    times = {}
+    for tokens in batches.values():
+        for engine in engines.values():
+            step(engine, tokens)
+        times[tokens.numel()] = time_rounds(engines, tokens, arguments.rounds)
     return {"times": times, "fetches": fetches}
-
-
-def time_rounds(
-    engines: dict[str, Any], tokens: torch.Tensor, rounds: int
-) -> dict[str, dict[str, list[float]]]:
-    """Wall and processor seconds of every side's steps, in turn."""
-    for engine in engines.values():
-        step(engine, tokens)
-    wall: dict[str, list[float]] = {side: [] for side in SIDES}
-    cpu: dict[str, list[float]] = {side: [] for side in SIDES}
-    for k in range(rounds):
-        # The order turns, so that no side always runs after the same one.
-        for side in SIDES[k % 4 :] + SIDES[: k % 4]:
-            torch.distributed.barrier()
-            start, start_cpu = time.perf_counter(), time.process_time()
-            step(engines[side], tokens)
-            wall[side].append(time.perf_counter() - start)
-            cpu[side].append(time.process_time() - start_cpu)
-    return {"wall": wall, "cpu": cpu}
 
 
 def count_fetches(engine: Any, tokens: torch.Tensor) -> int:
@@ -209,10 +181,7 @@ def report_case(arguments: argparse.Namespace, targets: str, report: Report) -> 
     ranks = launch_ranks(arguments, targets)
     for tokens in ranks[0]["times"]:
         for metric in ("wall", "cpu"):
-            medians = {}
-            for side in SIDES:
-                rounds = zip(*(rank["times"][tokens][metric][side] for rank in ranks), strict=True)
-                medians[side] = statistics.median(max(times) for times in rounds)
+            medians = slowest_ranks([rank["times"][tokens] for rank in ranks], metric)
             ours, peft, frozen = medians["ours"], medians["peft"], medians["frozen"]
             details = {"frozen": frozen, "peft_over_frozen": peft / frozen}
             case, suffix = (
