@@ -36,6 +36,11 @@ def world_size(group: Any = None) -> int:
     return dist.get_world_size(group) if is_active() else 1
 
 
+def show_progress(wanted: bool | None) -> bool:
+    """Whether long work shows a bar here: on rank 0, if asked for or (None) if a person watches."""
+    return rank() == 0 and (sys.stderr.isatty() if wanted is None else wanted)
+
+
 def communication_device(group: Any, device: torch.device) -> torch.device:
     """Where tensors must lie for a group's backend; `device`, that of the weights, where the backend takes any.
 

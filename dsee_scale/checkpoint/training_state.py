@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.linear import BUFFERS, adapted_layers
-from dsee_scale.checkpoint.adapter import STEM as ADAPTER_STEM
-from dsee_scale.checkpoint.adapter import apply_masks, open_adapter, read_layer, write_adapter
+from dsee_scale.checkpoint.adapter import apply_masks, write_adapter
+from dsee_scale.checkpoint.adapter_file import STEM as ADAPTER_STEM
+from dsee_scale.checkpoint.adapter_file import open_adapter, read_layer
 from dsee_scale.checkpoint.files import damaged
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, open_folder
-from dsee_scale.checkpoint.mask_files import has_masks, masks_now, note_files
 from dsee_scale.checkpoint.masks import STEM as MASKS
-from dsee_scale.checkpoint.masks import open_masks
+from dsee_scale.checkpoint.masks import has_masks, masks_now, note_files, open_masks
 from dsee_scale.checkpoint.random_state import random_state, set_random_state
 from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord, base_identity, check_base
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec, part_name, write_dealt, write_tensors

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from dsee_scale.checkpoint.folder import NewFolder, open_folder
-from dsee_scale.checkpoint.mask_files import masks_now, note_files
+from dsee_scale.checkpoint.masks import masks_now, note_files
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import FormatError
 

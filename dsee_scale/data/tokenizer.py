@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
-from dsee_scale.checkpoint.pretrained import hub_note, hub_options
 from dsee_scale.errors import ConfigError
+from dsee_scale.pretrained import hub_note, hub_options
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 LEAST_COVERED = 0.9

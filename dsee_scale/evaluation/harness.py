@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER, load_adapter
+from dsee_scale.checkpoint.adapter import load_adapter
+from dsee_scale.checkpoint.adapter_file import KINDS_WITH_ADAPTER
 from dsee_scale.checkpoint.files import read_json
 from dsee_scale.checkpoint.folder import open_folder, open_if_saved
 from dsee_scale.checkpoint.lora_folder import CONFIG_NAME, is_lora_folder

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dsee_scale.adapters.linear import adapted_layers, delta_record, weight_name
 from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.delta import AdapterSpec, Delta
-from dsee_scale.checkpoint.adapter import open_adapter, read_layer
+from dsee_scale.checkpoint.adapter_file import open_adapter, read_layer
 from dsee_scale.checkpoint.folder import StoredFolder
 from dsee_scale.checkpoint.record import AdapterRecord, base_identity, trained_in_full
 from dsee_scale.config import UNIT_PATTERNS

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.patterns import groups_hold
-from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER
+from dsee_scale.checkpoint.adapter_file import KINDS_WITH_ADAPTER
 from dsee_scale.checkpoint.files import damaged, read_json
 from dsee_scale.checkpoint.folder import StoredFolder, open_if_saved
 from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from dsee_scale.adapters.linear import weight_name
 from dsee_scale.algorithms.delta import Delta
-from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER, open_adapter, read_layer
-from dsee_scale.checkpoint.adapter import STEM as ADAPTER_STEM
+from dsee_scale.checkpoint.adapter_file import KINDS_WITH_ADAPTER, open_adapter, read_layer
+from dsee_scale.checkpoint.adapter_file import STEM as ADAPTER_STEM
 from dsee_scale.checkpoint.contents import reject_input
 from dsee_scale.checkpoint.files import read_json
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, open_folder, open_if_saved
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import apply_mask, open_masks
-from dsee_scale.checkpoint.pretrained import read_config
 from dsee_scale.checkpoint.record import (
     CONFIG_FILE,
     AdapterRecord,
@@ -41,6 +40,7 @@ from dsee_scale.export.writer import WITHOUT_UPDATE, DeltaForm, check_delta, wri
 from dsee_scale.partition import open_partition
 from dsee_scale.partition.quantized import as_stored, format_name
 from dsee_scale.passes.fingerprint import as_text, rounded_sum
+from dsee_scale.pretrained import read_config
 
 WEIGHTS_FILE = "model.safetensors"
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsee_scale.checkpoint.adapter import KIND as ADAPTER
+from dsee_scale.checkpoint.adapter_file import KIND as ADAPTER
 from dsee_scale.checkpoint.files import MANIFEST, read_json
 from dsee_scale.checkpoint.folder import StoredFolder, open_folder
 from dsee_scale.checkpoint.lora_folder import CONFIG_NAME as LORA_CONFIG

@@ -18,8 +18,8 @@ from dsee_scale.adapters.linear import weight_name
 from dsee_scale.adapters.state import MASK_UPDATE, reject_broken
 from dsee_scale.algorithms.cover import Cover, as_low_rank, smallest_cover
 from dsee_scale.algorithms.delta import Delta
-from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER
-from dsee_scale.checkpoint.adapter import STEM as ADAPTER_STEM
+from dsee_scale.checkpoint.adapter_file import KINDS_WITH_ADAPTER
+from dsee_scale.checkpoint.adapter_file import STEM as ADAPTER_STEM
 from dsee_scale.checkpoint.contents import reject_input
 from dsee_scale.checkpoint.folder import NewFolder, new_folder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS

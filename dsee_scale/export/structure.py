@@ -25,10 +25,10 @@ from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.units import UnitLayer, find_units
 from dsee_scale.checkpoint.files import damaged
 from dsee_scale.checkpoint.folder import FORMAT_VERSION
-from dsee_scale.checkpoint.pretrained import reject_endless
 from dsee_scale.checkpoint.record import is_adapter_key
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
+from dsee_scale.pretrained import reject_endless
 
 STRUCTURE_FILE = "dsee_structure.json"
 

@@ -15,18 +15,17 @@ from dsee_scale.adapters.state import MASK_UPDATE
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.delta import Delta, Form, merged_weight
 from dsee_scale.algorithms.score import all_finite
-from dsee_scale.checkpoint.adapter import KIND as ADAPTER_KIND
+from dsee_scale.checkpoint.adapter_file import KIND as ADAPTER_KIND
 from dsee_scale.checkpoint.folder import NewFolder, new_folder
 from dsee_scale.checkpoint.tensors import TensorWriter
 from dsee_scale.config import UNIT_PATTERNS, DSEEConfig
-from dsee_scale.distributed import raise_on_all_ranks
+from dsee_scale.distributed import raise_on_all_ranks, show_progress
 from dsee_scale.errors import ConfigError, FormatError
 from dsee_scale.export.card import CARD_FILE, export_card
 from dsee_scale.export.plan import Entry, ExportPlan
 from dsee_scale.export.report import INDEX_FILE, KIND, REPORT_FILE, ExportReport, count_patterns
 from dsee_scale.export.structure import STRUCTURE_FILE, Structure
 from dsee_scale.partition import Partition
-from dsee_scale.passes.progress import show_progress
 
 DeltaForm = Literal["masked", "dense", "separate", "none"]
 WITHOUT_UPDATE = ("separate", "none")
@@ -109,7 +108,7 @@ def write_model(
             ) as inner:
                 source.write_adapter(inner)
         writer = _Writer(source, new, delta)
-        writer.write_files(show_progress(partition, progress))
+        writer.write_files(show_progress(progress))
         report = writer.report(started)
         with raise_on_all_ranks(partition):
             if partition.rank == 0:

@@ -15,11 +15,11 @@ from dsee_scale.adapters.targets import Target
 from dsee_scale.algorithms.decompose import Support, find_support
 from dsee_scale.algorithms.score import all_finite
 from dsee_scale.config import DSEEConfig
+from dsee_scale.distributed import show_progress
 from dsee_scale.errors import PartitionError, TargetError
 from dsee_scale.partition import Exchange, Partition
 from dsee_scale.partition.port import Part
 from dsee_scale.passes.deal import Round, deal, rounds
-from dsee_scale.passes.progress import show_progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +85,7 @@ def decompose_model(
     partition.raise_together(lacking)
     supports: dict[int, Support] = {}
     failure: Exception | None = None
-    bar = tqdm(
-        total=len(pieces), desc="decompose", unit="matrix", disable=not show_progress(partition, progress)
-    )
+    bar = tqdm(total=len(pieces), desc="decompose", unit="matrix", disable=not show_progress(progress))
     for each, exchange in _transfers(plan, pieces, partition, workspaces):
         try:
             mine = exchange.wait()

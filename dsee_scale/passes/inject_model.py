@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +15,6 @@ from torch import nn
 from dsee_scale.adapters.experts import attach_experts, let_gradients_through
 from dsee_scale.adapters.linear import adapted_layers, attach
 from dsee_scale.adapters.matrices import find_matrices
-from dsee_scale.adapters.persistence import check_persistence
 from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.targets import Target, find_modules, find_targets
 from dsee_scale.algorithms.decompose import Support
@@ -231,4 +232,34 @@ def _report(model: nn.Module, targets: list[Target], partition: Partition, secon
             matrices,
             partition.shape,
         ),
+    )
+
+
+DEFAULT_THRESHOLD = 100_000
+"""DeepSpeed's, where the config sets none."""
+
+
+def check_persistence(ds_config: Mapping[str, Any], model: nn.Module) -> str | None:
+    """What to tell the user if some adapters are not resident, else None. Local.
+
+    Args:
+        ds_config: DeepSpeed's JSON as a mapping; "auto" counts as the Trainer fills it in.
+        model: an injected model, before or after partitioning.
+    """
+    zero = ds_config.get("zero_optimization", {})
+    if zero.get("stage") != 3:
+        return None
+    threshold = zero.get("stage3_param_persistence_threshold", DEFAULT_THRESHOLD)
+    if threshold == "auto":
+        threshold = 10 * int(getattr(getattr(model, "config", None), "hidden_size", DEFAULT_THRESHOLD // 10))
+    # From the settings: under ZeRO-3 the tensors are empty.
+    sizes: dict[str, int] = {name: layer.dsee_spec.numel for name, layer in adapted_layers(model).items()}
+    largest = max(sizes, key=sizes.__getitem__, default="")
+    if not sizes or sizes[largest] <= int(threshold):
+        return None
+    return (
+        f"stage3_param_persistence_threshold is {int(threshold)}, and the adapter of {largest} has {sizes[largest]} "
+        "elements: such adapters travel with their layer's weight, in the same message, at every use. Set it to "
+        f"{sizes[largest]} or more in the DeepSpeed config to keep them resident instead: that costs their memory once "
+        "per rank, and one small all-gather each after every optimizer step."
     )

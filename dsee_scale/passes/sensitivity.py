@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dsee_scale.distributed import gather_objects
+from dsee_scale.distributed import gather_objects, show_progress
 from dsee_scale.errors import CalibrationError
 from dsee_scale.partition import Partition, unwrap
 from dsee_scale.partition.engine_state import no_leaf_gradients
 from dsee_scale.passes.batches import compute_device, evaluating, in_step, to_device, together, token_mask
 from dsee_scale.passes.label_logits import IGNORED, label_loss, logits_at, output_layer, predicting
-from dsee_scale.passes.progress import show_progress
 
 
 def has_loss(model: nn.Module, batches: Sequence[Any], partition: Partition) -> bool:
@@ -87,7 +86,7 @@ def output_gradients(
             in_step(module, batches, partition),
             desc="sensitivity",
             unit="batch",
-            disable=not show_progress(partition, progress),
+            disable=not show_progress(progress),
         ):
             labelled = _with_labels(module, batch)
             assert labelled is not None, "has_loss has seen it"

@@ -102,7 +102,7 @@ def find_shape(name: str) -> ModelShape:
     """
     from transformers import AutoConfig
 
-    from dsee_scale.checkpoint.pretrained import hub_note, read_config
+    from dsee_scale.pretrained import hub_note, read_config
 
     if name.lower() in BUILT_IN:
         return shape_of_config(AutoConfig.for_model(**BUILT_IN[name.lower()]), name)

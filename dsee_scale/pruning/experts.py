@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsee_scale.adapters.units import UnitLayer
 from dsee_scale.config import PruneConfig
-from dsee_scale.passes.statistics import Statistics
+from dsee_scale.passes.calibrate import Statistics
 from dsee_scale.pruning.units import random_unit_scores
 
 

@@ -14,14 +14,13 @@ from dsee_scale.adapters.linear import restore_under_mask
 from dsee_scale.adapters.routers import mask_routers
 from dsee_scale.adapters.state import model_state, reject_broken
 from dsee_scale.config import SCORES_OF_ACTIVATIONS, PruneConfig
-from dsee_scale.distributed import raise_on_all_ranks
+from dsee_scale.distributed import raise_on_all_ranks, show_progress
 from dsee_scale.errors import CalibrationError, ConfigError
 from dsee_scale.partition import Partition, open_partition, unwrap
 from dsee_scale.passes.batches import Batches, reject_lone_batch, reject_uncounted
 from dsee_scale.passes.calibrate import Statistics, calibrate
 from dsee_scale.passes.coverage import Coverage
 from dsee_scale.passes.fingerprint import fingerprint
-from dsee_scale.passes.progress import show_progress
 from dsee_scale.pruning.checks import check_in_order, check_pruning, note_contents, note_pattern
 from dsee_scale.pruning.experts import expert_scores
 from dsee_scale.pruning.groups import remove_in_rows, remove_n_of_m
@@ -236,7 +235,7 @@ def _prune_once(
     elif config.scope == "row":
         matrices = remove_in_rows(pools, rankings, partition)
     else:
-        matrices = remove_lowest(pools, rankings, partition, hidden=not show_progress(partition, progress))
+        matrices = remove_lowest(pools, rankings, partition, hidden=not show_progress(progress))
     if not plan:
         note_pattern(module, pools, config)
         restore_under_mask(module)

@@ -6,8 +6,8 @@ from dsee_scale.algorithms.score import Ranking, all_finite
 from dsee_scale.config import PruneConfig
 from dsee_scale.errors import TargetError
 from dsee_scale.partition import Partition
+from dsee_scale.passes.calibrate import Statistics
 from dsee_scale.passes.pools import WeightPool
-from dsee_scale.passes.statistics import Statistics
 
 
 def find_rankings(

@@ -21,6 +21,7 @@ from dsee_scale.adapters.state import model_state, reject_broken
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.decompose import Support
 from dsee_scale.config import PruneConfig
+from dsee_scale.distributed import show_progress
 from dsee_scale.errors import PartitionError, TargetError
 from dsee_scale.partition import Partition, unwrap
 from dsee_scale.passes.batches import (
@@ -34,7 +35,6 @@ from dsee_scale.passes.blocks import Call, advance, capture, find_blocks
 from dsee_scale.passes.calibrate import agreed_leaders, watching
 from dsee_scale.passes.deal import deal
 from dsee_scale.passes.pools import WeightPool
-from dsee_scale.passes.progress import show_progress
 from dsee_scale.pruning.checks import note_pattern
 from dsee_scale.pruning.refit_block import (
     adapter_params,
@@ -92,7 +92,7 @@ def refit(
     blocks = check_refit(model, pools, partition)
     done: list[str] = []
     unsolved: list[str] = []
-    hidden = not show_progress(partition, progress)
+    hidden = not show_progress(progress)
     with evaluating(module):
         layers = {name: member.module for name, (member, _) in members.items() if member.expert is None}
         with watching(layers, lambda *_: None) as watch:

@@ -23,12 +23,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from dsee_scale.checkpoint.pretrained import hub_options, read_config
 from dsee_scale.data.tokenizer import check_vocabulary, open_tokenizer
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError
 from dsee_scale.partition.quantized import prepare_quantised
 from dsee_scale.partition.zero_config import zero_problems
+from dsee_scale.pretrained import hub_options, read_config
 from dsee_scale.recipe.checks import check_deepspeed_config
 from dsee_scale.recipe.parsing import find_file
 from dsee_scale.recipe.recipe import Recipe

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from dsee_scale.checkpoint.adapter import KIND as ADAPTER
+from dsee_scale.checkpoint.adapter_file import KIND as ADAPTER
 from dsee_scale.checkpoint.contents import check_output
 from dsee_scale.checkpoint.tensors import TensorReader
 from dsee_scale.distributed import raise_on_all_ranks

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from dsee_scale.adapters.targets import linear_kind
-from dsee_scale.checkpoint.adapter import KINDS_WITH_ADAPTER, load_adapter
+from dsee_scale.checkpoint.adapter import load_adapter
+from dsee_scale.checkpoint.adapter_file import KINDS_WITH_ADAPTER
 from dsee_scale.checkpoint.files import MANIFEST
 from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord

@@ -10,7 +10,7 @@ from torch import nn
 
 import dsee_scale
 from dsee_scale import DSEEConfig, TargetError
-from dsee_scale.adapters.gradients import GradientWatch
+from dsee_scale.training.base_trainer import GradientWatch
 from tests.dist.test_inject_prune import engine_for
 from tests.models import partition, zero3_config
 

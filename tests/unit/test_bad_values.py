@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 import dsee_scale
 from dsee_scale.checkpoint.adapter import save_adapter
-from dsee_scale.checkpoint.pretrained import reject_endless
 from dsee_scale.cli import main
 from dsee_scale.config import PruneConfig
 from dsee_scale.errors import DSEEError, FormatError, TargetError
@@ -24,6 +23,7 @@ from dsee_scale.export.export import export_model
 from dsee_scale.export.folder_report import inspect_folder
 from dsee_scale.export.from_files import export_files
 from dsee_scale.planning.shapes import find_shape
+from dsee_scale.pretrained import reject_endless
 from dsee_scale.recipe.sections import ModelConfig
 from dsee_scale.training.setup import load_model
 from tests.fuzz.folders import refresh_manifest

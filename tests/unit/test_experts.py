@@ -17,7 +17,7 @@ from dsee_scale.algorithms.sweep import Count
 from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
 from dsee_scale.export.export import export_model, merged_weights
 from dsee_scale.export.folder_report import inspect_folder
-from dsee_scale.passes.statistics import LEAST_TOKENS
+from dsee_scale.passes.calibrate import LEAST_TOKENS
 from tests.models import build, llama_config, moe_config, token_batch
 
 MODELS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "glm4_moe", "qwen2_moe")

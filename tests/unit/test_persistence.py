@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from dsee_scale.adapters.persistence import check_persistence
+from dsee_scale.passes.inject_model import check_persistence
 from tests.unit.test_linear import FUSED, IN, OUT, adapt, base_layer
 
 NUMEL = 2 * 3 * IN + 8 * 3 + 2 * 5
