@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dsee_scale.adapters.kernels.factors import make_fold
 from dsee_scale.adapters.kernels.grouped import ExpertUpdate, expert_product, grouped_mm
-from dsee_scale.adapters.linear import Adapted, FlatViews, check_support, initial_values
+from dsee_scale.adapters.linear import Adapted, FlatViews, initial_values
+from dsee_scale.adapters.support import check_support
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.errors import TargetError
 

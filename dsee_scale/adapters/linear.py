@@ -22,7 +22,7 @@ from dsee_scale.adapters.kernels.factors import make_fold
 from dsee_scale.adapters.kernels.lowrank_sparse import Update, adapted_linear, add_update
 from dsee_scale.adapters.kernels.under_mask import MaskedLayer, masked_product
 from dsee_scale.adapters.state import MASK_UPDATE, model_state
-from dsee_scale.adapters.support import prepare
+from dsee_scale.adapters.support import check_support, prepare
 from dsee_scale.algorithms.delta import AdapterSpec, Delta
 from dsee_scale.errors import TargetError
 from dsee_scale.partition.quantized import find_codecs
@@ -332,29 +332,3 @@ def delta_record(module: Any, flat: Tensor) -> Delta:
         flat: whole `dsee_flat`; under ZeRO-3 the parameter itself is not.
     """
     return Delta.of(module.dsee_spec, flat, module.dsee_rows, module.dsee_cols)
-
-
-def check_support(spec: AdapterSpec, rows: Tensor, cols: Tensor) -> None:
-    """Refuse slices and positions of S2 that do not fit the shape or are not in order."""
-    shape, slices = spec.shape, spec.slices
-    bounds = [0, *(edge for pair in slices for edge in pair), shape[0]]
-    if not slices or bounds != sorted(bounds) or any(start == stop for start, stop in slices):
-        raise TargetError(f"slices {slices} are not ascending ranges within the {shape[0]} outputs")
-    expected = spec.shapes[2]
-    if rows.shape != expected or cols.shape != expected:
-        raise TargetError(
-            f"support of {tuple(rows.shape)} rows and {tuple(cols.shape)} columns, expected {expected[0]} of both: "
-            f"{spec.num_sparse} for each of {len(slices)} slices"
-        )
-    if not spec.num_sparse:
-        return
-    rows_KN = rows.detach().cpu().long().view(len(slices), -1)
-    lows, highs = torch.tensor(slices).split(1, dim=1)
-    if bool(((rows_KN < lows) | (rows_KN >= highs)).any()):
-        raise TargetError(f"the support has rows outside of the slices {slices}")
-    cols_KN = cols.detach().cpu().long().view(len(slices), -1)
-    order_KN = rows_KN * shape[1] + cols_KN
-    if bool(((cols_KN < 0) | (cols_KN >= shape[1])).any()) or bool((order_KN.diff(dim=1) <= 0).any()):
-        raise TargetError(
-            "the support's entries are not distinct, within the inputs, and sorted by (row, column)"
-        )

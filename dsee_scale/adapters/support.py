@@ -15,6 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsee_scale.algorithms.delta import AdapterSpec
+from dsee_scale.errors import TargetError
+
 Method = Literal["gather", "bags", "triton"]
 
 
@@ -111,3 +114,29 @@ def _sorted_route(source: Tensor, target: Tensor, order: Tensor | None, size: in
     starts = torch.zeros(len(counts) + 1, dtype=torch.int32, device=target.device)
     torch.cumsum(counts, 0, out=starts[1:])
     return Route(source, order, targets, starts=starts)
+
+
+def check_support(spec: AdapterSpec, rows: Tensor, cols: Tensor) -> None:
+    """Refuse slices and positions of S2 that do not fit the shape or are not in order."""
+    shape, slices = spec.shape, spec.slices
+    bounds = [0, *(edge for pair in slices for edge in pair), shape[0]]
+    if not slices or bounds != sorted(bounds) or any(start == stop for start, stop in slices):
+        raise TargetError(f"slices {slices} are not ascending ranges within the {shape[0]} outputs")
+    expected = spec.shapes[2]
+    if rows.shape != expected or cols.shape != expected:
+        raise TargetError(
+            f"support of {tuple(rows.shape)} rows and {tuple(cols.shape)} columns, expected {expected[0]} of both: "
+            f"{spec.num_sparse} for each of {len(slices)} slices"
+        )
+    if not spec.num_sparse:
+        return
+    rows_KN = rows.detach().cpu().long().view(len(slices), -1)
+    lows, highs = torch.tensor(slices).split(1, dim=1)
+    if bool(((rows_KN < lows) | (rows_KN >= highs)).any()):
+        raise TargetError(f"the support has rows outside of the slices {slices}")
+    cols_KN = cols.detach().cpu().long().view(len(slices), -1)
+    order_KN = rows_KN * shape[1] + cols_KN
+    if bool(((cols_KN < 0) | (cols_KN >= shape[1])).any()) or bool((order_KN.diff(dim=1) <= 0).any()):
+        raise TargetError(
+            "the support's entries are not distinct, within the inputs, and sorted by (row, column)"
+        )

@@ -78,15 +78,21 @@ def check_export(
         "texts": texts,
     }
     what = f"reloading {folder} in stock transformers"
+    answer = _ask(request, device, what)
+    with raise_on_all_ranks(what=what):
+        tokens = [tokenizer(text)["input_ids"] for text in texts]
+        return {} if answer is None else _compared(answer, data, live, tokens)
+
+
+def _ask(request: dict[str, Any], device: torch.device, what: str) -> dict[str, Any] | None:
+    """Collective. What the other process answers, on rank 0."""
     with raise_on_all_ranks(what=what):
         check = None if rank() else StockCheck(request)
     try:
         while max_over_ranks(int(check is not None and not check.ended(MEETING)), device=device)[0]:
             pass
         with raise_on_all_ranks(what=what):
-            if check is None:
-                return {}
-            return _compared(check.answer(), data, live, [tokenizer(text)["input_ids"] for text in texts])
+            return None if check is None else check.answer()
     finally:
         if check is not None:
             check.close()

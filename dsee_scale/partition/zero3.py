@@ -1,4 +1,4 @@
-"""Weights partitioned by DeepSpeed ZeRO-3. The only file that knows how DeepSpeed stores a parameter.
+"""Weights partitioned by DeepSpeed ZeRO-3: this file and `exchange.py` alone know how it stores a parameter.
 
 Under ZeRO-3 a parameter has `ds_shape` and `ds_numel` (true sizes), `ds_tensor` (this rank's stretch, of
 ceil(numel / world size) entries, whose unused tail on the last ranks is uninitialised), `ds_status`, and
@@ -9,7 +9,6 @@ is one. An in-place edit of `ds_tensor` is what the next gather from it returns.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsee_scale.errors import PartitionError
-from dsee_scale.partition.port import Part, Shard, decoded, part_of
+from dsee_scale.partition.exchange import AllToAll, Piece, is_partitioned, pieces_of, valid_stretch
+from dsee_scale.partition.port import Part, Shard, decoded
 from dsee_scale.partition.ranks import Ranks
-
-
-def is_partitioned(param: nn.Parameter) -> bool:
-    """Whether DeepSpeed ZeRO-3 manages this parameter."""
-    return hasattr(param, "ds_id")
 
 
 def keep_experts_together(model: nn.Module) -> list[str]:
@@ -88,7 +83,7 @@ class Zero3Partition(Ranks):
         if not is_partitioned(param):
             flat = param.data.view(-1)
             return decoded(self.codecs.get(id(param)), flat if self.rank == 0 else flat[:0], 0)
-        start, valid = _valid(param, self.rank)
+        start, valid = valid_stretch(param, self.rank)
         return decoded(self.codecs.get(id(param)), param.ds_tensor.data.view(-1)[:valid], start)
 
     def _stored(self, param: Any) -> list[Shard]:
@@ -152,7 +147,7 @@ class Zero3Partition(Ranks):
         self, params: Sequence[Any], owners: Sequence[int], parts: Sequence[Part] | None = None
     ) -> int:
         """This rank's stretches of all matrices, and everyone's of the matrices that it owns."""
-        pieces = _pieces(params, parts)
+        pieces = pieces_of(params, parts)
         sent = sum(piece.bytes_on(self.rank) for piece in pieces.values())
         owned = [piece for i, piece in pieces.items() if owners[i] == self.rank]
         return sent + sum(piece.bytes_on(r) for piece in owned for r in range(self.world_size))
@@ -177,7 +172,7 @@ class Zero3Partition(Ranks):
     ) -> None:
         """Collective. Owners send each rank its stretches of their matrices' new values, in one all-to-all."""
         self._reject_codecs(params)
-        pieces = _pieces(params, parts)
+        pieces = pieces_of(params, parts)
         if pieces:
             if workspace is None:
                 size = self.exchange_bytes(params, owners, parts)
@@ -194,7 +189,7 @@ class Zero3Partition(Ranks):
 
     def _scatter_pieces(
         self,
-        pieces: Mapping[int, _Piece],
+        pieces: Mapping[int, Piece],
         owners: Sequence[int],
         values: Mapping[int, Tensor],
         workspace: Tensor,
@@ -248,108 +243,3 @@ class Zero3Partition(Ranks):
             whole.append(self._true(param, stretch.view(dtype)))
             at += size
         return whole
-
-
-class AllToAll:
-    """Matrices on their way to their owners: one `all_to_all_single` of bytes."""
-
-    def __init__(
-        self,
-        partition: Zero3Partition,
-        params: Sequence[Any],
-        owners: Sequence[int],
-        workspace: Tensor,
-        parts: Sequence[Part] | None,
-    ) -> None:
-        ranks = range(partition.world_size)
-        self.pieces = _pieces(params, parts)
-        self.mine = [i for i in self.pieces if owners[i] == partition.rank]
-        replicas = [i for i in range(len(params)) if owners[i] == partition.rank and i not in self.pieces]
-        self.replicas = {i: part_of(params[i].detach(), parts, i) for i in replicas}
-        sent, at = [0] * partition.world_size, 0
-        for i in sorted(self.pieces, key=lambda i: owners[i]):
-            stretch = self.pieces[i].on(partition.rank)
-            workspace[at : at + stretch.numel()].copy_(stretch)
-            at += stretch.numel()
-            sent[owners[i]] += stretch.numel()
-        self.outgoing = workspace[:at]
-        self.received = [sum(self.pieces[i].bytes_on(r) for i in self.mine) for r in ranks]
-        self.incoming = workspace[at : at + sum(self.received)]
-        self.work = dist.all_to_all_single(
-            self.incoming, self.outgoing, self.received, sent, group=partition.group, async_op=True
-        )
-
-    def wait(self) -> dict[int, Tensor]:
-        """The owned matrices, in their true shapes, by index; of a part, its entries in a row."""
-        self.work.wait()
-        queues = list(self.incoming.split(self.received))
-        found = dict(self.replicas)
-        for i in self.mine:
-            piece, stretches = self.pieces[i], []
-            for rank, queue in enumerate(queues):
-                size = piece.bytes_on(rank)
-                stretches.append(queue[:size])
-                queues[rank] = queue[size:]
-            found[i] = piece.whole([stretch for stretch in stretches if stretch.numel()])
-        return found
-
-
-@dataclass(frozen=True, eq=False)
-class _Piece:
-    """What is sent of one parameter: stored elements `start` to `stop`, all of them where `part` is None."""
-
-    param: Any
-    part: Part
-
-    @property
-    def bounds(self) -> tuple[int, int]:
-        start, numel = self.part or (0, int(self.param.ds_numel))
-        return start, start + numel
-
-    def within(self, rank: int) -> tuple[int, int]:
-        """Where it begins and ends in a rank's shard."""
-        first, valid = _valid(self.param, rank)
-        start, stop = self.bounds
-        begin = min(max(start - first, 0), valid)
-        return begin, max(begin, min(stop - first, valid))
-
-    def bytes_on(self, rank: int) -> int:
-        """What a rank has of it."""
-        begin, end = self.within(rank)
-        return (end - begin) * int(self.param.ds_tensor.element_size())
-
-    def on(self, rank: int) -> Tensor:
-        """The bytes that this rank has of it."""
-        begin, end = self.within(rank)
-        return self.param.ds_tensor.detach().view(-1)[begin:end].view(torch.uint8)
-
-    def cut(self, value: Tensor, rank: int) -> Tensor:
-        """A rank's stretch of new values for all of it, as they are stored."""
-        begin, end = self.within(rank)
-        start = _valid(self.param, rank)[0] + begin - self.bounds[0]
-        return value.detach().reshape(-1)[start : start + end - begin].to(self.param.ds_tensor.dtype)
-
-    def whole(self, stretches: Sequence[Tensor]) -> Tensor:
-        """Put together from what the ranks sent, in their order."""
-        dtype = self.param.ds_tensor.dtype
-        joined = stretches[0] if len(stretches) == 1 else torch.cat(list(stretches))
-        if joined.storage_offset() % dtype.itemsize:
-            joined = joined.clone()
-        entries = joined.view(dtype)
-        return entries.view(tuple(self.param.ds_shape)) if self.part is None else entries
-
-
-def _pieces(params: Sequence[Any], parts: Sequence[Part] | None) -> dict[int, _Piece]:
-    """What ZeRO-3 manages of the parameters, by index."""
-    return {
-        i: _Piece(param, parts[i] if parts else None)
-        for i, param in enumerate(params)
-        if is_partitioned(param)
-    }
-
-
-def _valid(param: Any, rank: int) -> tuple[int, int]:
-    """Where a rank's shard begins in the flat order of what is stored, and its length without the padding."""
-    stored = int(param.ds_tensor.numel())
-    start = min(rank * stored, int(param.ds_numel))
-    return start, min(stored, int(param.ds_numel) - start)

@@ -95,6 +95,11 @@ def output_gradients(
             with torch.enable_grad(), together(partition):
                 _loss(module, to_device(labelled, device)).backward()
             tokens += int(watch.seen) if counts else 0
+    return _means(sums, tokens, partition)
+
+
+def _means(sums: Mapping[str, Tensor], tokens: int, partition: Partition) -> dict[str, Tensor]:
+    """Collective. Sums over all ranks' tokens, divided by how many these are."""
     packed = torch.cat([*sums.values(), torch.tensor([tokens], dtype=torch.float64)])
     total = partition.sum_over_ranks(packed)
     if not bool(total.isfinite().all()):

@@ -22,7 +22,7 @@ from dsee_scale.partition.engine_state import owned_by_deepspeed
 from dsee_scale.passes.coverage import LEAST, Coverage, block_coverage
 from dsee_scale.passes.fingerprint import contents
 from dsee_scale.passes.pools import WeightPool, block_matrices, find_pools
-from dsee_scale.pruning.groups import check_divisible
+from dsee_scale.pruning.lowest import check_divisible
 from dsee_scale.pruning.units import UnitPlan, check_units_reachable, plan_units
 
 

@@ -79,8 +79,7 @@ def refit(
         progress: see `prune`.
 
     Returns:
-        Zeros and entries of each matrix; and the matrices of experts that too few tokens reached: pruned by |W + D|,
-        not solved.
+        Zeros and entries of each matrix; and those of experts with too few tokens, pruned by |W + D| and not solved.
 
     Raises:
         CalibrationError: no batch or token, or activations that are not finite. Nothing was removed.
@@ -94,12 +93,8 @@ def refit(
     unsolved: list[str] = []
     hidden = not show_progress(progress)
     with evaluating(module):
-        layers = {name: member.module for name, (member, _) in members.items() if member.expert is None}
-        with watching(layers, lambda *_: None) as watch:
-            where = torch.device("cpu") if config.inputs_on_cpu else compute_device(module, partition)
-            calls = capture(model, blocks, batches, partition, where)
-        reject_uncounted([call.batch for call in calls if call.counts], partition)
-        leaders = agreed_leaders(watch.leaders, members)
+        where = torch.device("cpu") if config.inputs_on_cpu else compute_device(module, partition)
+        calls, leaders = _first_inputs(model, members, blocks, batches, partition, where)
         shares = find_shares(model, pools, blocks, batches, removed, config, partition, progress=progress)
         jobs = _jobs(members, leaders, shares, removed)
         for index, (name, block) in enumerate(tqdm(blocks, desc="refit", unit="block", disable=hidden)):
@@ -118,6 +113,22 @@ def refit(
     note_pattern(module, pools, config)
     restore_under_mask(module)
     return _counts([member for member, _ in members.values()], partition), unsolved
+
+
+def _first_inputs(
+    model: nn.Module,
+    members: Mapping[str, tuple[Matrix, float]],
+    blocks: Sequence[tuple[str, nn.Module]],
+    batches: Batches,
+    partition: Partition,
+    where: torch.device,
+) -> tuple[list[Call], dict[str, str]]:
+    """Collective. The first block's inputs, and by matrix the first one that reads the same input."""
+    layers = {name: member.module for name, (member, _) in members.items() if member.expert is None}
+    with watching(layers, lambda *_: None) as watch:
+        calls = capture(model, blocks, batches, partition, where)
+    reject_uncounted([call.batch for call in calls if call.counts], partition)
+    return calls, agreed_leaders(watch.leaders, members)
 
 
 def _jobs(

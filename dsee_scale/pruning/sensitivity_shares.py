@@ -95,6 +95,19 @@ def find_shares(
     outputs = {name: _output_weights(each) for name, each in gradients.items()}
     statistics = calibrate(model, batches, modules=config.modules, progress=progress)
     rankings = find_rankings(list(pools), config, partition, statistics)
+    sparsity = _dealt(pools, rankings, outputs, removed, partition)
+    relative = {name: each / each.square().mean().sqrt() for name, each in outputs.items()}
+    return Shares(sparsity, relative)
+
+
+def _dealt(
+    pools: Sequence[WeightPool],
+    rankings: dict[str, Ranking],
+    outputs: Mapping[str, Tensor],
+    removed: Mapping[str, Tensor],
+    partition: Partition,
+) -> dict[str, float]:
+    """Collective. The share of each matrix that goes."""
     sparsity = {}
     for pool in pools:
         histograms = _histograms(pool, rankings, outputs, removed, partition)
@@ -102,8 +115,7 @@ def find_shares(
         dealt = deal_removals(histograms, min(round(pool.sparsity * total), total - 1))
         for member, histogram, count in zip(pool.members, histograms, dealt, strict=True):
             sparsity[member.name] = count / max(1, int(histogram.sum()))
-    relative = {name: each / each.square().mean().sqrt() for name, each in outputs.items()}
-    return Shares(sparsity, relative)
+    return sparsity
 
 
 def _histograms(

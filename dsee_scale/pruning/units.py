@@ -10,7 +10,7 @@ forward or backward, so nothing has to be put back after a restart.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,26 +21,19 @@ from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.units import Kind, Part, UnitLayer, find_units
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.patterns import (
-    EXPONENTS,
-    add_along_axis,
-    fixed_point,
-    fixed_point_shift,
-    largest_exponent,
     lowest_units,
     lowest_units_overall,
-    score_blocks,
-    unit_sums,
 )
-from dsee_scale.algorithms.score import Ranking, random_scores
+from dsee_scale.algorithms.score import Ranking
 from dsee_scale.config import PruneConfig
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.partition import Partition
 from dsee_scale.passes.pools import WeightPool
+from dsee_scale.pruning.unit_scores import covered_outputs, unit_scores
 from dsee_scale.pruning.zero_lines import Lines, check_reachable, zero_lines
 
 Counts = dict[str, tuple[int, int]]
 READS_UPDATE_ALONE = ("AB", "ABS", "NAB", "NABS")
-RECIPROCAL = ("NAB", "NABS")
 _FIRST = -(2**62)
 """Score of a unit that is gone already: it goes first, so that removing more is cumulative."""
 
@@ -117,7 +110,7 @@ def remove_units(
         partition: the ranks.
         known: (U,) int64 scores of each layer, where they don't come from its matrices.
     """
-    gone = _choose(plan, _unit_scores(plan, rankings, partition) if known is None else known)
+    gone = _choose(plan, unit_scores(plan.layers, rankings, partition) if known is None else known)
     chosen = list(zip(plan.layers, gone, strict=True))
     zero_lines(model, partition, [one for layer, units in chosen for one in _lines(layer, units)])
     for layer, units in chosen:
@@ -143,86 +136,6 @@ def _choose(plan: UnitPlan, found: list[Tensor]) -> list[Tensor]:
             for layer, scores, count in zip(plan.layers, ranked, plan.budget, strict=True)
         ]
     return [units | gone for units, gone in zip(chosen, plan.gone, strict=True)]
-
-
-def _unit_scores(plan: UnitPlan, rankings: dict[str, Ranking], partition: Partition) -> list[Tensor]:
-    """Collective. (U,) int64 of each layer, the same on any number of ranks."""
-    how = rankings[plan.pool.members[0].name]
-    if how.mode == "random":
-        return random_unit_scores(plan.layers, how.seed)
-    exponents = torch.zeros(EXPONENTS, dtype=torch.int64)
-    error: Exception | None = None
-    try:
-        for part in (part for layer in plan.layers for part, _ in _scored(layer, how.mode)):
-            exponents += largest_exponent(_score_blocks(part, rankings, partition))
-    except ValueError as caught:
-        error = TargetError(str(caught))
-    partition.raise_together(error)
-    entries = max(sum(p.shape[0] * p.shape[1] for p in x.parts) // x.num_units for x in plan.layers)
-    shift = fixed_point_shift(partition.sum_over_shards(exponents), entries)
-    sums = [_layer_sums(layer, rankings, shift, partition) for layer in plan.layers]
-    summed = partition.sum_over_shards(torch.cat(sums))
-    signed = -summed if how.mode in RECIPROCAL else summed
-    return list(signed.split([layer.num_units for layer in plan.layers]))
-
-
-def random_unit_scores(layers: Sequence[UnitLayer], seed: int) -> list[Tensor]:
-    """(U,) int64 of each layer, that depend on the seed and its name alone."""
-    return [
-        (random_scores(seed, f"{layer.name}.{layer.kind}", 0, layer.num_units) * 2**24).long()
-        for layer in layers
-    ]
-
-
-def _layer_sums(layer: UnitLayer, rankings: dict[str, Ranking], shift: int, partition: Partition) -> Tensor:
-    """(U,) int64, this rank's part of the units' scores in multiples of 2**-shift. Local."""
-    total = torch.zeros(layer.num_units, dtype=torch.int64)
-    for part, unit_of in _scored(layer, rankings[layer.parts[0].name].mode):
-        device = part.matrix.shard(partition).data.device
-        sums = torch.zeros(len(unit_of), dtype=torch.int64, device=device)
-        for found, position in _score_blocks(part, rankings, partition):
-            add_along_axis(fixed_point(found, shift), position, part.matrix.shape[1], part.axis, sums)
-        total += unit_sums(sums.cpu(), unit_of, layer.num_units)
-    return total
-
-
-def _score_blocks(
-    part: Part, rankings: dict[str, Ranking], partition: Partition
-) -> Iterator[tuple[Tensor, int]]:
-    shard = part.matrix.shard(partition)
-    blocks = score_blocks(shard.data, shard.start, rankings[part.name])
-    if rankings[part.name].mode == "wanda":  # a unit's contribution is a sum over orthogonal parts, about
-        return ((found.square_(), position) for found, position in blocks)
-    return blocks
-
-
-def _scored(layer: UnitLayer, mode: str) -> list[tuple[Part, Tensor]]:
-    """The matrices whose entries count, and the unit of each of their rows or columns, -1 for none.
-
-    Mode W counts all. Mode wanda counts what units add to the block's output: in the matrix after the activation or
-    the attention, |column| times the norm of its input. Modes that read the update count the adapted slices of
-    adapted matrices: with q and v adapted those are the rows that the paper's code adds up. WAB and WABS fall back to
-    all where none is.
-    """
-    if mode == "wanda":
-        return [(part, part.unit_of) for part in layer.parts if part.side == "inputs"]
-    adapted = [part for part in layer.parts if part.matrix.adapted]
-    if mode == "W" or not adapted:
-        return [(part, part.unit_of) for part in layer.parts]
-    return [(part, _within_slices(part)) for part in adapted]
-
-
-def _within_slices(part: Part) -> Tensor:
-    if part.side == "inputs" or part.matrix.expert is not None:
-        return part.unit_of
-    covered = _covered(part)
-    return torch.full_like(part.unit_of, -1).index_copy_(0, covered, part.unit_of[covered])
-
-
-def _covered(part: Part) -> Tensor:
-    """Output indices that the rows of B stand for, in their order."""
-    slices: Sequence[tuple[int, int]] = part.module.dsee_spec.slices  # type: ignore[union-attr, assignment]
-    return torch.cat([torch.arange(start, stop) for start, stop in slices])
 
 
 def _touched(part: Part) -> list[nn.Parameter]:
@@ -276,7 +189,7 @@ def _adapter_lines(part: Part, gone: Tensor) -> Iterator[Lines]:
     flat: nn.Parameter = layer.dsee_flat  # type: ignore[assignment]
     a, b, (num_values,) = layer.dsee_spec.shapes  # type: ignore[union-attr, misc]
     if part.side == "outputs":
-        yield Lines(flat, 0, gone[_covered(part)], b, math.prod(a))
+        yield Lines(flat, 0, gone[covered_outputs(part)], b, math.prod(a))
         at = layer.dsee_rows
     else:
         yield Lines(flat, 1, gone, a)

@@ -19,6 +19,7 @@ ORDER = [
     "errors",
     "settings",
     "config",
+    "pretrained",
     "distributed",
     "algorithms",
     "partition",
