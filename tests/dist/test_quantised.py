@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from pathlib import Path
@@ -116,9 +117,15 @@ def story(folder: Path, form: str, engine: str, out: Path | None = None) -> dict
     }
 
 
+@functools.cache
+def story_alone(folder: Path, form: str) -> dict[str, Any]:
+    """In this process, without an engine."""
+    return story(folder, form, "none")
+
+
 @pytest.mark.parametrize("form", list(FORMATS))
 def test_zero3_trains_and_prunes_as_one_process_does(pools, folder, form):
-    alone = story(folder, form, "none")
+    alone = story_alone(folder, form)
     assert min(alone["gradients"][1:]) > 0 and alone["losses"][-1] < alone["losses"][0] - 0.1
     for world_size in (2, 3) if form == "nf4" else (2,):
         ranks = pools(world_size).run(story, folder, form, "zero3")
@@ -146,7 +153,7 @@ def test_what_zero3_saves_is_what_one_process_loads(pools, folder, tmp_path, for
 @pytest.mark.parametrize("form", ["nf4", "int8"])
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3 offloaded", "zero3 hpz"])
 def test_other_engines_train_and_prune_as_one_process_does(pools, folder, form, engine):
-    alone = story(folder, form, "none")
+    alone = story_alone(folder, form)
     ranks = pools(2).run(story, folder, form, engine)
     for rank in ranks:
         assert rank["losses"] == pytest.approx(alone["losses"], abs=0.02)
