@@ -191,6 +191,37 @@ def test_readmes_name_every_file():
     assert names <= set(re.findall(r"`(?:launch/)?([\w.]+)`", guide))
 
 
+@pytest.mark.parametrize(
+    ("target", "failing"),
+    [("bench", "benchmarks/calibration.py"), ("test", "tests/unit"), ("test", "tests/dist")],
+)
+def test_make_fails_when_any_part_does(tmp_path, target, failing):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    (tmp_path / ".ready").touch()
+
+    def make(word: str) -> int:
+        python.write_text(f'#!/bin/sh\ncase "$*" in *"{word}"*) exit 1;; esac\n')
+        python.chmod(0o755)
+        command = ["make", "--quiet", target, f"VENV={tmp_path}"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True).returncode
+
+    assert make("no such word") == 0 and make(failing) != 0
+
+
+def test_ci_says_in_its_last_line_whether_two_hosts_could_be_tested(tmp_path):
+    """Also where a step fails, and where the install of their tools does."""
+    for name, code in {"make": "test $1 != test", "apt-get": "exit 1", "id": "echo 0"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", str(ROOT / ".ci" / "run")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "THE INSTALL FAILED" in done.stdout.splitlines()[-1]
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_scripts_pass_shellcheck():
     subprocess.run(["shellcheck", "--severity=warning", *SCRIPTS], check=True)
