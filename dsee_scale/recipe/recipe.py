@@ -33,6 +33,7 @@ PATHS = {
 REFUSED_ARGUMENTS = {
     "auto_find_batch_size": "it starts the training loop again on a model that is already pruned",
     "fsdp": "weights are partitioned by DeepSpeed ZeRO here; use --deepspeed",
+    "parallelism_config": "a run evaluates and calibrates on whole sequences, and ZeRO partitions its weights",
     "use_liger_kernel": "the loss is computed at the label positions only, which makes its fused loss idle",
     "push_to_hub": "checkpoints hold no base weights; export.push_to_hub: OWNER/NAME uploads the exported folder",
     "save_only_model": "a checkpoint without optimizer state cannot be resumed; save_adapter writes adapters",

@@ -106,6 +106,7 @@ def test_seed_is_the_trainers_and_others_need_their_section(recipe_file):
             r"adapter_format 'peft' writes W \* M \+ D.*prune.mask_update to false",
         ),
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "no form per phase"),
+        (["--parallelism_config", "{sp_size: 2}"], "parallelism_config.*whole sequences"),
         (["--auto_find_batch_size"], "auto_find_batch_size is not possible here"),
         (["--data.task", "completion"], "completion goes with task 'completion'"),
         (["--data.dataset", "some/hub"], "name either dataset"),
