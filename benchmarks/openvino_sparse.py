@@ -122,7 +122,7 @@ def compiled(core: Any, model: Any, threads: int, sparse: bool = False) -> Any:
 def sparse_kernels(model: Any) -> int:
     """How many matrix products really read compressed weights."""
     infos = [operation.get_rt_info() for operation in model.get_runtime_model().get_ops()]
-    return sum("sparse" in str(info["primitiveType"]).lower() for info in infos if "primitiveType" in info)
+    return sum("sparse" in info["primitiveType"].astype(str) for info in infos if "primitiveType" in info)
 
 
 def prompt(length: int, seed: int = 0) -> torch.Tensor:
