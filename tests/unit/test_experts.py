@@ -156,7 +156,7 @@ def batches_of(count: int, seed: int = 0) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
-def test_a_refit_solves_each_expert_for_its_own_tokens(model_type):
+def test_a_refit_solves_each_expert_for_its_own_tokens(model_type, tmp_path):
     model, calibration = build(moe_config(model_type)), batches_of(2)
     dsee_scale.inject(model, DSEEConfig(rank=3, num_sparse=7, target_modules=("experts",)))
     fill_adapters(model)
@@ -183,6 +183,15 @@ def test_a_refit_solves_each_expert_for_its_own_tokens(model_type):
         assert flat.any() and not flat[adapter.dsee_spec.split(flat)[0].numel() :].any()
         assert (weight[adapter.dsee_rows.long(), adapter.dsee_cols.long()] != 0).all()
     assert {len(each[0]) < LEAST_TOKENS for each in seen.values()} == {True, False}
+    fill_adapters(model)
+    expected = model.eval()(calibration[0]).logits
+    export_model(model, tmp_path / "model")
+    export_model(model, tmp_path / "base", delta="none")
+    save_adapter(model, tmp_path / "adapter")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    load_adapter(again, tmp_path / "adapter")
+    for each in (AutoModelForCausalLM.from_pretrained(tmp_path / "model"), again):
+        torch.testing.assert_close(each.eval()(calibration[0]).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_one_experts_matrix_can_be_refitted_and_the_others_keep_their_updates():
