@@ -242,14 +242,15 @@ def _scales(shape: ModelShape, setting: Setting) -> float:
 def _live_weights(shape: ModelShape, setting: Setting) -> float:
     """Whole weights at once: ZeRO-3 keeps those of the last blocks between forward and backward.
 
-    Stored elements are counted: four-bit codes lie two in an element.
+    A layer's experts are whole together, however large they are. Stored elements are counted: four-bit codes lie two
+    in an element.
     """
     width = bytes_per_entry(setting.quantize)
     stored = shape.block_entries * (width if setting.quantize else 1.0) + shape.expert_entries
     per_element = 1.0 if setting.quantize and not shape.expert_entries else 2.0
     elements = stored + shape.vocab * shape.hidden * (1 if shape.tied else 2)
     elements += expert_adapter_entries(shape, setting)
-    kept = min(elements, REUSE_DISTANCE / 2 + PREFETCH_BUCKET)
+    kept = min(elements, max(REUSE_DISTANCE / 2, shape.expert_entries / shape.layers) + PREFETCH_BUCKET)
     from_blocks = max(0.0, kept - shape.vocab * shape.hidden)
     return from_blocks * per_element + min(kept, shape.vocab * shape.hidden) * 2.0
 
@@ -278,8 +279,9 @@ def _activations(shape: ModelShape, setting: Setting) -> float:
 def _traffic(shape: ModelShape, setting: Setting) -> float:
     """Bytes that a GPU receives in a step: weights for forward and backward, gradients once."""
     others = (setting.gpus - 1) / setting.gpus
-    weights = _stored_base(shape, setting) * (3 if setting.checkpointing else 2)
-    return others * (weights + 4.0 * adapter_entries(shape, setting))
+    gathered = _stored_base(shape, setting) + 2.0 * expert_adapter_entries(shape, setting)
+    passes = 3 if setting.checkpointing else 2
+    return others * (gathered * passes + 4.0 * adapter_entries(shape, setting))
 
 
 def _decomposed_entries(shape: ModelShape, setting: Setting) -> int:
