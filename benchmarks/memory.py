@@ -69,6 +69,8 @@ def shape_of(case: str, arguments: argparse.Namespace) -> Any:
     llama = small_llama(arguments.hidden, arguments.layers)
     if "experts" not in case:
         return llama
+    # Before any zero.Init: what DeepSpeed (0.19.8) puts back when it ends loses the decorators of classes made inside.
+    import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
     from transformers import Qwen3MoeConfig
 
     return Qwen3MoeConfig(

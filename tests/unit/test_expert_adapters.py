@@ -233,3 +233,12 @@ def test_a_linear_router_is_refused():
         layer.mlp.gate = nn.Linear(20, 5, bias=False)
     with pytest.raises(TargetError, match="is a router"):
         dsee_scale.inject(model, dataclasses.replace(SETTINGS, target_modules=("mlp.gate",)))
+
+
+def test_experts_that_lost_what_transformers_notes_on_them_are_named():
+    model = build(moe_config("qwen3_moe"))
+    del model.model.layers[0].mlp.experts.is_transposed
+    with pytest.raises(
+        TargetError, match=r"import transformers\.models\.qwen3_moe\.modeling_qwen3_moe before"
+    ):
+        dsee_scale.inject(model, DSEEConfig(rank=2, target_modules=("layers.0.mlp.experts",)))
