@@ -145,7 +145,11 @@ class DataConfig(JsonConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RetuneConfig(JsonConfig):
-    """Training after pruning; what is absent stays as in `training`."""
+    """Training after pruning.
+
+    The learning rate goes on along `training`'s schedule, which then spans both phases. As soon as one of its settings
+    is given here, retune has a schedule of its own, in which what is absent is as in `training`.
+    """
 
     max_steps: int | None = None
     """Optimizer steps; or give epochs."""

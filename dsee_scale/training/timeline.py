@@ -1,8 +1,9 @@
 """Which step belongs to which phase, when weights are pruned, and the learning rate at each step.
 
 One optimizer runs through the whole timeline: steps [0, T1) tune, weights are pruned after step T1, and
-steps [T1, T1 + T2) retune. The optimizer's moments go on across the prune, so no warm-up is needed for them;
-the learning rate starts a schedule of its own in each phase.
+steps [T1, T1 + T2) retune. The optimizer's moments go on across the prune, and so does the learning rate's
+schedule, unless retune names one of its own: a rate that rises again takes the tuned weights further from where
+they were than the pruning did (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -25,8 +26,37 @@ PhaseName = Literal["tune", "retune"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The learning rate over some steps."""
+
+    section: str
+    """Names the recipe's section in errors."""
+    length: int
+    """Steps."""
+    learning_rate: float
+    """Peak learning rate."""
+    warmup_steps: float
+    """Steps of warm-up; below 1, a fraction of all."""
+    name: str
+    """Name of the decay, as in TrainingArguments."""
+    kwargs: Mapping[str, Any]
+    """Its further arguments."""
+
+    def rates(self) -> list[float]:
+        """Learning rate of each step."""
+        warmup = self.warmup_steps
+        warmup = math.ceil(warmup * self.length) if warmup < 1 else int(warmup)
+        unit = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
+        try:
+            scheduler = get_scheduler(self.name, unit, warmup, self.length, dict(self.kwargs))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{self.section}: lr_scheduler_kwargs {self.kwargs!r}: {error}") from error
+        return [self.learning_rate * float(scheduler.lr_lambdas[0](step)) for step in range(self.length)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Phase:
-    """Steps [start, stop) under one learning-rate schedule."""
+    """Steps [start, stop)."""
 
     name: PhaseName
     """`tune` or `retune`."""
@@ -34,27 +64,6 @@ class Phase:
     """First step."""
     stop: int
     """Step after the last one."""
-    learning_rate: float
-    """Peak learning rate."""
-    warmup_steps: float
-    """Steps of warm-up; below 1, a fraction of the phase."""
-    schedule: str
-    """Name of the decay, as in TrainingArguments."""
-    schedule_kwargs: Mapping[str, Any]
-    """Its further arguments."""
-
-    def multipliers(self) -> list[float]:
-        """Learning rate of each step of the phase, as a fraction of the peak."""
-        length = self.stop - self.start
-        warmup = math.ceil(self.warmup_steps * length) if self.warmup_steps < 1 else int(self.warmup_steps)
-        unit = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=self.learning_rate)
-        try:
-            scheduler = get_scheduler(self.schedule, unit, warmup, length, dict(self.schedule_kwargs))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"{self.name}: lr_scheduler_kwargs {self.schedule_kwargs!r}: {error}"
-            ) from error
-        return [float(scheduler.lr_lambdas[0](step)) for step in range(length)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +88,8 @@ class Timeline:
     """Phases of at least one step, in order, without gaps."""
     prune_events: tuple[PruneEvent, ...]
     """Changes of the masks, in order."""
+    schedules: tuple[Schedule, ...]
+    """One after the other, over all steps."""
 
     @property
     def num_steps(self) -> int:
@@ -91,7 +102,7 @@ class Timeline:
 
     def learning_rates(self) -> list[float]:
         """Learning rate of every step."""
-        return [phase.learning_rate * factor for phase in self.phases for factor in phase.multipliers()]
+        return [rate for schedule in self.schedules for rate in schedule.rates()]
 
     def check_resumed(self, step: int, done: Sequence[Mapping[str, Any]], where: str) -> None:
         """Refuse to go on from a checkpoint that is beyond this run's end, or that was pruned otherwise.
@@ -155,14 +166,12 @@ def build_timeline(recipe: Recipe, args: TrainingArguments, steps_per_epoch: int
     """
     retune = recipe.retune
     tune_steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-    phases = []
-    if tune_steps:
-        phases.append(_phase("tune", 0, tune_steps, args, RetuneConfig(max_steps=tune_steps)))
+    phases = [Phase(name="tune", start=0, stop=tune_steps)] if tune_steps else []
     if retune is not None:
         length = retune.max_steps
         if length is None:
             length = math.ceil((retune.num_train_epochs or 0) * steps_per_epoch)
-        phases.append(_phase("retune", tune_steps, tune_steps + length, args, retune))
+        phases.append(Phase(name="retune", start=tune_steps, stop=tune_steps + length))
     if not phases:
         raise ConfigError("training.max_steps is 0 and there is no retune: the run would train nothing")
     events = _prune_events(recipe.prune, recipe.gradual, tune_steps)
@@ -171,7 +180,42 @@ def build_timeline(recipe: Recipe, args: TrainingArguments, steps_per_epoch: int
             f"gradual.num_steps: the last cut is at step {events[-1].step}, after the run's last step "
             f"{phases[-1].stop}; prune in fewer steps or retune longer"
         )
-    return Timeline(phases=tuple(phases), prune_events=events)
+    return Timeline(
+        phases=tuple(phases),
+        prune_events=events,
+        schedules=_schedules(phases, args, retune),
+    )
+
+
+def training_schedule(args: TrainingArguments, length: int) -> Schedule:
+    """The schedule that the arguments name, over so many steps."""
+    return Schedule(
+        section="training",
+        length=length,
+        learning_rate=args.learning_rate,
+        warmup_steps=args.warmup_steps,
+        name=str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        kwargs=dict(args.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
+    )
+
+
+def _schedules(
+    phases: Sequence[Phase], args: TrainingArguments, retune: RetuneConfig | None
+) -> tuple[Schedule, ...]:
+    """One schedule over all steps, or one for each phase where retune names its own."""
+    changes: dict[str, Any] = {}
+    if retune is not None:
+        changes = {
+            "learning_rate": retune.learning_rate,
+            "warmup_steps": retune.warmup_steps,
+            "name": retune.lr_scheduler_type,
+            "kwargs": retune.lr_scheduler_kwargs,
+        }
+        changes = {key: value for key, value in changes.items() if value is not None}
+    if not changes:
+        return (training_schedule(args, phases[-1].stop),)
+    *before, own = (training_schedule(args, phase.stop - phase.start) for phase in phases)
+    return (*before, dataclasses.replace(own, section="retune", **changes))
 
 
 def _prune_events(
@@ -215,18 +259,3 @@ def steps_per_epoch(num_rows: int, args: TrainingArguments) -> int:
             "per_device_train_batch_size, or set dataloader_drop_last to false"
         )
     return max(1, math.ceil(batches / args.gradient_accumulation_steps))
-
-
-def _phase(name: PhaseName, start: int, stop: int, args: TrainingArguments, changes: RetuneConfig) -> Phase:
-    rate, warmup = changes.learning_rate, changes.warmup_steps
-    kwargs = changes.lr_scheduler_kwargs
-    return Phase(
-        name=name,
-        start=start,
-        stop=stop,
-        learning_rate=args.learning_rate if rate is None else rate,
-        warmup_steps=args.warmup_steps if warmup is None else warmup,
-        schedule=changes.lr_scheduler_type
-        or str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        schedule_kwargs=dict(args.lr_scheduler_kwargs or {}) if kwargs is None else kwargs,  # type: ignore[arg-type]
-    )

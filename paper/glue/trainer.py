@@ -12,7 +12,7 @@ from dsee_scale.errors import ConfigError
 from dsee_scale.recipe.sections import SCHEDULES
 from dsee_scale.training.base_trainer import AdapterTrainer
 from dsee_scale.training.journal import Journal
-from dsee_scale.training.timeline import Phase, Timeline, steps_per_epoch
+from dsee_scale.training.timeline import Phase, Timeline, steps_per_epoch, training_schedule
 from paper.glue.model import ADAPTER_FOLDER
 
 
@@ -63,19 +63,11 @@ class GlueTrainer(AdapterTrainer):
 
 
 def _one_phase(args: TrainingArguments, num_rows: int) -> Timeline:
-    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    if schedule not in SCHEDULES:
-        raise ConfigError(f"--lr_scheduler_type {schedule!r} is unknown here; valid: {', '.join(SCHEDULES)}")
+    name = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    if name not in SCHEDULES:
+        raise ConfigError(f"--lr_scheduler_type {name!r} is unknown here; valid: {', '.join(SCHEDULES)}")
     steps = args.max_steps
     if steps <= 0 and num_rows:  # without rows nothing is trained, only evaluated
         steps = -int(-args.num_train_epochs * steps_per_epoch(num_rows, args) // 1)
-    phase = Phase(
-        name="tune",
-        start=0,
-        stop=max(1, steps),
-        learning_rate=args.learning_rate,
-        warmup_steps=args.warmup_steps,
-        schedule=schedule,
-        schedule_kwargs=dict(args.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]
-    )
-    return Timeline(phases=(phase,), prune_events=())
+    phase = Phase(name="tune", start=0, stop=max(1, steps))
+    return Timeline(phases=(phase,), prune_events=(), schedules=(training_schedule(args, phase.stop),))

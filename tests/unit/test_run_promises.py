@@ -177,11 +177,9 @@ def test_nothing_is_exported_unless_every_step_and_prune_was_done(inputs, tmp_pa
 
 
 def test_the_check_counts_steps_and_prunings():
-    phase = Phase(
-        name="tune", start=0, stop=5, learning_rate=1, warmup_steps=0, schedule="constant", schedule_kwargs={}
-    )
+    phase = Phase(name="tune", start=0, stop=5)
     event = PruneEvent(step=3, configs=())
-    timeline = Timeline(phases=(phase,), prune_events=(event,))
+    timeline = Timeline(phases=(phase,), prune_events=(event,), schedules=())
     timeline.check_finished(5, [event.to_dict()])
     for step, done in ((4, [event.to_dict()]), (5, []), (5, [event.to_dict()] * 2)):
         with pytest.raises(DSEEError):

@@ -43,10 +43,13 @@ def test_each_phase_has_the_schedule_that_transformers_would_give_it():
     assert timeline.learning_rates() == pytest.approx(expected)
 
 
-def test_retune_takes_what_it_does_not_name_from_training():
-    args = arguments(max_steps=4, learning_rate=1e-3, lr_scheduler_type="constant")
-    timeline = build_timeline(recipe(prune={}, retune={"max_steps": 3}), args, steps_per_epoch=1)
-    assert timeline.learning_rates() == pytest.approx([1e-3] * 7)
+def test_the_schedule_goes_on_across_the_prune_unless_retune_has_its_own():
+    args = arguments(max_steps=20, learning_rate=1e-3, warmup_steps=0.1, lr_scheduler_type="linear")
+    timeline = build_timeline(recipe(prune={}, retune={"max_steps": 10}), args, steps_per_epoch=1)
+    assert timeline.learning_rates() == pytest.approx(reference_rates("linear", 1e-3, 3, 30))
+    own = build_timeline(recipe(prune={}, retune={"max_steps": 10, "learning_rate": 5e-4}), args, 1)
+    expected = reference_rates("linear", 1e-3, 2, 20) + reference_rates("linear", 5e-4, 1, 10)
+    assert own.learning_rates() == pytest.approx(expected)
 
 
 def test_epochs_are_counted_in_optimizer_steps():
@@ -89,7 +92,7 @@ def test_gradual_pruning_rises_to_the_final_sparsity():
 
 def test_wrong_schedule_arguments_are_named():
     args = arguments(max_steps=4, lr_scheduler_type="cosine", lr_scheduler_kwargs={"cycles": 2})
-    with pytest.raises(ConfigError, match=r"tune: lr_scheduler_kwargs .*cycles"):
+    with pytest.raises(ConfigError, match=r"training: lr_scheduler_kwargs .*cycles"):
         build_timeline(recipe(), args, 1).learning_rates()
 
 
