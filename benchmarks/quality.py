@@ -43,7 +43,7 @@ from _quality_plot import save_plot
 from _report import Report, parser
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RANK, ALPHA, RATE = 4, 32, 1e-3
+RANK, ALPHA, RATE, RISE = 4, 32, 1e-3, 4
 HALF = {"sparsity": 0.5}
 UNITS = [{"pattern": "heads", "num_per_layer": 3}, {"pattern": "neurons", "num_per_layer": 384}]
 OURS: dict[str, tuple[int | float | None, Any]] = {
@@ -107,15 +107,24 @@ class Lab:
         source = self.batches(1000 + seed)
         return [next(source) for _ in range(-(-self.args.num_calibration // self.job.batch_size))]
 
-    def train(self, model: nn.Module, batches: Iterator[dict[str, Tensor]], steps: int) -> None:
-        """AdamW with a tenth of warm-up and a linear decay to zero."""
+    def train(
+        self, model: nn.Module, batches: Iterator[dict[str, Tensor]], steps: int, *, done: int = 0
+    ) -> None:
+        """AdamW for so many steps, after those that are done.
+
+        One schedule over tune and retune: a tenth of warm-up, then a linear decay to zero. The optimizer starts anew
+        in retune, since the tuned start is read from a file, and its rate rises over the first steps there.
+        """
         module = getattr(model, "base_model", model) if hasattr(model, "peft_config") else model
         module = getattr(module, "model", module) if hasattr(model, "peft_config") else module
         trained = [param for param in model.parameters() if param.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-        schedule = get_scheduler("linear", optimizer, math.ceil(0.1 * steps), steps)
+        total = self.args.steps + self.args.retune_steps
+        factors = get_scheduler("linear", optimizer, math.ceil(0.1 * total), total).lr_lambdas[0]
         model.train()
-        for _ in range(steps):
+        for step in range(steps):
+            again = min(1.0, (step + 1) / RISE) if done else 1.0
+            optimizer.param_groups[0]["lr"] = RATE * factors(done + step) * again
             batch = next(batches)
             with logits_at(module, predicting(batch["labels"])):
                 logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -123,7 +132,6 @@ class Lab:
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
 
 
 def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
@@ -152,7 +160,7 @@ def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     prunings = settings if isinstance(settings, list) else [settings]
     dsee_scale.prune(model, [PruneConfig(**each) for each in prunings], lab.calibration(seed))
     found["pruned"] = lab.quality(model)
-    lab.train(model, source, lab.args.retune_steps)
+    lab.train(model, source, lab.args.retune_steps, done=steps)
     found["retuned"] = lab.quality(model)
     folder = lab.output / "exported, ours"
     dsee_scale.export_model(model, folder, tokenizer=lab.tokenizer, overwrite=True)
