@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
 STAGES = (1, 2, 3)
+SECTIONS = (
+    *("amp", "comet", "compile", "compression_training", "csv_monitor", "eigenvalue", "elasticity"),
+    *(
+        "graph_harvesting",
+        "hybrid_engine",
+        "nebula",
+        "pipeline",
+        "sequence_parallel_size",
+        "sparse_attention",
+    ),
+    *("sparse_gradients", "tensor_parallel", "tensorboard", "timers", "wandb", "weight_quantization"),
+)
+"""Top-level names of DeepSpeed's config that are no constants of its configuration modules."""
 
 
 def zero_problems(config: Mapping[str, Any]) -> list[str]:
@@ -29,3 +43,25 @@ def zero_problems(config: Mapping[str, Any]) -> list[str]:
         named = [f"zero_optimization.{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found]
         return named or [f"zero_optimization: {error}"]
     return []
+
+
+def misspelt_keys(config: Mapping[str, Any]) -> list[str]:
+    """A sentence for each top-level key that DeepSpeed does not know but for a letter or two. Local.
+
+    DeepSpeed passes over what it does not know. One that is like nothing it knows may be a newer version's, and passes.
+    """
+    from deepspeed.runtime import config as settings
+    from deepspeed.runtime import constants
+
+    words = {**vars(settings), **vars(constants)}.items()
+    known = {value for name, value in words if name.isupper() and isinstance(value, str)} | set(SECTIONS)
+    near = {
+        key: difflib.get_close_matches(str(key), known, n=1, cutoff=0.85)
+        for key in config
+        if key not in known
+    }
+    return [
+        f"{key!r} is no key of DeepSpeed's and would be passed over; did you mean {names[0]!r}?"
+        for key, names in near.items()
+        if names
+    ]

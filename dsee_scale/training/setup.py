@@ -27,7 +27,7 @@ from dsee_scale.data.tokenizer import check_vocabulary, open_tokenizer
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError
 from dsee_scale.partition.quantized import prepare_quantised
-from dsee_scale.partition.zero_config import zero_problems
+from dsee_scale.partition.zero_config import misspelt_keys, zero_problems
 from dsee_scale.pretrained import hub_options, read_config
 from dsee_scale.recipe.checks import check_deepspeed_config
 from dsee_scale.recipe.parsing import find_file
@@ -136,7 +136,8 @@ def _reject_two_configs(values: dict[str, Any]) -> bool:
 
 
 def _check_zero(source: Any) -> None:
-    problems = zero_problems(_read_config(source))
+    config = _read_config(source)
+    problems = [*zero_problems(config), *misspelt_keys(config)]
     if problems:
         named = source if isinstance(source, str) else "of the recipe"
         raise ConfigError(f"DeepSpeed config {named}: {'; '.join(problems)}")

@@ -146,6 +146,10 @@ def test_a_flag_that_makes_no_sense(recipe, refused, words, message):
         (b'{"zero_optimization": {"stage": 9}}', "stage is 9, expected one of 1, 2, 3"),
         (b'{"zero_optimization": {"stage": 3, "stge": 1}}', "stge"),
         (b'{"zero_optimization": {"stage": 3, "reduce_bucket_size": -1}}', "reduce_bucket_size"),
+        (
+            b'{"zero_optimization": {"stage": 3}, "gradient_acumulation_steps": 4}',
+            "gradient_accumulation_steps",
+        ),
     ],
 )
 def test_a_deepspeed_config_that_is_none(recipe, refused, content, message):

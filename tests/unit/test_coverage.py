@@ -43,6 +43,24 @@ def test_a_module_that_is_trained_in_full_is_refused_on_the_raw_model():
     dsee_scale.prune(model, PruneConfig(sparsity=0.5, modules=others, score="W"))
 
 
+def test_a_module_that_is_trained_in_full_is_refused_on_accelerates_model_in_one_process():
+    from accelerate import Accelerator
+
+    model = build(llama_config())
+    dsee_scale.inject(model, DSEEConfig(rank=3, num_sparse=7, trained_modules=("o_proj",)))
+    trained = [param for param in model.parameters() if param.requires_grad]
+    accelerator = Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained))
+    ids = token_batch()
+    accelerator.backward(prepared(ids, labels=ids).loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    before = weights(model)
+    with pytest.raises(TargetError, match=r"o_proj\.weight is being trained"):
+        dsee_scale.prune(prepared, PruneConfig(sparsity=0.5, score="W"))
+    assert unchanged(model, before)
+
+
 def test_a_model_without_adapters_that_somebody_trains_is_refused():
     model = build(llama_config())
     ids = token_batch()
