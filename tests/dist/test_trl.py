@@ -15,8 +15,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.dist.pool import free_port
 from tests.dist.run_inputs import BAD, GOOD, SUBJECTS, write_inputs
-from tests.dist.test_examples import ROOT, free_port
+from tests.dist.test_examples import ROOT
 from tests.models import build, llama_config
 from tests.unit.test_export import read_weights
 
@@ -42,7 +43,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(example: str, texts: Path, output: Path, *more: str) -> str:
-    command = ["deepspeed", "--num_gpus", "2", "--master_port", free_port(), f"examples/{example}.py"]
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), f"examples/{example}.py"]
     data = texts / f"{example.removeprefix('trl_')}.jsonl"
     command += ["--model", str(texts / "model"), "--data", str(data), "--output_dir", str(output)]
     command += ["--max_steps", "4", "--save_steps", "2", *more]
