@@ -155,17 +155,17 @@ def _loss(module: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         rest = {key: value for key, value in inputs.items() if key != "labels"}
         with logits_at(module, predicting(labels)):
             return label_loss(_found(module(**rest), "logits"), labels, num_items=1)
-    loss = _found(module(**inputs), "loss")
-    if not isinstance(loss, Tensor):
+    return _found(module(**inputs), "loss").float() * int((labels != IGNORED).sum())
+
+
+def _found(output: Any, name: str) -> Tensor:
+    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    if not isinstance(value, Tensor):
         raise CalibrationError(
-            "the model returns no loss for its labels, which scope 'global' of a re-fit needs; set scope='matrix'. "
+            f"the model returns no {name} for its labels, which scope 'global' of a re-fit needs; set scope='matrix'. "
             "Nothing was changed"
         )
-    return loss.float() * int((inputs["labels"] != IGNORED).sum())
-
-
-def _found(output: Any, name: str) -> Any:
-    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    return value
 
 
 class _Watch:

@@ -158,3 +158,14 @@ def test_no_matrix_loses_nearly_all_or_nothing_and_zeros_always_go():
     gone = histograms(scores)
     gone[2, 0], gone[2, np.flatnonzero(gone[2].numpy())[-1]] = 900, 100
     assert deal_removals(gone, 1500)[2] >= 900
+
+
+def test_a_model_that_returns_no_more_than_a_tuple_is_refused_and_untouched():
+    model = make("llama")
+    forward, before = model.forward, {name: param.clone() for name, param in model.named_parameters()}
+    model.forward = lambda input_ids, attention_mask=None, labels=None: (  # type: ignore[assignment]
+        forward(input_ids=input_ids, attention_mask=attention_mask)[0],
+    )
+    with pytest.raises(CalibrationError, match="returns no logits for its labels"):
+        dsee_scale.prune(model, PruneConfig(sparsity=0.5), labelled())
+    assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
