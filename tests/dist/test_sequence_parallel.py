@@ -20,7 +20,9 @@ def losses(parallel: bool) -> tuple[list[float], int]:
     """Two steps, a pruning that looks at activations, two steps under the mask; and the zeros. On a pool's rank."""
     import deepspeed
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    attention = ALL_ATTENTION_FUNCTIONS["sdpa"]  # the rank serves other tests too
     rank = torch.distributed.get_rank()
     part = slice(rank * LENGTH // 2, (rank + 1) * LENGTH // 2) if parallel else slice(0, LENGTH)
     model: Any = build(llama_config(**SIZES))
@@ -52,6 +54,7 @@ def losses(parallel: bool) -> tuple[list[float], int]:
         if parallel:
             torch.distributed.all_reduce(total)
         found.append(float(total))
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
     port = dsee_scale.partition.open_partition(engine)
     zeros = [int((port.shard(p).data == 0).sum()) for n, p in model.named_parameters() if "_proj.w" in n]
     return found, int(port.sum_over_shards(torch.tensor([sum(zeros)])))
