@@ -80,6 +80,7 @@ CHANGES = {
     "bias='all'": {"bias": "all"},
     "peft_type='IA3'": {"peft_type": "IA3"},
     r"modules_to_save=\['lm_head'\]": {"modules_to_save": ["lm_head"]},
+    r"target_parameters=\['experts.gate_up_proj'\]": {"target_parameters": ["experts.gate_up_proj"]},
     "init_lora_weights='pissa'": {"init_lora_weights": "pissa"},
 }
 
