@@ -34,7 +34,7 @@ test: setup  ## All tests, real DeepSpeed in 1, 2 and 3 processes included
 test-fast: setup  ## Unit tests only
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/paper
 
-# DeepSpeed imports triton where there is one, which fails without a GPU until triton 3.3.
+# DeepSpeed imports triton where there is one, and that of torch 2.7 fails at it without a GPU.
 test-lowest:  ## Unit tests and a run on two ranks with the lowest versions of constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet --constraint constraints-lowest.txt torch 'setuptools>=77' wheel ninja py-cpuinfo numpy

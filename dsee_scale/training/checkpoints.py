@@ -102,7 +102,7 @@ def check_trainer(trainer: type) -> None:
         if found != expected:
             raise ConfigError(
                 f"transformers {transformers.__version__} has {'no' if method is None else 'another'} Trainer.{name}, "
-                "with which checkpoints are saved and resumed; expected a version from 5.7 on that this dsee_scale "
+                "with which checkpoints are saved and resumed; expected a version from 5.13 on that this dsee_scale "
                 "knows: install transformers 5.24, or a newer dsee_scale"
             )
 
