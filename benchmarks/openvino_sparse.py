@@ -60,7 +60,6 @@ class Logits(nn.Module):
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--model", type=Path, default=cache_folder() / "smollm2-135m-instruct")
-    arguments.add_argument("--layers", type=int, help="the model's first blocks alone")
     arguments.add_argument("--repeats", type=int, default=15)
     arguments.add_argument("--threads", type=int, default=1)
     chosen = arguments.parse_args()
@@ -72,7 +71,6 @@ def main() -> None:
         return
     report = Report("openvino_sparse", chosen.json)
     versions = {"openvino": openvino.__version__, "nncf": nncf.__version__, "threads": chosen.threads}
-    versions |= {"layers": chosen.layers} if chosen.layers else {}
     core = openvino.Core()
     quantised = {s: int8_model(load(chosen), s) for s in (0.0, *SPARSITIES)}
     runs = {(0.0, False): compiled(core, quantised[0.0], chosen.threads)}
@@ -95,9 +93,7 @@ def load(chosen: Any) -> nn.Module:
     if chosen.quick or not chosen.model.is_dir():
         return AutoModelForCausalLM.from_config(LlamaConfig(**SMALL), attn_implementation="eager").eval()
     options = dict(dtype=torch.float32, attn_implementation="eager")
-    model = AutoModelForCausalLM.from_pretrained(chosen.model, **options).eval()
-    del model.model.layers[chosen.layers or len(model.model.layers) :]
-    return model
+    return AutoModelForCausalLM.from_pretrained(chosen.model, **options).eval()
 
 
 def int8_model(model: nn.Module, sparsity: float) -> Any:
