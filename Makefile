@@ -47,7 +47,7 @@ test-lowest:  ## Unit tests and a run on two ranks with the lowest versions of c
 # Packages whose pins are not ours, in environments of their own. vLLM's pins bring torchvision's CUDA build, which does
 # not load beside a CPU build of torch and isn't needed.
 INTEROP := $(CURDIR)/.venv-interop
-test-interop:  ## ms-swift with its plugin; vLLM with our exports (its CPU build: 4 GB of packages)
+test-interop:  ## ms-swift with its plugin; vLLM with our exports (its CPU build): 5.5 GB of packages
 	test -d $(INTEROP) || $(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/pip install --quiet torch==2.13.0 ms-swift==4.6.0 pytest pytest-timeout --editable .
 	$(INTEROP)/bin/python -m pytest tests/interop/test_ms_swift.py

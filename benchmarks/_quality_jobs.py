@@ -18,6 +18,9 @@ from dsee_scale.recipe.sections import DataConfig
 
 METRIC = {"sentiment": "accuracy", "e2e": "loss", "text": "perplexity"}
 """What a job's rows are compared by."""
+TEXT_LENGTH = 256
+METRIC_WORDS = {**METRIC, "text": f"perplexity@{TEXT_LENGTH}"}
+"""The same for people: a perplexity says nothing without the length of its sequences."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def load_job(
             max_length=64,
         ),
         "e2e": dict(task="completion", prompt="{mr} ||", completion=" {ref}", max_length=192),
-        "text": dict(task="language_modelling", separator="\n", max_length=256),
+        "text": dict(task="language_modelling", separator="\n", max_length=TEXT_LENGTH),
     }
     config = DataConfig(**common, **configs[name])  # type: ignore[arg-type]
     encoder, (train, held_out) = Encoder(tokenizer, config), load_rows(config)

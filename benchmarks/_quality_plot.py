@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from _quality_jobs import METRIC
+from _quality_jobs import METRIC, METRIC_WORDS
 
 PHASES = {"tuned": "o", "pruned": "v", "retuned": "^", "exported": "s"}
 COLOURS = {"tuned": "#9aa0a6", "pruned": "#d1495b", "retuned": "#edae49", "exported": "#00798c"}
@@ -43,7 +43,7 @@ def save_plot(output: Path, path: Path) -> None:
                     value = _mean(cells[row], phase, METRIC[job])
                     axes.plot(value, place, marker, color=COLOURS[phase], label=phase if place == 0 else None)
         axes.set_yticks(range(len(rows)), rows, fontsize=8)
-        axes.set_xlabel(f"{job}: {METRIC[job]}")
+        axes.set_xlabel(f"{job}: {METRIC_WORDS[job]}")
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     handles = {

@@ -38,7 +38,7 @@ from dsee_scale.passes.pools import block_linears
 from dsee_scale.recipe.parsing import cache_folder
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _quality_jobs import METRIC, Job, load_job
+from _quality_jobs import METRIC, METRIC_WORDS, Job, load_job
 from _quality_plot import save_plot
 from _report import Report, parser
 
@@ -239,8 +239,8 @@ def cell(lab: Lab, row: str, seed: int) -> dict[str, Any]:
 
 def print_table(args: argparse.Namespace, cells: dict[str, list[dict[str, Any]]]) -> None:
     """One Markdown row for each row of the benchmark, means over seeds with their spread."""
-    metric = METRIC[args.job]
-    print(f"| {args.job}: {metric} | tuned | pruned | retuned | exported | zeros | trained | seconds |")
+    metric, words = METRIC[args.job], METRIC_WORDS[args.job]
+    print(f"| {args.job}: {words} | tuned | pruned | retuned | exported | zeros | trained | seconds |")
     print("| --- |" + " ---: |" * 7)
     for row, found in cells.items():
         values = [_mean([one[phase][metric] for one in found if phase in one]) for phase in PHASES]
@@ -293,11 +293,11 @@ def main() -> None:
         return
     lab, report = Lab(args), Report("quality", args.json)
     cells = {row: [cell(lab, row, seed) for seed in args.seeds] for row in args.rows}
-    metric = METRIC[args.job]
+    metric, words = METRIC[args.job], METRIC_WORDS[args.job]
     peer = [one["exported"][metric] for one in cells.get("dense LoRA", [])]
     for row, found in cells.items():
         value = statistics.mean(one["exported"][metric] for one in found)
-        report.add(f"{args.job}: {row}", metric, "", value, statistics.mean(peer) if peer else None)
+        report.add(f"{args.job}: {row}", words, "", value, statistics.mean(peer) if peer else None)
     if not args.json:
         print_table(args, cells)
 
