@@ -19,7 +19,7 @@ from dsee_scale.config import SCORES_OF_ACTIVATIONS, PruneConfig
 from dsee_scale.errors import ConfigError, RunError, TargetError
 from dsee_scale.export.export import BASE_FOLDER, save_base
 from dsee_scale.pruning.prune import prune
-from dsee_scale.pruning.schedule import CubicSchedule
+from dsee_scale.pruning.schedule import CubicSchedule, schedule_problems
 from dsee_scale.training.base_trainer import GradientCallback, log_within_step
 from dsee_scale.training.checkpoints import AdapterCheckpoints
 
@@ -73,12 +73,7 @@ class DSEECallback(GradientCallback):
         if bool(self.configs) != (self.at is not None):
             problems.append("prune and at go together: what to remove, and when")
         if isinstance(self.at, CubicSchedule):
-            if len(self.configs) > 1:
-                problems.append("a schedule goes with one PruneConfig")
-            if any(config.refit for config in self.configs):
-                problems.append(
-                    "a schedule does not go with refit, the default with score 'wanda': set refit=False"
-                )
+            problems += schedule_problems(self.configs)
         elif isinstance(self.at, float) and not 0 <= self.at < 1:
             problems.append(f"at {self.at!r} is no fraction of the training in [0, 1), nor a whole step")
         elif isinstance(self.at, int) and self.at < 0:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsee_scale.config import PruneConfig
+from dsee_scale.errors import ConfigError
 from dsee_scale.settings import JsonConfig, at_least, fraction
 
 
@@ -68,8 +70,32 @@ class CubicSchedule(GradualConfig):
         return 0 <= since <= self.num_steps and (since % self.every == 0 or since == self.num_steps)
 
     def config(self, config: PruneConfig, step: int) -> PruneConfig:
-        """`config` with this step's sparsity; pools keep their proportion to the final one."""
+        """`config` with this step's sparsity; pools keep their proportion to the final one.
+
+        Raises:
+            ConfigError: the pattern removes a fixed number.
+        """
+        if problems := _fixed_number(config):
+            raise ConfigError(problems[0])
         sparsity = self.sparsity(step)
         share = sparsity / self.final_sparsity if self.final_sparsity else 0.0
         pools = tuple(dataclasses.replace(pool, sparsity=pool.sparsity * share) for pool in config.pools)
         return dataclasses.replace(config, sparsity=None if pools else sparsity, pools=pools)
+
+
+def schedule_problems(configs: Sequence[PruneConfig]) -> list[str]:
+    """Why these prunings cannot follow a schedule; known before the training that would come to them."""
+    if len(configs) != 1:
+        return [f"a schedule goes with one pruning, found {len(configs)}"]
+    problems = _fixed_number(configs[0])
+    if configs[0].refit:
+        problems.append("a schedule does not go with refit, the default with score 'wanda': turn refit off")
+    return problems
+
+
+def _fixed_number(config: PruneConfig) -> list[str]:
+    if config.n_of_m is None and config.num_per_layer is None:
+        return []
+    return [
+        f"a schedule raises a sparsity step by step, and pattern {config.pattern!r} here removes a fixed number"
+    ]

@@ -18,7 +18,7 @@ from transformers import TrainingArguments, get_scheduler
 
 from dsee_scale.config import PruneConfig
 from dsee_scale.errors import ConfigError, RunError
-from dsee_scale.pruning.schedule import CubicSchedule, GradualConfig
+from dsee_scale.pruning.schedule import CubicSchedule, GradualConfig, schedule_problems
 from dsee_scale.recipe.recipe import Recipe
 from dsee_scale.recipe.sections import RetuneConfig
 
@@ -223,17 +223,9 @@ def _prune_events(
 ) -> tuple[PruneEvent, ...]:
     if gradual is None:
         return (PruneEvent(step=first, configs=prune),) if prune else ()
-    if len(prune) != 1:
-        raise ConfigError(f"gradual goes with one pruning, found {len(prune)} in the prune section")
+    if problems := schedule_problems(prune):
+        raise ConfigError("section gradual: " + "; ".join(problems))
     config = prune[0]
-    if config.n_of_m is not None or config.num_per_layer is not None:
-        raise ConfigError(
-            f"gradual raises a sparsity step by step, and pattern {config.pattern!r} here removes a fixed number"
-        )
-    if config.refit:
-        raise ConfigError(
-            "gradual does not go with refit, the default with score 'wanda': set prune.refit to false"
-        )
     final = max((pool.sparsity for pool in config.pools), default=config.sparsity or 0.0)
     schedule = CubicSchedule(**gradual.to_dict(), final_sparsity=final, start_step=first)
     steps = range(first, first + gradual.num_steps + 1)

@@ -212,3 +212,5 @@ def test_the_report_prints_the_sparsity_of_each_matrix():
 def test_cubic_schedule(step, expected):
     schedule = dsee_scale.CubicSchedule(final_sparsity=0.5, start_step=10, num_steps=100)
     assert schedule.sparsity(step) == pytest.approx(expected)
+    with pytest.raises(ConfigError, match="pattern 'heads' here removes a fixed number"):
+        schedule.config(PruneConfig(pattern="heads", num_per_layer=1), step)

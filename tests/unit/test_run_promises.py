@@ -221,8 +221,14 @@ LATE = [
     ({"training__deepspeed": {"zero_optimization": {"stage": 3, "stge": 1}}}, "stge"),
     ({"training__per_device_train_batch_size": 10**6}, "no step would be made"),
     ({"data__generate_samples": 3}, "generate_samples goes with"),
-    ({"prune": None, "retune": None, "gradual": {"num_steps": 2}}, "gradual goes with one pruning, found 0"),
-    ({"prune": {"score": "W", "pattern": "2:4"}, "gradual": {"num_steps": 2}}, "gradual raises a sparsity"),
+    (
+        {"prune": None, "retune": None, "gradual": {"num_steps": 2}},
+        "gradual: a schedule goes with one pruning, found 0",
+    ),
+    (
+        {"prune": {"score": "W", "pattern": "2:4"}, "gradual": {"num_steps": 2}},
+        "gradual: a schedule raises a sparsity",
+    ),
 ]
 
 

@@ -171,7 +171,11 @@ def test_what_makes_no_sense_is_refused(tmp_path):
             PruneConfig(),
             CubicSchedule(final_sparsity=0.5, start_step=1, num_steps=2),
         ),
-        "one PruneConfig": (
+        "pattern '2:4' here removes a fixed number": (
+            PruneConfig(score="W", pattern="2:4"),
+            CubicSchedule(final_sparsity=0.5, start_step=1, num_steps=2),
+        ),
+        "with one pruning, found 2": (
             [PruneConfig(score="W")] * 2,
             CubicSchedule(final_sparsity=0.5, start_step=1, num_steps=2),
         ),
