@@ -44,6 +44,22 @@ def masked_flops(sizes: Iterable[tuple[int, int]], rank: int, tokens: int) -> fl
     return sum(outputs * inputs * (2 * tokens + 6 * rank + 4 * rank) for outputs, inputs in sizes)
 
 
+def step_floors(
+    config: Any, targets: Iterable[str], rank: int, sequences: int, length: int
+) -> dict[str, float]:
+    """Seconds of checkpointed steps: of the frozen model, ours, ours under the mask, and what adapters add."""
+    sizes = [size for name, size in zip(LINEARS, matrices(config), strict=True) if name in targets]
+    flops = frozen_flops(config, sequences, length)
+    added = config.num_hidden_layers * adapter_flops(sizes, rank, sequences * length)
+    masked = config.num_hidden_layers * masked_flops(sizes, rank, sequences * length)
+    each = {"frozen": flops, "ours": flops + added, "masked": flops + masked, "added": added}
+    return {side: floor(flops=count) for side, count in each.items()}
+
+
+LINEARS = ("q_proj", "o_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+"""In the order of `matrices`."""
+
+
 def matrices(config: Any) -> list[tuple[int, int]]:
     """(outputs, inputs) of a Llama block's linear layers."""
     hidden, width = config.hidden_size, config.intermediate_size

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch._dynamo  # before any zero.Init context
-from _floors import adapter_flops, floor, frozen_flops, masked_flops, matrices, residual_bytes
+from _floors import floor, frozen_flops, residual_bytes
+from _gpu_report import GOALS, GpuReport, report_step
 from _ranks import peak_memory
-from _report import Report
 from torch import Tensor, nn
 
 ON_GPU = torch.cuda.is_available()
@@ -44,17 +44,7 @@ def main() -> None:
         raise SystemExit("no GPU is here; --tiny runs the case's form on the CPU")
     device = torch.cuda.get_device_name() if ON_GPU else "CPU"
     for case in chosen.case:
-        CASES[case](Reporter("gpu", as_json=True, device=device, model=chosen.model), chosen)
-
-
-class Reporter(Report):
-    """Lines with a floor beside what was measured."""
-
-    def timed(
-        self, case: str, metric: str, seconds: float, least: float, peer: float | None = None, **details: Any
-    ) -> None:
-        """One line: seconds, the floor, and the fraction of it that is reached."""
-        self.add(case, metric, "s", seconds, peer, floor=least, of_floor=least / seconds, **details)
+        CASES[case](GpuReport("gpu", device=device, model=chosen.model), chosen)
 
 
 def config_of(options: argparse.Namespace) -> Any:
@@ -136,7 +126,7 @@ def side_of(side: str, base: nn.Module, targets: tuple[str, ...]) -> nn.Module:
     return model
 
 
-def step_case(report: Reporter, options: argparse.Namespace) -> None:
+def step_case(report: GpuReport, options: argparse.Namespace) -> None:
     """Training steps without an engine: the frozen model, PEFT's LoRA, ours, ours under the mask."""
     base = build(options)
     length = 16 if options.tiny else 2048
@@ -146,7 +136,8 @@ def step_case(report: Reporter, options: argparse.Namespace) -> None:
             tokens = batch_of(base.config, sequences, length)
             few = {"repeats": 1, "warm_up": 1} if options.tiny else {}
             took = {side: seconds(stepper(model, tokens), **few) for side, model in models.items()}
-            report_step(report, f"{name}, {tokens.numel()} tokens", took, base.config, targets, tokens)
+            case = f"{name}, {tokens.numel()} tokens"
+            report_step(report, case, took, base.config, targets, RANK, sequences, length)
         del models
 
 
@@ -163,28 +154,10 @@ def stepper(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
     return step
 
 
-def report_step(
-    report: Reporter, case: str, took: dict[str, float], config: Any, targets: tuple[str, ...], tokens: Tensor
-) -> None:
-    num_layers, count = config.num_hidden_layers, tokens.numel()
-    sizes = [size for name, size in zip(LINEARS, matrices(config), strict=True) if name in targets]
-    flops = frozen_flops(config, *tokens.shape)
-    added = num_layers * adapter_flops(sizes, RANK, count)
-    masked = num_layers * masked_flops(sizes, RANK, count)
-    report.timed(case, "frozen step", took["frozen"], floor(flops=flops))
-    report.timed(case, "step", took["ours"], floor(flops=flops + added), took["peft"], frozen=took["frozen"])
-    ours, peft = (took[side] - took["frozen"] for side in ("ours", "peft"))
-    report.add(case, "added over frozen", "s", ours, peft)
-    report.timed(f"{case}, under the mask", "step", took["masked"], floor(flops=flops + masked), took["peft"])
-
-
-LINEARS = ("q_proj", "o_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
-"""In the order of `matrices`."""
-
 # Masks, supports, re-fit
 
 
-def masks_case(report: Reporter, options: argparse.Namespace) -> None:
+def masks_case(report: GpuReport, options: argparse.Namespace) -> None:
     """Prunings of a whole model, each of new random weights."""
     import dsee_scale
     from dsee_scale import PruneConfig
@@ -215,10 +188,13 @@ def masks_case(report: Reporter, options: argparse.Namespace) -> None:
             wait()
             took.append(time.perf_counter() - started)
         # Each entry read once and written once, at least.
-        report.timed(f"prune, {name}", "time", min(took), floor(bytes_moved=4 * entries), entries=entries)
+        case, bound = f"prune, {name}", floor(bytes_moved=4 * entries)
+        report.timed(case, "time", min(took), bound, entries=entries, goal=GOALS["prune"])
+        if name == "W":
+            report.timed(case, "time, by bandwidth", min(took), bound, goal=GOALS["mask bandwidth"])
 
 
-def supports_case(report: Reporter, options: argparse.Namespace) -> None:
+def supports_case(report: GpuReport, options: argparse.Namespace) -> None:
     """Supports of all linear layers from their decomposition."""
     import dsee_scale
     from dsee_scale.passes.pools import block_linears
@@ -229,10 +205,11 @@ def supports_case(report: Reporter, options: argparse.Namespace) -> None:
     started = time.perf_counter()
     dsee_scale.inject(model, adapter_config(ALL, support="grebsmo"), progress=False)
     wait()
-    report.timed("supports", "time", time.perf_counter() - started, floor(bytes_moved=2 * entries))
+    took, bound = time.perf_counter() - started, floor(bytes_moved=2 * entries)
+    report.timed("supports", "time", took, bound, goal=GOALS["supports"])
 
 
-def refit_case(report: Reporter, options: argparse.Namespace) -> None:
+def refit_case(report: GpuReport, options: argparse.Namespace) -> None:
     """Statistics, and the re-fit block by block, beside the forward passes' own time."""
     import dsee_scale
 
@@ -245,25 +222,25 @@ def refit_case(report: Reporter, options: argparse.Namespace) -> None:
             for batch in batches:
                 model(**batch, use_cache=False, logits_to_keep=1)
 
-    least = count * floor(flops=frozen_flops(model.config, sequences, length, forward_only=True))
+    bound = count * floor(flops=frozen_flops(model.config, sequences, length, forward_only=True))
     dsee_scale.inject(model, adapter_config(TARGETS["q and v"]), progress=False)
     size = f"{count * sequences} x {length} tokens, {model.config.num_hidden_layers} blocks"
     passes = seconds(forward, repeats=1, warm_up=1)
-    report.timed(size, "forward passes", passes, least)
+    report.timed(size, "forward passes", passes, bound)
     calibrated = seconds(lambda: dsee_scale.calibrate(model, batches, progress=False), repeats=1, warm_up=0)
-    report.timed(size, "calibrate", calibrated, least, passes)
+    report.timed(size, "calibrate", calibrated, bound, passes)
     refit = seconds(
         lambda: dsee_scale.prune(model, dsee_scale.PruneConfig(sparsity=0.5), batches, progress=False),
         repeats=1,
         warm_up=0,
     )
-    report.timed(size, "prune with re-fit", refit, 2 * least, passes)
+    report.timed(size, "prune with re-fit", refit, 2 * bound, passes)
 
 
 # Single products
 
 
-def residual_case(report: Reporter, options: argparse.Namespace) -> None:
+def residual_case(report: GpuReport, options: argparse.Namespace) -> None:
     """The sparse residual, forward and backward, against a dense masked layer and torch.sparse."""
     from sparse_residual import Case, check
 
@@ -278,17 +255,21 @@ def residual_case(report: Reporter, options: argparse.Namespace) -> None:
             check(case)
             rows, columns = case.rows.unique().numel(), case.cols.unique().numel()
             ours, dense = seconds(case.ours, repeats=9), seconds(case.dense_masked)
-            least = floor(bytes_moved=residual_bytes(tokens, rows, columns, 2))
+            bound = floor(bytes_moved=residual_bytes(tokens, rows, columns, 2))
             name = f"{outputs} x {inputs}, N = {count}, {tokens} tokens"
-            report.timed(name, "against dense masked", ours, least, dense, method=case.support.method)
+            few = count <= 2e-3 * outputs * inputs or options.tiny
+            goals = {"goal": GOALS["residual"]} if few else {}
+            report.timed(
+                name, "against dense masked", ours, bound, dense, method=case.support.method, **goals
+            )
             try:
                 sparse = seconds(case.torch_sparse)
             except RuntimeError:  # torch.sparse does not know bfloat16 everywhere
                 continue
-            report.timed(name, "against torch.sparse", ours, least, sparse)
+            report.timed(name, "against torch.sparse", ours, bound, sparse)
 
 
-def semi_case(report: Reporter, options: argparse.Namespace) -> None:
+def semi_case(report: GpuReport, options: argparse.Namespace) -> None:
     """A 2:4 weight in PyTorch's semi-structured form against cuBLAS with the same weight dense."""
     from torch.sparse import to_sparse_semi_structured
 
@@ -302,14 +283,14 @@ def semi_case(report: Reporter, options: argparse.Namespace) -> None:
                 seconds(lambda w=w, x=x: nn.functional.linear(x, w), repeats=15) for w in (packed, weight)
             ]
             moved = 2 * (size * size * 9 / 16 + 2 * tokens * size)
-            least = floor(bytes_moved=moved, flops=tokens * size * size)
-            report.timed(f"{size} x {size}, {tokens} tokens", "2:4 product", took[0], least, took[1])
+            bound = floor(bytes_moved=moved, flops=tokens * size * size)
+            report.timed(f"{size} x {size}, {tokens} tokens", "2:4 product", took[0], bound, took[1])
 
 
 # Memory
 
 
-def memory_case(report: Reporter, options: argparse.Namespace) -> None:
+def memory_case(report: GpuReport, options: argparse.Namespace) -> None:
     """Peaks of inject, step, prune and export under ZeRO-3 in one process, beside the plan."""
     import deepspeed
     from memory import ds_config
@@ -349,8 +330,9 @@ def memory_case(report: Reporter, options: argparse.Namespace) -> None:
         for phase, run in phases.items():
             peak = peak_memory(lambda: None, lambda _, run=run: run())
             planned = plan.phases[phase].gpu
+            over, goal = peak / planned, GOALS["memory"]
             report.add(
-                f"ZeRO-3, {phase}", "peak memory", "B", peak, planned, measured_over_plan=peak / planned
+                f"ZeRO-3, {phase}", "peak memory", "B", peak, planned, measured_over_plan=over, goal=goal
             )
 
 

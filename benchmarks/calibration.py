@@ -134,7 +134,7 @@ def refit_only(shape: str, blocks: int, tokens: int, rounds: int) -> dict[str, A
     times = []
     for number in range(rounds):
         config = dsee_scale.PruneConfig(sparsity=0.5 + 0.01 * number)
-        port.barrier()
+        port.sum_over_ranks(torch.ones(1)).item()  # waits for every rank
         started = time.perf_counter()
         dsee_scale.prune(model, config, mine, progress=False)
         times.append(time.perf_counter() - started)

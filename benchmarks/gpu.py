@@ -9,7 +9,8 @@ whole time bounds each case besides its own limit. A line holds, besides what ev
 - device: the card's name;
 - floor: what the case cannot be faster than, its bytes over 3.35 TB/s and its FLOPs over 989 TFLOP/s, whichever takes
   longer (an H100's memory, and its dense bfloat16 units);
-- of_floor: floor / ours, the fraction of it that is reached.
+- of_floor: floor / ours, the fraction of it that is reached;
+- goal, met: where there is a goal, the key that it is about with its bound, and whether it is met.
 
 `--device cpu --tiny` runs all cases on tiny shapes on the CPU, so that a run on a GPU can't fail on its form.
 """
@@ -58,11 +59,17 @@ STEP = (
     "benchmarks/training_step.py",
     "--json",
     "--checkpointing",
+    "--floors",
     "--no-memory",
     "--rounds",
     "7",
     "--processes",
     "1",
+    "--batch",
+    "1",
+    "--lengths",
+    "2048",
+    "8192",
 )
 TINY_STEP = ("--hidden", "128", "--layers", "1", "--lengths", "8", "--rounds", "1", "--batch", "1")
 CASES = [
@@ -75,10 +82,10 @@ CASES = [
     own("semi_structured", 40, "semi"),
     own("supports_7b", 45, "supports", "--model", "7b"),
     own("memory_7b", 75, "memory", "--model", "7b", "--layers", "8"),
-    Case("step_1b_zero3", 75, (*STEP, "--hidden", "2048", "--layers", "22", "--batch", "1", "--lengths", "2048"),
+    Case("step_1b_zero3", 75, (*STEP, "--hidden", "2048", "--layers", "22"),
          TINY_STEP),
     own("refit_7b", 90, "refit", "--model", "7b", "--layers", "8"),
-    Case("step_7b_zero3", 75, (*STEP, "--hidden", "4096", "--layers", "6", "--batch", "4", "--lengths", "2048"),
+    Case("step_7b_zero3", 75, (*STEP, "--hidden", "4096", "--layers", "6"),
          TINY_STEP),
     Case("test_zero3_rest", 200, (*PYTEST, "tests/gpu/test_zero3.py", "-k", "one_gpu and not refit and not global"),
          None),

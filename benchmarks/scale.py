@@ -23,6 +23,8 @@ from _report import Report, parser
 SHAPES = {
     # name: layers, hidden, intermediate, heads, vocabulary
     "7b": (32, 4096, 11008, 32, 32000),
+    "3.4b": (16, 4096, 11008, 32, 32000),
+    "1.7b": (32, 2048, 5632, 16, 32000),
     "1b": (16, 2048, 5632, 16, 32000),
     "small": (6, 1024, 2816, 16, 8000),
 }

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import torch._dynamo  # before any zero.Init context; see docs/architecture.md
+from _gpu_report import GpuReport, report_step
 from _ranks import launch, peak_memory, small_llama
 from _report import Report, parser
 from _steps import slowest_ranks, step, time_rounds, zero3_config
@@ -176,23 +177,31 @@ def launch_ranks(arguments: argparse.Namespace, targets: str, memory_of: str = "
     return launch(__file__, words, arguments.processes, arguments.threads, for_memory=bool(memory_of))
 
 
-def report_case(arguments: argparse.Namespace, targets: str, report: Report) -> None:
-    """Time, processor time, fetches and memory of one set of targets."""
-    ranks = launch_ranks(arguments, targets)
+def report_times(arguments: argparse.Namespace, targets: str, report: Report, ranks: list[Any]) -> None:
+    """Time and processor time of every number of tokens."""
     for tokens in ranks[0]["times"]:
-        for metric in ("wall", "cpu"):
+        case = f"ZeRO-3, {targets}, {tokens} tokens a rank"
+        for metric, suffix in (("wall", ""), ("cpu", ", processor")):
             medians = slowest_ranks([rank["times"][tokens] for rank in ranks], metric)
             ours, peft, frozen = medians["ours"], medians["peft"], medians["frozen"]
             details = {"frozen": frozen, "peft_over_frozen": peft / frozen}
-            case, suffix = (
-                f"ZeRO-3, {targets}, {tokens} tokens a rank",
-                "" if metric == "wall" else ", processor",
-            )
+            if arguments.floors and metric == "wall":
+                config = small_llama(arguments.hidden, arguments.layers)
+                shape = arguments.batch, int(tokens) // arguments.batch
+                lines = GpuReport("gpu", model=f"{arguments.layers} x {arguments.hidden}", **report.always)
+                report_step(lines, case, medians, config, TARGETS[targets], RANK, *shape)
+                continue
             report.add(case, f"step time{suffix}", "s", ours, peft, **details)
             report.add(case, f"added over frozen{suffix}", "s", ours - frozen, peft - frozen)
             report.add(
                 f"{case}, under the mask", f"step time{suffix}", "s", medians["masked"], peft, **details
             )
+
+
+def report_case(arguments: argparse.Namespace, targets: str, report: Report) -> None:
+    """Time, processor time, fetches and memory of one set of targets."""
+    ranks = launch_ranks(arguments, targets)
+    report_times(arguments, targets, report, ranks)
     fetches = ranks[0]["fetches"]
     report.add(
         f"ZeRO-3, {targets}", "fetches", "1", fetches["ours"], fetches["peft"], frozen=fetches["frozen"]
@@ -225,6 +234,9 @@ def main() -> None:
         "--processes", type=int, default=max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 2
     )
     arguments.add_argument("--no-memory", action="store_true", help="times only")
+    arguments.add_argument(
+        "--floors", action="store_true", help="beside each step what an H100 can't be faster than"
+    )
     arguments.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
     arguments.add_argument("--targets", choices=TARGETS, help="only these")
     arguments.add_argument("--worker", help=argparse.SUPPRESS)
