@@ -1,4 +1,4 @@
-"""How much the loss depends on each output of each layer: its mean squared gradient over calibration tokens.
+"""How much the loss depends on each output of each layer, and on each token there: squared gradients.
 
 One forward and one backward pass of each batch through the frozen model. No parameter gets a gradient: the graph
 begins at the first block's input. Blocks that are trained with activation checkpointing are run with it here.
@@ -7,6 +7,7 @@ begins at the first block's input. Blocks that are trained with activation check
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,21 @@ from dsee_scale.partition import Partition, unwrap
 from dsee_scale.partition.engine_state import no_leaf_gradients
 from dsee_scale.passes.batches import compute_device, evaluating, in_step, to_device, together, token_mask
 from dsee_scale.passes.label_logits import IGNORED, label_loss, logits_at, output_layer, predicting
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """Squared gradients of the loss in the outputs of linear layers.
+
+    Attributes:
+        outputs: module name -> (O,) float32, each output's mean over tokens, the same on every rank.
+        tokens: module name -> for each of this rank's batches that count, (T,) float32 on the CPU: each token's sum
+            over outputs, as a multiple of the mean over all ranks' tokens. Without layers that a batch misses or runs
+            through twice.
+    """
+
+    outputs: dict[str, Tensor]
+    tokens: dict[str, list[Tensor]]
 
 
 def has_loss(model: nn.Module, batches: Sequence[Any], partition: Partition) -> bool:
@@ -48,11 +64,11 @@ def output_gradients(
     partition: Partition,
     *,
     progress: bool | None = None,
-) -> dict[str, Tensor]:
-    """Collective. Mean squared gradient of the loss in each output of the layers.
+) -> Sensitivity:
+    """Collective. Squared gradients of the loss in the outputs of the layers.
 
     The loss is summed over its labels, so that batches count by what they hold. Peak extra memory per rank: the
-    activations of one batch, as in a training step.
+    activations of one batch, as in a training step; on the CPU, four bytes for each token and layer.
 
     Args:
         model: what `prune` was given.
@@ -63,14 +79,12 @@ def output_gradients(
         partition: port to the weights.
         progress: see `prune`.
 
-    Returns:
-        Module name -> (O,) float32, the same on every rank.
-
     Raises:
         CalibrationError: a gradient is not finite.
     """
     module = unwrap(model)
     sums = {name: torch.zeros(width, dtype=torch.float64) for name, width in widths.items()}
+    by_token: dict[str, list[Tensor]] = {name: [] for name in widths}
     tokens = 0
     device = compute_device(module, partition)
     with (
@@ -90,12 +104,17 @@ def output_gradients(
         ):
             labelled = _with_labels(module, batch)
             assert labelled is not None, "has_loss has seen it"
-            watch.mask = token_mask(labelled) if counts else None
-            watch.counts = counts
+            watch.begin(token_mask(labelled) if counts else None, counts)
             with torch.enable_grad(), together(partition):
                 _loss(module, to_device(labelled, device)).backward()
-            tokens += int(watch.seen) if counts else 0
-    return _means(sums, tokens, partition)
+            if counts:
+                tokens += int(watch.seen)
+                by_token = {n: [*each, watch.once[n]] for n, each in by_token.items() if n in watch.once}
+    means = _means(sums, tokens, partition)
+    totals = {name: float(means[name].sum()) for name in by_token}
+    return Sensitivity(
+        means, {n: [each / totals[n] for each in by_token[n]] for n in by_token if totals[n] > 0}
+    )
 
 
 def _means(sums: Mapping[str, Tensor], tokens: int, partition: Partition) -> dict[str, Tensor]:
@@ -175,12 +194,27 @@ class _Watch:
         mask: (B, T) tokens that count, None for all.
         counts: whether this batch counts on this rank.
         seen: tokens of this batch that counted.
+        once: module name -> (T,), each of these tokens' squared gradients in all outputs, of layers that ran once.
     """
 
     def __init__(self) -> None:
         self.mask: Tensor | None = None
         self.counts = True
         self.seen = 0
+        self.once: dict[str, Tensor] = {}
+        self.twice: set[str] = set()
+
+    def begin(self, mask: Tensor | None, counts: bool) -> None:
+        """The next batch."""
+        self.mask, self.counts, self.once, self.twice = mask, counts, {}, set()
+
+    def add(self, name: str, token_squares: Tensor) -> None:
+        """One run of a layer."""
+        if name in self.once:
+            self.twice.add(name)
+            del self.once[name]
+        elif name not in self.twice:
+            self.once[name] = token_squares.cpu()
 
 
 @contextlib.contextmanager
@@ -195,7 +229,9 @@ def _watching(layers: Mapping[str, nn.Module], sums: Mapping[str, Tensor]) -> It
         if watch.mask is not None and watch.mask.numel() == len(flat):
             flat = flat[watch.mask.reshape(-1).to(flat.device)]
         watch.seen = len(flat)
-        sums[name].add_(flat.float().square_().sum(0, dtype=torch.float64).cpu())
+        squares = flat.float().square()
+        sums[name].add_(squares.sum(0, dtype=torch.float64).cpu())
+        watch.add(name, squares.sum(1))
 
     def hook(name: str) -> Callable[..., None]:
         def after(_: nn.Module, __: Any, output: Tensor) -> None:

@@ -95,7 +95,9 @@ def refit(
     with evaluating(module):
         where = torch.device("cpu") if config.inputs_on_cpu else compute_device(module, partition)
         calls, leaders = _first_inputs(model, members, blocks, batches, partition, where)
-        shares = find_shares(model, pools, blocks, batches, removed, config, partition, progress=progress)
+        shares = find_shares(
+            model, pools, blocks, batches, leaders, removed, config, partition, progress=progress
+        )
         jobs = _jobs(members, leaders, shares, removed)
         for index, (name, block) in enumerate(tqdm(blocks, desc="refit", unit="block", disable=hidden)):
             here = [job for job in jobs if job.member.name.startswith(name + ".")]
@@ -145,6 +147,7 @@ def _jobs(
             leaders[name],
             _left(removed.get(name)),
             shares.outputs.get(name),
+            shares.tokens.get(leaders[name]),
         )
         for name, (member, sparsity) in members.items()
     ]

@@ -69,6 +69,8 @@ def collect_grams(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Collective. X^T X / tokens of the inputs of matrices that this rank owns, (I, I) float32, by leader.
 
+    Each token's x^T x counts by what the loss says, where it says something.
+
     An expert that too few tokens reached gets the identity: its least weights go, the others stay as they are. Those
     experts' matrices are named besides, the same on all ranks.
 
@@ -86,12 +88,14 @@ def collect_grams(
         }
     tokens = dict.fromkeys(leaders, 0)
     short: list[Exception] = []
+    number = 0  # of batches that count
 
     def take(name: str, x_TI: Tensor) -> None:
         if name not in sums:  # an expert's that is no part of this
             return
         try:
-            add_gram_(sums[name], x_TI.float())
+            counted = leaders[name].tokens
+            add_gram_(sums[name], x_TI.float(), None if counted is None else counted[number])
             tokens[name] += x_TI.shape[0]
         except (
             Exception
@@ -103,6 +107,7 @@ def collect_grams(
         for call in calls:
             with watch.batch(call.batch, call.counts):
                 run_block(block, index, call, call.hidden, module, partition)
+            number += call.counts
     with alike(partition, config):
         if short:
             raise short[0]
@@ -115,8 +120,10 @@ def collect_grams(
     return grams, few
 
 
-def add_gram_(gram_II: Tensor, x_TI: Tensor) -> None:
-    """gram += X^T X, both in float32."""
+def add_gram_(gram_II: Tensor, x_TI: Tensor, weight_T: Tensor | None = None) -> None:
+    """gram += X^T diag(weight) X, all in float32."""
+    if weight_T is not None:
+        x_TI = x_TI * weight_T.to(x_TI.device).sqrt()[:, None]  # one factor on both sides keeps it symmetric
     gram_II.addmm_(x_TI.t(), x_TI)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class Job:
         leader: the module under whose name its input is collected.
         left: (K,) inputs that are still there, where heads or neurons took some; None for all.
         outputs: (O,) float32, what an error in each output counts; None for all alike.
+        tokens: for each batch that counts, (T,) float32, what an error at each token counts; None for all alike.
     """
 
     member: Matrix
@@ -34,6 +36,7 @@ class Job:
     leader: str
     left: Tensor | None
     outputs: Tensor | None = None
+    tokens: Sequence[Tensor] | None = None
 
     @property
     def gram_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""How much of each matrix goes, and what each of its outputs counts, by how much the loss depends on them."""
+"""How much of each matrix goes, and what its outputs and its inputs' tokens count, by how the loss depends on them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 SPREAD = 1e3
 """How far an output's mean squared gradient may count as being from its matrix's mean, either way."""
 
+TOKEN_SPREAD = 30.0
+"""How far a token's may: more, and a Gram matrix would be that of a few tokens."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shares:
@@ -33,12 +36,14 @@ class Shares:
     Attributes:
         sparsity: name -> fraction of its entries that goes (of those whose inputs are still there).
         outputs: name -> (O,) float32, what an error in each output counts.
+        tokens: leader of an input -> for each batch that counts, (T,) float32, what an error at each token counts.
 
-    Both are empty where the loss has no say.
+    All are empty where the loss has no say.
     """
 
     sparsity: dict[str, float] = dataclasses.field(default_factory=dict)
     outputs: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    tokens: dict[str, list[Tensor]] = dataclasses.field(default_factory=dict)
 
 
 def find_shares(
@@ -46,6 +51,7 @@ def find_shares(
     pools: Sequence[WeightPool],
     blocks: Sequence[tuple[str, nn.Module]],
     batches: Batches,
+    leaders: Mapping[str, str],
     removed: Mapping[str, Tensor],
     config: PruneConfig,
     partition: Partition,
@@ -54,14 +60,15 @@ def find_shares(
 ) -> Shares:
     """Collective. Under scope `global`, deal each pool's removals to its linear layers; experts lose the pool's share.
 
-    One threshold goes over |W + D| * norm of the input * weight of the output. Without a loss every matrix loses its
-    pool's share, with a warning.
+    One threshold goes over |W + D| * norm of the input * weight of the output. Under N:M every matrix loses the same,
+    and the loss has its say on tokens alone. Without a loss every matrix loses its pool's share, with a warning.
 
     Args:
         model: what `prune` was given.
         pools: the weights.
         blocks: the repeated blocks, in order.
         batches: this rank's model inputs.
+        leaders: by matrix, the first one that reads the same input.
         removed: inputs that went with heads or neurons, by matrix.
         config: the pruning.
         partition: port to the weights.
@@ -72,18 +79,18 @@ def find_shares(
         for pool in pools
     ]
     pools = [pool for pool in linear if pool.members]
-    if config.scope != "global" or config.n_of_m or not pools:
+    if config.scope != "global" or not pools:
         return Shares()
     batches = list(batches)
     if not has_loss(model, batches, partition):
         log_rank0(
             logger,
-            "the calibration batches have no labels and the model is no decoder, so every matrix loses the same share; "
-            "with labels, more would go where the loss depends on it less",
+            "the calibration batches have no labels and the model is no decoder, so every matrix loses the same share "
+            "and every token counts alike; with labels, more would go where the loss depends on it less",
         )
         return Shares()
     members = [member for pool in pools for member in pool.members]
-    gradients = output_gradients(
+    found = output_gradients(
         model,
         {member.name: member.module for member in members},
         {member.name: member.outputs_by_inputs[0] for member in members},
@@ -92,12 +99,15 @@ def find_shares(
         partition,
         progress=progress,
     )
-    outputs = {name: _output_weights(each) for name, each in gradients.items()}
+    tokens = _token_weights(found.tokens, {member.name: leaders[member.name] for member in members})
+    if config.n_of_m:
+        return Shares(tokens=tokens)
+    outputs = {name: _output_weights(each) for name, each in found.outputs.items()}
     statistics = calibrate(model, batches, modules=config.modules, progress=progress)
     rankings = find_rankings(list(pools), config, partition, statistics)
     sparsity = _dealt(pools, rankings, outputs, removed, partition)
     relative = {name: each / each.square().mean().sqrt() for name, each in outputs.items()}
-    return Shares(sparsity, relative)
+    return Shares(sparsity, relative, tokens)
 
 
 def _dealt(
@@ -143,3 +153,20 @@ def _output_weights(squared_O: Tensor) -> Tensor:
     """Root mean squared gradients, none of them far from the matrix's mean; the same for all where there is none."""
     mean = squared_O.mean().clamp(min=torch.finfo(torch.float32).tiny)
     return squared_O.clamp(min=float(mean) / SPREAD, max=float(mean) * SPREAD).sqrt()
+
+
+def _token_weights(
+    relative: Mapping[str, list[Tensor]], leaders: Mapping[str, str]
+) -> dict[str, list[Tensor]]:
+    """Local. By leader, the mean over the matrices that share its input; of inputs for which all of them are known."""
+    sharing: dict[str, list[str]] = {}
+    for name, leader in leaders.items():
+        sharing.setdefault(leader, []).append(name)
+    return {
+        leader: [
+            (sum(batch) / len(names)).clamp(1 / TOKEN_SPREAD, TOKEN_SPREAD)
+            for batch in zip(*(relative[name] for name in names), strict=True)
+        ]
+        for leader, names in sharing.items()
+        if all(name in relative for name in names)
+    }

@@ -15,7 +15,8 @@ from dsee_scale.errors import CalibrationError
 from dsee_scale.partition import open_partition
 from dsee_scale.passes.blocks import find_blocks
 from dsee_scale.passes.pools import block_linears
-from dsee_scale.passes.sensitivity import has_loss, output_gradients
+from dsee_scale.passes.sensitivity import Sensitivity, has_loss, output_gradients
+from dsee_scale.pruning import refit
 from tests.unit.test_calibrate import batches, make
 
 
@@ -29,9 +30,10 @@ def labelled(count: int = 3) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def reference(model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def reference(model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> Sensitivity:
     """By autograd with everything kept."""
     outputs: dict[str, torch.Tensor] = {}
+    squares: dict[str, list[torch.Tensor]] = {}
     sums: dict[str, torch.Tensor] = {}
     tokens = 0
     handles = [
@@ -44,14 +46,16 @@ def reference(model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> di
         for name, gradient in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
             counted = gradient[batch["attention_mask"].bool()]
             sums[name] = sums.get(name, 0) + counted.square().sum(0)
+            squares.setdefault(name, []).append(counted.square().sum(1))
         tokens += int(batch["attention_mask"].sum())
     model.disable_input_require_grads()
     for handle in handles:
         handle.remove()
-    return {name: value / tokens for name, value in sums.items()}
+    relative = {name: [each / (sums[name].sum() / tokens) for each in squares[name]] for name in sums}
+    return Sensitivity({name: value / tokens for name, value in sums.items()}, relative)
 
 
-def found(model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def found(model: torch.nn.Module, data: list[dict[str, torch.Tensor]]) -> Sensitivity:
     layers = block_linears(model)
     partition = open_partition(model)
     widths = {
@@ -71,12 +75,58 @@ def test_gradients_are_autograds_and_leave_no_trace(family, checkpointing):
     model.train()
     wanted = [param.requires_grad for param in model.parameters()]
     values = found(model, data)
-    assert values.keys() == expected.keys()
-    for name, value in values.items():
-        torch.testing.assert_close(value, expected[name].float(), rtol=1e-4, atol=1e-10)
+    assert values.outputs.keys() == values.tokens.keys() == expected.outputs.keys()
+    for name, value in values.outputs.items():
+        torch.testing.assert_close(value, expected.outputs[name].float(), rtol=1e-4, atol=1e-10)
+        for batch, other in zip(values.tokens[name], expected.tokens[name], strict=True):
+            torch.testing.assert_close(batch, other.float(), rtol=1e-4, atol=1e-6)
     assert [param.requires_grad for param in model.parameters()] == wanted and any(wanted)
     assert all(param.grad is None for param in model.parameters())
     assert all(each.training for each in model.modules())
+
+
+HALF_GROUPS = PruneConfig(pattern="2:4", modules=("*attn*",))
+
+
+@pytest.mark.parametrize("config", [PruneConfig(), HALF_GROUPS, PruneConfig(scope="matrix")])
+def test_tokens_count_in_a_re_fit_as_the_loss_depends_on_them(config, monkeypatch):
+    """Its first block's Gram matrices are X^T diag(weight) X, one weight for all that read X; by scope matrix none."""
+    model, data = make("llama"), labelled()
+    tokens = reference(model, data).tokens
+    sharing = [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ]
+    inputs: dict[str, list[torch.Tensor]] = {}
+    block = model.model.layers[0]
+    for name in (names[0] for names in sharing):
+        block.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: inputs.setdefault(name, []).append(args[0])
+        )
+    with torch.no_grad():
+        for batch in data:
+            model.eval()(**batch)
+    expected = {}
+    for names in sharing:
+        total = 0
+        for index, batch in enumerate(data):
+            x = inputs[names[0]][index][batch["attention_mask"].bool()]
+            weights = torch.stack([tokens[f"model.layers.0.{name}"][index] for name in names]).mean(0)
+            weights = torch.ones_like(weights) if config.scope == "matrix" else weights.clamp(1 / 30, 30)
+            total = total + (x.T * weights) @ x
+        gram = total / sum(int(batch["attention_mask"].sum()) for batch in data)
+        expected |= {f"model.layers.0.{name}": gram for name in names}
+    grams = {}
+    real = refit.solve
+    monkeypatch.setattr(
+        refit, "solve", lambda *a: grams.setdefault(a[1].member.name, a[3]) is None or real(*a)
+    )
+    dsee_scale.prune(model, config, data)
+    wanted = {name: gram for name, gram in expected.items() if config is not HALF_GROUPS or "attn" in name}
+    for name, gram in wanted.items():
+        torch.testing.assert_close(grams[name], gram, rtol=1e-4, atol=1e-5)
 
 
 def test_a_decoder_needs_no_labels_and_others_do():
@@ -85,8 +135,8 @@ def test_a_decoder_needs_no_labels_and_others_do():
     assert has_loss(model, data, partition)
     assert has_loss(model, [batch["input_ids"] for batch in data], partition)
     own = [{**b, "labels": b["input_ids"].masked_fill(~b["attention_mask"].bool(), -100)} for b in data]
-    for name, value in found(model, data).items():
-        assert torch.equal(value, found(model, own)[name])
+    for name, value in found(model, data).outputs.items():
+        assert torch.equal(value, found(model, own).outputs[name])
     assert not has_loss(model.model, data, partition)
     assert not has_loss(model, [(data[0]["input_ids"],)], partition)
 
