@@ -2,8 +2,9 @@
 
 Per block: run it over the calibration data for the Gram matrices X^T X of its layers' inputs; sum each to the rank
 that owns a matrix with that input; solve there, on W + D; scatter the new weights into the shards; run the block again
-for the next one's inputs. So later blocks see what earlier ones do after pruning. D starts again at zero, on a support
-among the entries that stay. Each expert's matrices are solved for the tokens that are routed to it.
+for the next one's inputs. So later blocks see what earlier ones do after pruning. The new weight leaves room for BA,
+which goes on with its optimizer state; S2 starts again at zero, on a support among the entries that stay. Each expert's
+matrices are solved for the tokens that are routed to it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dsee_scale.adapters.linear import restore_under_mask
 from dsee_scale.adapters.matrices import Matrix
 from dsee_scale.adapters.state import model_state, reject_broken
 from dsee_scale.algorithms.bits import count_nonzero
@@ -93,8 +93,7 @@ def refit(
     unsolved: list[str] = []
     hidden = not show_progress(progress)
     with evaluating(module):
-        where = torch.device("cpu") if config.inputs_on_cpu else compute_device(module, partition)
-        calls, leaders = _first_inputs(model, members, blocks, batches, partition, where)
+        calls, leaders = _first_inputs(model, members, blocks, batches, config, partition)
         shares = find_shares(
             model, pools, blocks, batches, leaders, removed, config, partition, progress=progress
         )
@@ -107,13 +106,12 @@ def refit(
                 workspace = reserve(here, owners, config, partition)
                 unsolved += few
                 done.append(name)  # from here on it counts as written
-                write_back(model, here, owners, solved, workspace, partition)
+                write_back(model, here, owners, solved, workspace, config, partition)
                 if index + 1 < len(blocks):
                     advance(block, index, calls, module, partition)
             except BaseException as error:
                 raise _stopped(module, error, done) from error
     note_pattern(module, pools, config)
-    restore_under_mask(module)
     return _counts([member for member, _ in members.values()], partition), unsolved
 
 
@@ -122,10 +120,11 @@ def _first_inputs(
     members: Mapping[str, tuple[Matrix, float]],
     blocks: Sequence[tuple[str, nn.Module]],
     batches: Batches,
+    config: PruneConfig,
     partition: Partition,
-    where: torch.device,
 ) -> tuple[list[Call], dict[str, str]]:
     """Collective. The first block's inputs, and by matrix the first one that reads the same input."""
+    where = torch.device("cpu") if config.inputs_on_cpu else compute_device(unwrap(model), partition)
     layers = {name: member.module for name, (member, _) in members.items() if member.expert is None}
     with watching(layers, lambda *_: None) as watch:
         calls = capture(model, blocks, batches, partition, where)
@@ -186,14 +185,16 @@ def _solve_block(
     unsolved: list[str] = []
     for group in grouped(jobs, config.gram_memory_mib << 20):
         grams, few = collect_grams(module, block, index, group, calls, owners, config, partition)
-        weights = owned_weights(group, owners, config, partition)
+        weights, deltas = owned_weights(group, owners, config, partition)
         with alike(partition, config), torch.autocast(compute_device(module, partition).type, enabled=False):
             for job in group:
                 name = job.member.name
                 if owners[name] == partition.rank:
-                    solved[name] = solve(module, job, weights[name], grams[job.leader], config)
+                    solved[name] = solve(
+                        module, job, weights[name], deltas.get(name), grams[job.leader], config
+                    )
         unsolved += few
-        del grams, weights
+        del grams, weights, deltas
     return solved, owners, unsolved
 
 

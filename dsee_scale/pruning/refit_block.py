@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from dsee_scale.adapters.linear import train_under_mask
 from dsee_scale.adapters.matrices import Matrix
 from dsee_scale.algorithms.decompose import Support
-from dsee_scale.algorithms.delta import AdapterSpec, delta_block
+from dsee_scale.algorithms.delta import AdapterSpec, Delta, delta_block
 from dsee_scale.config import PruneConfig
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import CalibrationError
@@ -97,9 +98,7 @@ def collect_grams(
             counted = leaders[name].tokens
             add_gram_(sums[name], x_TI.float(), None if counted is None else counted[number])
             tokens[name] += x_TI.shape[0]
-        except (
-            Exception
-        ) as error:  # under ZeRO-3 the others wait for this forward pass: end it, then fail together
+        except Exception as error:  # the others wait in this forward pass: end it, then fail together
             short.append(error)
 
     routed = {name: RoutedInputs(name, each, take) for name, each in owning.items()}
@@ -178,8 +177,8 @@ def _request(
 
 def owned_weights(
     jobs: Sequence[Job], owners: Mapping[str, int], config: PruneConfig, partition: Partition
-) -> dict[str, Tensor]:
-    """Collective. Whole W + D, (O, I) float32, of the matrices that this rank owns; zero wherever W is."""
+) -> tuple[dict[str, Tensor], dict[str, Delta]]:
+    """Collective. Of the matrices that this rank owns: whole W + D, (O, I) float32, zero wherever W is; and D."""
     params, dealt, parts = _request(jobs, owners)
     workspace = reserve(jobs, owners, config, partition)
     whole = partition.start_exchange(params, dealt, workspace, parts).wait()
@@ -197,20 +196,20 @@ def adapter_params(members: Sequence[Matrix]) -> dict[str, nn.Parameter]:
 
 def _effective(
     jobs: Sequence[Job], whole: Mapping[int, Tensor], flats: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Local. W + D, (O, I) float32, of owned matrices, given the adapters' values by parameter name."""
-    found = {}
+) -> tuple[dict[str, Tensor], dict[str, Delta]]:
+    """Local. W + D, (O, I) float32, of owned matrices, and D, given the adapters' values by parameter name."""
+    found, deltas = {}, {}
     for index, entries in whole.items():
         member = jobs[index].member
         stored = entries.view(member.shape)
         weight = stored.float()
         if member.adapted:
-            delta = member.delta(flats[member.param_name])
+            delta = deltas[member.name] = member.delta(flats[member.param_name])
             weight = weight + delta_block(delta, 0, member.shape[0]).to(weight.device)
             # What an earlier pruning removed is gone, whatever D says there.
             weight.masked_fill_(stored == 0, 0)
         found[member.name] = weight.t().contiguous() if member.transposed else weight.clone()
-    return found
+    return found, deltas
 
 
 def write_back(
@@ -219,29 +218,32 @@ def write_back(
     owners: Mapping[str, int],
     solved: Mapping[str, tuple[Tensor, Support | None]],
     workspace: Tensor,
+    config: PruneConfig,
     partition: Partition,
 ) -> None:
-    """Collective. New weights into the shards, new supports to all ranks, D = 0."""
+    """Collective. New weights into the shards, new supports to all ranks; S2 = 0, and without the mask B = 0 too."""
     values = {at: solved[job.member.name][0] for at, job in enumerate(jobs) if job.member.name in solved}
     params, dealt, parts = _request(jobs, owners)
     partition.scatter(params, dealt, values, workspace, parts)
     adapted = [job.member for job in jobs if job.member.adapted]
     _share_supports(adapted, owners, solved, partition)
-    zero_lines(model, partition, _update_lines(adapted))
+    zero_lines(model, partition, _update_lines(adapted, keep_low_rank=config.mask_update))
+    for member in adapted:  # the next block's inputs come from the layer as it is trained from here on
+        train_under_mask(member.adapter, config.mask_update)
 
 
-def _update_lines(members: Sequence[Matrix]) -> list[Lines]:
-    """B and the values of S2 of these matrices: without them D is zero."""
+def _update_lines(members: Sequence[Matrix], *, keep_low_rank: bool) -> list[Lines]:
+    """The values of S2 of these matrices, and B."""
     gone: dict[str, Tensor] = {}
     for member in members:
         spec: AdapterSpec = member.adapter.dsee_spec
         _, b, v = (math.prod(shape) for shape in spec.shapes)
         mask = gone.setdefault(member.param_name, torch.zeros(b + v, dtype=torch.bool))
         if member.expert is None:
-            mask.fill_(True)
+            mask[b if keep_low_rank else 0 :] = True
             continue
         rows, n = b // len(spec.slices), spec.num_sparse
-        mask[member.expert * rows : (member.expert + 1) * rows] = True
+        mask[member.expert * rows : (member.expert + 1) * rows] = not keep_low_rank
         mask[b + member.expert * n : b + (member.expert + 1) * n] = True
     adapters = {member.param_name: member.adapter for member in members}
     return [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dsee_scale.adapters.matrices import Matrix
 from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.decompose import Support, find_support
-from dsee_scale.algorithms.delta import AdapterSpec
+from dsee_scale.algorithms.delta import AdapterSpec, Delta, low_rank_block
 from dsee_scale.algorithms.refit import sparsegpt, to_storage
 from dsee_scale.algorithms.sweep import Count, Groups
 from dsee_scale.config import DSEEConfig, PruneConfig
@@ -55,18 +55,34 @@ def solver_cost(outputs: int, inputs: int) -> int:
 
 
 def solve(
-    module: nn.Module, job: Job, weight_OI: Tensor, gram_II: Tensor, config: PruneConfig
+    module: nn.Module,
+    job: Job,
+    weight_OI: Tensor,
+    delta: Delta | None,
+    gram_II: Tensor,
+    config: PruneConfig,
 ) -> tuple[Tensor, Support | None]:
-    """Local. The new weight as stored, and the adapter's new support."""
+    """Local. The new weight as stored, and the adapter's new support.
+
+    What is solved is the effective weight. Trained on under the mask, the adapter keeps BA, so the frozen weight is
+    what is solved less BA; without the mask BA would bring removed entries back, and it starts again at zero.
+    """
     member = job.member
     solved = _swept(job, weight_OI, gram_II, config)
+    if member.transposed:
+        solved = solved.t().contiguous()
     stored = to_storage(solved, member.param.dtype)
     support = None
-    if member.adapted:
+    if delta is not None:
         settings = model_state(module).config
         assert settings is not None
-        support = _new_support(member, stored, settings)
-    return (stored.t().contiguous() if member.transposed else stored), support
+        support = _new_support(member, stored.t().contiguous() if member.transposed else stored, settings)
+        if config.mask_update:
+            kept = solved != 0
+            solved -= low_rank_block(delta, 0, len(solved)).to(solved)
+            stored = to_storage(solved.masked_fill_(~kept, 0), member.param.dtype)
+            stored.masked_fill_(kept & (stored == 0), torch.finfo(stored.dtype).tiny)
+    return stored, support
 
 
 def _swept(job: Job, weight_OI: Tensor, gram_II: Tensor, config: PruneConfig) -> Tensor:

@@ -26,7 +26,7 @@ SPREAD = 1e3
 """How far an output's mean squared gradient may count as being from its matrix's mean, either way."""
 
 TOKEN_SPREAD = 30.0
-"""How far a token's may: more, and a Gram matrix would be that of a few tokens."""
+"""How far the square root of a token's may, which is what counts: more, and a Gram matrix would be a few tokens'."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,13 +158,13 @@ def _output_weights(squared_O: Tensor) -> Tensor:
 def _token_weights(
     relative: Mapping[str, list[Tensor]], leaders: Mapping[str, str]
 ) -> dict[str, list[Tensor]]:
-    """Local. By leader, the mean over the matrices that share its input; of inputs for which all of them are known."""
+    """Local. By leader, the root of the mean over the matrices that share its input, where it is known of all."""
     sharing: dict[str, list[str]] = {}
     for name, leader in leaders.items():
         sharing.setdefault(leader, []).append(name)
     return {
         leader: [
-            (sum(batch) / len(names)).clamp(1 / TOKEN_SPREAD, TOKEN_SPREAD)
+            (sum(batch) / len(names)).sqrt().clamp(1 / TOKEN_SPREAD, TOKEN_SPREAD)
             for batch in zip(*(relative[name] for name in names), strict=True)
         ]
         for leader, names in sharing.items()

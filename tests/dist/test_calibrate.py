@@ -108,8 +108,9 @@ def test_refitted_weights_are_those_of_the_dense_path_and_training_goes_on(pools
             rows, cols = found["supports"][name].long()
             assert (found["weights"][weight][rows, cols] != 0).all()
             flat = found["weights"][f"{name}.dsee_flat"]
-            rest = flat[layer.dsee_spec.rank * layer.dsee_spec.shape[1] :]
-            assert not rest.any() and found["trained"][f"{name}.dsee_flat"][-len(rest) :].any()
+            _, b, values = layer.dsee_spec.split(flat)
+            assert b.any() and not values.any()
+            assert found["trained"][f"{name}.dsee_flat"][-len(values) :].any()
 
 
 def refused(padding_only: bool) -> tuple[str, bool]:

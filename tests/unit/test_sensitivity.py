@@ -90,7 +90,7 @@ HALF_GROUPS = PruneConfig(pattern="2:4", modules=("*attn*",))
 
 @pytest.mark.parametrize("config", [PruneConfig(), HALF_GROUPS, PruneConfig(scope="matrix")])
 def test_tokens_count_in_a_re_fit_as_the_loss_depends_on_them(config, monkeypatch):
-    """Its first block's Gram matrices are X^T diag(weight) X, one weight for all that read X; by scope matrix none."""
+    """Its first block's Gram matrices are X^T diag(root) X, one root for all that read X; by scope matrix none."""
     model, data = make("llama"), labelled()
     tokens = reference(model, data).tokens
     sharing = [
@@ -114,14 +114,16 @@ def test_tokens_count_in_a_re_fit_as_the_loss_depends_on_them(config, monkeypatc
         for index, batch in enumerate(data):
             x = inputs[names[0]][index][batch["attention_mask"].bool()]
             weights = torch.stack([tokens[f"model.layers.0.{name}"][index] for name in names]).mean(0)
-            weights = torch.ones_like(weights) if config.scope == "matrix" else weights.clamp(1 / 30, 30)
+            weights = (
+                torch.ones_like(weights) if config.scope == "matrix" else weights.sqrt().clamp(1 / 30, 30)
+            )
             total = total + (x.T * weights) @ x
         gram = total / sum(int(batch["attention_mask"].sum()) for batch in data)
         expected |= {f"model.layers.0.{name}": gram for name in names}
     grams = {}
     real = refit.solve
     monkeypatch.setattr(
-        refit, "solve", lambda *a: grams.setdefault(a[1].member.name, a[3]) is None or real(*a)
+        refit, "solve", lambda *a: grams.setdefault(a[1].member.name, a[4]) is None or real(*a)
     )
     dsee_scale.prune(model, config, data)
     wanted = {name: gram for name, gram in expected.items() if config is not HALF_GROUPS or "attn" in name}
