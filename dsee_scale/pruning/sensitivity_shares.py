@@ -74,11 +74,7 @@ def find_shares(
         partition: port to the weights.
         progress: see `prune`.
     """
-    linear = [
-        dataclasses.replace(pool, members=tuple(m for m in pool.members if m.expert is None))
-        for pool in pools
-    ]
-    pools = [pool for pool in linear if pool.members]
+    pools = _without_experts(pools)
     if config.scope != "global" or not pools:
         return Shares()
     batches = list(batches)
@@ -104,10 +100,20 @@ def find_shares(
         return Shares(tokens=tokens)
     outputs = {name: _output_weights(each) for name, each in found.outputs.items()}
     statistics = calibrate(model, batches, modules=config.modules, progress=progress)
-    rankings = find_rankings(list(pools), config, partition, statistics)
+    rankings = find_rankings(pools, config, partition, statistics)
     sparsity = _dealt(pools, rankings, outputs, removed, partition)
     relative = {name: each / each.square().mean().sqrt() for name, each in outputs.items()}
     return Shares(sparsity, relative, tokens)
+
+
+def _without_experts(pools: Sequence[WeightPool]) -> list[WeightPool]:
+    """The pools' linear layers; pools of nothing else are left out."""
+    linear = [tuple(m for m in pool.members if m.expert is None) for pool in pools]
+    return [
+        dataclasses.replace(pool, members=members)
+        for pool, members in zip(pools, linear, strict=True)
+        if members
+    ]
 
 
 def _dealt(
