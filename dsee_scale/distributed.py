@@ -111,7 +111,7 @@ def raise_on_all_ranks(partition: Any = None, *, what: str = "") -> Iterator[Non
     if partition is None:
         raise_first(error)
     else:
-        partition.raise_together(error)
+        partition.raise_first(error)
 
 
 def raise_first(error: Exception | None, *, group: Any = None) -> None:

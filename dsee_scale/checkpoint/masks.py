@@ -112,7 +112,7 @@ def deal_masks(
     pieces += [torch.empty(0, dtype=torch.uint8)] * (partition.world_size - len(pieces))
     own = shares[partition.rank] if partition.rank < len(shares) else []
     masks = [np.zeros(packed_size(math.prod(partition.shape(param))), dtype=np.uint8) for param in own]
-    for piece in partition.deal(pieces):
+    for piece in partition.send_pieces(pieces):
         at, stretches = 0, piece.numpy()
         for mask in masks:
             first, size = stretches[at : at + 16].view(np.int64)

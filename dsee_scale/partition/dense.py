@@ -92,7 +92,7 @@ class DensePartition(Ranks):
         self._reject_codecs(params)
         self._broadcast_values(range(len(params)), params, owners, values, parts)
 
-    def deal(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+    def send_pieces(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """This rank's own piece alone: the other ranks would send the same."""
         return [pieces[self.rank]]
 

@@ -192,7 +192,7 @@ class Partition(Protocol):
         It may take the place of `tensor`, whose values are lost.
         """
 
-    def deal(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+    def send_pieces(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """Collective. Send piece r, made from this rank's shards, to rank r.
 
         Args:
@@ -205,5 +205,5 @@ class Partition(Protocol):
     def broadcast(self, tensor: Tensor, src: int) -> Tensor:
         """Collective. In-place broadcast of `tensor` from rank `src` to all ranks."""
 
-    def raise_together(self, error: Exception | None) -> None:
+    def raise_first(self, error: Exception | None) -> None:
         """Collective. If any rank brings an error, every rank raises the first rank's one."""

@@ -108,7 +108,7 @@ class Ranks:
                 tensor.copy_(there)
         return tensor
 
-    def deal(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+    def send_pieces(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """Collective. One all-to-all of bytes whose sizes the ranks tell each other first."""
         if self.world_size == 1:
             return list(pieces)
@@ -137,7 +137,7 @@ class Ranks:
         dist.reduce(there, self.global_rank(dst), group=self.group)
         return there.to(tensor.device) if self.rank == dst else None
 
-    def raise_together(self, error: Exception | None) -> None:
+    def raise_first(self, error: Exception | None) -> None:
         """Collective. Raise the first rank's error on every rank; return if there is none."""
         raise_first(error, group=self.group)
 

@@ -205,7 +205,7 @@ def in_step(module: nn.Module, batches: Batches, partition: Partition) -> Iterat
         state = [batch is not None, batch is None and last is None, wrong is not None]
         going, empty, broken = partition.sum_over_ranks(torch.tensor(state, dtype=torch.int64)).tolist()
         if broken:
-            partition.raise_together(wrong)
+            partition.raise_first(wrong)
         _reject_empty(empty, partition)
         if not going:
             return

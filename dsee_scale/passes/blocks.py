@@ -109,7 +109,7 @@ def capture(
                 "block after block; set refit=False. Nothing was removed"
             )
     # Before the first block is written: what comes later would leave the model half pruned.
-    partition.raise_together(None if finite else CalibrationError(NOT_FINITE))
+    partition.raise_first(None if finite else CalibrationError(NOT_FINITE))
     return calls
 
 

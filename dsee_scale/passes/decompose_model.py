@@ -82,7 +82,7 @@ def decompose_model(
     sizes = [piece.numel * piece.target.weight.element_size() for piece in pieces]
     plan = rounds(sizes, owners, partition.world_size, config.decomposition.round_memory_mib << 20)
     workspaces, lacking = _reserve(plan, pieces, partition, config)
-    partition.raise_together(lacking)
+    partition.raise_first(lacking)
     supports: dict[int, Support] = {}
     failure: Exception | None = None
     bar = tqdm(total=len(pieces), desc="decompose", unit="matrix", disable=not show_progress(progress))
@@ -98,7 +98,7 @@ def decompose_model(
             failure = failure or _explain(error, config)
         bar.update(len(each.indices))
     bar.close()
-    partition.raise_together(failure)
+    partition.raise_first(failure)
     return _share(supports, pieces, targets, owners, partition)
 
 

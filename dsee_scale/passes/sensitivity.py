@@ -47,7 +47,7 @@ def has_loss(model: nn.Module, batches: Sequence[Any], partition: Partition) -> 
     module = unwrap(model)
     labelled = [_with_labels(module, batch) for batch in batches]
     wrong = [problem for each in labelled if each is not None and (problem := _label_problem(module, each))]
-    partition.raise_together(
+    partition.raise_first(
         CalibrationError(f"the labels of a calibration batch {wrong[0]}. Nothing was changed")
         if wrong
         else None

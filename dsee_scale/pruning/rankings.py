@@ -56,4 +56,4 @@ def reject_not_finite(pools: list[WeightPool], partition: Partition) -> None:
                 "Nothing was removed"
             )
             break
-    partition.raise_together(error)
+    partition.raise_first(error)

@@ -38,10 +38,10 @@ from dsee_scale.passes.pools import WeightPool
 from dsee_scale.pruning.checks import note_pattern
 from dsee_scale.pruning.refit_block import (
     adapter_params,
-    alike,
     collect_grams,
     grouped,
     owned_weights,
+    refitting_work,
     reserve,
     write_back,
 )
@@ -186,7 +186,10 @@ def _solve_block(
     for group in grouped(jobs, config.gram_memory_mib << 20):
         grams, few = collect_grams(module, block, index, group, calls, owners, config, partition)
         weights, deltas = owned_weights(group, owners, config, partition)
-        with alike(partition, config), torch.autocast(compute_device(module, partition).type, enabled=False):
+        with (
+            refitting_work(partition, config),
+            torch.autocast(compute_device(module, partition).type, enabled=False),
+        ):
             for job in group:
                 name = job.member.name
                 if owners[name] == partition.rank:

@@ -31,7 +31,7 @@ from dsee_scale.pruning.zero_lines import Lines, zero_lines
 
 
 @contextlib.contextmanager
-def alike(partition: Partition, config: PruneConfig) -> Iterator[None]:
+def refitting_work(partition: Partition, config: PruneConfig) -> Iterator[None]:
     """Collective at its end: an error of one rank's local work is every rank's; a shortage names what to lower."""
     with raise_on_all_ranks(partition):
         try:
@@ -82,7 +82,9 @@ def collect_grams(
     linear = {name: module.get_submodule(name) for name, job in leaders.items() if job.member.expert is None}
     owning = {job.member.owner: job.member.module for job in jobs if job.member.expert is not None}
     device = compute_device(module, partition)
-    with alike(partition, config):  # a rank without the memory must not leave the others in a forward pass
+    with refitting_work(
+        partition, config
+    ):  # a rank without the memory must not leave the others in a forward pass
         sums = {
             name: torch.zeros(job.member.num_inputs, job.member.num_inputs, device=device)
             for name, job in leaders.items()
@@ -107,7 +109,7 @@ def collect_grams(
             with watch.batch(call.batch, call.counts):
                 run_block(block, index, call, call.hidden, module, partition)
             number += call.counts
-    with alike(partition, config):
+    with refitting_work(partition, config):
         if short:
             raise short[0]
     counts = partition.sum_over_ranks(torch.tensor(list(tokens.values()), dtype=torch.int64)).tolist()
@@ -141,7 +143,7 @@ def _reduced(
         ranks = sorted({owners[job.member.name] for job in jobs if job.leader == name})
         copies = [sums[name]]
         if len(ranks) > 1:  # a sum takes the place of what it adds up
-            with alike(partition, config):
+            with refitting_work(partition, config):
                 copies += [sums[name].clone() for _ in ranks[1:]]
         del sums[name]
         for owner in ranks:
@@ -161,7 +163,7 @@ def reserve(
     jobs: Sequence[Job], owners: Mapping[str, int], config: PruneConfig, partition: Partition
 ) -> Tensor:
     """Collective. What an exchange of these weights needs on this rank, before any rank waits for one that lacks it."""
-    with alike(partition, config):
+    with refitting_work(partition, config):
         size = partition.exchange_bytes(*_request(jobs, owners))
         return torch.empty(size, dtype=torch.uint8, device=partition.device)
 
@@ -185,7 +187,7 @@ def owned_weights(
     small = adapter_params([job.member for job in jobs])
     flats = partition.gather(list(small.values())) if small else []
     by_name = dict(zip(small, flats, strict=True))
-    with alike(partition, config):
+    with refitting_work(partition, config):
         return _effective(jobs, whole, by_name)
 
 

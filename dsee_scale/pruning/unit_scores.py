@@ -40,7 +40,7 @@ def unit_scores(
             exponents += largest_exponent(_score_blocks(part, rankings, partition))
     except ValueError as caught:
         error = TargetError(str(caught))
-    partition.raise_together(error)
+    partition.raise_first(error)
     entries = max(sum(p.shape[0] * p.shape[1] for p in x.parts) // x.num_units for x in layers)
     shift = fixed_point_shift(partition.sum_over_shards(exponents), entries)
     sums = [_layer_sums(layer, rankings, shift, partition) for layer in layers]

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.distributed import gather_objects
 from dsee_scale.partition import open_partition, unwrap
 from dsee_scale.passes.pools import block_matrices
+from dsee_scale.recipe.recipe import Recipe
+from dsee_scale.version import __version__
 
 
 @dataclasses.dataclass
@@ -77,6 +80,29 @@ class Journal:
         self.matrices = dict(values.get("matrices", {}))
         for work, seconds in values.get("seconds", {}).items():
             self.seconds[work] = self.seconds.get(work, 0.0) + seconds
+
+
+def describe_run(recipe: Recipe, args: TrainingArguments, model: nn.Module) -> dict[str, Any]:
+    """What is run, for `Journal.run`. Local, once the model has its adapters."""
+    partition = open_partition(model)
+    sizes = [(partition.shape(param).numel(), param.requires_grad) for param in model.parameters()]
+    trained, total = sum(n for n, yes in sizes if yes), sum(n for n, _ in sizes)
+    return {
+        "dsee_scale": __version__,
+        "model": recipe.model.name,
+        "task": recipe.data.task,
+        "length": recipe.data.max_length,
+        "world_size": args.world_size,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "deepspeed": args.deepspeed_plugin is not None,
+        "trainable_parameters": trained,
+        "parameters": total,
+        "trainable_share": trained / total,
+        "dsee": recipe.dsee.to_dict(),
+        "prune": [each.to_dict() for each in recipe.prune],
+        "seed": args.seed,
+    }
 
 
 def metric_words(name: str, run: dict[str, Any]) -> str:

@@ -7,10 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from datasets import Dataset
-from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
@@ -27,13 +25,11 @@ from dsee_scale.export.export import BASE_FOLDER, export_model
 from dsee_scale.export.hub import push_to_hub
 from dsee_scale.export.lora import export_lora
 from dsee_scale.export.report import KIND as EXPORT
-from dsee_scale.partition import open_partition
 from dsee_scale.passes.inject_model import inject
 from dsee_scale.recipe.recipe import Recipe
 from dsee_scale.recipe.sections import ExportConfig, ModelConfig
 from dsee_scale.training.checkpoints import read_record
-from dsee_scale.training.journal import Journal, count_zeros, peak_memory, to_jsonable
-from dsee_scale.training.lock import locked
+from dsee_scale.training.journal import Journal, count_zeros, describe_run, peak_memory, to_jsonable
 from dsee_scale.training.report import METRICS_FILE, card_notes, write_metrics, write_report
 from dsee_scale.training.setup import (
     kept_environment,
@@ -51,11 +47,11 @@ from dsee_scale.training.start import (
     check_results,
     check_weights,
     explained_start,
+    locked,
 )
 from dsee_scale.training.survival import limited_waiting, newest_first, report_lost_rank, resume_folder
 from dsee_scale.training.timeline import build_timeline, steps_per_epoch
 from dsee_scale.training.trainer import DSEETrainer
-from dsee_scale.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +159,7 @@ def build_trainer(
     if getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False):
         # With every input frozen, reentrant checkpointing would cut the graph before the first adapter.
         model.enable_input_require_grads()  # type: ignore[operator]
-    journal.run = _description(recipe, args, model)
+    journal.run = describe_run(recipe, args, model)
     return DSEETrainer(
         timeline=timeline,
         journal=journal,
@@ -284,28 +280,6 @@ def _push(folder: Path, repo: str) -> None:
     with raise_on_all_ranks(what=f"pushing {folder}"):
         if not rank():
             logger.warning("pushed %s: %s", folder, push_to_hub(folder, repo))
-
-
-def _description(recipe: Recipe, args: TrainingArguments, model: nn.Module) -> dict[str, Any]:
-    partition = open_partition(model)
-    sizes = [(partition.shape(param).numel(), param.requires_grad) for param in model.parameters()]
-    trained, total = sum(n for n, yes in sizes if yes), sum(n for n, _ in sizes)
-    return {
-        "dsee_scale": __version__,
-        "model": recipe.model.name,
-        "task": recipe.data.task,
-        "length": recipe.data.max_length,
-        "world_size": args.world_size,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "deepspeed": args.deepspeed_plugin is not None,
-        "trainable_parameters": trained,
-        "parameters": total,
-        "trainable_share": trained / total,
-        "dsee": recipe.dsee.to_dict(),
-        "prune": [each.to_dict() for each in recipe.prune],
-        "seed": args.seed,
-    }
 
 
 def _sizes(output: Path) -> dict[str, int]:

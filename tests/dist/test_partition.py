@@ -138,9 +138,9 @@ def test_owners_write_whole_values_into_every_shard(pools, world_size, dtype):
 def fail_on_one_rank() -> tuple[str, str]:
     model = partition(build(llama_config()), zero3_config())
     port = open_partition(model)
-    port.raise_together(None)
+    port.raise_first(None)
     try:
-        port.raise_together(ValueError("weight 7 is bad") if port.rank == port.world_size - 1 else None)
+        port.raise_first(ValueError("weight 7 is bad") if port.rank == port.world_size - 1 else None)
     except Exception as error:
         return type(error).__name__, str(error)
     return "", ""

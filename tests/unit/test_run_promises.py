@@ -17,7 +17,7 @@ from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.errors import ConfigError, DSEEError, FormatError, RunError, RunStoppedError
 from dsee_scale.evaluation import export_check, stock_check
 from dsee_scale.recipe.recipe import build_recipe
-from dsee_scale.training import lock
+from dsee_scale.training import start
 from dsee_scale.training import trainer as training
 from dsee_scale.training.base_trainer import AdapterTrainer
 from dsee_scale.training.run import run
@@ -283,22 +283,22 @@ def test_two_runs_in_one_folder_are_refused_and_dead_ones_are_passed_over(inputs
     output = tmp_path / "run"
     values = plain(inputs, output, data__train_file="nowhere.csv")
     program = (
-        "import sys, time; from pathlib import Path; from dsee_scale.training.lock import locked\n"
+        "import sys, time; from pathlib import Path; from dsee_scale.training.start import locked\n"
         f"with locked(Path({str(output)!r})):\n    print('held', flush=True); time.sleep(100)"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and "held" in other.stdout.readline()
         assert f"process {other.pid} on" in refusal(values)
         other.kill()
-    assert (output / lock.LOCK_FILE).exists()
+    assert (output / start.LOCK_FILE).exists()
     assert "nowhere.csv does not exist" in refusal(values)
-    assert not (output / lock.LOCK_FILE).exists()
+    assert not (output / start.LOCK_FILE).exists()
     foreign = {"host": "elsewhere", "pid": 1, "start": "x"}
-    (output / lock.LOCK_FILE).write_text(json.dumps(foreign))
+    (output / start.LOCK_FILE).write_text(json.dumps(foreign))
     assert "process 1 on elsewhere" in refusal(values)
-    os.utime(output / lock.LOCK_FILE, (0, 0))
+    os.utime(output / start.LOCK_FILE, (0, 0))
     assert "nowhere.csv does not exist" in refusal(values)
-    (output / lock.LOCK_FILE).write_text("{")
+    (output / start.LOCK_FILE).write_text("{")
     assert "nowhere.csv does not exist" in refusal(values)
 
 
