@@ -112,7 +112,7 @@ def _stop_on_sigterm() -> None:
     def stop(number: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         raise RunStoppedError(
-            "told to stop by SIGTERM outside of training: nothing was lost but the work since the last checkpoint; "
+            "stopped by SIGTERM outside training: only the work since the last checkpoint is lost; "
             "relaunch with --resume auto"
         )
 

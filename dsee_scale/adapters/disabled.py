@@ -36,8 +36,8 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     config = model_state(module).config
     if config is not None and config.trained_modules:
         raise ConfigError(
-            f"{', '.join(config.trained_modules)} are trained in full (trained_modules), and their first values are "
-            "gone: adapt them as target_modules, or load the reference model apart"
+            f"{', '.join(config.trained_modules)} are trained in full (trained_modules), and their original values "
+            "are gone: adapt them as target_modules, or load the reference model separately"
         )
     before = [layer.dsee_disabled for layer in layers]
     try:

@@ -245,7 +245,7 @@ def attach(
 
 def _check_attachable(module: nn.Module, spec: AdapterSpec, rows: Tensor, cols: Tensor) -> None:
     if is_adapted(module):
-        raise TargetError(f"{type(module).__name__} is adapted already; detach it before adapting it again")
+        raise TargetError(f"{type(module).__name__} is already adapted; detach it before adapting it again")
     if "forward" in vars(module):
         raise TargetError(
             f"the forward of this {type(module).__name__} was replaced on the instance, which would hide the "

@@ -177,8 +177,8 @@ def _unsupported(name: str, module: nn.Module, adaptable: Iterable[str]) -> Targ
         return _is_router(name, kind)
     if hasattr(module, "_apply_gate") and not hasattr(module, "is_transposed"):
         return TargetError(
-            f"target {name} is a {kind} that lacks what transformers notes on experts: DeepSpeed's zero.Init (0.19.8) "
-            "loses it of classes that are imported inside of it, from the second model on; import "
+            f"target {name} is a {kind} without the notes that transformers keeps on experts: DeepSpeed's zero.Init "
+            "(0.19.8) loses them for classes imported inside it, from the second model on; import "
             f"{type(module).__module__} before the first one is made"
         )
     inside = sorted({n.rsplit(".", 1)[-1] for n in adaptable if n.startswith(name + ".")})

@@ -192,7 +192,7 @@ def _reject_unready(model: nn.Module) -> None:
     adapted = list(adapted_layers(model))
     if adapted:
         raise TargetError(
-            f"the model has adapters already ({adapted[0]} and {len(adapted) - 1} more); load into a freshly "
+            f"the model already has adapters ({adapted[0]} and {len(adapted) - 1} more); load into a freshly "
             "loaded base model"
         )
 

@@ -57,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FormatError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise FormatError(f"{path} is damaged: no valid JSON ({reason}); use another copy") from error
+        raise FormatError(f"{path} is damaged: not valid JSON ({reason}); use another copy") from error
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value
@@ -85,12 +85,12 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
     return found
 
 
 def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a number")
 
 
 def _check_bounds(value: Any, depth: int) -> None:

@@ -258,7 +258,7 @@ def open_folder(folder: str | Path, kinds: Sequence[str]) -> StoredFolder:
     """
     path = Path(folder)
     if not path.is_dir():
-        raise FormatError(f"{path} is no folder; expected one that holds {MANIFEST}{_interrupted(path)}")
+        raise FormatError(f"{path} is not a folder; expected one that holds {MANIFEST}{_interrupted(path)}")
     if not (path / MANIFEST).is_file():
         raise FormatError(
             f"{path} holds no {MANIFEST}; expected a folder that dsee_scale saved, with all its files"

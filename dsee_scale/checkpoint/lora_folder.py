@@ -96,8 +96,8 @@ def _read(path: Path, config: Mapping[str, Any], where: Path) -> LoraFolder:
         found = KEY.fullmatch(name)
         if found is None:
             raise FormatError(
-                f"{path / WEIGHTS_NAME} holds {name}, which is no A or B of a linear layer; merge that into the "
-                "base with PEFT (merge_and_unload), and inject anew"
+                f"{path / WEIGHTS_NAME} holds {name}, which is not an A or B of a linear layer; merge that into the "
+                "base with PEFT (merge_and_unload), and inject again"
             )
         sides.setdefault(found["module"], set()).add(found["side"])
     lone = [name for name, found_sides in sides.items() if len(found_sides) != 2]
@@ -185,7 +185,7 @@ def _reject_other_methods(config: Mapping[str, Any], where: Path) -> None:
         said = ", ".join(f"{key}={value!r}" for key, value in found.items())
         raise FormatError(
             f"{where} says {said}, expected a plain LoRA; merge it into its base with PEFT (merge_and_unload), save "
-            "that, and inject anew"
+            "that, and inject again"
         )
 
 

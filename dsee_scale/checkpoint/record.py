@@ -152,14 +152,14 @@ MOST_ENTRIES = 2**40
 
 def _count(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST_ENTRIES:
-        raise ConfigError(f"{name}: {str(value)[:50]!r} is no count")
+        raise ConfigError(f"{name}: {str(value)[:50]!r} is not a count")
     return value
 
 
 def _shape(name: str, value: Any) -> tuple[int, ...]:
     sizes = tuple(_count(name, each) for each in value)
     if not sizes or len(sizes) > 4 or not 0 < math.prod(sizes) < MOST_ENTRIES:
-        raise ConfigError(f"{name}: {sizes[:5]} is no shape")
+        raise ConfigError(f"{name}: {sizes[:5]} is not a shape")
     return sizes
 
 
@@ -169,7 +169,7 @@ def _pruned_record(name: str, values: Any) -> dict[str, Any]:
     if not 0 <= _count(name, values["kept"]) <= math.prod(shape):
         raise ConfigError(f"{name}: {values['kept']} kept of {math.prod(shape)}")
     if not isinstance(values.get("pattern", ""), str) or not isinstance(values.get("content", ""), str):
-        raise ConfigError(f"{name}: pattern or content is no text")
+        raise ConfigError(f"{name}: pattern or content is not text")
     return {**values, "shape": shape}
 
 
@@ -186,7 +186,7 @@ def _module_record(name: str, values: Mapping[str, Any]) -> AdapterSpec:
     )
     wrong = type_problems(record)
     if wrong or len(record.shape) != 2 or not record.scaling > 0 or not 0 <= record.dropout < 1:
-        raise ConfigError(f"module {name}: {'; '.join(wrong) or 'shape, scaling or dropout make no sense'}")
+        raise ConfigError(f"module {name}: {'; '.join(wrong) or 'shape, scaling or dropout is invalid'}")
     edges = [0, *(edge for pair in record.slices for edge in pair), record.shape[0]]
     cut = record.experts and {stop - start for start, stop in record.slices} != {record.width}
     fits = (

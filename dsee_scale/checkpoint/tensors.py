@@ -145,7 +145,7 @@ class TensorReader:
                 handle = safe_open(str(path), framework="pt")
                 names = list(handle.keys())
             except (SafetensorError, OSError) as error:
-                raise FormatError(f"{path} is damaged or no safetensors file: {error}") from error
+                raise FormatError(f"{path} is damaged or not a safetensors file: {error}") from error
             for name in names:
                 self._handles[name] = (path, handle)
 

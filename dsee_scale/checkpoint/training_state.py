@@ -273,7 +273,7 @@ def check_state(values: Mapping[str, Any], where: Path) -> None:
         wrong = [key for key, passed in tests.items() if not passed]
     if wrong:
         raise FormatError(
-            f"{where} is damaged: key {wrong[0]!r} is missing or makes no sense; use another checkpoint"
+            f"{where} is damaged: key {wrong[0]!r} is missing or invalid; use another checkpoint"
         )
 
 

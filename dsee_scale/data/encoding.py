@@ -232,8 +232,9 @@ def chat_example(
             after = _ids(tokenizer, messages[: index + 1], where)
             if after[: len(before)] != before or ids[: len(after)] != after:
                 raise ConfigError(
-                    f"{where}: the chat template of {tokenizer.name_or_path!r} writes an assistant's turn otherwise "
-                    "once more is said, so its tokens cannot be told apart; mark them in the template with "
+                    f"{where}: the chat template of {tokenizer.name_or_path!r} renders an assistant's turn "
+                    "differently once another turn follows, so its tokens cannot be found; mark them in the template "
+                    "with "
                     "{% generation %} ... {% endgeneration %}"
                 )
             labels[len(before) : len(after)] = ids[len(before) : len(after)]
@@ -265,7 +266,8 @@ def _check(tokenizer: PreTrainedTokenizerBase, messages: Any, where: str) -> Non
     )
     if not fits or not messages:
         raise ConfigError(
-            f"{where} is no conversation; expected a list of {{role: ..., content: ...}}, found {str(messages)[:80]!r}"
+            f"{where} is not a conversation; expected a list of "
+            f"{{role: ..., content: ...}}, found {str(messages)[:80]!r}"
         )
     if all(message["role"] != ROLE for message in messages):
         raise ConfigError(f"{where} has no turn of the role {ROLE!r}, so there is nothing to learn from it")

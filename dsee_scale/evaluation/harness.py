@@ -120,7 +120,7 @@ def load_folder(folder: Path, base: str | None = None) -> tuple[Any, Any]:
     lora = is_lora_folder(folder) and (saved is None or saved.kind == LORA)
     if not lora and (saved is None or saved.kind == EXPORT):
         if base is not None:
-            raise ConfigError(f"{folder} is a model of its own: leave --base out")
+            raise ConfigError(f"{folder} is a complete model: leave out --base")
         model = load_pretrained(folder)
         if (folder / ADAPTER_FOLDER).is_dir():
             load_adapter(model, folder / ADAPTER_FOLDER)

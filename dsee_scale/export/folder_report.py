@@ -126,7 +126,7 @@ def inspect_folder(folder: str | Path, *, verify: bool = False, progress: bool =
     """
     path = Path(folder)
     if not path.is_dir():
-        raise FormatError(f"{path} is no folder")
+        raise FormatError(f"{path} is not a folder")
     with damaged(path):
         return _inspect(path, verify, progress)
 

@@ -98,7 +98,7 @@ class StoredModel:
         self._adapted = {weight_name(name, spec): name for name, spec in self.record.modules.items()}
         if not base.name or not base.is_dir():
             name = self.record.base.get("id") or "the base model"
-            raise FormatError(f"base {base} is no folder; give the folder of {name} (--base)")
+            raise FormatError(f"base {base} is not a folder; give the folder of {name} (--base)")
         self._weights = TensorReader(base_files(base))
         saved = open_if_saved(base, (EXPORT,))
         if saved is not None:

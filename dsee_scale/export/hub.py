@@ -53,7 +53,7 @@ def push_to_hub(
     stored = open_folder(path, KINDS)
     stored.verify_all()
     if not is_hub_id(repo):
-        raise ConfigError(f"repository {repo!r} is no OWNER/NAME")
+        raise ConfigError(f"repository {repo!r} is not OWNER/NAME")
     files = _files(stored, repo, base)
     api = HfApi()
     try:
@@ -107,7 +107,7 @@ def _with_base(stored: StoredFolder, base: str | None) -> dict[str, bytes]:
             f"push {stored.path / BASE_FOLDER} first, and" if stored.kind == LORA else "give its repository:"
         )
         raise ConfigError(
-            f"{stored.path} belongs to {base or named or 'an unnamed base'}, which is no repository that others can "
+            f"{stored.path} belongs to {base or named or 'an unnamed base'}, which is not a repository that others can "
             f"load; {beside} name it by base='OWNER/NAME' (--base)"
         )
     values = read_json(stored.path / name)

@@ -288,7 +288,7 @@ def reject_unlike_lora(source: AdapterSource) -> None:
     ]
     if under:
         raise ConfigError(
-            f"{under[0]} and {len(under) - 1} more were trained as (W + D) * M, which is no W + D with a low-rank D: "
+            f"{under[0]} and {len(under) - 1} more were trained as (W + D) * M, which is not W + D with a low-rank D: "
             "use export_model(delta='masked'), which is the trained model exactly, or prune with "
             "PruneConfig(mask_update=False) to train the update beside the mask"
         )

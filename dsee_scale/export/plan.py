@@ -97,7 +97,7 @@ def plan_export(
         )
     except ValueError as error:
         raise ConfigError(
-            f"max_shard_size {max_shard_size!r} is no size, e.g. '2GB' or bytes: {error}"
+            f"max_shard_size {max_shard_size!r} is not a size, e.g. '2GB' or bytes: {error}"
         ) from error
     return ExportPlan(
         {file: [entries[n] for n in names] for file, names in split.filename_to_tensors.items()}

@@ -180,7 +180,7 @@ class DSEECallback(GradientCallback):
                 )
         if not self._inputs:
             raise ConfigError(
-                f"the batches of this {type(self._trainer).__name__} are no inputs of the model, so a pruning before "
+                f"the batches of this {type(self._trainer).__name__} are not inputs of the model, so a pruning before "
                 "the first step has nothing to look at: prune at step 1 or later, or by score='W'"
             )
         return list(self._inputs)

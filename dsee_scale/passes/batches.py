@@ -51,7 +51,7 @@ def problem(module: nn.Module, batch: Any, partition: Partition) -> CalibrationE
     if found is None:
         return None
     return CalibrationError(
-        f"a calibration batch of rank {partition.rank} is no input of the model: {found}. Nothing was changed"
+        f"a calibration batch of rank {partition.rank} is not an input of the model: {found}. Nothing was changed"
     )
 
 

@@ -105,7 +105,7 @@ def capture(
             watch.broken = blocks[len(watch.arguments)][0]
         if watch.broken is not None:
             raise TargetError(
-                f"{watch.broken} does not simply go on from the block before it, so the model can't be re-fitted "
+                f"{watch.broken} does not simply continue from the block before it, so the model can't be re-fitted "
                 "block after block; set refit=False. Nothing was removed"
             )
     # Before the first block is written: what comes later would leave the model half pruned.

@@ -199,7 +199,7 @@ def _reject_unready(model: nn.Module) -> None:
     adapted = list(adapted_layers(model))
     if adapted:
         raise TargetError(
-            f"the model has adapters already ({adapted[0]} and {len(adapted) - 1} more); inject once, "
+            f"the model already has adapters ({adapted[0]} and {len(adapted) - 1} more); inject once, "
             "on a freshly loaded model"
         )
     for name, param in model.named_parameters():

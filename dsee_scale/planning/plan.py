@@ -132,13 +132,13 @@ def adapter_entries(shape: ModelShape, setting: Setting) -> int:
     """Entries of A, B and S2 over all targets.
 
     Raises:
-        ConfigError: a target is no layer of the model.
+        ConfigError: a target is not a layer of the model.
     """
     known = (*shape.matrices, *shape.experts, *(["experts"] if shape.experts else []))
     unknown = [name for name in setting.targets if name not in known]
     if unknown:
         raise ConfigError(
-            f"target {unknown[0]!r} is no layer of {shape.name}; its layers: {', '.join(known)}"
+            f"target {unknown[0]!r} is not a layer of {shape.name}; its layers: {', '.join(known)}"
         )
     return sum(setting.rank * (o + i) + setting.num_sparse for o, i in _targets(shape, setting))
 

@@ -176,8 +176,8 @@ def _coverage(
     if not told and beyond > (1 - LEAST) * coverage.total:
         suffixes = sorted({name.rsplit(".", 1)[-1] for name in reachable})
         raise TargetError(
-            f"pruning reaches no more than {coverage.total - beyond:,} of the blocks' {coverage.total:,} matrix "
-            f"parameters ({100 * (1 - beyond / coverage.total):.1f}%): in no linear layer are {coverage.names()}. If "
-            f"you mean the others alone, say so: modules={suffixes}"
+            f"pruning reaches only {coverage.total - beyond:,} of the blocks' {coverage.total:,} matrix "
+            f"parameters ({100 * (1 - beyond / coverage.total):.1f}%): {coverage.names()} are in no linear layer. If "
+            f"you mean to prune only the others, set modules={suffixes}"
         )
     return coverage

@@ -178,7 +178,7 @@ def _reject_uncalibrated(configs: Sequence[PruneConfig], calibration: Statistics
         )
     if len(wanting) > 1 or (wanting and wanting[0] is not configs[0]):
         raise CalibrationError(
-            "the statistics hold before the first of several prunings alone: pass calibration=batches, so that each "
+            "the statistics are valid only for the first of several prunings: pass calibration=batches, so that each "
             "one sees the model that the one before it left. Nothing was removed"
         )
 

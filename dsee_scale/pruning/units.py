@@ -205,7 +205,7 @@ def _reject_shared_a(layer: UnitLayer) -> None:
         if part.matrix.expert is not None and part.matrix.adapted and part.matrix.adapter.dsee_spec.shared_a:
             raise ConfigError(
                 f"{part.name} shares the A of its update with the layer's other experts (shared_expert_a), so its "
-                "neurons cannot go alone; choose pattern 'unstructured' or N:M, or inject without shared_expert_a"
+                "neurons cannot be removed; choose pattern 'unstructured' or N:M, or inject without shared_expert_a"
             )
 
 

@@ -65,7 +65,7 @@ def check_reachable(model: nn.Module, params: Sequence[nn.Parameter]) -> None:
         )
     if trained and is_engine(model) and open_optimizer(model).waiting:
         raise PartitionError(
-            "gradients from before are still waiting for the optimizer's next step, which would move what is set "
+            "earlier gradients are still waiting for the optimizer's next step, which would move what is set "
             "to zero now; call this right after the engine.step() that ends a gradient accumulation (where "
             "engine.is_gradient_accumulation_boundary() was true)"
         )

@@ -169,17 +169,17 @@ def reject_unsupported(config: Mapping[str, Any], optim: str, source: str) -> No
         )
     if (config.get("compile") or {}).get("deepcompile"):
         problems.append(
-            "compile.deepcompile puts gathers of its own into the graph, on CUDA alone (DeepSpeed 0.19.8), and was "
-            "never run with adapters; leave it out: torch.compile goes without it"
+            "compile.deepcompile inserts its own gathers into the graph, on CUDA only (DeepSpeed 0.19.8), and was "
+            "never run with adapters; leave it out: torch.compile works without it"
         )
     if (config.get("expert_parallel") or {}).get("enabled"):
         problems.append(
-            "expert_parallel (AutoEP) puts layers of its own, of which each rank holds other experts, in place of the "
-            "adapted ones; leave it out: ZeRO-3 partitions the model's own experts"
+            "expert_parallel (AutoEP) replaces the adapted layers by its own, of which each rank holds different "
+            "experts; leave it out: ZeRO-3 partitions the model's own experts"
         )
     if (config.get("sequence_parallel_size") or 1) > 1:
         problems.append(
-            "sequence_parallel_size: a run evaluates and calibrates on whole sequences; leave it out, or share "
+            "sequence_parallel_size: a run evaluates and calibrates on whole sequences; leave it out, or split "
             "sequences in a loop of your own"
         )
     if from_bitsandbytes(optim):

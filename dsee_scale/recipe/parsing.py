@@ -174,5 +174,5 @@ def find_file(kind: Literal["recipes", "ds_configs"], name: str | Path) -> Path:
         return SHIPPED / kind / f"{name}{ENDINGS[kind]}"
     what = "recipe" if kind == "recipes" else "DeepSpeed config"
     raise ConfigError(
-        f"{what} {name} is no file (in {Path.cwd()}) and none that is shipped: {', '.join(known)}"
+        f"{what} {name} is not a file (in {Path.cwd()}) and not one that is shipped: {', '.join(known)}"
     )

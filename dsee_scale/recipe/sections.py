@@ -195,7 +195,7 @@ class ExportConfig(JsonConfig):
         if self.adapter_format == "peft" and self.delta != "separate":
             found.append(f"adapter_format 'peft' goes with delta 'separate', found {self.delta!r}")
         if self.push_to_hub is not None and not is_hub_id(self.push_to_hub):
-            found.append(f"push_to_hub {self.push_to_hub!r} is no OWNER/NAME")
+            found.append(f"push_to_hub {self.push_to_hub!r} is not OWNER/NAME")
         if self.push_to_hub is not None and self.delta == "separate":
             found.append(
                 "push_to_hub uploads whole models, and delta 'separate' leaves an adapter on a base of this machine: "

@@ -122,7 +122,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     with damaged(folder / STATE_FILE):
         step, done = extra["trainer"]["global_step"], extra.get("journal", {}).get("prunings", [])
         if not isinstance(step, int) or not all(isinstance(each, dict) for each in done):
-            raise ValueError("trainer or journal make no sense")
+            raise ValueError("its record of the trainer or the journal is invalid")
     return extra
 
 
@@ -138,7 +138,7 @@ def delete_old_checkpoints(output: Path, limit: int | None, best: str = "") -> N
         try:
             check_output(folder, KIND, overwrite=True)
         except ConfigError as error:
-            logger.warning("%s stays, beyond save_total_limit: %s", folder, error)
+            logger.warning("%s is kept in spite of save_total_limit: %s", folder, error)
         else:
             shutil.rmtree(folder)
 

@@ -182,7 +182,7 @@ def _base(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None) -> M
     folder = Path(str(args.output_dir)) / BASE_FOLDER
     if not folder.is_dir():
         raise FormatError(
-            f"{checkpoint} goes on from re-fitted weights, and {folder} is missing; resume an older checkpoint"
+            f"{checkpoint} continues from re-fitted weights, and {folder} is missing; resume an older checkpoint"
         )
     open_folder(folder, (EXPORT,)).verify_all(rank=args.process_index, world_size=args.world_size)
     return dataclasses.replace(recipe.model, name=str(folder), revision=None)

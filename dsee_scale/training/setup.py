@@ -170,7 +170,7 @@ def start_deepspeed_on_cpu(values: dict[str, Any]) -> None:
     """
     assert not torch.cuda.is_available()
     if values.get("use_cpu"):
-        raise ConfigError("training.use_cpu keeps DeepSpeed away; leave it out, or pass --deepspeed null")
+        raise ConfigError("training.use_cpu rules out DeepSpeed; leave it out, or pass --deepspeed null")
     if "LOCAL_RANK" not in os.environ:
         raise ConfigError(
             "training.deepspeed needs a launcher: start with deepspeed, accelerate launch or torchrun, "

@@ -101,7 +101,7 @@ class RunWatch(TrainerCallback):
             last = state.global_step - 1
             raise RunError(
                 f"the loss of step {state.global_step} on rank {bad - 1} is not a finite number; nothing was "
-                f"saved of this step, checkpoints up to step {last} are as they were. Lower "
+                f"saved of this step, checkpoints up to step {last} are intact. Lower "
                 "training.learning_rate or training.max_grad_norm, look at the data, and relaunch with --resume "
                 "(with --resume FOLDER from an earlier checkpoint if the last one is past saving)"
             )
@@ -112,7 +112,7 @@ class RunWatch(TrainerCallback):
         """Leave once the checkpoint that SIGTERM asked for is there."""
         if self.stopping:
             raise RunStoppedError(
-                f"told to stop by SIGTERM; saved at step {state.global_step} of {state.max_steps}: {RESUME}"
+                f"stopped by SIGTERM; saved at step {state.global_step} of {state.max_steps}: {RESUME}"
             )
 
     def _note_signal(self, number: int, frame: Any) -> None:
@@ -133,7 +133,7 @@ def check_trained_values(model: nn.Module) -> None:
             if param.requires_grad and not partition.shard(param).data.isfinite().all():
                 raise RunError(
                     f"{name} holds values that are not finite, so nothing was saved; earlier checkpoints are "
-                    "as they were: lower training.learning_rate, and relaunch with --resume"
+                    "intact: lower training.learning_rate, and relaunch with --resume"
                 )
 
 
@@ -250,7 +250,7 @@ def resume_folder(recipe: Recipe, args: TrainingArguments) -> Path | None:
             log_rank0(logger, "going on from %s", folder)
             return folder
     if problem is not None:
-        raise FormatError(f"no checkpoint in {output} is whole; the newest one: {problem}")
+        raise FormatError(f"no checkpoint in {output} is complete; the newest one: {problem}")
     if wanted == AUTO:
         log_rank0(logger, "%s holds no checkpoint: starting from the beginning", output)
         return None

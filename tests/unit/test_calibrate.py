@@ -388,7 +388,7 @@ def test_blocks_that_add_in_place_are_refitted_like_others():
 def test_blocks_that_are_used_otherwise_than_once_in_turn_are_refused(order):
     model = toy(in_place=False, order=order)
     before = [param.clone() for param in model.parameters()]
-    with pytest.raises(TargetError, match="does not simply go on from the block before it"):
+    with pytest.raises(TargetError, match="does not simply continue from the block before it"):
         dsee_scale.prune(model, PruneConfig(), [torch.randn(4, 8)])
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 

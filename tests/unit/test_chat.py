@@ -69,7 +69,7 @@ def test_a_long_chat_loses_its_end_and_is_left_out_if_nothing_to_learn_stays(pla
     ("template", "row", "message"),
     [
         (None, TALK, "has no chat template"),
-        (PLAIN, [{"role": "user"}], "column 'messages' in row 1 (counted from 0) is no conversation"),
+        (PLAIN, [{"role": "user"}], "column 'messages' in row 1 (counted from 0) is not a conversation"),
         (PLAIN, TALK[:1], "no turn of the role 'assistant'"),
         (CHANGING, TALK, "mark them in the template with {% generation %}"),
         (

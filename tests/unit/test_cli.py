@@ -183,11 +183,11 @@ def test_inspect_names_the_pattern_and_what_it_gains(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "nowhere"], "nowhere is no folder"),
+        (["inspect", "nowhere"], "nowhere is not a folder"),
         (["inspect", "."], "holds no model.safetensors"),
-        (["export", "nowhere", "--base", "base", "--output", "out"], "nowhere is no folder"),
+        (["export", "nowhere", "--base", "base", "--output", "out"], "nowhere is not a folder"),
         (["export", "base", "--base", "base", "--output", "out"], "holds no dsee_manifest.json"),
-        (["export", "adapter", "--base", "nowhere", "--output", "out"], "base nowhere is no folder"),
+        (["export", "adapter", "--base", "nowhere", "--output", "out"], "base nowhere is not a folder"),
         (["export", "adapter", "--base", "adapter", "--output", "out"], "adapter holds no model.safetensors"),
         (["export", "adapter", "--base", "base", "--output", "base"], "base is, or holds, the input base"),
     ],

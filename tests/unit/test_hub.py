@@ -87,7 +87,7 @@ def test_a_push_that_fails_leaves_nothing_and_can_be_repeated(hub, folders, caps
 def test_adapters_name_a_base_that_others_have(hub, folders, tmp_path, capsys):
     for kind in ("adapter", "lora"):
         assert main(["push", str(folders / kind), f"me/{kind}"]) == 1
-        assert "no repository that others can load" in capsys.readouterr().err
+        assert "not a repository that others can load" in capsys.readouterr().err
     assert hub.repos == {}
     assert main(["push", str(folders / "lora" / "base"), "me/pruned"]) == 0
     assert main(["push", str(folders / "lora"), "me/lora", "--base", "me/pruned"]) == 0

@@ -154,7 +154,7 @@ def test_bad_targets_are_refused_with_the_model_untouched(config, error, words):
 def test_a_second_injection_is_refused():
     model = build(llama_config())
     dsee_scale.inject(model, SMALL)
-    with pytest.raises(TargetError, match="adapters already"):
+    with pytest.raises(TargetError, match="already has adapters"):
         dsee_scale.inject(model, SMALL)
 
 

@@ -419,7 +419,7 @@ def test_the_input_is_kept_once_and_nothing_as_large_as_the_weight_is_made(kind)
 
 def test_wrong_requests_are_refused_by_name():
     layer = adapt(base_layer())
-    with pytest.raises(TargetError, match="adapted already"):
+    with pytest.raises(TargetError, match="already adapted"):
         adapt(layer)
     bad = functools.partial(adapt, base_layer())
     with pytest.raises(TargetError, match="ascending"):

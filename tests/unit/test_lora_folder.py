@@ -100,7 +100,7 @@ def test_what_is_no_plain_lora_is_refused_by_name(tmp_path):
     key = next(key for key in tensors if "lora_A" in key)
     for change, words in (
         ({key: tensors[key][:, :-1].contiguous()}, "lora_A"),
-        ({"base_model.model.lm_head.weight": torch.zeros(2)}, "lm_head.weight, which is no A or B"),
+        ({"base_model.model.lm_head.weight": torch.zeros(2)}, "lm_head.weight, which is not an A or B"),
         ({key.replace("_proj", "_projection"): tensors[key].clone()}, "half of"),
     ):
         save_file({**tensors, **change}, weights)

@@ -74,7 +74,7 @@ def test_the_command_prints_every_phase_and_advice(capsys):
     [
         (["--model", "no/such-model"], "has no config that could be read"),
         (["--model", "EMPTY"], "holds no config.json"),
-        (["--model", "llama-2-7b", "--targets", "c_attn"], "'c_attn' is no layer of llama-2-7b"),
+        (["--model", "llama-2-7b", "--targets", "c_attn"], "'c_attn' is not a layer of llama-2-7b"),
         (["--model", "llama-2-7b", "--length", "0"], "--length must lie in"),
     ],
 )

@@ -98,7 +98,7 @@ def test_seed_is_the_trainers_and_others_need_their_section(recipe_file):
         (["--prune", "null"], "retune comes after prune"),
         (["--export.delta", "dense"], "prune.mask_update to false"),
         (["--push_to_hub", "true"], "push_to_hub.*export.push_to_hub: OWNER/NAME uploads"),
-        (["--export.push_to_hub", "mine"], "push_to_hub 'mine' is no OWNER/NAME"),
+        (["--export.push_to_hub", "mine"], "push_to_hub 'mine' is not OWNER/NAME"),
         (["--export.push_to_hub", "me/m", "--export.delta", "separate"], "push_to_hub uploads whole models"),
         (["--export.adapter_format", "peft"], "adapter_format 'peft' goes with delta 'separate'"),
         (
@@ -131,7 +131,7 @@ def test_missing_section_repeated_key_and_missing_file(tmp_path):
     path.write_text("model: {name: x}\nmodel: {name: y}\n")
     with pytest.raises(ConfigError, match="given twice: model"):
         load_recipe(path)
-    with pytest.raises(ConfigError, match=r"is no file .* none that is shipped: .*sentiment"):
+    with pytest.raises(ConfigError, match=r"is not a file .* not one that is shipped: .*sentiment"):
         load_recipe(tmp_path / "none.yaml")
 
 
@@ -150,7 +150,7 @@ def test_shipped_recipes_and_configs_are_found_by_name():
     assert {"sentiment", "sentiment_2_4", "wikitext"} <= set(shipped_names("recipes"))
     assert {"zero2_bf16", "zero3_bf16", "zero3_cpu"} <= set(shipped_names("ds_configs"))
     assert load_recipe("sentiment").training["deepspeed"] == "zero3_cpu"
-    with pytest.raises(ConfigError, match=r"DeepSpeed config zero4 is no file .* zero3_bf16"):
+    with pytest.raises(ConfigError, match=r"DeepSpeed config zero4 is not a file .* zero3_bf16"):
         find_file("ds_configs", "zero4")
 
 
