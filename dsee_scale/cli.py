@@ -20,17 +20,17 @@ RELAUNCH = 75  # EX_TEMPFAIL: it failed for now, the same command may be tried a
 LARGEST_PLAN = 10**9
 RUN_HELP = """usage: dsee-scale run RECIPE [--flag value ...]
 
-Tune, prune, retune and export in one launch. RECIPE is a YAML file or the name of one that comes along:
+Tune, prune, retune and export in one launch. RECIPE is a YAML file or the name of a shipped one:
 {names}.
 Start it with `deepspeed --module dsee_scale run ...`, `accelerate launch -m dsee_scale run ...`, `torchrun -m
-dsee_scale run ...`, or as it stands on one device.
+dsee_scale run ...`, or by itself on one device.
 
-Every key of the recipe can be given here: `--training.learning_rate 1e-4`, `--dsee.rank 8`; names of
-TrainingArguments also directly: `--learning_rate 1e-4`. `--deepspeed` takes a file or one of these names:
+Every key of the recipe can be set here: `--training.learning_rate 1e-4`, `--dsee.rank 8`; TrainingArguments
+also by their bare names: `--learning_rate 1e-4`. `--deepspeed` takes a file or one of these names:
 {configs}.
-`--resume` goes on from the last whole checkpoint, `--resume auto` starts afresh where there is none.
+`--resume` continues from the last complete checkpoint, `--resume auto` starts from the beginning if there is none.
 
-Exit codes of a rank: 2, something must be changed first (the message says what); 75, relaunch with --resume.
+Exit codes of a rank: 2, change something first (the message says what); 75, relaunch with --resume.
 """
 
 
@@ -123,11 +123,11 @@ def _stop_on_sigterm() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dsee-scale",
-        description="Train by a recipe; plan, look into folders, export and evaluate models without a cluster.",
+        description="Train from a recipe; without a cluster, plan runs, inspect folders, export and evaluate models.",
     )
     parser.add_argument("--version", action="version", version=f"dsee-scale {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("run", help="tune, prune, retune and export as a recipe says", add_help=False)
+    commands.add_parser("run", help="tune, prune, retune and export from a recipe", add_help=False)
     _add_inspect(commands)
     _add_export(commands)
     _add_push(commands)
@@ -163,7 +163,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument(
         "--base",
         metavar="FOLDER",
-        help="folder of the base model (what the adapter names, where it is a folder)",
+        help="folder of the base model (default: the folder that the adapter names)",
     )
     command.add_argument("--output", required=True, metavar="FOLDER", help="where the model goes")
     command.add_argument(
@@ -197,15 +197,13 @@ def _add_push(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command = commands.add_parser(
         "push",
         help="upload an export or an adapter to the hub",
-        description="Upload what export, save_adapter or a run wrote as one commit, or nothing of it. The token is "
-        "that of `hf auth login`.",
+        description="Upload what export, save_adapter or a run wrote, in one commit or not at all. The token is "
+        "the one of `hf auth login`.",
         epilog="example: dsee-scale push runs/sentiment/model me/smollm2-sentiment",
     )
     command.add_argument("folder", metavar="FOLDER", help="an export, a LoRA folder or an adapter")
-    command.add_argument("repo", metavar="OWNER/NAME", help="the repository; made where it does not exist")
-    command.add_argument(
-        "--base", metavar="OWNER/NAME", help="an adapter's base, where it names a folder of this machine"
-    )
+    command.add_argument("repo", metavar="OWNER/NAME", help="the repository; created if it does not exist")
+    command.add_argument("--base", metavar="OWNER/NAME", help="an adapter's base, if it names a local folder")
     command.add_argument("--private", action="store_true", default=None, help="for a new repository")
     command.set_defaults(run=_push)
 
@@ -224,10 +222,10 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     command.add_argument("--base", metavar="ID_OR_FOLDER", help="an adapter's base (what the adapter names)")
     command.add_argument(
-        "--length", type=int, metavar="N", help="tokens at once at most (2048, or the model's limit)"
+        "--length", type=int, metavar="N", help="longest sequence in tokens (2048, or the model's limit)"
     )
     command.add_argument("--batch", type=int, default=1, metavar="N", help="sequences in a forward pass (1)")
-    command.add_argument("--limit", type=int, metavar="N", help="first documents of each task only")
+    command.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=_eval)
 
@@ -236,8 +234,8 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command = commands.add_parser(
         "plan",
         help="memory, traffic, disk and time of a run, from the model's sizes",
-        description="Print what each phase of a run needs on every GPU and host, and what to choose. Reads the "
-        "model's config alone. Built-in shapes: llama-2-7b, llama-3-8b, llama-2-13b, llama-2-70b, llama-3-70b, "
+        description="Print what each phase of a run needs on every GPU and host, and what to choose. Reads only "
+        "the model's config. Built-in shapes: llama-2-7b, llama-3-8b, llama-2-13b, llama-2-70b, llama-3-70b, "
         "llama-3.1-405b, mistral-7b.",
         epilog="example: dsee-scale plan --model llama-3-70b --gpus 8 --gpu-memory 80 --quantize nf4",
     )

@@ -1,8 +1,8 @@
-"""Set lines of parameters to zero, or trained ones anew, wherever values and optimizer state are stored."""
+"""Set lines of parameters to zero, wherever values and optimizer state are stored."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from dsee_scale.errors import PartitionError
 from dsee_scale.partition import Partition, is_engine, unwrap
 from dsee_scale.partition.eight_bit_moments import is_eight_bit
 from dsee_scale.partition.engine_state import open_optimizer, owned_by_deepspeed
-from dsee_scale.partition.optimizer_state import MASTER, Stretch
+from dsee_scale.partition.optimizer_state import Stretch
 
 _HOOKS: list[Any] = []
 _WAITING: Any = WeakTensorKeyDictionary()
@@ -69,46 +69,6 @@ def check_reachable(model: nn.Module, params: Sequence[nn.Parameter]) -> None:
             "to zero now; call this right after the engine.step() that ends a gradient accumulation (where "
             "engine.is_gradient_accumulation_boundary() was true)"
         )
-
-
-def reset_state(
-    model: nn.Module,
-    partition: Partition,
-    params: Sequence[nn.Parameter],
-    values: Mapping[int, Tensor] | None = None,
-) -> None:
-    """Give trained parameters new values, zeros unless given, and let the optimizer forget their moments. Local.
-
-    Master values follow. The number of steps is kept: ZeRO-1 and 2 have one for all parameters together.
-
-    Args:
-        model: an engine, or any model whose optimizer is a torch one.
-        partition: port to its weights.
-        params: trained parameters, such as `dsee_flat` of adapted layers.
-        values: by index into `params`, whole values that every rank holds; any shape with as many entries.
-
-    Raises:
-        PartitionError: see `check_reachable`; nothing has been changed then.
-    """
-    check_reachable(model, params)
-    sizes = [partition.shape(param).numel() for param in params]
-    zero_lines(
-        model,
-        partition,
-        [
-            Lines(param, 0, torch.ones(1, dtype=torch.bool), (1, n))
-            for param, n in zip(params, sizes, strict=True)
-        ],
-    )
-    given = {index: value.reshape(-1) for index, value in (values or {}).items()}
-    partition.assign([params[index] for index in given], list(given.values()))
-    if given and is_engine(model):
-        names = {id(param): name for name, param in unwrap(model).named_parameters()}
-        kept = open_optimizer(model)
-        for index, flat in given.items():
-            stretch = kept.stretches.get(names[id(params[index])])
-            if stretch is not None:
-                stretch.write(MASTER, flat[stretch.start : stretch.start + stretch.length])
 
 
 def zero_lines(model: nn.Module, partition: Partition, lines: Sequence[Lines]) -> None:

@@ -12,7 +12,7 @@ from dsee_scale import PartitionError, PruneConfig
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.partition import open_partition, unwrap
 from dsee_scale.partition.engine_state import open_optimizer
-from dsee_scale.pruning.zero_lines import reset_state
+from dsee_scale.pruning.zero_lines import Lines, zero_lines
 from tests.dist.test_inject_prune import ENGINES, engine_for, train, whole_weights, zero3_engine_config
 from tests.dist.test_patterns import make, stage_config, zeros_of_units
 from tests.models import token_batch
@@ -53,42 +53,33 @@ def test_units_are_not_removed_while_gradients_wait(pools, stage):
 
 
 def reset_adapters(stage: int, zero: dict[str, Any]) -> None:
-    """Half of the adapters get zeros, half get values; they are then trained as if they had never been."""
+    """All adapters are set to zero; they are then trained as if they had never been."""
     dtype = torch.bfloat16
     config = zero3_engine_config(dtype, zero) if stage == 3 else stage_config(stage)
     engine = engine_for(make("llama", dtype, config if stage == 3 else None), config)
     train(engine, 2)
     layers = adapted_layers(unwrap(engine))
-    params = [layer.dsee_flat for layer in layers.values()]
     port = open_partition(engine)
-    values = {
-        index: torch.randn(port.shape(param), generator=torch.Generator().manual_seed(index)).to(dtype)
-        for index, param in enumerate(params)
-        if index % 2
-    }
+    every = torch.ones(1, dtype=torch.bool)
     before = whole_weights(engine)
-    reset_state(engine, port, params, values)
+    params = [layer.dsee_flat for layer in layers.values()]
+    zero_lines(engine, port, [Lines(param, 0, every, (1, port.shape(param).numel())) for param in params])
     kept = open_optimizer(engine)
     names = [f"{name}.dsee_flat" for name in layers]
-    whole = {name: value.clone() for name, value in zip(names, port.gather(params), strict=True)}
     for key in ("master", *kept.moments()):
-        for index, found in enumerate(kept.gather([(name, key) for name in names])):
-            new = values.get(index, torch.zeros(1)) if key == "master" else torch.zeros(1)
-            assert torch.equal(found, new.float().expand_as(found)), (key, names[index])
-    for index, name in enumerate(names):
-        assert torch.equal(whole[name].reshape(-1), values.get(index, whole[name] * 0).reshape(-1)), name
-    others = [name for name in before if name not in names]
+        for name, found in zip(names, kept.gather([(name, key) for name in names]), strict=True):
+            assert not found.any(), (key, name)
     after = whole_weights(engine)
-    assert all(torch.equal(before[name], after[name]) for name in others)
+    assert all(torch.equal(before[name], new) for name, new in after.items() if name not in names)
     train(engine, 1)
     moved = whole_weights(engine)
     rate = config["optimizer"]["params"]["lr"]
     for (
         name
     ) in names:  # Adam's first step is at most the learning rate, a later one with no memory a bit more
-        assert 0 < (moved[name].float() - whole[name].float()).abs().max() < 8 * rate, name
+        assert not after[name].any() and 0 < moved[name].float().abs().max() < 8 * rate, name
 
 
 @pytest.mark.parametrize("kind", [1, 2, *ENGINES])
-def test_trained_parameters_start_anew(pools, kind):
+def test_zeroed_parameters_start_anew(pools, kind):
     pools(2).run(reset_adapters, *((kind, {}) if isinstance(kind, int) else (3, ENGINES[kind])))
