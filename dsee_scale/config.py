@@ -61,17 +61,17 @@ class DSEEConfig(JsonConfig):
     target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
     """Modules to adapt: name suffixes (`q_proj`), patterns (`*.attn.*`), or one regular expression (a string)."""
     output_slices: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    """Parts of fused projections adapted alone: `{"c_attn": ["q", "v"]}` (equal thirds) or "start:stop" outputs."""
+    """Adapt only these parts of fused projections: `{"c_attn": ["q", "v"]}` (equal thirds) or "start:stop" outputs."""
     support: SupportMethod = "grebsmo"
     """How S2's positions are chosen: from the decomposition of each weight, the largest |W|, or at random."""
     decomposition: DecompositionConfig = dataclasses.field(default_factory=DecompositionConfig)
     """Settings of the decomposition behind `support="grebsmo"`."""
     trained_modules: tuple[str, ...] = ()
-    """Modules trained in full besides (a classifier head), by suffix or pattern."""
+    """Further modules, trained in full (a classifier head), by suffix or pattern."""
     dropout: float = 0.0
     """Dropout on the adapter's input, in [0, 1)."""
     shared_expert_a: bool = False
-    """Whether the experts of a layer share one A and have a B and an S2 each; else each has an A of its own."""
+    """Whether the experts of a layer share one A, each with its own B and S2; otherwise each has its own A."""
     seed: int = 0
     """Seed of A and of the decomposition; combined with each parameter's name, never with the rank of a process."""
 
@@ -150,8 +150,8 @@ class PruneConfig(JsonConfig):
     """Heads or experts removed from every layer, or neurons from every feed-forward or expert; in place of sparsity
     and scope."""
     min_per_layer: int = 1
-    """Heads, neurons or experts that scope `global` leaves in every layer at least. Of experts one more than a token
-    goes to stays in any case."""
+    """Least number of heads, neurons or experts that scope `global` leaves in every layer. One expert more than the
+    number chosen per token stays in any case."""
     score: Score = "wanda"
     """Importance of an entry: wanda = |W + D| times the norm of its input over the calibration data (of a head or
     neuron: the norm of what it adds to the block's output), W = |W|,
@@ -159,23 +159,23 @@ class PruneConfig(JsonConfig):
     default) = mean over the expert's tokens of gate value times norm of its output, frequency = how many tokens go
     there, random."""
     refit: bool | None = None
-    """Solve the weights that stay anew, block after block, so that each pruned layer does what the tuned one did;
-    the solver chooses what goes, by its own activation-aware criterion, and W + D becomes the new frozen weight.
+    """Solve the remaining weights again, block by block, so that each pruned layer does what the tuned one did;
+    the solver chooses what goes by its own activation-aware criterion, and W + D becomes the new frozen weight.
     None means yes for score `wanda` with pattern `unstructured` or N:M."""
     gram_memory_mib: int = 4096
     """Statistics that one rank collects at a time for `refit`, in MiB (at least one matrix's)."""
     inputs_on_cpu: bool = False
-    """Whether `refit` keeps what the blocks are called with (inputs, attention masks, positions; of all batches) in CPU
-    memory rather than where the model computes."""
+    """Whether `refit` keeps the blocks' arguments (inputs, attention masks, positions; of all batches) in CPU memory
+    rather than where the model computes."""
     pools: tuple[Pool, ...] = ()
-    """Pools ranked apart, each with its own sparsity; empty means one pool with all weights."""
+    """Pools that are ranked separately, each with its own sparsity; empty means one pool with all weights."""
     modules: tuple[str, ...] = ()
     """Restrict pruning to these suffixes or patterns; empty means every linear weight of the blocks."""
     seed: int = 0
     """Seed of score `random`."""
     mask_update: bool = True
-    """Whether the updates of pruned matrices are trained under the mask from then on, as the masked export has them;
-    False trains them beside it, for a sparse base that is served with a separate adapter."""
+    """Whether the updates of pruned matrices are then trained under the mask, as in the masked export; False leaves
+    them unmasked, for a sparse base that is served with a separate adapter."""
 
     def __post_init__(self) -> None:
         self.convert("modules", tuple_of_str)

@@ -114,7 +114,7 @@ class DataConfig(JsonConfig):
         """What is wrong across fields."""
         found = []
         if (self.dataset is None) == (self.train_file is None):
-            found.append("name either dataset (hub id) or train_file (local), not both and not neither")
+            found.append("name exactly one of dataset (hub id) and train_file (local)")
         if self.dataset is not None and self.validation_file is not None:
             found.append("validation_file goes with train_file; use validation_split with dataset")
         if self.task == "chat" and self.prompt:
@@ -147,8 +147,8 @@ class DataConfig(JsonConfig):
 class RetuneConfig(JsonConfig):
     """Training after pruning.
 
-    The learning rate goes on along `training`'s schedule, which then spans both phases. As soon as one of its settings
-    is given here, retune has a schedule of its own, in which what is absent is as in `training`.
+    The learning rate continues along `training`'s schedule, which then spans both phases. If any of its settings is
+    given here, retune has its own schedule, with the other settings taken from `training`.
     """
 
     max_steps: int | None = None
@@ -162,7 +162,7 @@ class RetuneConfig(JsonConfig):
     lr_scheduler_type: str | None = None
     """Name of the decay, as in TrainingArguments."""
     lr_scheduler_kwargs: Mapping[str, Any] | None = None
-    """Its further arguments, as in TrainingArguments."""
+    """Its other arguments, as in TrainingArguments."""
 
     def problems(self) -> list[str]:
         """What is wrong across fields."""

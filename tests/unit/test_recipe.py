@@ -109,7 +109,7 @@ def test_seed_is_the_trainers_and_others_need_their_section(recipe_file):
         (["--parallelism_config", "{sp_size: 2}"], "parallelism_config.*whole sequences"),
         (["--auto_find_batch_size"], "auto_find_batch_size is not possible here"),
         (["--data.task", "completion"], "completion goes with task 'completion'"),
-        (["--data.dataset", "some/hub"], "name either dataset"),
+        (["--data.dataset", "some/hub"], "name exactly one of dataset"),
         (["--retune.max_steps", "0"], "give max_steps or num_train_epochs above 0"),
         (["--data.labels", "3"], "labels must be a mapping"),
         (
