@@ -130,3 +130,11 @@ def test_the_architecture_lists_the_layers_in_their_order():
         name.removesuffix("/").removesuffix(".py") for row in rows for name in re.findall(r"`(.*?)`", row)
     ]
     assert listed == [name for name in ORDER if not name.startswith("__")]
+
+
+def test_the_architecture_names_files_that_are_there():
+    named = re.findall(r"`([a-z_]+/[a-z0-9_/]+)(?:\.py)?`", (ROOT / "docs" / "architecture.md").read_text())
+    assert len(named) > 30
+    for name in named:
+        found = (ROOT / "dsee_scale" / f"{name}.py", ROOT / f"{name}.py")
+        assert any(path.is_file() for path in found), name
