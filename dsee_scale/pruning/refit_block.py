@@ -155,7 +155,7 @@ def _reduced(
                 broken = CalibrationError(
                     f"the inputs of {name} hold NaN or infinity; check the calibration batches and the model's weights"
                 )
-    partition.raise_together(broken)
+    partition.raise_first(broken)
     return grams
 
 
