@@ -70,10 +70,9 @@ def collect_grams(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Collective. X^T X / tokens of the inputs of matrices that this rank owns, (I, I) float32, by leader.
 
-    Each token's x^T x counts by what the loss says, where it says something.
-
-    An expert that too few tokens reached gets the identity: its least weights go, the others stay as they are. Those
-    experts' matrices are named besides, the same on all ranks.
+    Each token's x^T x counts by what the loss says, where it says something. An expert that too few tokens reached
+    gets the identity: its least weights go, the others stay as they are. Those experts' matrices are named besides,
+    the same on all ranks.
 
     Raises:
         CalibrationError: an input is not finite.
@@ -82,9 +81,8 @@ def collect_grams(
     linear = {name: module.get_submodule(name) for name, job in leaders.items() if job.member.expert is None}
     owning = {job.member.owner: job.member.module for job in jobs if job.member.expert is not None}
     device = compute_device(module, partition)
-    with refitting_work(
-        partition, config
-    ):  # a rank without the memory must not leave the others in a forward pass
+    # A rank without the memory must not leave the others in a forward pass.
+    with refitting_work(partition, config):
         sums = {
             name: torch.zeros(job.member.num_inputs, job.member.num_inputs, device=device)
             for name, job in leaders.items()
