@@ -21,6 +21,8 @@ REDUCE_BUCKET = 20_000_000
 PREFETCH_BUCKET = 50_000_000
 REUSE_DISTANCE = 1_000_000_000
 """Elements within which ZeRO-3 keeps a weight that it needs again (`stage3_max_reuse_distance`)."""
+PERSISTENT = 1_000_000
+"""Elements below which a parameter stays whole on every GPU (`stage3_param_persistence_threshold`)."""
 DECOMPOSED_PER_SECOND = 22e6
 """Entries that one CPU core decomposes in a second: 14336 x 4096 in 2.6 s (docs/decomposition.md)."""
 RESERVED = 0.08
@@ -148,11 +150,20 @@ def _targets(shape: ModelShape, setting: Setting) -> list[tuple[int, int]]:
     return [one for name in dict.fromkeys(setting.targets) for one in shape.target(name)]
 
 
-def expert_adapter_entries(shape: ModelShape, setting: Setting) -> int:
-    """Of these, the ones of experts: a parameter for a layer's, too large to stay whole on every GPU."""
+def travelling_entries(shape: ModelShape, setting: Setting) -> int:
+    """Of these, the ones of experts where a layer's, one parameter, are too many to stay whole on every GPU."""
+    found = 0
+    for sizes in _adapted_experts(shape, setting):
+        entries = [setting.rank * (o + i) + setting.num_sparse for o, i in sizes]
+        if entries[0] * shape.experts_of_a_layer >= PERSISTENT:
+            found += sum(entries)
+    return found
+
+
+def _adapted_experts(shape: ModelShape, setting: Setting) -> list[tuple[tuple[int, int], ...]]:
+    """(outputs, inputs) of each expert's matrix, for every adapted kind of them."""
     names = tuple(shape.experts) if "experts" in setting.targets else setting.targets
-    sizes = [one for name in dict.fromkeys(names) for one in shape.experts.get(name, ())]
-    return sum(setting.rank * (o + i) + setting.num_sparse for o, i in sizes)
+    return [shape.experts[name] for name in dict.fromkeys(names) if name in shape.experts]
 
 
 def training_memory(shape: ModelShape, setting: Setting, *, masked: bool = False) -> Memory:
@@ -162,14 +173,17 @@ def training_memory(shape: ModelShape, setting: Setting, *, masked: bool = False
     base = _stored_base(shape, setting) / setting.gpus
     # Float32 master values, two moments, the gradient of the step; gradients kept in float32.
     optimizer = share * (4 + 4 + 4 + 4 + 4)
-    # Adapters count as whole on every GPU; their shards, too; their gradients when backward is done. Of experts'
-    # adapters the shards alone: they come and go with the experts.
-    whole = trainable - expert_adapter_entries(shape, setting)
+    # Adapters count as whole on every GPU; their shards, too; their gradients when backward is done. Of large ones of
+    # experts the shards alone: they come and go with the experts.
+    whole = trainable - travelling_entries(shape, setting)
     resident = whole * 2 + share * 2 + whole * 2
     gpu = resident + _scales(shape, setting) + REDUCE_BUCKET * 4
-    gpu += _live_weights(shape, setting) + _activations(shape, setting) + _decoded(shape, setting)
+    gpu += _live_weights(shape, setting) + _decoded(shape, setting)
     if masked:  # the merged weight, then in its place the gradient of D; of experts a layer's together
         gpu += 2.0 * max(largest_target(shape, setting), _adapted_layer(shape, setting))
+    factors = 0.0 if masked else _expert_factors(shape, setting)
+    forward = _forward_activations(shape, setting) + _gathered(shape, setting) + factors
+    gpu += max(forward, _activations(shape, setting) + 2 * factors)  # in backward with their gradient
     if setting.offload:
         return Memory(gpu, base + optimizer)
     return Memory(gpu + base + optimizer)
@@ -222,7 +236,14 @@ def largest_target(shape: ModelShape, setting: Setting) -> int:
 
 def _adapted_layer(shape: ModelShape, setting: Setting) -> int:
     """Entries of the largest tensor of adapted experts."""
-    return shape.layer_experts if expert_adapter_entries(shape, setting) else 0
+    return shape.layer_experts if _adapted_experts(shape, setting) else 0
+
+
+def _expert_factors(shape: ModelShape, setting: Setting) -> float:
+    """The thin factors of a layer's experts, S2 among their columns (`adapters.kernels.grouped`)."""
+    columns = setting.rank + setting.num_sparse
+    largest = max((o + i for sizes in _adapted_experts(shape, setting) for o, i in sizes), default=0)
+    return 2.0 * shape.experts_of_a_layer * columns * largest
 
 
 def _stored_base(shape: ModelShape, setting: Setting) -> float:
@@ -242,15 +263,25 @@ def _scales(shape: ModelShape, setting: Setting) -> float:
 def _live_weights(shape: ModelShape, setting: Setting) -> float:
     """Whole weights at once: ZeRO-3 keeps those of the last blocks between forward and backward.
 
-    A layer's experts are whole together, however large they are. Stored elements are counted: four-bit codes lie two
-    in an element.
+    A layer's experts are whole together, however large they are.
     """
+    kept = max(REUSE_DISTANCE / 2, shape.expert_entries / shape.layers) + PREFETCH_BUCKET
+    return _weights_within(shape, setting, kept)
+
+
+def _gathered(shape: ModelShape, setting: Setting) -> float:
+    """What arrives together: DeepSpeed copies each weight out of it and frees it after the last one."""
+    return _weights_within(shape, setting, PREFETCH_BUCKET)
+
+
+def _weights_within(shape: ModelShape, setting: Setting, limit: float) -> float:
+    """Bytes of at most so many elements of the model. Stored ones are counted: two four-bit codes lie in one."""
     width = bytes_per_entry(setting.quantize)
     stored = shape.block_entries * (width if setting.quantize else 1.0) + shape.expert_entries
     per_element = 1.0 if setting.quantize and not shape.expert_entries else 2.0
     elements = stored + shape.vocab * shape.hidden * (1 if shape.tied else 2)
-    elements += expert_adapter_entries(shape, setting)
-    kept = min(elements, max(REUSE_DISTANCE / 2, shape.expert_entries / shape.layers) + PREFETCH_BUCKET)
+    elements += travelling_entries(shape, setting)
+    kept = min(elements, limit)
     from_blocks = max(0.0, kept - shape.vocab * shape.hidden)
     return from_blocks * per_element + min(kept, shape.vocab * shape.hidden) * 2.0
 
@@ -262,24 +293,37 @@ def _decoded(shape: ModelShape, setting: Setting) -> float:
 
 def _activations(shape: ModelShape, setting: Setting) -> float:
     """What backward needs of the forward pass, and the logits with their gradients."""
-    tokens, hidden = setting.tokens, shape.hidden
-    width = shape.width
+    logits = setting.labels * setting.tokens * shape.vocab * (2 + 4 + 4 + 4)
+    if setting.checkpointing:
+        kept = _forward_activations(shape, setting) - _block_activations(shape, setting)
+        return kept + max(2 * _block_activations(shape, setting), logits)
+    return _forward_activations(shape, setting) + logits
+
+
+def _forward_activations(shape: ModelShape, setting: Setting) -> float:
+    """What there is when the last block has been computed."""
+    block = _block_activations(shape, setting)
+    if setting.checkpointing:
+        return shape.layers * setting.tokens * shape.hidden * 2 + block
+    return shape.layers * block
+
+
+def _block_activations(shape: ModelShape, setting: Setting) -> float:
+    """What backward needs of one block."""
+    hidden, width = shape.hidden, shape.width
     attention = 2 * (shape.repeated * 4)  # q, repeated k and v, and the output
     norms = 2 * 4 * hidden
     feed_forward = (6 if shape.gated else 8) * width
     adapters = 2 * hidden * bool(setting.targets)
     inputs = 2 * (3 * hidden + width) if setting.quantize == "int8" else 0  # its backward keeps every input
-    block = tokens * (attention + norms + feed_forward + adapters + inputs)
-    logits = setting.labels * tokens * shape.vocab * (2 + 4 + 4 + 4)
-    if setting.checkpointing:
-        return shape.layers * tokens * hidden * 2 + max(2 * block, logits)
-    return shape.layers * block + logits
+    routed = 2 * 2 * shape.chosen * hidden  # what goes into a token's experts, and what comes out
+    return setting.tokens * (attention + norms + feed_forward + adapters + inputs + routed)
 
 
 def _traffic(shape: ModelShape, setting: Setting) -> float:
     """Bytes that a GPU receives in a step: weights for forward and backward, gradients once."""
     others = (setting.gpus - 1) / setting.gpus
-    gathered = _stored_base(shape, setting) + 2.0 * expert_adapter_entries(shape, setting)
+    gathered = _stored_base(shape, setting) + 2.0 * travelling_entries(shape, setting)
     passes = 3 if setting.checkpointing else 2
     return others * (gathered * passes + 4.0 * adapter_entries(shape, setting))
 

@@ -59,6 +59,12 @@ class ModelShape:
         return (*self.matrices.get(name, ()), *self.experts.get(name, ()))
 
     @property
+    def experts_of_a_layer(self) -> int:
+        """Experts whose matrices lie in one tensor; 0 without."""
+        largest = max((o * i for sizes in self.experts.values() for o, i in sizes), default=0)
+        return self.layer_experts // largest if largest else 0
+
+    @property
     def block_entries(self) -> int:
         """Entries of all linear layers of the blocks: what bitsandbytes quantises."""
         return sum(o * i for sizes in self.matrices.values() for o, i in sizes)

@@ -14,7 +14,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory.py"
 pytestmark = pytest.mark.timeout(400)
 
 
-@pytest.mark.parametrize("case", ["bf16, under the mask", "nf4", "bf16, offloaded"])
+@pytest.mark.parametrize("case", ["bf16, under the mask", "nf4", "bf16, offloaded", "experts, bf16"])
 def test_the_planned_memory_of_a_training_step_is_within_15_percent(case):
     command = [sys.executable, str(BENCHMARK), "--json", "--quick", "--ours-only", "--case", case]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
