@@ -91,7 +91,7 @@ def test_pruning_a_small_part_of_the_blocks_has_to_be_said():
     before = weights(model)
     paper = paper_pools(0.2, 0.4)
     for config in (PruneConfig(sparsity=0.5, score="W"), PruneConfig(pattern="2:4", score="W")):
-        with pytest.raises(TargetError, match=r"experts\.gate_up_proj.*say so: modules=\['k_proj', 'o_proj'"):
+        with pytest.raises(TargetError, match=r"experts\.gate_up_proj.*set modules=\['k_proj', 'o_proj'"):
             dsee_scale.prune(model, config)
     assert unchanged(model, before)
     dsee_scale.inject(model, DSEEConfig(rank=3, num_sparse=7))
