@@ -132,7 +132,7 @@ def test_its_tasks_say_what_our_own_evaluation_says(folders, capsys, kind):
     [
         (["--tasks", "absent.yaml"], "no task file absent.yaml"),
         (["--tasks", "TASK", "--length", "65"], "--length 65 must lie in [2, 64]"),
-        (["--tasks", "TASK", "--base", "x"], "leave --base out"),
+        (["--tasks", "TASK", "--base", "x"], "leave out --base"),
         (["--tasks", "no_such_task"], "lm-eval knows no task 'no_such_task'"),
     ],
 )
