@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from _report import Report, parser
-from scale import SHAPES, build, run_on
+from scale import SHAPES, build, run_on, runnable
 from torch import Tensor, nn
 
 
@@ -126,7 +126,7 @@ def refit_only(shape: str, blocks: int, tokens: int, rounds: int) -> dict[str, A
     import dsee_scale
     from dsee_scale.partition import open_partition
 
-    model = build(shape, blocks)
+    model = runnable(build(shape, blocks))
     port = open_partition(model)
     generator = torch.Generator().manual_seed(0)
     batches = [{"input_ids": torch.randint(0, 1000, (1, tokens // 2), generator=generator)} for _ in range(4)]

@@ -29,7 +29,7 @@ from typing import Any
 import psutil
 import torch
 from _report import Report, parser
-from scale import SHAPES, PeakMemory, build, run_on
+from scale import SHAPES, PeakMemory, build, run_on, runnable
 
 PASSES = ("inject", "score", "prune", "export")
 TOKENS = 128
@@ -79,7 +79,7 @@ def run_passes(shape: str, folder: str) -> dict[str, Any]:
         "inject": lambda: dsee_scale.inject(
             model, dsee_scale.DSEEConfig(rank=16, num_sparse=64), progress=False
         ),
-        "score": lambda: dsee_scale.calibrate(model, [batch], progress=False),
+        "score": lambda: dsee_scale.calibrate(runnable(model), [batch], progress=False),
         "prune": lambda: dsee_scale.prune(
             model, dsee_scale.PruneConfig(sparsity=0.5, score="W"), progress=False
         ),

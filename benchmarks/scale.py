@@ -29,6 +29,12 @@ SHAPES = {
     "small": (6, 1024, 2816, 16, 8000),
 }
 
+DS_CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3},
+    "bf16": {"enabled": True},
+}
+
 
 def main() -> None:
     arguments = parser(__doc__)
@@ -121,18 +127,20 @@ def build(shape: str, blocks: int | None = None) -> torch.nn.Module:
         num_key_value_heads=heads,
         vocab_size=vocabulary,
     )
-    ds_config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3},
-        "bf16": {"enabled": True},
-    }
-    with deepspeed.zero.Init(config_dict_or_path=ds_config, dtype=torch.bfloat16), no_init_weights():
+    with deepspeed.zero.Init(config_dict_or_path=DS_CONFIG, dtype=torch.bfloat16), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     port = open_partition(model)
     generator = torch.Generator().manual_seed(port.rank)
     for param in model.parameters():
         port.shard(param).data.normal_(std=0.02, generator=generator)
     return model
+
+
+def runnable(model: torch.nn.Module) -> Any:
+    """Collective. An engine without an optimizer, whose forward passes fetch the weights."""
+    import deepspeed
+
+    return deepspeed.initialize(model=model, config=DS_CONFIG)[0]
 
 
 class PeakMemory:

@@ -12,7 +12,7 @@ INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integers as wide as a float, by bytes."""
 
 CHECKSUM_CHUNK = 2**22
-"""Entries whose checksum is taken at once: 32 MiB of int64."""
+"""Entries whose checksum is taken at once on an accelerator: 32 MiB of int64."""
 
 CPU_CHUNK = 2**17
 """Entries handled at once on the CPU: what leaves a core's cache costs several times as much."""
@@ -42,13 +42,14 @@ def position_sum(values: Tensor, start: int) -> int:
         values: (n,) a stretch in flat order.
         start: position of its first entry.
     """
-    total = 0
-    for at in range(0, values.numel(), CHECKSUM_CHUNK):
-        part = values[at : at + CHECKSUM_CHUNK].detach().contiguous()
-        bits = part.view(INTEGERS[part.element_size()]).long()
-        first = start + at
-        places = torch.arange(2 * first + 1, 2 * (first + bits.numel()) + 1, 2, device=bits.device)
-        total += int((bits * places).sum())
+    words = values.detach().contiguous().view(INTEGERS[values.element_size()])
+    chunk = CPU_CHUNK if words.device.type == "cpu" else CHECKSUM_CHUNK
+    steps = torch.arange(0, 2 * min(chunk, words.numel()), 2, device=words.device)
+    total, first = 0, 2 * start + 1
+    for part in words.split(chunk):
+        bits = part.long()
+        total += int(bits.sum()) * first + int(bits.mul(steps[: bits.numel()]).sum())
+        first += 2 * bits.numel()
     return (total + 2**63) % 2**64 - 2**63
 
 

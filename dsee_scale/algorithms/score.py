@@ -31,6 +31,7 @@ from dsee_scale.algorithms.delta import Delta, FlatBlock, delta_block, flat_bloc
 from dsee_scale.config import Score
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
+TOKENS_AT_ONCE = 128
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -96,6 +97,16 @@ def scores(mode: Score, weight: Tensor, update: Tensor | None = None, norms: Ten
         return (weight.float() + update).float().abs_()
     magnitude = update.float().abs()
     return magnitude.reciprocal_() if mode in ("NAB", "NABS") else magnitude
+
+
+def sum_of_squares(x_TI: Tensor) -> Tensor:
+    """(I,) float64. On a CPU by stretches whose float32 sums stay in its cache, several times as fast as in float64."""
+    if x_TI.device.type != "cpu":
+        return x_TI.float().square().sum(0, dtype=torch.float64)
+    total = torch.zeros(x_TI.shape[1], dtype=torch.float64)
+    for part in x_TI.split(TOKENS_AT_ONCE):
+        total += part.float().square().sum(0)
+    return total
 
 
 def update_block(mode: Score, delta: Delta, start_row: int, stop_row: int) -> Tensor:

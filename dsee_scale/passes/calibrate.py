@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dsee_scale.adapters.targets import find_modules, linear_kind, matches
+from dsee_scale.algorithms.score import sum_of_squares
 from dsee_scale.distributed import gather_objects, show_progress
 from dsee_scale.errors import CalibrationError, FormatError
 from dsee_scale.partition import Partition, open_partition, unwrap
@@ -150,8 +151,7 @@ def calibrate(
     tokens: dict[str, int] = {}
 
     def take(name: str, x_TI: Tensor) -> None:
-        squares = x_TI.float().square_() if x_TI.dtype != torch.float32 else x_TI.square()
-        total = squares.sum(0, dtype=torch.float64)
+        total = sum_of_squares(x_TI)
         sums[name] = total if name not in sums else sums[name].add_(total)
         tokens[name] = tokens.get(name, 0) + x_TI.shape[0]
 

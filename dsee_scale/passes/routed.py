@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dsee_scale.adapters.experts import AdaptedExperts, ExpertLayout, expert_layout
 from dsee_scale.adapters.kernels.grouped import grouped_mm
 from dsee_scale.adapters.matrices import ShapeOf
+from dsee_scale.algorithms.score import sum_of_squares
 from dsee_scale.partition import Partition
 
 
@@ -164,4 +165,4 @@ def _product(module: Any, name: str, x_SI: Tensor, ends_E: Tensor, expert_S: Ten
 
 def _squares(x_TI: Tensor) -> Tensor:
     """(I,) float64 on the CPU."""
-    return x_TI.float().square().sum(0, dtype=torch.float64).cpu()
+    return sum_of_squares(x_TI).cpu()

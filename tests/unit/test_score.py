@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsee_scale.algorithms import delta as delta_module
+from dsee_scale.algorithms.bits import CPU_CHUNK, position_sum
 from dsee_scale.algorithms.score import (
     Ranking,
     all_finite,
@@ -16,6 +17,7 @@ from dsee_scale.algorithms.score import (
     random_scores,
     ranked_blocks,
     scores,
+    sum_of_squares,
     update_block,
 )
 from tests.unit.test_delta import dense_update, make_delta
@@ -161,3 +163,21 @@ def test_all_finite_sees_every_bad_value(dtype):
         spoiled = values.clone()
         spoiled[777] = bad
         assert not all_finite(spoiled)
+
+
+def test_sum_of_squares_over_many_stretches_is_that_in_float64():
+    x_TI = torch.randn(1001, 7).to(torch.bfloat16)
+    found = sum_of_squares(x_TI)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, x_TI.double().square().sum(0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_checksum_is_the_same_however_its_tensor_is_cut(dtype):
+    values = torch.randn(2 * CPU_CHUNK + 5).to(dtype)
+    words = values.view(torch.int16 if dtype == torch.bfloat16 else torch.int32).tolist()
+    expected = sum(word * (2 * (9 + at) + 1) for at, word in enumerate(words))
+    found = position_sum(values, 9)
+    assert (found - expected) % 2**64 == 0 and -(2**63) <= found < 2**63
+    cut = 1001
+    assert (found - position_sum(values[:cut], 9) - position_sum(values[cut:], 9 + cut)) % 2**64 == 0
