@@ -62,7 +62,7 @@ def test_nvme_is_refused_before_any_work(zero, message):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"compile": {"deepcompile": True}}, "compile.deepcompile.*on CUDA alone.*leave it out"),
+        ({"compile": {"deepcompile": True}}, "compile.deepcompile.*on CUDA only.*leave it out"),
         ({"expert_parallel": {"enabled": True}}, "expert_parallel.*AutoEP.*the model's own experts"),
         ({"sequence_parallel_size": 2}, "sequence_parallel_size.*whole sequences.*loop of your own"),
     ],
