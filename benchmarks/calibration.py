@@ -126,7 +126,7 @@ def refit_only(shape: str, blocks: int, tokens: int, rounds: int) -> dict[str, A
     import dsee_scale
     from dsee_scale.partition import open_partition
 
-    model = runnable(build(shape, blocks))
+    model = runnable(build(shape, blocks).requires_grad_(False))
     port = open_partition(model)
     generator = torch.Generator().manual_seed(0)
     batches = [{"input_ids": torch.randint(0, 1000, (1, tokens // 2), generator=generator)} for _ in range(4)]
