@@ -19,8 +19,8 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Within the block adapted layers compute x W^T alone. Local, but enter it on every rank that runs the model.
 
     Before pruning that is the base model bit for bit. After pruning W has its zeros: the pruned base. After a re-fit
-    W holds what was tuned before it, and its adapters what was learned since. For a reference model that is to stay
-    the untouched base, compute its log-probabilities before pruning, or load it apart.
+    W was solved together with the update and means nothing without it. For a reference model that is to stay the
+    untouched base, compute its log-probabilities before pruning, or load it separately.
 
     Args:
         model: a raw model, a DeepSpeed engine, or what Accelerate or DDP made of it.
