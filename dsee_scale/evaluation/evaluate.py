@@ -12,10 +12,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dsee_scale.data.encoding import IGNORED, Choice, Generation, pad
+from dsee_scale.data.encoding import IGNORED, Choice, Encoder, Generation, pad
+from dsee_scale.data.rows import load_rows
 from dsee_scale.distributed import gather_objects, rank, world_size
 from dsee_scale.errors import ConfigError
 from dsee_scale.passes.label_logits import logits_at, predicting, select_logits
@@ -35,6 +37,32 @@ class EvaluationSet:
     """Prompts to complete."""
     pad_id: int = 0
     """Token that fills short rows; it is masked."""
+
+
+def load_examples(encoder: Encoder, *, num_generations: int | None = None) -> tuple[Dataset, EvaluationSet]:
+    """Local. What a recipe's data section names, as tokens: examples to train on and those to judge by.
+
+    Args:
+        encoder: tokenizer and data section.
+        num_generations: prompts to complete, of a completion task.
+
+    Raises:
+        ConfigError: see `load_rows`; or no example is left.
+    """
+    train, validation = load_rows(encoder.config)
+    examples = encoder.training_examples(train)
+    classified = encoder.config.task == "classification"
+    found = EvaluationSet(
+        answers=() if classified else encoder.evaluation_examples(validation),
+        choices=encoder.choices(validation) if classified else (),
+        generations=encoder.generations(validation, num_generations) if num_generations else (),
+        pad_id=int(encoder.tokenizer.pad_token_id),  # type: ignore[arg-type]
+    )
+    if not len(examples) or not (found.answers or found.choices):
+        raise ConfigError(
+            f"the data hold too little text for a single example of task {encoder.config.task!r}"
+        )
+    return examples, found
 
 
 @torch.no_grad()

@@ -1,17 +1,37 @@
-"""A DeepSpeed config that says something else than the recipe is an error, never a silent winner."""
+"""What a recipe asks for together and can't have; a DeepSpeed config never wins over it in silence."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from dsee_scale.config import DSEEConfig, PruneConfig
 from dsee_scale.errors import ConfigError
-from dsee_scale.settings import nearest, unknown_keys
+from dsee_scale.recipe.sections import EXTRA, ExportConfig
+from dsee_scale.settings import nearest
+
+
+def check_form(dsee: DSEEConfig, prunings: Sequence[PruneConfig], export: ExportConfig | None) -> None:
+    """Refuse before training what the export would refuse after it."""
+    if export is None:
+        return
+    peft = export.adapter_format == "peft"
+    under_mask = any(config.mask_update and not config.removes_units for config in prunings)
+    if under_mask and (peft or export.delta == "dense"):
+        form = "adapter_format 'peft'" if peft else "delta 'dense'"
+        raise ConfigError(
+            f"recipe: export.{form} writes W * M + D, and pruned "
+            "matrices are trained as (W + D) * M; set export.delta to 'masked', or prune.mask_update to false"
+        )
+    if peft and dsee.trained_modules:
+        raise ConfigError(
+            "recipe: export.adapter_format 'peft' writes a LoRA alone, without dsee.trained_modules; leave them out, "
+            "or set export.delta to 'masked'"
+        )
 
 
 def check_deepspeed_config(config: Mapping[str, Any], args: TrainingArguments, source: str) -> None:
@@ -103,29 +123,10 @@ def argument_problems(section: Mapping[str, Any]) -> list[str]:
     ]
 
 
-EXTRA = "pip install 'dsee_scale[quant]'"
 MARKS = ("8bit", "paged", "bnb", "lion", "ademamix")
 """Parts of the names of the Trainer's optimizers that bitsandbytes brings, ..."""
 OTHERS = ("torch", "galore")
 """... and of optimizers that are called like them but come from elsewhere."""
-
-
-def quantization_problems(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the arguments of a BitsAndBytesConfig, one sentence each."""
-    from transformers import BitsAndBytesConfig
-
-    known = [name for name in inspect.signature(BitsAndBytesConfig).parameters if name != "kwargs"]
-    found = [f"quantization: {problem}" for problem in unknown_keys(values, known)]
-    if bool(values.get("load_in_4bit")) == bool(values.get("load_in_8bit")):
-        found.append("quantization: set one of load_in_4bit and load_in_8bit to true")
-    kind = values.get("bnb_4bit_quant_type", "fp4")
-    if kind not in ("nf4", "fp4"):
-        found.append(f"quantization: bnb_4bit_quant_type {kind!r} is unknown; valid: nf4, fp4")
-    if values.get("llm_int8_has_fp16_weight"):
-        found.append("quantization: llm_int8_has_fp16_weight keeps 16-bit weights; leave it out")
-    if find_spec("bitsandbytes") is None:
-        found.append(f"quantization needs bitsandbytes, which is not installed: {EXTRA}")
-    return found
 
 
 def from_bitsandbytes(optim: str) -> bool:

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from dsee_scale.config import DSEEConfig, PruneConfig
 from dsee_scale.errors import ConfigError
 from dsee_scale.pruning.schedule import GradualConfig
-from dsee_scale.recipe.checks import argument_problems, missing_optimizer
+from dsee_scale.recipe.checks import argument_problems, check_form, missing_optimizer
 from dsee_scale.recipe.parsing import find_file, parse_command_line, read_yaml, set_nested
 from dsee_scale.recipe.sections import (
     SCHEDULES,
@@ -164,30 +164,8 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
         raise ConfigError(
             "recipe: retune comes after prune; add a prune section, or lengthen training instead"
         )
-    _check_form(recipe)
+    check_form(recipe.dsee, recipe.prune, recipe.export)
     return recipe
-
-
-def _check_form(recipe: Recipe) -> None:
-    """Refuse before training what the export would refuse after it."""
-    under_mask = any(config.mask_update and not config.removes_units for config in recipe.prune)
-    if under_mask and recipe.export is not None and recipe.export.delta == "dense":
-        raise ConfigError(
-            "recipe: export.delta 'dense' writes W * M + D, and pruned matrices are trained as (W + D) * M; set "
-            "export.delta to 'masked', or prune.mask_update to false"
-        )
-    if recipe.export is None or recipe.export.adapter_format != "peft":
-        return
-    if under_mask:
-        raise ConfigError(
-            "recipe: export.adapter_format 'peft' writes W * M + D, and pruned matrices are trained as (W + D) * M: "
-            "set prune.mask_update to false, or export.delta to 'masked'"
-        )
-    if recipe.dsee.trained_modules:
-        raise ConfigError(
-            "recipe: export.adapter_format 'peft' writes a LoRA alone, without dsee.trained_modules; leave them out, "
-            "or set export.delta to 'masked'"
-        )
 
 
 def _settings(name: str, section: Any) -> Mapping[str, Any]:

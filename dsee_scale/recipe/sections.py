@@ -6,13 +6,14 @@ The line under each field is its only documentation; `--help` and the docs are m
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from dsee_scale.export.card import is_hub_id
 from dsee_scale.export.writer import DeltaForm
-from dsee_scale.recipe.checks import quantization_problems
-from dsee_scale.settings import JsonConfig, at_least
+from dsee_scale.settings import JsonConfig, at_least, unknown_keys
 
 Task = Literal["language_modelling", "completion", "classification", "chat"]
 AdapterFormat = Literal["dsee", "peft"]
@@ -30,6 +31,8 @@ SCHEDULES = (
     "cosine_warmup_with_min_lr",
     "warmup_stable_decay",
 )
+
+EXTRA = "pip install 'dsee_scale[quant]'"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ class ModelConfig(JsonConfig):
 
     def problems(self) -> list[str]:
         """What is wrong across fields."""
-        return [] if self.quantization is None else quantization_problems(self.quantization)
+        return [] if self.quantization is None else _quantization_problems(self.quantization)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,3 +205,21 @@ class ExportConfig(JsonConfig):
                 "push both after the run (`dsee-scale push FOLDER OWNER/NAME --base OWNER/BASE`)"
             )
         return found
+
+
+def _quantization_problems(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the arguments of a BitsAndBytesConfig, one sentence each."""
+    from transformers import BitsAndBytesConfig
+
+    known = [name for name in inspect.signature(BitsAndBytesConfig).parameters if name != "kwargs"]
+    found = [f"quantization: {problem}" for problem in unknown_keys(values, known)]
+    if bool(values.get("load_in_4bit")) == bool(values.get("load_in_8bit")):
+        found.append("quantization: set one of load_in_4bit and load_in_8bit to true")
+    kind = values.get("bnb_4bit_quant_type", "fp4")
+    if kind not in ("nf4", "fp4"):
+        found.append(f"quantization: bnb_4bit_quant_type {kind!r} is unknown; valid: nf4, fp4")
+    if values.get("llm_int8_has_fp16_weight"):
+        found.append("quantization: llm_int8_has_fp16_weight keeps 16-bit weights; leave it out")
+    if find_spec("bitsandbytes") is None:
+        found.append(f"quantization needs bitsandbytes, which is not installed: {EXTRA}")
+    return found

@@ -16,10 +16,9 @@ from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.checkpoint.record import AdapterRecord
 from dsee_scale.checkpoint.training_state import KIND
 from dsee_scale.data.encoding import Encoder, collator
-from dsee_scale.data.rows import load_rows
 from dsee_scale.distributed import raise_on_all_ranks, rank
 from dsee_scale.errors import ConfigError, FormatError
-from dsee_scale.evaluation.evaluate import EvaluationSet
+from dsee_scale.evaluation.evaluate import EvaluationSet, load_examples
 from dsee_scale.evaluation.export_check import check_export
 from dsee_scale.export.export import BASE_FOLDER, export_model
 from dsee_scale.export.hub import push_to_hub
@@ -195,28 +194,7 @@ def read_data(recipe: Recipe, args: TrainingArguments, encoder: Encoder) -> tupl
     """
     first = args.main_process_first(desc="tokenizing")
     with raise_on_all_ranks(what="reading the data"), first:
-        return _encode(recipe, encoder)
-
-
-def _encode(recipe: Recipe, encoder: Encoder) -> tuple[Dataset, EvaluationSet]:
-    """Local."""
-    train, validation = load_rows(recipe.data)
-    examples = encoder.training_examples(train)
-    answers: list[tuple[list[int], list[int]]] = []
-    choices = []
-    if recipe.data.task == "classification":
-        choices = encoder.choices(validation)
-    else:
-        answers = encoder.evaluation_examples(validation)
-    if not len(examples) or not (answers or choices):
-        raise ConfigError(f"the data hold too little text for a single example of task {recipe.data.task!r}")
-    count = recipe.data.generate_samples
-    return examples, EvaluationSet(
-        answers=answers,
-        choices=choices,
-        generations=encoder.generations(validation, count) if count else (),
-        pad_id=int(encoder.tokenizer.pad_token_id),  # type: ignore[arg-type]
-    )
+        return load_examples(encoder, num_generations=recipe.data.generate_samples)
 
 
 def _check_same_adapters(recipe: Recipe, checkpoint: Path) -> None:
