@@ -18,8 +18,42 @@ Score = Literal["wanda", "W", "AB", "ABS", "WAB", "WABS", "NAB", "NABS", "random
 Scope = Literal["global", "matrix", "row"]
 PoolSelect = Literal["adapted", "others", "all"]
 
-SCORES_WITHOUT_ADAPTER = ("wanda", "W", "random", "reap", "frequency")
-SCORES_OF_ACTIVATIONS = ("wanda", "reap", "frequency")
+
+@dataclasses.dataclass(frozen=True)
+class Reads:
+    """What a score looks at.
+
+    Attributes:
+        weight: the weight itself.
+        update: s * B A (`BA`), D = s * (B A + S2) (`D`), or neither.
+        reciprocal: whether a large value means little.
+        activations: what goes in and out of the layers on calibration batches.
+    """
+
+    weight: bool = False
+    update: Literal["BA", "D"] | None = None
+    reciprocal: bool = False
+    activations: bool = False
+
+    @property
+    def needs_adapter(self) -> bool:
+        """Whether a model without adapters has no such score."""
+        return self.update is not None and not self.activations
+
+
+SCORES: dict[Score, Reads] = {
+    "wanda": Reads(weight=True, update="D", activations=True),
+    "W": Reads(weight=True),
+    "AB": Reads(update="BA"),
+    "ABS": Reads(update="D"),
+    "WAB": Reads(weight=True, update="BA"),
+    "WABS": Reads(weight=True, update="D"),
+    "NAB": Reads(update="BA", reciprocal=True),
+    "NABS": Reads(update="D", reciprocal=True),
+    "random": Reads(),
+    "reap": Reads(activations=True),
+    "frequency": Reads(activations=True),
+}
 UNIT_PATTERNS = ("heads", "neurons", "experts")
 EXPERT_SCORES = ("reap", "frequency", "random")
 DEFAULT_SPARSITY = 0.5

@@ -27,7 +27,6 @@ SMALL_GROUP = 32
 EXPONENTS = 512
 """Length of a one-hot vector that holds the exponent of any float32 score."""
 _ZERO_EXPONENT = 256
-_WITHOUT_RECIPROCAL = {"NAB": "AB", "NABS": "ABS"}
 
 
 def lowest_in_groups(group_keys: Tensor, num_remove: int) -> Tensor:
@@ -101,8 +100,7 @@ def score_blocks(weight: Tensor, start: int, ranking: Ranking) -> Iterator[tuple
 
     As in `score.ranked_blocks`, no score depends on where the stretch begins.
     """
-    mode = _WITHOUT_RECIPROCAL.get(ranking.mode, ranking.mode)
-    ranking = dataclasses.replace(ranking, mode=mode)  # type: ignore[arg-type]
+    ranking = dataclasses.replace(ranking, mode=ranking.mode.removeprefix("N"))  # type: ignore[arg-type]
     if ranking.by_magnitude:
         for part in weight.split(block_entries(weight.device)):
             yield part.float().abs(), start

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dsee_scale.algorithms.bits import INTEGERS
 from dsee_scale.algorithms.delta import Delta, FlatBlock, delta_block, flat_blocks, low_rank_block
-from dsee_scale.config import Score
+from dsee_scale.config import SCORES, Score
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 TOKENS_AT_ONCE = 128
@@ -87,16 +87,15 @@ def scores(mode: Score, weight: Tensor, update: Tensor | None = None, norms: Ten
         float32, non-negative, in the weight's shape.
     """
     assert mode != "random", "random scores depend on positions: see random_scores"
-    if mode == "wanda":
-        effective = weight.float() if update is None else weight.float() + update
+    reads = SCORES[mode]
+    if update is None or reads.update is None:
+        found = weight.float().abs()
+    else:
+        found = (weight.float() + update if reads.weight else update).float().abs()
+    if reads.activations:
         assert norms is not None
-        return effective.float().abs().mul_(norms)
-    if mode == "W" or update is None:
-        return weight.float().abs()
-    if mode in ("WAB", "WABS"):
-        return (weight.float() + update).float().abs_()
-    magnitude = update.float().abs()
-    return magnitude.reciprocal_() if mode in ("NAB", "NABS") else magnitude
+        found.mul_(norms)
+    return found.reciprocal_() if reads.reciprocal and update is not None else found
 
 
 def sum_of_squares(x_TI: Tensor) -> Tensor:
@@ -111,7 +110,7 @@ def sum_of_squares(x_TI: Tensor) -> Tensor:
 
 def update_block(mode: Score, delta: Delta, start_row: int, stop_row: int) -> Tensor:
     """The U that a mode scores by, rows start_row to stop_row of the storage layout."""
-    block = low_rank_block if mode in ("AB", "WAB", "NAB") else delta_block
+    block = low_rank_block if SCORES[mode].update == "BA" else delta_block
     return block(delta, start_row, stop_row)
 
 

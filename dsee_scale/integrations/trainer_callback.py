@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from dsee_scale.adapters.linear import adapted_layers
-from dsee_scale.config import SCORES_OF_ACTIVATIONS, PruneConfig
+from dsee_scale.config import SCORES, PruneConfig
 from dsee_scale.errors import ConfigError, RunError, TargetError
 from dsee_scale.export.export import BASE_FOLDER, save_base
 from dsee_scale.pruning.prune import prune
@@ -99,7 +99,7 @@ class DSEECallback(GradientCallback):
             )
         keep_checkpoints_small(trainer)
         self._trainer = trainer
-        if any(config.score in SCORES_OF_ACTIVATIONS for config in self.configs):
+        if any(SCORES[config.score].activations for config in self.configs):
             trainer.model.register_forward_pre_hook(self._note_inputs, with_kwargs=True)
 
     def on_train_begin(
@@ -160,7 +160,7 @@ class DSEECallback(GradientCallback):
         configs = self.configs
         if isinstance(self.at, CubicSchedule):
             configs = [self.at.config(configs[0], step)]
-        wanting = any(config.score in SCORES_OF_ACTIVATIONS for config in configs)
+        wanting = any(SCORES[config.score].activations for config in configs)
         report = prune(trainer.model_wrapped, configs, self._calibration() if wanting else None)
         if any(config.refit for config in configs):
             folder = Path(str(trainer.args.output_dir)) / BASE_FOLDER

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.adapters.removed_units import record_removed, removed_inputs
 from dsee_scale.adapters.state import MASK_UPDATE, model_state
-from dsee_scale.config import SCORES_WITHOUT_ADAPTER, PruneConfig
+from dsee_scale.config import SCORES, PruneConfig
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.partition import Partition, open_partition, unwrap
 from dsee_scale.partition.engine_state import owned_by_deepspeed
@@ -141,7 +141,7 @@ def _reject_uncounted(
 def _reject_unready(
     model: nn.Module, module: nn.Module, pools: list[WeightPool], config: PruneConfig, partition: Partition
 ) -> None:
-    if config.score not in SCORES_WITHOUT_ADAPTER and not adapted_layers(module):
+    if SCORES[config.score].needs_adapter and not adapted_layers(module):
         raise TargetError(
             f"score {config.score!r} needs adapters and the model has none; call dsee_scale.inject(model, ...) "
             "first, or choose score='W'"

@@ -13,7 +13,7 @@ from torch import nn
 from dsee_scale.adapters.linear import restore_under_mask
 from dsee_scale.adapters.routers import mask_routers
 from dsee_scale.adapters.state import model_state, reject_broken
-from dsee_scale.config import SCORES_OF_ACTIVATIONS, PruneConfig
+from dsee_scale.config import SCORES, PruneConfig
 from dsee_scale.distributed import raise_on_all_ranks, show_progress
 from dsee_scale.errors import CalibrationError, ConfigError
 from dsee_scale.partition import Partition, open_partition, unwrap
@@ -150,7 +150,7 @@ def prune(
     _reject_uncalibrated(configs, calibration)
     if len(configs) > 1:
         _check_all(model, configs)
-        if isinstance(calibration, list) and any(each.score in SCORES_OF_ACTIVATIONS for each in configs):
+        if isinstance(calibration, list) and any(SCORES[each.score].activations for each in configs):
             reject_uncounted(calibration, open_partition(module))
     report = _prune_once(model, configs[0], calibration, progress)
     for further in configs[1:]:
@@ -161,7 +161,7 @@ def prune(
 
 def _reject_uncalibrated(configs: Sequence[PruneConfig], calibration: Statistics | Batches | None) -> None:
     """Local, alike on all ranks but for an empty list, which `calibrate` refuses on all."""
-    wanting = [config for config in configs if config.score in SCORES_OF_ACTIVATIONS]
+    wanting = [config for config in configs if SCORES[config.score].activations]
     if wanting and calibration is None:
         other = "random" if wanting[0].pattern == "experts" else "W"
         raise CalibrationError(
@@ -261,7 +261,7 @@ def _statistics(
     Raises:
         CalibrationError: they were collected on another model, or before the adapters or zeros changed.
     """
-    if config.score not in SCORES_OF_ACTIVATIONS or calibration is None:
+    if not SCORES[config.score].activations or calibration is None:
         return None
     if not isinstance(calibration, Statistics):
         return calibrate(model, calibration, modules=config.modules, progress=progress)

@@ -25,7 +25,7 @@ from dsee_scale.algorithms.patterns import (
     lowest_units_overall,
 )
 from dsee_scale.algorithms.score import Ranking
-from dsee_scale.config import PruneConfig
+from dsee_scale.config import SCORES, PruneConfig
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.partition import Partition
 from dsee_scale.passes.pools import WeightPool
@@ -33,7 +33,6 @@ from dsee_scale.pruning.unit_scores import covered_outputs, unit_scores
 from dsee_scale.pruning.zero_lines import Lines, check_reachable, zero_lines
 
 Counts = dict[str, tuple[int, int]]
-READS_UPDATE_ALONE = ("AB", "ABS", "NAB", "NABS")
 _FIRST = -(2**62)
 """Score of a unit that is gone already: it goes first, so that removing more is cumulative."""
 
@@ -210,7 +209,8 @@ def _reject_shared_a(layer: UnitLayer) -> None:
 
 
 def _reject_unscored(layer: UnitLayer, config: PruneConfig) -> None:
-    if config.score in READS_UPDATE_ALONE and not any(part.matrix.adapted for part in layer.parts):
+    reads = SCORES[config.score]
+    if reads.update and not reads.weight and not any(part.matrix.adapted for part in layer.parts):
         names = ", ".join(part.name.rsplit(".", 1)[-1] for part in layer.parts)
         raise TargetError(
             f"score {config.score!r} reads the update alone, and no matrix of {layer.name}'s {layer.kind} is "

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from dsee_scale.config import SCORES_WITHOUT_ADAPTER, DecompositionPreset, Score
+from dsee_scale.config import DecompositionPreset, Score
 from dsee_scale.errors import ConfigError
 from paper.glue.metrics import TASKS
 from paper.glue.old_flags import modern_words
@@ -184,8 +184,3 @@ def _method_problems(settings: GlueSettings) -> list[str]:
     if model.num_sparse < 0 or model.lora_r < 1 or model.lora_alpha <= 0:
         problems.append("--lora_r must be at least 1, --lora_alpha positive, --num_sparse at least 0")
     return problems
-
-
-def needs_update(score: str) -> bool:
-    """Whether a score reads the update, so that a model without one has no such score."""
-    return score not in SCORES_WITHOUT_ADAPTER

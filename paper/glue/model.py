@@ -23,12 +23,12 @@ from dsee_scale.checkpoint.adapter_file import KINDS_WITH_ADAPTER
 from dsee_scale.checkpoint.files import MANIFEST
 from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord
-from dsee_scale.config import DecompositionConfig, DSEEConfig, Pool, PruneConfig
+from dsee_scale.config import SCORES, DecompositionConfig, DSEEConfig, Pool, PruneConfig
 from dsee_scale.errors import ConfigError
 from dsee_scale.passes.inject_model import inject
 from dsee_scale.passes.pools import block_linears
 from dsee_scale.pruning.prune import PruneReport, prune
-from paper.glue.arguments import SUPPORTS, GlueSettings, ModelArguments, needs_update
+from paper.glue.arguments import SUPPORTS, GlueSettings, ModelArguments
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def find_source(settings: GlueSettings, checkpoint: Path | None) -> Source:
             raise ConfigError(f"{checkpoint} holds no adapter; evaluate it as --model_name_or_path")
         folder = None
     if folder is None:
-        if settings.pruning.prunes and needs_update(settings.pruning.prune_mode):
+        if settings.pruning.prunes and SCORES[settings.pruning.prune_mode].needs_adapter:
             raise ConfigError(
                 f"--prune_mode {settings.pruning.prune_mode} reads an update, and {model.model_name_or_path!r} has "
                 "none; tune it first and give that run's output folder as --model_name_or_path, or use "
