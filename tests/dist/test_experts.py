@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,8 +15,9 @@ import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
 from dsee_scale.export.export import export_model
+from dsee_scale.partition import open_partition
 from tests.dist.test_inject_prune import engine_for, fill_adapters, train, whole_weights
-from tests.models import build, moe_config, partition, token_batch, zero3_config
+from tests.models import build, llama_config, moe_config, partition, token_batch, zero3_config
 
 ATTENTION = {"deepseek_v3": ("o_proj", "kv_b_proj"), "gpt_oss": ("q_proj", "v_proj")}
 
@@ -158,3 +161,42 @@ def test_ranks_whose_tokens_avoid_an_expert_wait_for_nobody(pools):
         assert plain[-1] < plain[0] and used >= 2
         torch.testing.assert_close(torch.tensor(checkpointed), torch.tensor(plain), rtol=1e-5, atol=1e-6)
     assert found[0][0][1] < 5, "rank 0 uses every expert, so the test shows nothing"
+
+
+def refused_on(rank: int) -> list[str]:
+    """What bad inputs say on one rank, while the other one does nothing at all."""
+    mixture = partition(build(moe_config("qwen3_moe")), zero3_config())
+    plain = partition(build(llama_config()), zero3_config())
+    if dist.get_rank() != rank:
+        return []
+    shards = [open_partition(each).shard(p).data for each in (mixture, plain) for p in each.parameters()]
+    before = [shard.clone() for shard in shards]
+    whole, adapter = dict(pattern="experts", score="random"), dict(rank=2, num_sparse=3)
+    bad: list[Callable[[], Any]] = [
+        lambda: dsee_scale.prune(mixture, PruneConfig(num_per_layer=3, **whole)),
+        lambda: dsee_scale.prune(mixture, PruneConfig(sparsity=0.8, scope="global", **whole)),
+        lambda: dsee_scale.prune(plain, PruneConfig(num_per_layer=1, **whole)),
+        lambda: dsee_scale.inject(mixture, DSEEConfig(target_modules=("q_proj", "mlp.gate"), **adapter)),
+        lambda: dsee_scale.inject(plain, DSEEConfig(target_modules=("q_proj", "experts"), **adapter)),
+    ]
+    found = []
+    for call in bad:
+        with pytest.raises(dsee_scale.DSEEError) as caught:
+            call()
+        found.append(str(caught.value))
+    assert all(map(torch.equal, shards, before))
+    return found
+
+
+def test_bad_inputs_are_the_same_error_on_every_rank_without_waiting_for_the_others(pools):
+    texts = [pools(2).run(refused_on, rank)[rank] for rank in range(2)]
+    assert texts[0] == texts[1]
+    patterns = (
+        r"removes 3 of 5 experts of model.layers.0 .* at least 3, one more than the 2 that each token",
+        r"sparsity 0.8 removes 8 of 10 units, but with at least 3 experts in every layer only 4 can go",
+        r"LlamaForCausalLM has no experts, .* choose 'heads' or 'neurons'",
+        r"target model.layers.0.mlp.gate is a router .* adapt the experts",
+        r"target module 'experts' matches no module",
+    )
+    for text, pattern in zip(texts[0], patterns, strict=True):
+        assert re.search(pattern, text), text
