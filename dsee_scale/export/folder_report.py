@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from dsee_scale.export.report import KIND as EXPORT
 from dsee_scale.export.report import REPORT_FILE, patterns_of
 from dsee_scale.export.structure import find_structure, recorded_model
 
+EXPERTS = ".experts."
+"""In the name of what belongs to routed experts, together in one tensor or apart."""
 PATTERNS = ((1, 4), (2, 4), (4, 8))
 """N:M patterns that are recognised in files, the strictest first."""
 
@@ -165,6 +167,7 @@ def _adapter_report(stored: StoredFolder) -> FolderReport:
             "modules": f"{len(record.modules)} ({', '.join(_suffixes(record.modules))}){slices}",
             "trainable": f"{record.num_trainable:,} parameters",
         }
+        facts |= _adapted_experts(record)
     if record.trained:
         facts["trained in full"] = ", ".join(record.trained)
     matrices = tuple(
@@ -175,7 +178,7 @@ def _adapter_report(stored: StoredFolder) -> FolderReport:
             " + ".join(patterns_of(info)),
         )
         for name, info in record.pruned.items()
-        if len(info["shape"]) >= 2
+        if _is_matrix(name, info["shape"])
     )
     if matrices:
         patterns = sorted({pattern for info in record.pruned.values() for pattern in patterns_of(info)})
@@ -204,7 +207,7 @@ def _model_report(
         spec = reader.spec(name)
         entries += math.prod(spec.shape)
         dtypes.add(str(spec.dtype).removeprefix("torch."))
-        if len(spec.shape) != 2 or not spec.dtype.is_floating_point:
+        if not (_is_matrix(name, spec.shape) and spec.dtype.is_floating_point):
             continue
         tensor = reader.read(name)
         reader.reject_not_finite(name, tensor)
@@ -224,14 +227,30 @@ def _model_report(
     return FolderReport(str(folder), EXPORT if stored else "model", facts, tuple(matrices), sizes)
 
 
+def _adapted_experts(record: AdapterRecord) -> dict[str, str]:
+    fused = [spec for spec in record.modules.values() if spec.experts]
+    if not fused:
+        return {}
+    shared = ", A shared within each" if fused[0].shared_a else ""
+    return {
+        "experts": f"{sum(len(spec.slices) for spec in fused)} matrices in {len(fused)} parameters{shared}"
+    }
+
+
+def _is_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor is one matrix, or those of a layer's experts; their biases, a row for each expert, are none."""
+    fused = len(shape) == 3 and EXPERTS in name
+    return (len(shape) == 2 or fused) and not name.endswith("bias")
+
+
 def _pattern(tensor: Tensor, kept: int) -> str:
-    """What the zeros of a matrix look like; its orientation is not known from the file."""
+    """What the zeros of a matrix look like, or of each (E, M, J) expert; which way it lies a file doesn't say."""
     if tensor.numel() - kept < tensor.numel() / 100:
         return "-"
     for n, m in PATTERNS:
         for transposed in (False, True):
-            inputs = tensor.shape[0 if transposed else 1]
-            if inputs % m == 0 and groups_hold(tensor, n, m, transposed=transposed):
+            inputs = tensor.shape[-2 if transposed else -1]
+            if inputs % m == 0 and groups_hold(tensor.flatten(0, -2), n, m, transposed=transposed):
                 return f"{n}:{m}" + (" (I x O)" if transposed else "")
     return "unstructured"
 
@@ -241,11 +260,11 @@ def _deployment(matrices: list[Matrix], num_removed: int, num_parameters: int) -
     gains = []
     if num_removed:
         share = 100 * num_removed / (num_removed + num_parameters)
-        gains.append(
-            f"{share:.1f}% of the parameters cut out, about {2 * num_removed / 1e6:,.2f} MFLOPs less a token on "
-            "any hardware"
-        )
-    semi = sum(matrix.pattern in ("1:4", "2:4") for matrix in matrices)
+        faster = f"about {2 * num_removed / 1e6:,.2f} MFLOPs less a token on any hardware"
+        if any(EXPERTS in matrix.name for matrix in matrices):
+            faster = "which saves memory: a token still goes to as many experts"
+        gains.append(f"{share:.1f}% of the parameters cut out, {faster}")
+    semi = sum(matrix.pattern in ("1:4", "2:4") and EXPERTS not in matrix.name for matrix in matrices)
     if semi:
         gains.append(f"{semi} matrices fit 2:4 kernels (NVIDIA: load_pretrained(..., semi_structured=True))")
     return "; ".join(gains) or "that of a dense model"

@@ -108,10 +108,21 @@ def find_shape(name: str) -> ModelShape:
     """
     from transformers import AutoConfig
 
+    from dsee_scale.checkpoint.record import CONFIG_FILE
+    from dsee_scale.export.structure import STRUCTURE_FILE
     from dsee_scale.pretrained import hub_note, read_config
 
     if name.lower() in BUILT_IN:
         return shape_of_config(AutoConfig.for_model(**BUILT_IN[name.lower()]), name)
+    if (Path(name) / CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"{name} holds an adapter, not a model; plan for its base: dsee-scale inspect {name} says which"
+        )
+    if (Path(name) / STRUCTURE_FILE).is_file():
+        raise ConfigError(
+            f"{name} holds a model whose blocks are not alike, which ZeRO-3 can't load; plan for the base that "
+            "it was cut from"
+        )
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ConfigError(f"{name} holds no config.json; expected a model folder, {_others()}")
     try:

@@ -23,8 +23,14 @@ def plan_text(plan: Plan, gpu_memory: float) -> str:
     shape, setting = plan.shape, plan.setting
     base = setting.quantize or "bf16"
     where = ", parameters and optimizer on the host" if setting.offload else ""
+    experts = (
+        f" of {shape.experts_of_a_layer} experts, {shape.chosen} for a token"
+        if shape.experts_of_a_layer
+        else ""
+    )
     lines = [
-        f"{shape.name}: {shape.parameters / 1e9:,.2f} billion parameters in {shape.layers} blocks, {base} base{where}",
+        f"{shape.name}: {shape.parameters / 1e9:,.2f} billion parameters in {shape.layers} blocks{experts}, {base} "
+        f"base{where}",
         f"{setting.gpus} GPUs of {gpu_memory / GIB:.0f} GiB, {setting.batch} x {setting.length} tokens on each, "
         f"{plan.trainable:,} trained ({100 * plan.trainable / shape.parameters:.3f}%)",
         "",
@@ -47,6 +53,8 @@ def plan_dict(plan: Plan, gpu_memory: float) -> dict[str, Any]:
     return {
         "model": plan.shape.name,
         "parameters": plan.shape.parameters,
+        "experts": plan.shape.experts_of_a_layer,
+        "experts_per_token": plan.shape.chosen,
         "trainable": plan.trainable,
         **dataclasses.asdict(plan.setting),
         "gpu_memory": gpu_memory,
