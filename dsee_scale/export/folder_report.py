@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -169,7 +170,8 @@ def _adapter_report(stored: StoredFolder) -> FolderReport:
         }
         facts |= _adapted_experts(record)
     if record.trained:
-        facts["trained in full"] = ", ".join(record.trained)
+        alike = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in record.trained)
+        facts["trained in full"] = ", ".join(alike)
     matrices = tuple(
         Matrix(
             name,
