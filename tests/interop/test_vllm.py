@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
 
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
@@ -139,4 +140,32 @@ def test_the_merged_weights_of_a_model_in_training_replace_those_of_a_running_se
     found = served(SMOLLM2, prompts, weights=tmp_path / "sent.safetensors")
     gap, before = largest_gap(model, prompts, found), largest_gap(smollm2(), prompts, found)
     print(f"merged weights: {gap:.1e}, those it started with {before:.1e}")
+    assert gap < 1e-3 < 0.1 < before
+
+
+def test_a_model_of_fewer_experts_is_served_as_it_is(tmp_path, tokenizer, prompts):
+    """Two of eight experts gone from every layer, their router's rows with them."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        moe_intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        initializer_range=0.1,  # far enough from chance that an expert matters
+        tie_word_embeddings=True,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    whole = copy.deepcopy(model)
+    dsee_scale.prune(model, PruneConfig(pattern="experts", num_per_layer=2, score="random"))
+    report = export_model(model, tmp_path / "small", tokenizer=tokenizer)
+    assert report.loads_with == "transformers"
+    found = served(tmp_path / "small", prompts)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32).eval()
+    gap, before = largest_gap(stock, prompts, found), largest_gap(whole, prompts, found)
+    print(f"fewer experts: {gap:.1e}, with all of them {before:.1e}")
     assert gap < 1e-3 < 0.1 < before
