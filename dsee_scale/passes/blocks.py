@@ -6,8 +6,10 @@ with besides its input (masks, position embeddings) is caught from one whole for
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +79,7 @@ def capture(
     batches: Batches,
     partition: Partition,
     storage: torch.device,
+    around: Callable[[Any, bool], AbstractContextManager[None]] = lambda *_: contextlib.nullcontext(),
 ) -> list[Call]:
     """Collective. How each batch calls the blocks; equally many on every rank.
 
@@ -86,6 +89,7 @@ def capture(
         batches: this rank's model inputs.
         partition: port to the weights.
         storage: where inputs and all else that blocks are called with are kept between blocks.
+        around: a context for each batch's forward pass, given the batch and whether it counts.
 
     Raises:
         TargetError: a block does not simply go on from the one before it.
@@ -96,7 +100,8 @@ def capture(
     for batch, counts in in_step(unwrap(model), batches, partition):
         watch = _Capture(blocks, storage, check=not calls)
         try:
-            run_model(model, batch, partition)
+            with around(batch, counts):
+                run_model(model, batch, partition)
         finally:
             watch.close()
         calls.append(Call(batch, counts, watch.hidden, watch.arguments, watch.keywords))

@@ -119,6 +119,38 @@ class Statistics:
 Take = Callable[[str, Tensor], None]
 
 
+class InputSquares:
+    """Sums of the squares of the layers' inputs, by the first layer that reads each; what `watching` hands out."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+
+    def take(self, name: str, x_TI: Tensor) -> None:
+        """Add one batch's input of a layer. Local."""
+        total = sum_of_squares(x_TI)
+        self._sums[name] = total if name not in self._sums else self._sums[name].add_(total)
+        self._tokens[name] = self._tokens.get(name, 0) + x_TI.shape[0]
+
+    def reduce(
+        self, layers: Mapping[str, nn.Module], leaders: Mapping[str, str], partition: Partition
+    ) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Collective. Sums and tokens over all ranks, every layer with an entry of its own."""
+        squares: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        for name in layers:
+            leader = leaders[name]
+            if leader in squares:
+                squares[name], counts[name] = squares[leader], counts[leader]
+                continue
+            width = _num_inputs(layers[name], partition)
+            mine = self._sums.get(leader, torch.zeros(width, dtype=torch.float64))
+            tokens = torch.tensor([self._tokens.get(leader, 0)], dtype=torch.float64)
+            total = partition.sum_over_ranks(torch.cat([mine.cpu(), tokens]))
+            squares[name], counts[name] = total[:-1].float(), int(total[-1])
+        return squares, counts
+
+
 @torch.no_grad()
 def calibrate(
     model: nn.Module, batches: Batches, *, modules: Sequence[str] = (), progress: bool | None = None
@@ -147,15 +179,8 @@ def calibrate(
     reject_encoder_decoder(module)
     partition = open_partition(module)
     layers, experts = _layers(module, modules, partition)
-    sums: dict[str, Tensor] = {}
-    tokens: dict[str, int] = {}
-
-    def take(name: str, x_TI: Tensor) -> None:
-        total = sum_of_squares(x_TI)
-        sums[name] = total if name not in sums else sums[name].add_(total)
-        tokens[name] = tokens.get(name, 0) + x_TI.shape[0]
-
-    with evaluating(module), watching(layers, take, experts) as watch:
+    sums = InputSquares()
+    with evaluating(module), watching(layers, sums.take, experts) as watch:
         for batch, counts in tqdm(
             in_step(module, batches, partition),
             desc="calibrate",
@@ -167,7 +192,12 @@ def calibrate(
     leaders = agreed_leaders(watch.leaders, layers)
     for each in experts.values():
         each.reduce(partition)
-    return _reduce(sums, tokens, layers, leaders, experts, fingerprint(module, partition), partition)
+    squares, tokens = sums.reduce(layers, leaders, partition)
+    for routed in experts.values():
+        squares |= routed.squares()
+        tokens |= routed.counts()
+    gated = {name: routed.gated.tolist() for name, routed in experts.items()}
+    return checked(Statistics(squares, tokens, fingerprint(module, partition), gated))
 
 
 def _layers(
@@ -197,41 +227,21 @@ def agreed_leaders(found: Mapping[str, str], names: Iterable[str]) -> dict[str, 
     return {name: next(iter(one)) if len(one) == 1 else name for name, one in seen.items()}
 
 
-def _reduce(
-    sums: dict[str, Tensor],
-    tokens: dict[str, int],
-    layers: Mapping[str, nn.Module],
-    leaders: Mapping[str, str],
-    routed: Mapping[str, RoutedSums],
-    found: str,
-    partition: Partition,
-) -> Statistics:
-    """Collective. Sums over ranks; every layer gets its own entry."""
-    squares: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    for name in layers:
-        leader = leaders[name]
-        if leader in squares:
-            squares[name], counts[name] = squares[leader], counts[leader]
-            continue
-        width = _num_inputs(layers[name], partition)
-        mine = sums.get(leader, torch.zeros(width, dtype=torch.float64))
-        packed = torch.cat([mine.cpu(), torch.tensor([tokens.get(leader, 0)], dtype=torch.float64)])
-        total = partition.sum_over_ranks(packed)
-        squares[name], counts[name] = total[:-1].float(), int(total[-1])
-    for experts in routed.values():
-        squares |= experts.squares()
-        counts |= experts.counts()
-    broken = [name for name, value in squares.items() if not bool(value.isfinite().all())]
+def checked(statistics: Statistics) -> Statistics:
+    """The statistics themselves. Local, alike on all ranks.
+
+    Raises:
+        CalibrationError: an input that is not finite, or no token.
+    """
+    broken = [name for name, value in statistics.squares.items() if not bool(value.isfinite().all())]
     if broken:
         raise CalibrationError(
             f"the inputs of {broken[0]} hold NaN or infinity (and those of {len(broken) - 1} more layers); check the "
             "calibration batches and the model's weights. Nothing was changed"
         )
-    if not any(counts.values()):
+    if not any(statistics.tokens.values()):
         raise CalibrationError(NO_TOKEN)
-    gated = {name: experts.gated.tolist() for name, experts in routed.items()}
-    return Statistics(squares, counts, found, gated)
+    return statistics
 
 
 def _num_inputs(layer: nn.Module, partition: Partition) -> int:

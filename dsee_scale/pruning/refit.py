@@ -32,7 +32,7 @@ from dsee_scale.passes.batches import (
     reject_uncounted,
 )
 from dsee_scale.passes.blocks import Call, advance, capture, find_blocks
-from dsee_scale.passes.calibrate import agreed_leaders, watching
+from dsee_scale.passes.calibrate import InputSquares, Statistics, agreed_leaders, watching
 from dsee_scale.passes.deal import deal
 from dsee_scale.passes.pools import WeightPool
 from dsee_scale.pruning.checks import note_pattern
@@ -93,9 +93,9 @@ def refit(
     unsolved: list[str] = []
     hidden = not show_progress(progress)
     with evaluating(module):
-        calls, leaders = _first_inputs(model, members, blocks, batches, config, partition)
+        calls, leaders, statistics = _first_inputs(model, members, blocks, batches, config, partition)
         shares = find_shares(
-            model, pools, blocks, batches, leaders, removed, config, partition, progress=progress
+            model, pools, blocks, batches, leaders, statistics, removed, config, partition, progress=progress
         )
         jobs = _jobs(members, leaders, shares, removed)
         for index, (name, block) in enumerate(tqdm(blocks, desc="refit", unit="block", disable=hidden)):
@@ -122,14 +122,16 @@ def _first_inputs(
     batches: Batches,
     config: PruneConfig,
     partition: Partition,
-) -> tuple[list[Call], dict[str, str]]:
-    """Collective. The first block's inputs, and by matrix the first one that reads the same input."""
+) -> tuple[list[Call], dict[str, str], Statistics]:
+    """Collective. The first block's inputs; by matrix the first one that reads the same; sums over linear inputs."""
     where = torch.device("cpu") if config.inputs_on_cpu else compute_device(unwrap(model), partition)
     layers = {name: member.module for name, (member, _) in members.items() if member.expert is None}
-    with watching(layers, lambda *_: None) as watch:
-        calls = capture(model, blocks, batches, partition, where)
+    sums = InputSquares()
+    with watching(layers, sums.take) as watch:
+        calls = capture(model, blocks, batches, partition, where, watch.batch)
     reject_uncounted([call.batch for call in calls if call.counts], partition)
-    return calls, agreed_leaders(watch.leaders, members)
+    leaders = agreed_leaders(watch.leaders, members)
+    return calls, leaders, Statistics(*sums.reduce(layers, leaders, partition), fingerprint="")
 
 
 def _jobs(

@@ -15,7 +15,7 @@ from dsee_scale.config import PruneConfig
 from dsee_scale.distributed import log_rank0
 from dsee_scale.partition import Partition
 from dsee_scale.passes.batches import Batches
-from dsee_scale.passes.calibrate import calibrate
+from dsee_scale.passes.calibrate import Statistics
 from dsee_scale.passes.pools import WeightPool
 from dsee_scale.passes.sensitivity import has_loss, output_gradients
 from dsee_scale.pruning.rankings import find_rankings
@@ -52,6 +52,7 @@ def find_shares(
     blocks: Sequence[tuple[str, nn.Module]],
     batches: Batches,
     leaders: Mapping[str, str],
+    statistics: Statistics,
     removed: Mapping[str, Tensor],
     config: PruneConfig,
     partition: Partition,
@@ -69,6 +70,7 @@ def find_shares(
         blocks: the repeated blocks, in order.
         batches: this rank's model inputs.
         leaders: by matrix, the first one that reads the same input.
+        statistics: of the linear layers' inputs.
         removed: inputs that went with heads or neurons, by matrix.
         config: the pruning.
         partition: port to the weights.
@@ -99,7 +101,6 @@ def find_shares(
     if config.n_of_m:
         return Shares(tokens=tokens)
     outputs = {name: _output_weights(each) for name, each in found.outputs.items()}
-    statistics = calibrate(model, batches, modules=config.modules, progress=progress)
     rankings = find_rankings(pools, config, partition, statistics)
     sparsity = _dealt(pools, rankings, outputs, removed, partition)
     relative = {name: each / each.square().mean().sqrt() for name, each in outputs.items()}

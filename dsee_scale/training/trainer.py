@@ -66,8 +66,11 @@ class DSEETrainer(AdapterTrainer):
         """This rank's share of a fixed choice of training rows, the same ones on any number of ranks. Local."""
         rows: Any = self.train_dataset
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.args.seed))
-        chosen = chosen[: self.calibration_samples]
-        mine = chosen[self.args.process_index :: self.args.world_size].tolist() or chosen[:1].tolist()
+        # Rows of about the same length together, so that little of a batch is padding.
+        ordered = sorted(
+            chosen[: self.calibration_samples].tolist(), key=lambda index: len(rows[index]["input_ids"])
+        )
+        mine = ordered[self.args.process_index :: self.args.world_size] or ordered[:1]
         size = self.args.per_device_train_batch_size
         for start in range(0, len(mine), size):
             yield self.data_collator([rows[index] for index in mine[start : start + size]])
