@@ -57,13 +57,12 @@ class Groups:
 
 def sweep_(
     w_IO: Tensor, gone_IO: Tensor, upper_II: Tensor, chooser: CountChooser | GroupChooser | None
-) -> float:
-    """Solve in place; returns tr((W - V) (G + added I) (W - V)^T), which is the sum of the squared errors."""
+) -> None:
+    """Solve in place."""
     diagonal = upper_II.diagonal()
     strip = chooser.span * max(1, STRIP // chooser.span) if isinstance(chooser, GroupChooser) else STRIP
     block = strip * max(1, BLOCK // strip)
     errors = w_IO.new_empty(min(block, len(w_IO)), w_IO.shape[1])
-    energy = 0.0
     for start in range(0, len(w_IO), block):
         stop = min(start + block, len(w_IO))
         if isinstance(chooser, CountChooser):
@@ -80,9 +79,7 @@ def sweep_(
             w_IO[last:stop].addmm_(upper_II[first:last, last:stop].T, found, alpha=-1)
         found = errors[: stop - start]
         w_IO[stop:].addmm_(upper_II[start:stop, stop:].T, found, alpha=-1)
-        energy += float(found.square().sum(dtype=torch.float64))
     w_IO.masked_fill_(gone_IO, 0)
-    return energy
 
 
 def _sweep_groups_(

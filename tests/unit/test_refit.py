@@ -154,12 +154,13 @@ def test_given_mask_ends_at_least_squares() -> None:
     assert error(weight, weight * kept, gram) > 1.3 * lowest
 
 
-@pytest.mark.parametrize("num_steps", [0, 4])
-def test_recorded_error_is_the_outputs(num_steps: int) -> None:
-    weight, gram = problem(50, 260)
-    found = sparsegpt(weight, gram, Count(6500), num_steps=num_steps)
-    expected = math.sqrt(error(weight, found.weight, gram) / error(weight, torch.zeros_like(weight), gram))
-    assert found.record.relative_error == pytest.approx(expected, rel=1e-3)
+def test_outputs_solved_a_few_at_a_time_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, gram = problem(50, 130)
+    for removal in (Count(3250), Groups(2, 4)):
+        whole = sparsegpt(weight[:, :128], gram[:128, :128], removal).weight
+        monkeypatch.setattr("dsee_scale.algorithms.refit.COLUMNS", 7)
+        torch.testing.assert_close(sparsegpt(weight[:, :128], gram[:128, :128], removal).weight, whole)
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("removal", [Count(3000), Count(100, "row"), Groups(2, 4)])
@@ -176,7 +177,6 @@ def test_fewer_tokens_than_channels_and_dead_channels(
     assert (found.weight == 0).sum() == 3000
     assert found.record.num_dead == (10 if tokens else 200)
     if not tokens:  # By magnitude, where nothing else is known.
-        assert found.record.relative_error == 0
         assert torch.equal(found.weight, torch.where(found.weight == 0, 0.0, weight))
 
 
@@ -185,7 +185,6 @@ def test_a_weight_of_zeros_stays_zero() -> None:
     for num_steps in (0, 2):
         found = sparsegpt(torch.zeros(8, 40), gram, Count(100), num_steps=num_steps)
         assert not found.weight.any()
-        assert found.record.relative_error == 0
 
 
 def test_damping_grows_until_the_factorisation_holds() -> None:
