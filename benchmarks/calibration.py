@@ -4,6 +4,7 @@
 
 - diagonal: `calibrate` on one batch of 2,048 tokens, against the forward pass alone (peer);
 - Gram: one block's Gram matrices with the block's own pass, against that pass and the products X^T X alone (peer);
+- solver: what the owner of a matrix does, against its matrix products and factorisation alone (peer);
 - re-fit on 2 ranks against one (peer): `prune` of half of every matrix under ZeRO-3, the same batches in all.
 
 What is compared runs in turn, medians of the rounds, and by processor time besides, which a busy machine changes less.
@@ -28,21 +29,22 @@ def main() -> None:
     arguments.add_argument("--tokens", type=int, default=2048)
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--threads", type=int, default=1)
-    arguments.add_argument("--only", choices=("statistics", "re-fit"))
+    arguments.add_argument("--only", choices=("statistics", "solver", "re-fit"))
     args = arguments.parse_args()
     shape = "small" if args.quick else "1b"
     tokens, rounds = (128, 2) if args.quick else (args.tokens, args.rounds)
     report = Report("calibration", args.json)
     case = f"{args.blocks} blocks of {shape}, {tokens} tokens"
-    if args.only != "re-fit":
+    if args.only in (None, "statistics"):
         torch.set_num_threads(args.threads)
         measure_statistics(report, case, model_of(shape, args.blocks), tokens, rounds)
-    if args.only != "statistics":
-        times = {
-            ranks: max(r["seconds"] for r in run_on(ranks, refit_only, shape, args.blocks, tokens, rounds))
-            for ranks in (1, 2)
-        }
-        report.add(case, "re-fit, 2 ranks against 1", "s", times[2], times[1])
+    if args.only in (None, "solver"):
+        torch.set_num_threads(args.threads)
+        measure_solver(report, SHAPES[shape][1], SHAPES[shape][2], rounds)
+    if args.only in (None, "re-fit"):
+        one, two = (run_on(ranks, refit_only, shape, args.blocks, tokens, rounds) for ranks in (1, 2))
+        medians = [tuple(max(r[key] for r in ranks) for key in ("wall", "cpu")) for ranks in (two, one)]
+        add(report, case, "re-fit, 2 ranks against 1", medians)
 
 
 def model_of(shape: str, blocks: int) -> nn.Module:
@@ -103,6 +105,32 @@ def measure_statistics(report: Report, case: str, model: nn.Module, tokens: int,
     add(report, case, "Gram pass, against its products", in_turn(rounds, gram_pass, products_alone))
 
 
+@torch.no_grad()
+def measure_solver(report: Report, hidden: int, width: int, rounds: int) -> None:
+    """Half of a matrix's entries go; the products are those of the sweep and the steps after it."""
+    from dsee_scale.algorithms.refit import NUM_STEPS, sparsegpt
+    from dsee_scale.algorithms.sweep import Count
+
+    generator = torch.Generator().manual_seed(0)
+    for outputs, inputs in ((width, hidden), (hidden, width)):
+        weight = torch.randn(outputs, inputs, generator=generator)
+        x = torch.randn(1024, inputs, generator=generator)
+        gram, w_IO = x.t() @ x / len(x), weight.t().contiguous()
+        damped = gram + 0.1 * torch.eye(inputs)
+
+        def products_alone(gram: Tensor = gram, w_IO: Tensor = w_IO, damped: Tensor = damped) -> None:
+            torch.linalg.solve_triangular(torch.linalg.cholesky(damped), torch.eye(len(gram)), upper=False)
+            torch.mm(gram[: len(gram) // 2], w_IO)  # each input's errors go to later ones alone
+            for _ in range(NUM_STEPS + 1):
+                torch.mm(gram, w_IO)
+
+        def solver(weight: Tensor = weight, gram: Tensor = gram) -> None:
+            sparsegpt(weight, gram, Count(weight.numel() // 2))
+
+        case = f"{outputs} x {inputs}"
+        add(report, case, "solver, against its products", in_turn(rounds, solver, products_alone))
+
+
 def in_turn(rounds: int, *calls: Callable[[], Any]) -> list[tuple[float, float]]:
     """Median wall and processor seconds of each call, after one round that does not count."""
     times: list[list[tuple[float, float]]] = [[] for _ in calls]
@@ -135,10 +163,11 @@ def refit_only(shape: str, blocks: int, tokens: int, rounds: int) -> dict[str, A
     for number in range(rounds):
         config = dsee_scale.PruneConfig(sparsity=0.5 + 0.01 * number)
         port.sum_over_ranks(torch.ones(1)).item()  # waits for every rank
-        started = time.perf_counter()
+        started = time.perf_counter(), time.process_time()
         dsee_scale.prune(model, config, mine, progress=False)
-        times.append(time.perf_counter() - started)
-    return {"seconds": statistics.median(times)}
+        times.append((time.perf_counter() - started[0], time.process_time() - started[1]))
+    wall, cpu = (statistics.median(column) for column in zip(*times, strict=True))
+    return {"wall": wall, "cpu": cpu}
 
 
 if __name__ == "__main__":
