@@ -113,21 +113,16 @@ class AdaptedLayer(FlatViews, Adapted):
         drops = self.training and self.dsee_spec.dropout > 0
         if self.dsee_under_mask and not drops:
             return self._masked(x, self.bias, "masked")
-        if not drops and not self.dsee_under_mask and self._is_plain(x):
-            return adapted_linear(x, self.weight, self.bias, self.dsee_flat, self._update())
+        if not drops and not self.dsee_under_mask and self.dsee_plain:
+            weight, flat = self.weight, self.dsee_flat  # once each: under ZeRO-3 it costs something
+            if not weight.requires_grad and _computes_alike(x, weight, flat):
+                return adapted_linear(x, weight, self.bias, flat, self._update())
         y = super().forward(x)
         if drops:
             x = nn.functional.dropout(x, self.dsee_spec.dropout)
         if self.dsee_under_mask:  # W sees all of x, D * M what dropout left of it
             return y + self._masked(x, None, "update")
         return add_update(y, x, self.dsee_flat, self._update())
-
-    def _is_plain(self, x: Tensor) -> bool:
-        """Whether base and update can be computed together."""
-        if not self.dsee_plain or self.weight.requires_grad:
-            return False
-        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-        return autocast or x.dtype == self.weight.dtype == self.dsee_flat.dtype
 
     def _masked(self, x: Tensor, bias: Tensor | None, form: Literal["masked", "update"]) -> Tensor:
         weight = self.weight
@@ -192,6 +187,12 @@ def adapted_class(base: type[nn.Module]) -> type[nn.Module]:
 def _keeps_no_output(base: type[nn.Module]) -> bool:
     """Whether the layer's backward is known not to need its output, so that it may be overwritten."""
     return _is_plain(base) or _is_quantised(base)
+
+
+def _computes_alike(x: Tensor, weight: Tensor, flat: Tensor) -> bool:
+    """Whether base and update are computed in one dtype, so that they can be computed together."""
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return autocast or x.dtype == weight.dtype == flat.dtype
 
 
 def _is_plain(base: type[nn.Module]) -> bool:

@@ -113,7 +113,7 @@ def method(request, monkeypatch):
     monkeypatch.setattr(support_module, "choose_method", lambda *_: chosen)
     monkeypatch.setattr(lowrank_sparse, "folds", lambda *_: request.param == "folded")
     if request.param == "beside the base":
-        monkeypatch.setattr(linear.AdaptedLayer, "_is_plain", lambda *_: False)
+        monkeypatch.setattr(linear, "_computes_alike", lambda *_: False)
     return request.param
 
 

@@ -40,13 +40,13 @@ class Fold:
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """The update of one layer, scaled.
+    """The update of one layer, s * right @ left: the products apply the scaling, which costs them nothing.
 
     Attributes:
         spec: slices of the factors.
         left: (K*P, I).
         right: (S, P).
-        values: (K*N,) entries of S2 that are not within the factors, None for none.
+        values: (K*N,) entries of S2 that are not within the factors, scaled; None for none.
     """
 
     spec: AdapterSpec
@@ -100,14 +100,16 @@ def make_factors(flat: Tensor, spec: AdapterSpec, fold: Fold | None, dtype: torc
     """
     a, b, values = spec.split(flat.detach().to(dtype))
     if fold is None:
-        return Factors(spec, a, b * spec.scaling, values * spec.scaling if spec.num_sparse else None)
+        return Factors(spec, a, b, values * spec.scaling if spec.num_sparse else None)
     shape_a, shape_b, _ = fold.spec.shapes
     left, right = a.new_zeros(shape_a), b.new_zeros(shape_b)
-    num_slices, wide = len(spec.slices), fold.spec.rank
-    left.view(num_slices, wide, -1)[:, : spec.rank] = a.view(-1, spec.rank, spec.shape[1])
+    if len(spec.slices) == 1:
+        left[: spec.rank] = a
+    else:
+        left.view(len(spec.slices), fold.spec.rank, -1)[:, : spec.rank] = a.view(-1, spec.rank, spec.shape[1])
     left.view(-1).index_fill_(0, fold.in_left, 1)
-    right[:, : spec.rank] = b * spec.scaling  # dynamo takes no strided `out`
-    right.view(-1).index_copy_(0, fold.in_right, values * spec.scaling)
+    right[:, : spec.rank] = b
+    right.view(-1).index_copy_(0, fold.in_right, values)
     return Factors(fold.spec, left, right, None)
 
 
@@ -120,13 +122,13 @@ def flat_gradient(
         flat: gives dtype and device.
         spec: the adapter's.
         fold: as for `make_factors`.
-        da: (K*R, I) gradient of A.
-        dright: (S, P) gradient of `right`.
+        da: (K*R, I) gradient of A before the scaling.
+        dright: (S, P) gradient of `right` before the scaling.
         dvalues: (K*N,) gradient of the scaled values that are not folded in; None for none.
     """
     gradient = torch.empty_like(flat)
     to_a, to_b, to_values = spec.split(gradient)
-    to_a.copy_(da.view(-1, *to_a.shape).sum(0) if spec.shared_a else da)
+    torch.mul(da.view(-1, *to_a.shape).sum(0) if spec.shared_a else da, spec.scaling, out=to_a)
     torch.mul(dright[:, : spec.rank], spec.scaling, out=to_b)
     if fold is not None:
         dvalues = dright.reshape(-1).index_select(0, fold.in_right)

@@ -86,7 +86,9 @@ class _ThinProduct(torch.autograd.Function):
     ) -> Tensor:
         first, second = _thin(make_factors(flat, update.spec, update.fold, x.dtype), update)
         z_SP = grouped_mm(x, first, ends)
-        y = grouped_mm(x, _inputs_first(weight, update), ends).add_(grouped_mm(z_SP, second, ends))
+        y = grouped_mm(x, _inputs_first(weight, update), ends).add_(
+            grouped_mm(z_SP, second, ends), alpha=update.spec.scaling
+        )
         ctx.save_for_backward(x, z_SP, weight, flat, ends)
         ctx.update = update
         return y
@@ -102,7 +104,7 @@ class _ThinProduct(torch.autograd.Function):
         dx = dflat = None
         if need_x:
             dx = grouped_mm(dy, _inputs_first(weight, update).transpose(1, 2), ends)
-            dx.add_(grouped_mm(dz_SP, first.transpose(1, 2), ends))
+            dx.add_(grouped_mm(dz_SP, first.transpose(1, 2), ends), alpha=update.spec.scaling)
         if need_flat:
             by_a, of_a, of_b, by_b = (z_SP, dy, x, dz_SP) if update.transposed else (dz_SP, x, dy, z_SP)
             da = grouped_outer(by_a[:, : update.spec.rank], of_a, ends).flatten(0, 1)
@@ -141,7 +143,7 @@ class _MergedProduct(torch.autograd.Function):
 
 
 def _thin(factors: Factors, update: ExpertUpdate) -> tuple[Tensor, Tensor]:
-    """(E, I, P) and (E, P, O), whose product is the update's, inputs first."""
+    """(E, I, P) and (E, P, O), whose product is the update's but for the scaling, inputs first."""
     num_experts, _, columns = update.shape
     left_EPJ = factors.left.view(-1, factors.spec.rank, columns).expand(num_experts, -1, -1)
     right_EMP = factors.right.view(num_experts, -1, factors.spec.rank)

@@ -10,6 +10,7 @@ a slice's factors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,17 +87,17 @@ class _AdaptedLinear(torch.autograd.Function):
         x_cast = x.to(dtype)
         y = _base_output(x_cast, weight, bias, update.spec.transposed)
         y_TO, x_TI = y.view(-1, y.shape[-1]), x_cast.reshape(-1, x.shape[-1])
-        z_TKP = _add_product_(
-            y_TO, x_TI, make_factors(flat, update.spec, update.fold_for(x_TI), dtype), update
-        )
-        ctx.save_for_backward(x_cast, z_TKP, weight, flat)
+        fold = update.fold_for(x_TI)
+        factors = make_factors(flat, update.spec, fold, dtype)
+        z_TKP = _add_product_(y_TO, x_TI, factors, update)
+        ctx.save_for_backward(x_cast, z_TKP, weight, flat, *_kept(factors, fold))
         ctx.update, ctx.x_dtype, ctx.bias_dtype = update, x.dtype, None if bias is None else bias.dtype
         return y if torch.compiler.is_compiling() else y.data  # of a view autograd forbids in-place changes
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, z_TKP, weight, flat = ctx.saved_tensors
+        x, z_TKP, weight, flat, *kept = ctx.saved_tensors
         need_x, _, need_bias, need_flat, _ = ctx.needs_input_grad
         dy = dy.to(x.dtype)
         dx = None
@@ -105,7 +106,7 @@ class _AdaptedLinear(torch.autograd.Function):
             dx = dy @ (weight.t() if ctx.update.spec.transposed else weight)
         dy_TO, x_TI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         dx_TI = None if dx is None else dx.view(x_TI.shape)
-        dflat = _add_gradients_(dx_TI, dy_TO, x_TI, z_TKP, flat, ctx.update, need_flat)
+        dflat = _add_gradients_(dx_TI, dy_TO, x_TI, z_TKP, flat, kept, ctx.update, need_flat)
         dbias = dy_TO.sum(0).to(ctx.bias_dtype) if need_bias else None
         return None if dx is None else dx.to(ctx.x_dtype), None, dbias, dflat, None
 
@@ -116,21 +117,22 @@ class _AddUpdate(torch.autograd.Function):
         dtype = compute_dtype(x, flat)
         x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
         out = _own(y, update.in_place)
-        factors = make_factors(flat, update.spec, update.fold_for(x_TI), dtype)
+        fold = update.fold_for(x_TI)
+        factors = make_factors(flat, update.spec, fold, dtype)
         z_TKP = _add_product_(out.view(-1, y.shape[-1]), x_TI, factors, update)
-        ctx.save_for_backward(x_TI, z_TKP, flat)
+        ctx.save_for_backward(x_TI, z_TKP, flat, *_kept(factors, fold))
         ctx.update, ctx.x_shape, ctx.x_dtype = update, x.shape, x.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_TI, z_TKP, flat = ctx.saved_tensors
+        x_TI, z_TKP, flat, *kept = ctx.saved_tensors
         need_y, need_x, need_flat, _ = ctx.needs_input_grad
         dy_TO = dy.reshape(-1, dy.shape[-1]).to(x_TI.dtype)
         dx = torch.zeros(ctx.x_shape, dtype=x_TI.dtype, device=x_TI.device) if need_x else None
         dx_TI = None if dx is None else dx.view(x_TI.shape)
-        dflat = _add_gradients_(dx_TI, dy_TO, x_TI, z_TKP, flat, ctx.update, need_flat)
+        dflat = _add_gradients_(dx_TI, dy_TO, x_TI, z_TKP, flat, kept, ctx.update, need_flat)
         return dy if need_y else None, None if dx is None else dx.to(ctx.x_dtype), dflat, None
 
 
@@ -142,11 +144,21 @@ def _base_output(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: boo
     return torch.nn.functional.linear(x, weight.t() if transposed else weight, bias)
 
 
+def _kept(factors: Factors, fold: Fold | None) -> tuple[Tensor, ...]:
+    """What backward need not make again; nothing that is a view of the parameter, which ZeRO-3 frees meanwhile."""
+    return () if fold is None else (factors.left, factors.right)
+
+
 def _add_product_(y_TO: Tensor, x_TI: Tensor, factors: Factors, update: Update) -> Tensor:
     """y += x D^T in place; returns x left^T, (T, K*P)."""
     z_TKP = x_TI @ factors.left.t()
     for start, stop, of_left, of_right in factors.spec.per_slice():
-        _addmm_(y_TO[:, start:stop], z_TKP[:, of_left], factors.right[of_right].t())
+        _addmm_(
+            _part(y_TO, 1, start, stop),
+            _part(z_TKP, 1, of_left.start, of_left.stop),
+            _part(factors.right, 0, of_right.start, of_right.stop).t(),
+            update.spec.scaling,
+        )
     if factors.values is not None:
         forward_(y_TO, x_TI, factors.values, update.support)
     return z_TKP
@@ -158,26 +170,44 @@ def _add_gradients_(
     x_TI: Tensor,
     z_TKP: Tensor,
     flat: Tensor,
+    kept: Sequence[Tensor],
     update: Update,
     need_flat: bool,
 ) -> Tensor | None:
     """dx += dy D in place; returns the gradient of `flat` if it is wanted."""
     spec, fold = update.spec, update.fold_for(x_TI)
-    factors = make_factors(flat, spec, fold, x_TI.dtype)
-    slices = list(factors.spec.per_slice())
-    parts = [dy_TO[:, start:stop] @ factors.right[of_right] for start, stop, _, of_right in slices]
-    dz_TKP = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if kept and fold is not None:
+        factors = Factors(fold.spec, kept[0], kept[1], None)
+    else:
+        factors = make_factors(flat, spec, fold, x_TI.dtype)
+    slices = [
+        (
+            _part(dy_TO, 1, start, stop),
+            _part(z_TKP, 1, of_left.start, of_left.stop),
+            _part(factors.right, 0, of_right.start, of_right.stop),
+        )
+        for start, stop, of_left, of_right in factors.spec.per_slice()
+    ]
+    dz_TKP = _joined([dy @ right for dy, _, right in slices], 1)
     if dx_TI is not None:
-        dx_TI.addmm_(dz_TKP, factors.left)
+        dx_TI.addmm_(dz_TKP, factors.left, alpha=spec.scaling)
     dvalues = None
     if factors.values is not None:
         dvalues = backward_(dx_TI, dy_TO, x_TI, factors.values, update.support, need_flat)
     if not need_flat:
         return None
-    dright = torch.empty_like(factors.right)
-    for start, stop, of_left, of_right in slices:
-        torch.mm(dy_TO[:, start:stop].t(), z_TKP[:, of_left], out=dright[of_right])
+    dright = _joined([dy.t() @ z for dy, z, _ in slices], 0)
     return flat_gradient(flat, spec, fold, low_ranks(dz_TKP, spec).t() @ x_TI, dright, dvalues)
+
+
+def _part(matrix: Tensor, dim: int, start: int, stop: int) -> Tensor:
+    """Some columns or rows; all of them cost no operator."""
+    size = stop - start
+    return matrix if size == matrix.shape[dim] else matrix.narrow(dim, start, size)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 def compute_dtype(x: Tensor, own: Tensor) -> torch.dtype:
@@ -202,9 +232,9 @@ def _own(y: Tensor, in_place: bool) -> Tensor:
     return y.data
 
 
-def _addmm_(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """out += left @ right; out may have another dtype."""
+def _addmm_(out: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
+    """out += scaling * left @ right; out may have another dtype."""
     if out.dtype == left.dtype:
-        out.addmm_(left, right)
+        out.addmm_(left, right, alpha=scaling)
     else:
-        out.add_(left @ right)
+        out.add_(left @ right, alpha=scaling)
