@@ -97,7 +97,7 @@ def time_steps(
     arguments: argparse.Namespace, targets: tuple[str, ...], batches: dict[int, torch.Tensor]
 ) -> dict[str, Any]:
     """By number of tokens: seconds of each round's steps for every side; and the fetches of one step."""
-    engines = {side: build_engine(side, targets, arguments) for side in SIDES}
+    engines = {side: build_engine(side, targets, arguments) for side in arguments.sides}
     longest = batches[max(batches)]
     for engine in engines.values():
         for _ in range(3):
@@ -172,7 +172,7 @@ def launch_ranks(arguments: argparse.Namespace, targets: str, memory_of: str = "
     words = ["--targets", targets, *(["--memory-of", memory_of] if memory_of else [])]
     for name in ("hidden", "layers", "batch", "threshold", "rounds", "threads"):
         words += [f"--{name}", str(getattr(arguments, name))]
-    words += ["--lengths", *map(str, arguments.lengths)]
+    words += ["--lengths", *map(str, arguments.lengths), "--sides", *arguments.sides]
     words += ["--checkpointing"] if arguments.checkpointing else []
     return launch(__file__, words, arguments.processes, arguments.threads, for_memory=bool(memory_of))
 
@@ -193,9 +193,9 @@ def report_times(arguments: argparse.Namespace, targets: str, report: Report, ra
                 continue
             report.add(case, f"step time{suffix}", "s", ours, peft, **details)
             report.add(case, f"added over frozen{suffix}", "s", ours - frozen, peft - frozen)
-            report.add(
-                f"{case}, under the mask", f"step time{suffix}", "s", medians["masked"], peft, **details
-            )
+            if "masked" in medians:
+                masked = f"{case}, under the mask"
+                report.add(masked, f"step time{suffix}", "s", medians["masked"], peft, **details)
 
 
 def report_case(arguments: argparse.Namespace, targets: str, report: Report) -> None:
@@ -238,6 +238,9 @@ def main() -> None:
         "--floors", action="store_true", help="beside each step what an H100 can't be faster than"
     )
     arguments.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
+    arguments.add_argument(
+        "--sides", choices=SIDES, nargs="+", default=SIDES, help="leave `masked` out, if any"
+    )
     arguments.add_argument("--targets", choices=TARGETS, help="only these")
     arguments.add_argument("--worker", help=argparse.SUPPRESS)
     arguments.add_argument("--memory-of", default="", help=argparse.SUPPRESS)
