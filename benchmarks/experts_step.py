@@ -7,7 +7,8 @@ matrices are adapted, nothing else is. On a GPU in bfloat16; on a CPU in float32
 for each number of tokens that an expert gets in bfloat16, which takes longer than the products. PEFT forms W + D of all
 experts in every forward and keeps it for backward; here the update is two thin grouped products. Sides of dsee_scale:
 `low rank` trains what PEFT trains, `ours` 64 sparse entries in each expert's matrices besides, `shared` has one A for a
-layer's experts, and `masked` trains (W + D) * M after half of the weights were pruned.
+layer's experts, and `masked` trains (W + D) * M after half of the weights were pruned. `frozen` is what no adapter on
+experts can go below: one projection of the first layer's attention is adapted, so that backward runs through all.
 
 - step time: forward, backward and optimizer step, median over the rounds, slowest rank; the sides step in turn;
 - peak memory: the highest point of a few steps beyond what the libraries take, each run in processes of its own.
@@ -35,7 +36,7 @@ SHAPES = {
     "1B-like": dict(hidden=1024, inner=512, experts=32, layers=3),
 }
 """The second has the widths of a 1B mixture of experts (16 such layers), with fewer layers."""
-SIDES = ("peft", "low rank", "ours", "shared", "masked")
+SIDES = ("peft", "low rank", "ours", "shared", "masked", "frozen")
 RANK, NUM_SPARSE, VOCAB = 16, 64, 4096
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 TARGETS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -84,8 +85,8 @@ def adapt(model: nn.Module, side: str) -> nn.Module:
     settings = dsee_scale.DSEEConfig(
         rank=RANK,
         alpha=2 * RANK,
-        num_sparse=None if side == "low rank" else NUM_SPARSE,
-        target_modules=TARGETS,
+        num_sparse=NUM_SPARSE if side in ("ours", "shared", "masked") else None,
+        target_modules=("layers.0.self_attn.q_proj",) if side == "frozen" else TARGETS,
         support="random",
         shared_expert_a=side == "shared",
     )
