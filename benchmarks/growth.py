@@ -1,7 +1,7 @@
 """How time and memory of inject, score, prune and export grow with the model: Llamas of 0.9 to 6.7 billion parameters.
 
     python benchmarks/growth.py [--quick] [--json] [--shapes 1b 1.7b 3.4b]
-    python benchmarks/growth.py --plot docs/assets/growth.png LINES.jsonl
+    python benchmarks/growth.py --plot docs/growth.png LINES.jsonl
 
 Random bf16 weights under ZeRO-3 on two ranks of one thread each; a fresh process for each size.
 
