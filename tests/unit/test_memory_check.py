@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsee_scale import ConfigError
-from dsee_scale.recipe import checks as memory_check
+from dsee_scale.recipe import checks, sections
 from dsee_scale.recipe.checks import from_bitsandbytes, reject_unsupported
 from dsee_scale.recipe.recipe import build_recipe
 from dsee_scale.recipe.sections import ModelConfig
@@ -38,7 +38,8 @@ def test_a_wrong_quantization_is_refused(values, message):
 
 
 def test_bitsandbytes_missing_names_the_extra(monkeypatch):
-    monkeypatch.setattr(memory_check, "find_spec", lambda name: None)
+    for module in (checks, sections):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
     for values in (
         {"model": {"name": "m", "quantization": {"load_in_8bit": True}}, "data": DATA},
         {"model": {"name": "m"}, "data": DATA, "training": {"optim": "paged_adamw_8bit"}},
