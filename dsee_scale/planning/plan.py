@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from dsee_scale.adapters.kernels.factors import MOST_ENTRIES
 from dsee_scale.errors import ConfigError
 from dsee_scale.planning.shapes import ModelShape
 
@@ -181,6 +182,8 @@ def training_memory(shape: ModelShape, setting: Setting, *, masked: bool = False
     gpu += _live_weights(shape, setting) + _decoded(shape, setting)
     if masked:  # the merged weight, then in its place the gradient of D; of experts a layer's together
         gpu += 2.0 * max(largest_target(shape, setting), _adapted_layer(shape, setting))
+    else:
+        gpu += kept_factors(shape, setting)
     factors = 0.0 if masked else _expert_factors(shape, setting)
     forward = _forward_activations(shape, setting) + _gathered(shape, setting) + factors
     gpu += max(forward, _activations(shape, setting) + 2 * factors)  # in backward with their gradient
@@ -237,6 +240,16 @@ def largest_target(shape: ModelShape, setting: Setting) -> int:
 def _adapted_layer(shape: ModelShape, setting: Setting) -> int:
     """Entries of the largest tensor of adapted experts."""
     return shape.layer_experts if _adapted_experts(shape, setting) else 0
+
+
+def kept_factors(shape: ModelShape, setting: Setting) -> float:
+    """The linear layers' factors with S2 among them, which forward leaves to backward: all, or one block's."""
+    if not 0 < setting.num_sparse <= MOST_ENTRIES:
+        return 0.0
+    linear = [one for name in dict.fromkeys(setting.targets) for one in shape.matrices.get(name, ())]
+    columns = setting.rank + setting.num_sparse
+    kept = 2.0 * columns * sum(o + i for o, i in linear)
+    return kept / shape.layers if setting.checkpointing else kept
 
 
 def _expert_factors(shape: ModelShape, setting: Setting) -> float:

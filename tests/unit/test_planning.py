@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
+import torch
 
+import dsee_scale
+from dsee_scale.adapters.kernels import lowrank_sparse
+from dsee_scale.adapters.kernels.factors import MOST_ENTRIES
 from dsee_scale.cli import main
 from dsee_scale.errors import ConfigError
-from dsee_scale.planning.plan import GIB, Setting, adapter_entries, make_plan
+from dsee_scale.planning.plan import GIB, Setting, adapter_entries, kept_factors, make_plan
 from dsee_scale.planning.shapes import BUILT_IN, find_shape, shape_of_config
-from tests.models import build, gpt2_config, llama_config, moe_config
+from tests.models import build, gpt2_config, llama_config, moe_config, token_batch
+
+TOKENS = 7
 
 
 @pytest.mark.parametrize(
@@ -23,8 +30,6 @@ def test_built_in_shapes_have_the_published_number_of_parameters(name, billions)
 
 @pytest.mark.parametrize("config", [llama_config(), llama_config(tie_word_embeddings=False), gpt2_config()])
 def test_sizes_are_those_of_the_model_itself(config, tmp_path):
-    import dsee_scale
-
     model = build(config)
     model.save_pretrained(tmp_path)
     shape = find_shape(str(tmp_path))
@@ -51,7 +56,30 @@ def test_more_gpus_fewer_bits_and_offload_need_less_of_each_gpu():
         assert plan.phases["load"].gpu > plans[8].phases["load"].gpu  # whole on every GPU
         assert plan.traffic < plans[8].traffic
     masked = {name: memory.gpu for name, memory in plans[8].phases.items()}
-    assert masked["retune"] - masked["train"] == 2 * 8192 * 8192  # q's merged weight
+    factors = 2 * (16 + 64) * (8192 + 8192 + 1024 + 8192)  # of q and v in one block
+    assert masked["retune"] - masked["train"] == 2 * 8192 * 8192 - factors  # q's merged weight
+
+
+@pytest.mark.parametrize("num_sparse", [0, 16, MOST_ENTRIES + 1])
+def test_the_factors_counted_are_those_that_forward_keeps(num_sparse, monkeypatch):
+    monkeypatch.setattr(lowrank_sparse, "folds", lambda dtype, device: True)
+    config = llama_config(vocab_size=500)
+    model = build(config, torch.bfloat16).train()
+    dsee_scale.inject(model, dsee_scale.DSEEConfig(rank=3, num_sparse=num_sparse))
+    columns, kept = 3 + num_sparse, []
+
+    def keep(saved: torch.Tensor) -> torch.Tensor:
+        if saved.dim() == 2 and columns in saved.shape and len(saved) != TOKENS:  # x left^T is no factor
+            kept.append(saved.numel() * saved.element_size())
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        model(token_batch(batch=1, length=TOKENS))
+    setting = Setting(gpus=1, rank=3, num_sparse=num_sparse, checkpointing=False)
+    shape = shape_of_config(config)
+    assert kept_factors(shape, setting) == sum(kept) and bool(kept) == (num_sparse == 16)
+    one_block = dataclasses.replace(setting, checkpointing=True)
+    assert kept_factors(shape, one_block) == sum(kept) / shape.layers
 
 
 def test_the_command_prints_every_phase_and_advice(capsys):
@@ -104,7 +132,8 @@ def test_experts_are_counted_and_what_is_no_decoder_is_refused():
         2 * 8 * 2 * 14336 * 4096
     )  # W + D of a layer's experts, in place of their thin factors and the gradient
     thin = 2 * 2 * 8 * (16 + 64) * (2 * 14336 + 4096)
-    assert adapted.phases["retune"].gpu - adapted.phases["train"].gpu == merged - thin
+    of_q = 2 * (16 + 64) * (4096 + 4096)
+    assert adapted.phases["retune"].gpu - adapted.phases["train"].gpu == merged - thin - of_q
     assert adapted.decomposition > 60 * plan.decomposition
     with pytest.raises(ConfigError, match="makes no decoder of its config"):
         shape_of_config(T5Config())
@@ -112,8 +141,6 @@ def test_experts_are_counted_and_what_is_no_decoder_is_refused():
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_adapters_of_experts_are_as_large_as_planned(model_type):
-    import dsee_scale
-
     shape = shape_of_config(moe_config(model_type))
     model = build(moe_config(model_type))
     dsee_scale.inject(
