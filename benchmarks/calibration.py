@@ -112,7 +112,7 @@ def measure_solver(report: Report, hidden: int, width: int, rounds: int) -> None
     from dsee_scale.algorithms.sweep import Count
 
     generator = torch.Generator().manual_seed(0)
-    for outputs, inputs in ((width, hidden), (hidden, width)):
+    for outputs, inputs in ((hidden, hidden), (width, hidden), (hidden, width)):
         weight = torch.randn(outputs, inputs, generator=generator)
         x = torch.randn(1024, inputs, generator=generator)
         gram, w_IO = x.t() @ x / len(x), weight.t().contiguous()
