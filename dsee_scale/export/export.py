@@ -146,6 +146,7 @@ class LiveModel:
             flat = flats.get(entry.name)
             update = None if flat is None else delta_record(self._layers[entry.name], flat)
             yield None if whole is None else (whole, update)
+            del whole  # before the next one arrives
 
     def stored(self, entry: Entry, value: Tensor) -> Mapping[str, Tensor]:
         """A tensor as transformers stores it. Local."""
@@ -246,7 +247,8 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     masked = masked_weights(source.pruned)
     for entries in source.plan.files.values():
         pieces = source.read(entries, updates=True)
-        for entry, piece in zip(entries, pieces, strict=True):
+        for entry in entries:
+            piece = next(pieces)
             if piece is None or partition.rank:
                 continue
             weight, update = piece
@@ -254,3 +256,4 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 form = trained_form(source.pruned, entry.name)
                 weight = merged_weight(weight, update, pruned=entry.name in masked, form=form)
             yield from source.stored(entry, weight).items()
+            del piece, weight  # before the next one arrives

@@ -118,18 +118,21 @@ class StoredModel:
     def read(self, entries: list[Entry], *, updates: bool) -> Iterator[tuple[Tensor, Delta | None] | None]:
         """Each tensor in the tuned model's dtype, zeros where it is pruned, and its update."""
         for entry in entries:
-            key = self._keys.get(entry.name, entry.name)
             if entry.name in self.record.trained:
                 yield self._adapter.read(entry.name).to(entry.outputs[0].dtype), None
                 continue
-            weight = self._weights.read(key).to(entry.outputs[0].dtype)
-            if entry.name in self.pruned:
-                param = nn.Parameter(weight.contiguous(), requires_grad=False)
-                apply_mask(self.partition, param, self._masks, entry.name)
-                weight = param.data
-                self._check_content(entry.name, weight)
             module = self._adapted.get(entry.name) if updates else None
-            yield weight, None if module is None else self._update(module)
+            yield self._masked(entry), None if module is None else self._update(module)
+
+    def _masked(self, entry: Entry) -> Tensor:
+        """A frozen weight in the tuned model's dtype, zeros where it is pruned."""
+        weight = self._weights.read(self._keys.get(entry.name, entry.name)).to(entry.outputs[0].dtype)
+        if entry.name in self.pruned:
+            param = nn.Parameter(weight.contiguous(), requires_grad=False)
+            apply_mask(self.partition, param, self._masks, entry.name)
+            weight = param.data
+            self._check_content(entry.name, weight)
+        return weight
 
     def _check_content(self, name: str, weight: Tensor) -> None:
         """A re-fitted weight must be the very one that the adapter was trained on."""

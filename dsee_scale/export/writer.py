@@ -151,20 +151,35 @@ class _Writer:
                 writer = TensorWriter(self.new, name, specs, {"format": "pt"})
         error: Exception | None = None
         stream = self.source.read(entries, updates=self.delta not in WITHOUT_UPDATE)
-        for entry, piece in zip(entries, stream, strict=True):
+        for entry in entries:
+            error = self._write_next(writer, entry, stream, error)
             bar.update()
-            if writer is None or piece is None or error is not None:
-                continue
-            try:
-                self._write_entry(writer, entry, *piece)
-            except Exception as caught:  # the other ranks still send: take it all, then fail together
-                error = caught
         with raise_on_all_ranks(partition):
             if error is not None:
                 raise error
             if writer is not None:
                 writer.close()
                 self.sizes[name] = writer.size
+
+    def _write_next(
+        self,
+        writer: TensorWriter | None,
+        entry: Entry,
+        stream: Iterator[tuple[Tensor, Delta | None] | None],
+        error: Exception | None,
+    ) -> Exception | None:
+        """Collective. Take the next weight and write it, unless there was an error; the first error so far.
+
+        The weight is this function's alone, so that it is gone when the next one arrives.
+        """
+        piece = next(stream)
+        if writer is None or piece is None or error is not None:
+            return error
+        try:
+            self._write_entry(writer, entry, *piece)
+        except Exception as caught:  # the other ranks still send: take it all, then fail together
+            return caught
+        return None
 
     def report(self, started: float) -> ExportReport:
         """Collective. Rank 0's counts on every rank."""

@@ -126,14 +126,22 @@ class Zero3Partition(Ranks):
     def gather_each(self, params: Sequence[Any], dst: int = 0) -> Iterator[Tensor | None]:
         """Collective. One whole parameter at a time on rank `dst`, None elsewhere."""
         for param in params:
-            if not is_partitioned(param):
+            if is_partitioned(param):
+                yield self._gather_to(param, dst)
+            else:
                 yield self.decode(param, param.detach()) if self.rank == dst else None
-                continue
-            piece = self._sendable(param)
-            whole = piece.new_empty(self.world_size * piece.numel()) if self.rank == dst else None
-            pieces = list(whole.chunk(self.world_size)) if whole is not None else None
-            dist.gather(piece, pieces, dst=self.global_rank(dst), group=self.group)
-            yield None if whole is None else self.decode(param, self._true(param, whole))
+
+    def _gather_to(self, param: Any, dst: int) -> Tensor | None:
+        """Collective. One whole parameter on rank `dst`, None elsewhere.
+
+        Through an all-to-all in which everyone sends to one rank: gloo's gather takes a second whole copy there.
+        """
+        piece, here = self._sendable(param).view(torch.uint8), self.rank == dst
+        sent = [piece.numel() if rank == dst else 0 for rank in range(self.world_size)]
+        coming = [piece.numel() if here else 0] * self.world_size
+        whole = piece.new_empty(sum(coming))
+        dist.all_to_all_single(whole, piece, coming, sent, group=self.group)
+        return self.decode(param, self._true(param, whole.view(param.ds_tensor.dtype))) if here else None
 
     def assign(self, params: Sequence[Any], values: Sequence[Tensor]) -> None:
         """Write this rank's part of whole values that every rank holds."""

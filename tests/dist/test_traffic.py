@@ -1,7 +1,8 @@
-"""What injection and pruning hold and send: never a whole weight but on the rank that decomposes it."""
+"""What injection, pruning and export hold and send: a whole weight on the rank alone that needs it, one at a time."""
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.algorithms.loops import BINS
 from dsee_scale.config import DecompositionConfig
 from dsee_scale.partition import open_partition
+from dsee_scale.training.journal import peak_memory, reset_peak_memory
 from tests.dist.test_inject_prune import ENGINES, engine_for, make, train, zero3_engine_config
 from tests.models import build, llama_config, partition, zero3_config
 from tests.watch import Watch
@@ -19,6 +21,7 @@ MATRIX = 512 * 512 * 4
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 LAYERS = 12
 NUM_SPARSE = 50
+LARGE = 4096
 
 
 def memory_of_injection() -> tuple[int, list[tuple[str, int]]]:
@@ -80,3 +83,20 @@ def test_pruning_a_live_engine_sends_adapters_and_counts_but_no_weight(pools, pr
         others = [(name, size) for name, size in sent if name != "allgather_base"]
         assert {name for name, _ in others} == {"allreduce"}
         assert max(size for _, size in others) <= 8 * BINS
+
+
+def memory_of_export(folder: str) -> int:
+    """Bytes at the highest point beyond what there was, in resident memory, which sees gloo's buffers too."""
+    weights = [torch.nn.Linear(LARGE, LARGE, bias=False) for _ in range(3)]
+    model = partition(torch.nn.Sequential(*weights), zero3_config())
+    before = psutil.Process().memory_info().rss
+    reset_peak_memory()
+    dsee_scale.export_model(model, folder)
+    return peak_memory()[open_partition(model).rank] - before
+
+
+def test_export_holds_one_whole_weight_on_the_rank_that_writes(pools, tmp_path):
+    writes, sends = pools(2).run(memory_of_export, str(tmp_path / "exported"))
+    weight = LARGE * LARGE * 4
+    assert weight < writes < 1.4 * weight
+    assert sends < 0.4 * weight
