@@ -64,10 +64,22 @@ def peak_memory(build: Callable[[], Any], run: Callable[[Any], Any]) -> int:
         torch.cuda.reset_peak_memory_stats()
         run(built)
         return torch.cuda.max_memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    run(built)
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
-    return int(peak.split()[1]) * 1024 - before
+    with PeakMemory() as memory:
+        run(built)
+    return memory.peak - before
+
+
+class PeakMemory:
+    """Largest resident memory of this process during a `with` block, in bytes, as the kernel counts it."""
+
+    def __enter__(self) -> PeakMemory:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        self.peak = 0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        self.peak = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def small_llama(hidden: int, layers: int) -> Any:

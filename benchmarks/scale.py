@@ -11,13 +11,12 @@ from __future__ import annotations
 import os
 import socket
 import statistics
-import threading
 import time
 from typing import Any
 
-import psutil
 import torch
 import torch.multiprocessing as mp
+from _ranks import PeakMemory
 from _report import Report, parser
 
 SHAPES = {
@@ -141,24 +140,6 @@ def runnable(model: torch.nn.Module) -> Any:
     import deepspeed
 
     return deepspeed.initialize(model=model, config=DS_CONFIG)[0]
-
-
-class PeakMemory:
-    """Largest resident memory of this process during a `with` block, in bytes, sampled every 20 ms."""
-
-    def __enter__(self) -> PeakMemory:
-        self.process, self.peak, self.over = psutil.Process(), 0, threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self.over.wait(0.02):
-            self.peak = max(self.peak, self.process.memory_info().rss)
-
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        self.thread.join()
 
 
 def run_on(ranks: int, task: Any, *args: Any) -> list[dict[str, Any]]:
