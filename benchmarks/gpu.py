@@ -71,7 +71,8 @@ STEP = (
     "2048",
     "8192",
 )
-TINY_STEP = ("--hidden", "128", "--layers", "1", "--lengths", "8", "--rounds", "1", "--batch", "1")
+TINY_STEP = ("--hidden", "128", "--layers", "1", "--lengths", "8", "--rounds", "1", "--batch", "1",
+             "--targets", "q and v")  # fmt: skip
 CASES = [
     Case("test_kernels", 75, (*PYTEST, "tests/gpu/test_kernels.py", "tests/gpu/test_semi_structured.py"), None),
     Case("test_zero3", 80, (*PYTEST, "tests/gpu/test_zero3.py", "-k", "one_gpu and (refit or global)"), None),

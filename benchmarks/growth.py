@@ -122,7 +122,7 @@ def save_plot(path: Path, lines: list[dict[str, Any]]) -> None:
     for axes, metric, label in zip(
         panels,
         ("time per billion", "peak over widest weight"),
-        ("seconds per billion parameters", "peak beyond before, in widest weights"),
+        ("seconds per billion parameters", "peak, in widest weights"),
         strict=True,
     ):
         for name in PASSES:
