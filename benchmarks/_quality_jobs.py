@@ -18,6 +18,8 @@ from dsee_scale.recipe.sections import DataConfig
 
 METRIC = {"sentiment": "accuracy", "e2e": "loss", "text": "perplexity"}
 """What a job's rows are compared by."""
+RATE = {"sentiment": 1e-3, "e2e": 2e-3, "text": 1e-3}
+"""Learning rates."""
 TEXT_LENGTH = 256
 METRIC_WORDS = {**METRIC, "text": f"perplexity@{TEXT_LENGTH}"}
 """The same for people: a perplexity says nothing without the length of its sequences."""

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 import dsee_scale
@@ -38,12 +39,12 @@ from dsee_scale.passes.pools import block_linears
 from dsee_scale.recipe.parsing import cache_folder
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _quality_jobs import METRIC, METRIC_WORDS, Job, load_job
+from _quality_jobs import METRIC, METRIC_WORDS, RATE, Job, load_job
 from _quality_plot import save_plot
 from _report import Report, parser
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RANK, ALPHA, RATE, RISE = 4, 32, 1e-3, 4
+RANK, ALPHA, RISE = 4, 32, 4
 HALF = {"sparsity": 0.5}
 UNITS = [{"pattern": "heads", "num_per_layer": 3}, {"pattern": "neurons", "num_per_layer": 384}]
 OURS: dict[str, tuple[int | float | None, Any]] = {
@@ -58,7 +59,11 @@ OURS: dict[str, tuple[int | float | None, Any]] = {
     "ours, a third of the heads, a quarter of the neurons": (64, UNITS),
     "magnitude, 50%, update beside the mask": (64, {**HALF, "score": "W", "mask_update": False}),
 }
-PEERS = ("dense LoRA", "wanda then LoRA, 50%")
+COMPRESSOR = {
+    "llm-compressor's Wanda then LoRA, 50%": "WandaPruningModifier",
+    "llm-compressor's SparseGPT then LoRA, 50%": "SparseGPTModifier",
+}
+PEERS = ("dense LoRA", "wanda then LoRA, 50%", *COMPRESSOR)
 
 
 class Lab:
@@ -118,13 +123,13 @@ class Lab:
         module = getattr(model, "base_model", model) if hasattr(model, "peft_config") else model
         module = getattr(module, "model", module) if hasattr(model, "peft_config") else module
         trained = [param for param in model.parameters() if param.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(trained, lr=self.args.rate, weight_decay=0.0)
         total = self.args.steps + self.args.retune_steps
         factors = get_scheduler("linear", optimizer, math.ceil(0.1 * total), total).lr_lambdas[0]
         model.train()
         for step in range(steps):
             again = min(1.0, (step + 1) / RISE) if done else 1.0
-            optimizer.param_groups[0]["lr"] = RATE * factors(done + step) * again
+            optimizer.param_groups[0]["lr"] = self.args.rate * factors(done + step) * again
             batch = next(batches)
             with logits_at(module, predicting(batch["labels"])):
                 logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -172,11 +177,30 @@ def dense_lora(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     return _peft(lab, lab.base(), seed, masked=False)
 
 
-def wanda_then_lora(lab: Lab, row: str, seed: int) -> dict[str, Any]:
-    """Prune the untuned model by wanda, tune it by PEFT with as many steps in all, merge under the mask."""
-    model = lab.base()
-    dsee_scale.prune(model, PruneConfig(sparsity=0.5, refit=False), lab.calibration(seed))
+def pruned_then_lora(lab: Lab, row: str, seed: int) -> dict[str, Any]:
+    """Prune the untuned model, tune it by PEFT with as many steps in all, merge under the mask."""
+    model, batches = lab.base(), lab.calibration(seed)
+    if row in COMPRESSOR:
+        _compress(model, batches, COMPRESSOR[row])
+    else:
+        dsee_scale.prune(model, PruneConfig(sparsity=0.5, refit=False), batches)
     return {"pruned": lab.quality(model)} | _peft(lab, model, seed, masked=True)
+
+
+def _compress(model: nn.Module, batches: list[dict[str, Tensor]], modifier: str) -> None:
+    """One modifier of llm-compressor on the block weights, from the same rows, one at a time so that none is padded."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers import pruning
+
+    rows = [
+        {"input_ids": ids[mask.bool()][None], "attention_mask": mask[mask.bool()][None]}
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    settings = {"sparsity": 0.5, "mask_structure": "0:0", "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
+    loader = DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
+    recipe = getattr(pruning, modifier)(**settings)
+    oneshot(model=model, dataset=loader, recipe=recipe, pipeline="sequential", clear_sparse_session=True)
 
 
 def _peft(lab: Lab, model: nn.Module, seed: int, *, masked: bool) -> dict[str, Any]:
@@ -226,8 +250,8 @@ def cell(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     path = lab.output / "cells" / f"{row}, seed {seed}.json"
     if path.is_file():
         return json.loads(path.read_text())
-    measure: Callable[[Lab, str, int], dict[str, Any]] = ours
-    measure = {"dense LoRA": dense_lora, "wanda then LoRA, 50%": wanda_then_lora}.get(row, measure)
+    measure: Callable[[Lab, str, int], dict[str, Any]] = ours if row in OURS else pruned_then_lora
+    measure = dense_lora if row == "dense LoRA" else measure
     started = time.perf_counter()
     found = measure(lab, row, seed) | {"seconds": time.perf_counter() - started}
     path.parent.mkdir(exist_ok=True)
@@ -271,6 +295,9 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=60, help="of tune")
     arguments.add_argument("--retune_steps", type=int, default=30)
     arguments.add_argument(
+        "--rate", type=float, help="highest learning rate of every row; default: the job's"
+    )
+    arguments.add_argument(
         "--num_calibration", type=int, default=256, help="training rows that a pruning looks at"
     )
     arguments.add_argument("--num_eval", type=int, default=400)
@@ -286,6 +313,7 @@ def main() -> None:
     if args.quick:
         args.steps, args.retune_steps, args.num_eval, args.num_calibration = 1, 1, 16, 16
         args.rows, args.output = ["dense LoRA", "ours, 50%"], args.output + "-quick"
+    args.rate = args.rate or RATE[args.job]
     if args.files is None:
         args.files = [cache / "movie-sentiment" / f"{part}.csv" for part in ("train", "validation")]
     if not Path(args.model).is_dir():
