@@ -37,6 +37,7 @@ from dsee_scale.evaluation.evaluate import Tally, evaluate, generate_texts
 from dsee_scale.passes.label_logits import label_loss, logits_at, predicting
 from dsee_scale.passes.pools import block_linears
 from dsee_scale.recipe.parsing import cache_folder
+from dsee_scale.training.timeline import RETUNE_FACTOR
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _quality_jobs import METRIC, METRIC_WORDS, RATE, Job, load_job
@@ -117,8 +118,9 @@ class Lab:
     ) -> None:
         """AdamW for so many steps, after those that are done.
 
-        One schedule over tune and retune: a tenth of warm-up, then a linear decay to zero. The optimizer starts anew
-        in retune, since the tuned start is read from a file, and its rate rises over the first steps there.
+        One schedule over tune and retune, as in a recipe: a tenth of warm-up, then a linear decay to zero, at twice
+        the rate after the prune. The optimizer starts anew there, since the tuned start is read from a file, and its
+        rate rises over the first steps.
         """
         module = getattr(model, "base_model", model) if hasattr(model, "peft_config") else model
         module = getattr(module, "model", module) if hasattr(model, "peft_config") else module
@@ -128,8 +130,10 @@ class Lab:
         factors = get_scheduler("linear", optimizer, math.ceil(0.1 * total), total).lr_lambdas[0]
         model.train()
         for step in range(steps):
-            again = min(1.0, (step + 1) / RISE) if done else 1.0
-            optimizer.param_groups[0]["lr"] = self.args.rate * factors(done + step) * again
+            factor = factors(done + step)
+            if done:
+                factor = min(1.0, RETUNE_FACTOR * factor) * min(1.0, (step + 1) / RISE)
+            optimizer.param_groups[0]["lr"] = self.args.rate * factor
             batch = next(batches)
             with logits_at(module, predicting(batch["labels"])):
                 logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits

@@ -150,8 +150,9 @@ class DataConfig(JsonConfig):
 class RetuneConfig(JsonConfig):
     """Training after pruning.
 
-    The learning rate continues along `training`'s schedule, which then spans both phases. If any of its settings is
-    given here, retune has its own schedule, with the other settings taken from `training`.
+    The learning rate continues along `training`'s schedule, which then spans both phases; after a pruning at twice
+    the rate, but never beyond `training`'s peak. If any of its settings is given here, retune has its own schedule,
+    with the other settings taken from `training`.
     """
 
     max_steps: int | None = None

@@ -2,8 +2,7 @@
 
 One optimizer runs through the whole timeline: steps [0, T1) tune, weights are pruned after step T1, and
 steps [T1, T1 + T2) retune. The optimizer's moments go on across the prune, and so does the learning rate's
-schedule, unless retune names one of its own: a rate that rises again takes the tuned weights further from where
-they were than the pruning did (docs/benchmarks.md).
+schedule at twice the rate, unless retune names one of its own. What was measured: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -23,6 +22,9 @@ from dsee_scale.recipe.recipe import Recipe
 from dsee_scale.recipe.sections import RetuneConfig
 
 PhaseName = Literal["tune", "retune"]
+
+RETUNE_FACTOR = 2.0
+"""How far the rate of a schedule that spans both phases is raised after the prune, never beyond its peak."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,8 +103,12 @@ class Timeline:
         return next((phase for phase in self.phases if step < phase.stop), self.phases[-1])
 
     def learning_rates(self) -> list[float]:
-        """Learning rate of every step."""
-        return [rate for schedule in self.schedules for rate in schedule.rates()]
+        """Learning rate of every step; see `RETUNE_FACTOR`."""
+        rates = [rate for schedule in self.schedules for rate in schedule.rates()]
+        if len(self.schedules) == 1 < len(self.phases):
+            start, peak = self.phases[-1].start, self.schedules[0].learning_rate
+            rates[start:] = [min(peak, RETUNE_FACTOR * rate) for rate in rates[start:]]
+        return rates
 
     def check_resumed(self, step: int, done: Sequence[Mapping[str, Any]], where: str) -> None:
         """Refuse to go on from a checkpoint that is beyond this run's end, or that was pruned otherwise.

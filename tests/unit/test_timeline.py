@@ -43,13 +43,23 @@ def test_each_phase_has_the_schedule_that_transformers_would_give_it():
     assert timeline.learning_rates() == pytest.approx(expected)
 
 
-def test_the_schedule_goes_on_across_the_prune_unless_retune_has_its_own():
+def test_the_schedule_goes_on_at_twice_the_rate_after_the_prune_unless_retune_has_its_own():
     args = arguments(max_steps=20, learning_rate=1e-3, warmup_steps=0.1, lr_scheduler_type="linear")
     timeline = build_timeline(recipe(prune={}, retune={"max_steps": 10}), args, steps_per_epoch=1)
-    assert timeline.learning_rates() == pytest.approx(reference_rates("linear", 1e-3, 3, 30))
+    linear = reference_rates("linear", 1e-3, 3, 30)
+    expected = linear[:20] + [2 * rate for rate in linear[20:]]
+    assert timeline.learning_rates() == pytest.approx(expected)
     own = build_timeline(recipe(prune={}, retune={"max_steps": 10, "learning_rate": 5e-4}), args, 1)
     expected = reference_rates("linear", 1e-3, 2, 20) + reference_rates("linear", 5e-4, 1, 10)
     assert own.learning_rates() == pytest.approx(expected)
+
+
+def test_the_raised_rate_stays_below_the_schedules_peak():
+    args = arguments(max_steps=6, learning_rate=1e-3, warmup_steps=0.1, lr_scheduler_type="linear")
+    rates = build_timeline(recipe(prune={}, retune={"max_steps": 24}), args, 1).learning_rates()
+    assert rates[6] == rates[10] == 1e-3 > rates[-1] > 0
+    alone = build_timeline(recipe(prune={}, retune={"max_steps": 24}), arguments(max_steps=0), 1)
+    assert alone.learning_rates() == pytest.approx(reference_rates("linear", 5e-5, 0, 24))
 
 
 def test_epochs_are_counted_in_optimizer_steps():
