@@ -45,7 +45,7 @@ from _quality_plot import save_plot
 from _report import Report, parser
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RANK, ALPHA, RISE = 4, 32, 4
+RANK, ALPHA = 4, 32
 HALF = {"sparsity": 0.5}
 UNITS = [{"pattern": "heads", "num_per_layer": 3}, {"pattern": "neurons", "num_per_layer": 384}]
 OURS: dict[str, tuple[int | float | None, Any]] = {
@@ -114,25 +114,35 @@ class Lab:
         return [next(source) for _ in range(-(-self.args.num_calibration // self.job.batch_size))]
 
     def train(
-        self, model: nn.Module, batches: Iterator[dict[str, Tensor]], steps: int, *, done: int = 0
-    ) -> None:
+        self,
+        model: nn.Module,
+        batches: Iterator[dict[str, Tensor]],
+        steps: int,
+        *,
+        done: int = 0,
+        moments: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """AdamW for so many steps, after those that are done.
 
         One schedule over tune and retune, as in a recipe: a tenth of warm-up, then a linear decay to zero, at twice
-        the rate after the prune. The optimizer starts anew there, since the tuned start is read from a file, and its
-        rate rises over the first steps.
+        the rate after the prune. The optimizer's moments go on across the prune.
+
+        Returns:
+            The optimizer's state after these steps.
         """
         module = getattr(model, "base_model", model) if hasattr(model, "peft_config") else model
         module = getattr(module, "model", module) if hasattr(model, "peft_config") else module
         trained = [param for param in model.parameters() if param.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.args.rate, weight_decay=0.0)
+        if moments is not None:
+            optimizer.load_state_dict(moments)
         total = self.args.steps + self.args.retune_steps
         factors = get_scheduler("linear", optimizer, math.ceil(0.1 * total), total).lr_lambdas[0]
         model.train()
         for step in range(steps):
             factor = factors(done + step)
             if done:
-                factor = min(1.0, RETUNE_FACTOR * factor) * min(1.0, (step + 1) / RISE)
+                factor = min(1.0, RETUNE_FACTOR * factor)
             optimizer.param_groups[0]["lr"] = self.args.rate * factor
             batch = next(batches)
             with logits_at(module, predicting(batch["labels"])):
@@ -141,6 +151,7 @@ class Lab:
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             optimizer.zero_grad()
+        return optimizer.state_dict()
 
 
 def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
@@ -157,19 +168,22 @@ def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     )
     tuned = lab.output / "tuned" / f"N={num_sparse}, seed {seed}"
     model, source = lab.base(), lab.batches(seed)
-    if (tuned / "dsee_config.json").is_file():
+    optimizer = tuned.with_name(f"{tuned.name}.pt")
+    if optimizer.is_file():
         dsee_scale.load_adapter(model, tuned)
+        moments = torch.load(optimizer)
         for _ in range(steps):
             next(source)
     else:
         dsee_scale.inject(model, config)
-        lab.train(model, source, steps)
+        moments = lab.train(model, source, steps)
         dsee_scale.save_adapter(model, tuned, overwrite=True)
+        torch.save(moments, optimizer)
     found = {"tuned": lab.quality(model), "trained_share": trained_share(model)}
     prunings = settings if isinstance(settings, list) else [settings]
     dsee_scale.prune(model, [PruneConfig(**each) for each in prunings], lab.calibration(seed))
     found["pruned"] = lab.quality(model)
-    lab.train(model, source, lab.args.retune_steps, done=steps)
+    lab.train(model, source, lab.args.retune_steps, done=steps, moments=moments)
     found["retuned"] = lab.quality(model)
     folder = lab.output / "exported, ours"
     dsee_scale.export_model(model, folder, tokenizer=lab.tokenizer, overwrite=True)

@@ -28,6 +28,12 @@ SPREAD = 1e3
 TOKEN_SPREAD = 30.0
 """How far the square root of a token's may, which is what counts: more, and a Gram matrix would be a few tokens'."""
 
+TEMPERS = (1.0, 0.5, 0.25, 0.0)
+"""Powers to which the tokens' weights may be taken, the strongest first."""
+
+EFFECTIVE = 0.5
+"""What share of the tokens the weights must leave to count, by Kish's effective sample size."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shares:
@@ -98,6 +104,7 @@ def find_shares(
         progress=progress,
     )
     tokens = _token_weights(found.tokens, {member.name: leaders[member.name] for member in members})
+    tokens = _tempered(tokens, sorted({leaders[member.name] for member in members}), partition)
     if config.n_of_m:
         return Shares(tokens=tokens)
     outputs = {name: _output_weights(each) for name, each in found.outputs.items()}
@@ -176,4 +183,27 @@ def _token_weights(
         ]
         for leader, names in sharing.items()
         if all(name in relative for name in names)
+    }
+
+
+def _tempered(
+    weights: Mapping[str, list[Tensor]], leaders: Sequence[str], partition: Partition
+) -> dict[str, list[Tensor]]:
+    """Collective. Each leader's weights to the strongest power that leaves enough tokens to fit a matrix to.
+
+    Where the loss is asked at one token of a row, as in classification, a tenth of the tokens would count otherwise.
+    """
+    sums = torch.zeros(len(leaders), len(TEMPERS), 3, dtype=torch.float64)
+    for row, leader in zip(sums, leaders, strict=True):
+        flat = torch.cat([torch.empty(0), *weights.get(leader, [])]).double()
+        for entry, power in zip(row, TEMPERS, strict=True):
+            tempered = flat**power
+            entry.copy_(
+                torch.stack([tempered.sum(), tempered.square().sum(), tempered.new_tensor(len(flat))])
+            )
+    total, squares, count = partition.sum_over_ranks(sums).unbind(-1)
+    enough = (total.square() >= EFFECTIVE * squares * count).int()
+    powers = dict(zip(leaders, enough.argmax(1).tolist(), strict=True))
+    return {
+        leader: [each ** TEMPERS[powers[leader]] for each in batches] for leader, batches in weights.items()
     }

@@ -16,7 +16,7 @@ from dsee_scale.partition import open_partition
 from dsee_scale.passes.blocks import find_blocks
 from dsee_scale.passes.pools import block_linears
 from dsee_scale.passes.sensitivity import Sensitivity, has_loss, output_gradients
-from dsee_scale.pruning import refit
+from dsee_scale.pruning import refit, sensitivity_shares
 from tests.unit.test_calibrate import batches, make
 
 
@@ -129,6 +129,22 @@ def test_tokens_count_in_a_re_fit_as_the_loss_depends_on_them(config, monkeypatc
     wanted = {name: gram for name, gram in expected.items() if config is not HALF_GROUPS or "attn" in name}
     for name, gram in wanted.items():
         torch.testing.assert_close(grams[name], gram, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_tokens_are_tempered_until_half_of_the_tokens_count():
+    partition = open_partition(make("llama"))
+    even, few = torch.linspace(0.5, 1.5, 64), torch.full((64,), 1 / 30)
+    few[::16] = 30.0
+    weights = {"even": [even[:40], even[40:]], "few": [few]}
+    found = sensitivity_shares._tempered(weights, ["even", "few", "missing"], partition)
+    assert all(map(torch.equal, found["even"], weights["even"]))
+
+    def effective(power: float) -> float:
+        return float((few**power).sum() ** 2 / (few**power).square().sum() / 64)
+
+    expected = next(power for power in sensitivity_shares.TEMPERS if effective(power) >= 0.5)
+    assert expected < 1
+    torch.testing.assert_close(found["few"], [few**expected])
 
 
 def test_a_decoder_needs_no_labels_and_others_do():
