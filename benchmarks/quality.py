@@ -10,6 +10,7 @@ Every row of a seed starts from the same weights and batches and gets as many st
 most 1% of the parameters trained: rank 4 on all linear layers and the norms. The tuned start of a seed is shared.
 Each finished cell is kept in --output, so the script may be stopped and goes on; it prints the table of what is there.
 Exported models are judged in stock transformers, zeros are counted in their files. One process, any device.
+Rows of llm-compressor's are there where it is installed (pip install llmcompressor).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +66,7 @@ COMPRESSOR = {
     "llm-compressor's Wanda then LoRA, 50%": "WandaPruningModifier",
     "llm-compressor's SparseGPT then LoRA, 50%": "SparseGPTModifier",
 }
-PEERS = ("dense LoRA", "wanda then LoRA, 50%", *COMPRESSOR)
+PEERS = ("dense LoRA", "wanda then LoRA, 50%", *(COMPRESSOR if find_spec("llmcompressor") else ()))
 
 
 class Lab:
