@@ -158,8 +158,7 @@ class Lab:
 
 def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     """Tune (or take the tuned start), prune, retune, export."""
-    num_sparse, settings = OURS[row]
-    steps = lab.args.steps
+    (num_sparse, settings), steps = OURS[row], lab.args.steps
     config = DSEEConfig(
         rank=RANK,
         alpha=ALPHA,
@@ -218,8 +217,7 @@ def _compress(model: nn.Module, batches: list[dict[str, Tensor]], modifier: str)
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
     settings = {"sparsity": 0.5, "mask_structure": "0:0", "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
-    loader = DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
-    recipe = getattr(pruning, modifier)(**settings)
+    loader, recipe = DataLoader(rows, batch_size=None), getattr(pruning, modifier)(**settings)  # type: ignore[arg-type]
     oneshot(model=model, dataset=loader, recipe=recipe, pipeline="sequential", clear_sparse_session=True)
 
 
@@ -270,8 +268,8 @@ def cell(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     path = lab.output / "cells" / f"{row}, seed {seed}.json"
     if path.is_file():
         return json.loads(path.read_text())
-    measure: Callable[[Lab, str, int], dict[str, Any]] = ours if row in OURS else pruned_then_lora
-    measure = dense_lora if row == "dense LoRA" else measure
+    measure: Callable[[Lab, str, int], dict[str, Any]]
+    measure = dense_lora if row == "dense LoRA" else ours if row in OURS else pruned_then_lora
     started = time.perf_counter()
     found = measure(lab, row, seed) | {"seconds": time.perf_counter() - started}
     path.parent.mkdir(exist_ok=True)
@@ -314,9 +312,7 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int, nargs="+", default=[1])
     arguments.add_argument("--steps", type=int, default=60, help="of tune")
     arguments.add_argument("--retune_steps", type=int, default=30)
-    arguments.add_argument(
-        "--rate", type=float, help="highest learning rate of every row; default: the job's"
-    )
+    arguments.add_argument("--rate", type=float, help="highest learning rate; default: the job's")
     arguments.add_argument(
         "--num_calibration", type=int, default=256, help="training rows that a pruning looks at"
     )
