@@ -191,7 +191,7 @@ def _tempered(
 ) -> dict[str, list[Tensor]]:
     """Collective. Each leader's weights to the strongest power that leaves enough tokens to fit a matrix to.
 
-    Where the loss is asked at one token of a row, as in classification, a tenth of the tokens would count otherwise.
+    Where the loss is asked at one token of a row, as in classification, few tokens would count otherwise.
     """
     sums = torch.zeros(len(leaders), len(TEMPERS), 3, dtype=torch.float64)
     for row, leader in zip(sums, leaders, strict=True):

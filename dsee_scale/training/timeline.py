@@ -2,7 +2,7 @@
 
 One optimizer runs through the whole timeline: steps [0, T1) tune, weights are pruned after step T1, and
 steps [T1, T1 + T2) retune. The optimizer's moments go on across the prune, and so does the learning rate's
-schedule at twice the rate, unless retune names one of its own. What was measured: docs/benchmarks.md.
+schedule at twice the rate, unless retune names one of its own.
 """
 
 from __future__ import annotations
