@@ -196,6 +196,10 @@ class PruneConfig(JsonConfig):
     """Solve the remaining weights again, block by block, so that each pruned layer does what the tuned one did;
     the solver chooses what goes by its own activation-aware criterion, and W + D becomes the new frozen weight.
     None means yes for score `wanda` with pattern `unstructured` or N:M."""
+    block_steps: int = 0
+    """Steps of Adam that `refit` then gives a block's remaining weights, one batch from every rank each, so that the
+    block's output meets the tuned model's there. For patterns that cost much, such as 2:4. Every rank holds 16 bytes
+    for each linear weight of the block meanwhile, and the outputs beside the inputs."""
     gram_memory_mib: int = 4096
     """Statistics that one rank collects at a time for `refit`, in MiB (at least one matrix's)."""
     inputs_on_cpu: bool = False
@@ -225,7 +229,7 @@ class PruneConfig(JsonConfig):
         names = [pool.name for pool in self.pools]
         if len(set(names)) != len(names):
             problems.append(f"pools need different names, found {names}")
-        return problems + at_least(self, 0, "seed")
+        return problems + at_least(self, 0, "seed", "block_steps")
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
@@ -281,7 +285,7 @@ class PruneConfig(JsonConfig):
         if self.refit is None:
             object.__setattr__(self, "refit", self.score == "wanda" and not self.removes_units)
         if not self.refit:
-            return []
+            return [] if not self.block_steps else ["block_steps goes with refit; leave it out, or refit"]
         problems = []
         if self.removes_units:
             problems.append(f"refit goes with pattern 'unstructured' or N:M, found {self.pattern!r}")

@@ -44,6 +44,7 @@ class Call:
         hidden: (B, T, hidden size), input of the block that is next, where `capture` was told to keep it.
         arguments: for each block, the further positional and keyword arguments, kept where `hidden` is.
         keywords: for each block, whether the input is passed by keyword.
+        tuned: (B, T, hidden size), what the model before its pruning gives in place of `hidden`, where that is asked.
     """
 
     batch: Any
@@ -51,6 +52,7 @@ class Call:
     hidden: Tensor
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     keywords: list[bool] = field(default_factory=list)
+    tuned: Tensor | None = None
 
 
 def find_blocks(module: nn.Module, wanted: Sequence[str]) -> list[tuple[str, nn.Module]]:

@@ -89,9 +89,9 @@ def output_gradients(
     device = compute_device(module, partition)
     with (
         evaluating(module),
-        _frozen(module),
+        frozen(module),
         no_leaf_gradients(model),
-        _graph_from(blocks[0][1]),
+        graph_from(blocks[0][1]),
         _watching(layers, sums) as watch,
     ):
         for _, block in blocks:
@@ -249,7 +249,7 @@ def _watching(layers: Mapping[str, nn.Module], sums: Mapping[str, Tensor]) -> It
 
 
 @contextlib.contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
+def frozen(module: nn.Module) -> Iterator[None]:
     """No parameter wants a gradient: nothing is added to those of the user's optimizer."""
     trained = [param for param in module.parameters() if param.requires_grad]
     for param in trained:
@@ -262,8 +262,8 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _graph_from(block: nn.Module) -> Iterator[None]:
-    """The first block's input is where the graph begins."""
+def graph_from(block: nn.Module) -> Iterator[None]:
+    """A block's input is where the graph begins."""
 
     def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if args:

@@ -20,6 +20,7 @@ from dsee_scale.adapters.matrices import Matrix
 from dsee_scale.adapters.state import model_state, reject_broken
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.decompose import Support
+from dsee_scale.algorithms.delta import Delta
 from dsee_scale.config import PruneConfig
 from dsee_scale.distributed import show_progress
 from dsee_scale.errors import PartitionError, TargetError
@@ -45,7 +46,8 @@ from dsee_scale.pruning.refit_block import (
     reserve,
     write_back,
 )
-from dsee_scale.pruning.refit_matrix import Job, solve
+from dsee_scale.pruning.refit_matrix import Job, settle, solve
+from dsee_scale.pruning.refit_output import meet_outputs_, tuned_outputs
 from dsee_scale.pruning.sensitivity_shares import Shares, find_shares
 from dsee_scale.pruning.zero_lines import check_reachable
 
@@ -101,6 +103,8 @@ def refit(
         for index, (name, block) in enumerate(tqdm(blocks, desc="refit", unit="block", disable=hidden)):
             here = [job for job in jobs if job.member.name.startswith(name + ".")]
             try:
+                if config.block_steps:
+                    tuned_outputs(block, index, calls, module, partition)
                 with _exact():
                     solved, owners, few = _solve_block(model, block, index, here, calls, config, partition)
                 workspace = reserve(here, owners, config, partition)
@@ -183,7 +187,8 @@ def _solve_block(
             strict=True,
         )
     )
-    solved: dict[str, tuple[Tensor, Support | None]] = {}
+    solved: dict[str, Tensor] = {}
+    updates: dict[str, Delta] = {}
     unsolved: list[str] = []
     for group in grouped(jobs, config.gram_memory_mib << 20):
         grams, few = collect_grams(module, block, index, group, calls, owners, config, partition)
@@ -195,12 +200,21 @@ def _solve_block(
             for job in group:
                 name = job.member.name
                 if owners[name] == partition.rank:
-                    solved[name] = solve(
-                        module, job, weights[name], deltas.get(name), grams[job.leader], config
-                    )
+                    solved[name] = solve(job, weights[name], grams[job.leader], config)
         unsolved += few
-        del grams, weights, deltas
-    return solved, owners, unsolved
+        updates |= deltas
+        del grams, weights
+    if config.block_steps:
+        meet_outputs_(model, block, index, jobs, solved, owners, calls, config, partition)
+    with refitting_work(partition, config):
+        settled = {
+            job.member.name: settle(
+                module, job, solved.pop(job.member.name), updates.get(job.member.name), config
+            )
+            for job in jobs
+            if owners[job.member.name] == partition.rank
+        }
+    return settled, owners, unsolved
 
 
 def _left(gone: Tensor | None) -> Tensor | None:

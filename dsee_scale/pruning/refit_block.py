@@ -31,13 +31,13 @@ from dsee_scale.pruning.zero_lines import Lines, zero_lines
 
 
 @contextlib.contextmanager
-def refitting_work(partition: Partition, config: PruneConfig) -> Iterator[None]:
+def refitting_work(partition: Partition, config: PruneConfig, setting: str | None = None) -> Iterator[None]:
     """Collective at its end: an error of one rank's local work is every rank's; a shortage names what to lower."""
     with raise_on_all_ranks(partition):
         try:
             yield
         except Exception as error:
-            setting = f"gram_memory_mib (now {config.gram_memory_mib})"
+            setting = setting or f"gram_memory_mib (now {config.gram_memory_mib})"
             raise explain_shortage(error, "while re-fitting a block", setting) from error
 
 

@@ -60,21 +60,22 @@ def solver_cost(outputs: int, inputs: int) -> int:
     return inputs * (inputs * (2 * inputs + 22 * outputs) // 3 + PASSES * outputs)
 
 
-def solve(
-    module: nn.Module,
-    job: Job,
-    weight_OI: Tensor,
-    delta: Delta | None,
-    gram_II: Tensor,
-    config: PruneConfig,
+def settle(
+    module: nn.Module, job: Job, solved: Tensor, delta: Delta | None, config: PruneConfig
 ) -> tuple[Tensor, Support | None]:
     """Local. The new weight as stored, and the adapter's new support.
 
     What is solved is the effective weight. Trained on under the mask, the adapter keeps BA, so the frozen weight is
     what is solved less BA; without the mask BA would bring removed entries back, and it starts again at zero.
+
+    Args:
+        module: the model, for the adapters' settings.
+        job: the matrix.
+        solved: (O, I) float32, what `solve` found; overwritten.
+        delta: the adapter's update; None for none.
+        config: `mask_update`.
     """
     member = job.member
-    solved = _swept(job, weight_OI, gram_II, config)
     if member.transposed:
         solved = solved.t().contiguous()
     stored = to_storage(solved, member.param.dtype)
@@ -91,11 +92,11 @@ def solve(
     return stored, support
 
 
-def _swept(job: Job, weight_OI: Tensor, gram_II: Tensor, config: PruneConfig) -> Tensor:
-    """(O, I) float32, zero where it is pruned; inputs that are gone already are left out of the problem."""
+def solve(job: Job, weight_OI: Tensor, gram_II: Tensor, config: PruneConfig) -> Tensor:
+    """Local. (O, I) float32, zero where it is pruned; inputs that are gone already are left out of the problem."""
     if job.left is not None:
         left = job.left.to(weight_OI.device)
-        inside = _swept(
+        inside = solve(
             dataclasses.replace(job, left=None), weight_OI[:, left], gram_II[left][:, left], config
         )
         return torch.zeros_like(weight_OI).index_copy_(1, left, inside)

@@ -123,7 +123,7 @@ def test_tokens_count_in_a_re_fit_as_the_loss_depends_on_them(config, monkeypatc
     grams = {}
     real = refit.solve
     monkeypatch.setattr(
-        refit, "solve", lambda *a: grams.setdefault(a[1].member.name, a[4]) is None or real(*a)
+        refit, "solve", lambda *a: grams.setdefault(a[0].member.name, a[2]) is None or real(*a)
     )
     dsee_scale.prune(model, config, data)
     wanted = {name: gram for name, gram in expected.items() if config is not HALF_GROUPS or "attn" in name}

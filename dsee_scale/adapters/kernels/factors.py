@@ -131,7 +131,7 @@ def flat_gradient(
     torch.mul(da.view(-1, *to_a.shape).sum(0) if spec.shared_a else da, spec.scaling, out=to_a)
     torch.mul(dright[:, : spec.rank], spec.scaling, out=to_b)
     if fold is not None:
-        dvalues = dright.reshape(-1).index_select(0, fold.in_right)
+        dvalues = dright.take(fold.in_right)  # needs no contiguous copy
     if spec.num_sparse:
         assert dvalues is not None
         torch.mul(dvalues, spec.scaling, out=to_values)

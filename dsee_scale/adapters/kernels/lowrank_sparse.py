@@ -196,7 +196,8 @@ def _add_gradients_(
         dvalues = backward_(dx_TI, dy_TO, x_TI, factors.values, update.support, need_flat)
     if not need_flat:
         return None
-    dright = _joined([dy.t() @ z for dy, z, _ in slices], 0)
+    # Not dy^T z: products that read the wide side by rows take up to half the time on a CPU.
+    dright = _joined([(z.t() @ dy).t() for dy, z, _ in slices], 0)
     return flat_gradient(flat, spec, fold, low_ranks(dz_TKP, spec).t() @ x_TI, dright, dvalues)
 
 

@@ -1,0 +1,75 @@
+"""The second stage of a re-fit under the real engine against one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import dsee_scale
+from dsee_scale import PruneConfig
+from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.errors import PartitionError
+from dsee_scale.partition import unwrap
+from dsee_scale.pruning import refit_output
+from tests.dist.test_calibrate import ENGINES, live
+from tests.dist.test_inject_prune import train, whole_weights
+from tests.models import zero3_config
+from tests.unit.test_calibrate import batches, make
+
+CONFIG = PruneConfig(sparsity=0.4, scope="matrix", block_steps=8)
+
+
+def pruned(family: str, ds_config: dict[str, Any]) -> dict[str, Any]:
+    """After a prune with the same batches on every rank, and after two more steps."""
+    engine = live(family, ds_config)
+    wanted = {name: param.requires_grad for name, param in unwrap(engine).named_parameters()}
+    dsee_scale.prune(engine, CONFIG, batches(3))
+    assert wanted == {name: param.requires_grad for name, param in unwrap(engine).named_parameters()}
+    found = {"pruned": whole_weights(engine)}
+    train(engine, steps=2)
+    return found | {"trained": whole_weights(engine)}
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.parametrize("family", ["everything", "gpt2"])
+def test_ranks_with_the_same_batches_end_where_one_does(pools, family, engine):
+    ds_config, world_size = ENGINES[engine]
+    model = make(family)
+    report = dsee_scale.prune(model, CONFIG, batches(3))
+    expected = whole_weights(model)
+    for found in pools(world_size).run(pruned, family, ds_config):
+        for name in report.matrices:
+            weight, other = found["pruned"][f"{name}.weight"], expected[f"{name}.weight"]
+            assert torch.equal(found["trained"][f"{name}.weight"], weight), name
+            same = (weight == 0) == (other == 0)
+            assert same.float().mean() > 0.99, name
+            assert (weight - other)[same].norm() < 0.05 * other.norm(), name
+        for name in adapted_layers(model):
+            flat = f"{name}.dsee_flat"
+            assert not torch.equal(found["trained"][flat], found["pruned"][flat]), name
+
+
+def short_of_memory() -> tuple[str, bool]:
+    """Rank 1 has no room for the optimizer."""
+    engine = live("llama", zero3_config())
+    before = whole_weights(engine)
+
+    def none(*_: Any) -> float:
+        raise MemoryError("no room")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(refit_output._Layer, "rms", none)
+        with pytest.raises(PartitionError) as caught:
+            dsee_scale.prune(engine, CONFIG, batches(2))
+    after = whole_weights(engine)
+    return str(caught.value), all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_rank_without_memory_for_the_steps_is_the_same_error_on_every_rank(pools):
+    found = pools(2).run(short_of_memory)
+    assert found[0] == found[1] and found[0][1]
+    assert "block_steps" in found[0][0]
