@@ -48,19 +48,21 @@ from _report import Report, parser
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, ALPHA = 4, 32
-HALF = {"sparsity": 0.5}
+STEPS = {"block_steps": 64}
+HALF = {"sparsity": 0.5, **STEPS}
 UNITS = [{"pattern": "heads", "num_per_layer": 3}, {"pattern": "neurons", "num_per_layer": 384}]
 OURS: dict[str, tuple[int | float | None, Any]] = {
     "ours, 50%": (64, HALF),
-    "ours, 2:4": (64, {"pattern": "2:4"}),
-    "ours, 60%": (64, {"sparsity": 0.6}),
-    "ours, 70%": (64, {"sparsity": 0.7}),
+    "ours, 2:4": (64, {"pattern": "2:4", **STEPS}),
+    "ours, 60%": (64, {"sparsity": 0.6, **STEPS}),
+    "ours, 70%": (64, {"sparsity": 0.7, **STEPS}),
     "ours, 50% without S2": (None, HALF),
     "ours, 50%, N = 0.1%": (0.001, HALF),
     "ours, 50%, every matrix alike": (64, {**HALF, "scope": "matrix"}),
-    "ours, 50%, wanda alone": (64, {**HALF, "refit": False}),
+    "ours, 50%, without block steps": (64, {"sparsity": 0.5}),
+    "ours, 50%, wanda alone": (64, {"sparsity": 0.5, "refit": False}),
     "ours, a third of the heads, a quarter of the neurons": (64, UNITS),
-    "magnitude, 50%, update beside the mask": (64, {**HALF, "score": "W", "mask_update": False}),
+    "magnitude, 50%, update beside the mask": (64, {"sparsity": 0.5, "score": "W", "mask_update": False}),
 }
 COMPRESSOR = {
     "llm-compressor's Wanda then LoRA, 50%": "WandaPruningModifier",
@@ -310,8 +312,8 @@ def main() -> None:
     arguments.add_argument("--files", type=Path, nargs="+", help="the job's data, see above")
     arguments.add_argument("--rows", nargs="+", default=[*PEERS, *OURS], choices=[*PEERS, *OURS])
     arguments.add_argument("--seeds", type=int, nargs="+", default=[1])
-    arguments.add_argument("--steps", type=int, default=60, help="of tune")
-    arguments.add_argument("--retune_steps", type=int, default=30)
+    arguments.add_argument("--steps", type=int, default=30, help="of tune")
+    arguments.add_argument("--retune_steps", type=int, default=60)
     arguments.add_argument("--rate", type=float, help="highest learning rate; default: the job's")
     arguments.add_argument(
         "--num_calibration", type=int, default=256, help="training rows that a pruning looks at"
