@@ -43,7 +43,7 @@ from dsee_scale.training.timeline import RETUNE_FACTOR
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _quality_jobs import METRIC, METRIC_WORDS, RATE, Job, load_job
-from _quality_plot import save_plot
+from _quality_plot import PHASES, save_plot
 from _report import Report, parser
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -60,6 +60,7 @@ OURS: dict[str, tuple[int | float | None, Any]] = {
     "ours, 50%, N = 0.1%": (0.001, HALF),
     "ours, 50%, every matrix alike": (64, {**HALF, "scope": "matrix"}),
     "ours, 50%, without block steps": (64, {"sparsity": 0.5}),
+    "ours, 2:4, without block steps": (64, {"pattern": "2:4"}),
     "ours, 50%, wanda alone": (64, {"sparsity": 0.5, "refit": False}),
     "ours, a third of the heads, a quarter of the neurons": (64, UNITS),
     "magnitude, 50%, update beside the mask": (64, {"sparsity": 0.5, "score": "W", "mask_update": False}),
@@ -291,9 +292,6 @@ def print_table(args: argparse.Namespace, cells: dict[str, list[dict[str, Any]]]
         rest = f"{100 * found[0]['zeros']:.2f}% | {100 * found[0]['trained_share']:.2f}%"
         seconds = statistics.mean(one["seconds"] for one in found)
         print(f"| {row} | {' | '.join(values)} | {rest} | {seconds:.0f} |")
-
-
-PHASES = ("tuned", "pruned", "retuned", "exported")
 
 
 def _mean(values: list[float]) -> str:

@@ -112,7 +112,7 @@ def meet_outputs_(
         return
     with torch.enable_grad(), refitting_work(partition, config, TO_LOWER):
         groups = [{"params": [each.weight], "lr": RATE * each.rms()} for each in layers.values()]
-        optimizer = torch.optim.Adam(groups, betas=BETAS)
+        optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: _factor(step, config.block_steps)
         )
