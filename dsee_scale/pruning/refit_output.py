@@ -31,6 +31,8 @@ RATE = 0.01
 WARMUP = 5
 """Steps until it is reached; then it falls to zero linearly."""
 BETAS = (0.9, 0.99)
+EPSILON = 1e-16
+"""Small enough that the scale of gradients makes no difference."""
 TO_LOWER = "block_steps to 0"
 """Where memory ends here."""
 
@@ -112,14 +114,13 @@ def meet_outputs_(
         return
     with torch.enable_grad(), refitting_work(partition, config, TO_LOWER):
         groups = [{"params": [each.weight], "lr": RATE * each.rms()} for each in layers.values()]
-        optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
+        optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: _factor(step, config.block_steps)
         )
-    tokens = partition.sum_over_ranks(torch.tensor([_num_tokens(call) for call in calls], dtype=torch.int64))
     with torch.enable_grad(), frozen(module), no_leaf_gradients(model), graph_from(block), _trained(layers):
         for number in _order(len(calls), config.block_steps, seed=index):
-            _error(block, index, calls[number], module, partition, int(tokens[number])).backward()
+            _error(block, index, calls[number], module, partition).backward()
             for layer in layers.values():
                 layer.sum_gradient_(partition)
             with refitting_work(partition, config, TO_LOWER):
@@ -167,23 +168,14 @@ def _order(num_calls: int, steps: int, seed: int) -> list[int]:
     return found[:steps]
 
 
-def _num_tokens(call: Call) -> int:
-    if not call.counts:
-        return 0
-    mask = token_mask(call.batch)
-    return int(call.hidden.shape[:2].numel() if mask is None else mask.sum())
-
-
-def _error(
-    block: nn.Module, index: int, call: Call, module: nn.Module, partition: Partition, tokens: int
-) -> Tensor:
-    """This rank's part of the mean squared error of all ranks' batches."""
+def _error(block: nn.Module, index: int, call: Call, module: nn.Module, partition: Partition) -> Tensor:
+    """Squared error, summed over what counts: Adam needs no scale, and a mean's gradients could vanish in float16."""
     found = run_block(block, index, call, call.hidden, module, partition)
     assert call.tuned is not None
-    squares = (found.float() - call.tuned.to(found.device).float()).square().mean(-1)
-    if (mask := token_mask(call.batch)) is not None and mask.shape == squares.shape:
-        squares = squares * mask.to(squares)
-    return squares.sum() * (float(call.counts) / max(1, tokens))
+    squares = (found.float() - call.tuned.to(found.device).float()).square()
+    if (mask := token_mask(call.batch)) is not None and mask.shape == squares.shape[:2]:
+        squares = squares * mask.to(squares)[..., None]
+    return squares.sum() * float(call.counts)
 
 
 @contextlib.contextmanager

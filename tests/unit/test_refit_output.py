@@ -91,7 +91,7 @@ def test_the_steps_are_adams_on_the_blocks_output() -> None:
         {"params": [layer.weight.requires_grad_()], "lr": 0.01 * float(rms[name])}
         for name, layer in layers.items()
     ]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-16)
     rates = [group["lr"] for group in groups]
     mask = data[0]["attention_mask"].bool()
     for step in range(STEPS):
