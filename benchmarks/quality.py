@@ -42,20 +42,19 @@ from dsee_scale.recipe.parsing import cache_folder
 from dsee_scale.training.timeline import RETUNE_FACTOR
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _quality_jobs import METRIC, METRIC_WORDS, RATE, Job, load_job
+from _quality_jobs import CALIBRATION, METRIC, METRIC_WORDS, RATE, Job, load_job
 from _quality_plot import PHASES, save_plot
 from _report import Report, parser
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, ALPHA = 4, 32
-STEPS = {"block_steps": 64}
-HALF = {"sparsity": 0.5, **STEPS}
+HALF = {"sparsity": 0.5, "block_steps": 64}
 UNITS = [{"pattern": "heads", "num_per_layer": 3}, {"pattern": "neurons", "num_per_layer": 384}]
 OURS: dict[str, tuple[int | float | None, Any]] = {
     "ours, 50%": (64, HALF),
-    "ours, 2:4": (64, {"pattern": "2:4", **STEPS}),
-    "ours, 60%": (64, {"sparsity": 0.6, **STEPS}),
-    "ours, 70%": (64, {"sparsity": 0.7, **STEPS}),
+    "ours, 2:4": (64, {"pattern": "2:4", "block_steps": 96}),
+    "ours, 60%": (64, {"sparsity": 0.6, "block_steps": 64}),
+    "ours, 70%": (64, {"sparsity": 0.7, "block_steps": 96}),
     "ours, 50% without S2": (None, HALF),
     "ours, 50%, N = 0.1%": (0.001, HALF),
     "ours, 50%, every matrix alike": (64, {**HALF, "scope": "matrix"}),
@@ -314,7 +313,7 @@ def main() -> None:
     arguments.add_argument("--retune_steps", type=int, default=60)
     arguments.add_argument("--rate", type=float, help="highest learning rate; default: the job's")
     arguments.add_argument(
-        "--num_calibration", type=int, default=256, help="training rows that a pruning looks at"
+        "--num_calibration", type=int, help="training rows that a pruning looks at; default: the job's"
     )
     arguments.add_argument("--num_eval", type=int, default=400)
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -330,6 +329,7 @@ def main() -> None:
         args.steps, args.retune_steps, args.num_eval, args.num_calibration = 1, 1, 16, 16
         args.rows, args.output = ["dense LoRA", "ours, 50%"], args.output + "-quick"
     args.rate = args.rate or RATE[args.job]
+    args.num_calibration = args.num_calibration or CALIBRATION[args.job]
     if args.files is None:
         args.files = [cache / "movie-sentiment" / f"{part}.csv" for part in ("train", "validation")]
     if not Path(args.model).is_dir():
