@@ -174,7 +174,7 @@ def _error(block: nn.Module, index: int, call: Call, module: nn.Module, partitio
     assert call.tuned is not None
     squares = (found.float() - call.tuned.to(found.device).float()).square()
     if (mask := token_mask(call.batch)) is not None and mask.shape == squares.shape[:2]:
-        squares = squares * mask.to(squares)[..., None]
+        squares = squares[mask.to(squares.device)]
     return squares.sum() * float(call.counts)
 
 
