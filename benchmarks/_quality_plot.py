@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 from _quality_jobs import METRIC, METRIC_WORDS
 
+FAR = 1.2
+"""A loss beyond so many times the worst exported one is written at the edge."""
 PHASES = {"tuned": "o", "pruned": "v", "retuned": "^", "exported": "s"}
 COLOURS = {"tuned": "#9aa0a6", "pruned": "#d1495b", "retuned": "#edae49", "exported": "#00798c"}
 
@@ -37,10 +40,22 @@ def save_plot(output: Path, path: Path) -> None:
     for axes, (job, cells) in zip(panels, jobs.items(), strict=True):
         better = max if METRIC[job] == "accuracy" else min
         rows = sorted(cells, key=lambda row: better(1, -1) * _mean(cells[row], "exported", METRIC[job]))
+        worst = _mean(cells[rows[-1]], "exported", METRIC[job])
+        edge = math.inf if better is max else FAR * worst
         for place, row in enumerate(rows):
             for phase, marker in PHASES.items():
                 if all(phase in one for one in cells[row]):
                     value = _mean(cells[row], phase, METRIC[job])
+                    if value > edge:  # would press all others into one line
+                        axes.text(
+                            edge,
+                            place,
+                            f"{value:.2f} \N{RIGHTWARDS ARROW}",
+                            color=COLOURS[phase],
+                            ha="right",
+                            va="center",
+                        )
+                        continue
                     axes.plot(value, place, marker, color=COLOURS[phase], label=phase if place == 0 else None)
         axes.set_yticks(range(len(rows)), rows, fontsize=8)
         axes.set_xlabel(f"{job}: {METRIC_WORDS[job]}")
