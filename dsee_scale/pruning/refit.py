@@ -69,7 +69,7 @@ def refit(
 
     Peak extra memory per rank: the inputs of one block for this rank's batches; Gram matrices of up to
     `config.gram_memory_mib`, or of one matrix; the matrices of one block that the rank owns in float32, and the
-    solver's workspace for one of them.
+    solver's workspace for one of them; with `block_steps`, what its description says.
 
     Args:
         model: what `prune` was given.
@@ -103,8 +103,6 @@ def refit(
         for index, (name, block) in enumerate(tqdm(blocks, desc="refit", unit="block", disable=hidden)):
             here = [job for job in jobs if job.member.name.startswith(name + ".")]
             try:
-                if config.block_steps:
-                    tuned_outputs(block, index, calls, module, partition)
                 with _exact():
                     solved, owners, few = _solve_block(model, block, index, here, calls, config, partition)
                 workspace = reserve(here, owners, config, partition)
@@ -180,6 +178,8 @@ def _solve_block(
 ) -> tuple[dict[str, tuple[Tensor, Support | None]], dict[str, int], list[str]]:
     """Collective. Collect and solve one block's matrices: what this rank solved, all owners, those left unsolved."""
     module = unwrap(model)
+    if config.block_steps:  # before anything of the block is written
+        tuned_outputs(block, index, calls, module, partition)
     owners = dict(
         zip(
             (job.member.name for job in jobs),
