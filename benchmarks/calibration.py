@@ -71,7 +71,7 @@ def measure_statistics(report: Report, case: str, model: nn.Module, tokens: int,
     from dsee_scale.passes.blocks import capture, find_blocks, run_block
     from dsee_scale.passes.calibrate import watching
     from dsee_scale.passes.pools import block_linears
-    from dsee_scale.pruning.refit_block import add_gram_
+    from dsee_scale.pruning.refit.block import add_gram_
 
     ids = torch.randint(0, 1000, (1, tokens), generator=torch.Generator().manual_seed(0))
     batch, partition = {"input_ids": ids}, open_partition(model)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from _report import Report, parser
 
 from dsee_scale.passes.deal import deal, rounds
-from dsee_scale.pruning.refit_matrix import solver_cost
+from dsee_scale.pruning.refit.matrix import solver_cost
 
 Sizes = list[tuple[int, int]]
 MODELS: dict[str, list[Sizes]] = {

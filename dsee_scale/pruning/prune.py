@@ -24,7 +24,7 @@ from dsee_scale.passes.fingerprint import fingerprint
 from dsee_scale.pruning.checks import check_in_order, check_pruning, note_contents, note_pattern
 from dsee_scale.pruning.lowest import remove_in_rows, remove_lowest, remove_n_of_m
 from dsee_scale.pruning.rankings import find_rankings, reject_not_finite
-from dsee_scale.pruning.refit import check_refit, refit
+from dsee_scale.pruning.refit.sweep import check_refit, refit
 from dsee_scale.pruning.unit_scores import expert_scores
 from dsee_scale.pruning.units import remove_units
 

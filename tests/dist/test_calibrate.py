@@ -14,7 +14,7 @@ from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.errors import CalibrationError, PartitionError
 from dsee_scale.partition import unwrap
 from dsee_scale.partition.zero3 import Zero3Partition
-from dsee_scale.pruning import refit, refit_block, refit_matrix
+from dsee_scale.pruning.refit import block, matrix, sweep
 from tests.dist.test_inject_prune import engine_for, train, whole_weights
 from tests.models import zero3_config
 from tests.unit.test_calibrate import batches, make
@@ -144,7 +144,7 @@ def out_of_memory() -> tuple[str, bool]:
 
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            patch.setattr(refit_matrix, "sparsegpt", solve)
+            patch.setattr(matrix, "sparsegpt", solve)
         with pytest.raises(PartitionError) as caught:
             dsee_scale.prune(engine, PruneConfig(), here(2))
     after = whole_weights(engine)
@@ -175,24 +175,22 @@ def short_of(what: str) -> tuple[str, bool]:
 
     places = {
         "way back": (Zero3Partition, "exchange_bytes", endless),
-        "weights": (refit_block, "_effective", none),
-        "sums": (refit_block, "add_gram_", none),
+        "weights": (block, "_effective", none),
+        "sums": (block, "add_gram_", none),
         "copies": (torch.Tensor, "clone", none),
     }
     with pytest.MonkeyPatch.context() as patch:
         # q, k and v to different owners, so that their input's sum has to be copied
-        patch.setattr(refit, "deal", lambda costs, ranks: [index % ranks for index in range(len(costs))])
+        patch.setattr(sweep, "deal", lambda costs, ranks: [index % ranks for index in range(len(costs))])
         if dist.get_rank() == 1:
-            original = refit_block._reduced
+            original = block._reduced
 
             def reduced(*args: Any) -> Any:
                 with pytest.MonkeyPatch.context() as inner:
                     inner.setattr(*places["copies"])
                     return original(*args)
 
-            patch.setattr(refit_block, "_reduced", reduced) if what == "copies" else patch.setattr(
-                *places[what]
-            )
+            patch.setattr(block, "_reduced", reduced) if what == "copies" else patch.setattr(*places[what])
         with pytest.raises(PartitionError) as caught:
             dsee_scale.prune(engine, PruneConfig(), here(2))
     after = whole_weights(engine)

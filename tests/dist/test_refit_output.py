@@ -13,7 +13,7 @@ from dsee_scale import PruneConfig
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.errors import PartitionError
 from dsee_scale.partition import unwrap
-from dsee_scale.pruning import refit_output
+from dsee_scale.pruning.refit import output
 from tests.dist.test_calibrate import ENGINES, live
 from tests.dist.test_inject_prune import train, whole_weights
 from tests.models import zero3_config
@@ -62,7 +62,7 @@ def short_of_memory() -> tuple[str, bool]:
 
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            patch.setattr(refit_output._Layer, "rms", none)
+            patch.setattr(output._Layer, "rms", none)
         with pytest.raises(PartitionError) as caught:
             dsee_scale.prune(engine, CONFIG, batches(2))
     after = whole_weights(engine)

@@ -15,7 +15,7 @@ from dsee_scale.adapters.targets import linear_kind
 from dsee_scale.adapters.units import find_units
 from dsee_scale.errors import CalibrationError, ConfigError, FormatError, PartitionError, TargetError
 from dsee_scale.passes.pools import block_linears
-from dsee_scale.pruning import refit, refit_matrix
+from dsee_scale.pruning.refit import matrix, sweep
 from tests.models import build, gpt2_config, llama_config, token_batch
 from tests.unit.test_prune import dense_delta
 
@@ -305,7 +305,7 @@ def test_activations_that_are_not_finite_are_named(refit):
 
 
 def test_a_refit_that_stops_half_way_says_where_and_the_model_refuses_to_go_on(monkeypatch):
-    model, solve, calls = make("llama"), refit_matrix.sparsegpt, []
+    model, solve, calls = make("llama"), matrix.sparsegpt, []
 
     def failing(*args):
         calls.append(args)
@@ -313,7 +313,7 @@ def test_a_refit_that_stops_half_way_says_where_and_the_model_refuses_to_go_on(m
             raise MemoryError("no memory is left")
         return solve(*args)
 
-    monkeypatch.setattr(refit_matrix, "sparsegpt", failing)
+    monkeypatch.setattr(matrix, "sparsegpt", failing)
     with pytest.raises(
         PartitionError, match=r"layers\.0 to model\.layers\.0 are pruned.*no memory is left.*Load"
     ) as caught:
@@ -424,7 +424,7 @@ def test_a_refit_that_fails_while_it_writes_marks_the_model(monkeypatch, place):
     def failing(*_):
         raise MemoryError("no memory is left")
 
-    monkeypatch.setattr(refit, place, failing)
+    monkeypatch.setattr(sweep, place, failing)
     with pytest.raises(PartitionError, match="stopped half way"):
         dsee_scale.prune(model, PruneConfig(), batches())
     with pytest.raises(PartitionError, match="stopped half way"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dsee_scale.passes.deal import deal, rounds
-from dsee_scale.pruning.refit_matrix import solver_cost
+from dsee_scale.pruning.refit.matrix import solver_cost
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -26,7 +26,7 @@ from dsee_scale.passes.blocks import Call, run_block
 from dsee_scale.passes.calibrate import LEAST_TOKENS, watching
 from dsee_scale.passes.decompose_model import explain_shortage
 from dsee_scale.passes.routed import RoutedInputs
-from dsee_scale.pruning.refit_matrix import Job
+from dsee_scale.pruning.refit.matrix import Job
 from dsee_scale.pruning.zero_lines import Lines, zero_lines
 
 

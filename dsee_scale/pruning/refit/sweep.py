@@ -37,7 +37,7 @@ from dsee_scale.passes.calibrate import InputSquares, Statistics, agreed_leaders
 from dsee_scale.passes.deal import deal
 from dsee_scale.passes.pools import WeightPool
 from dsee_scale.pruning.checks import note_pattern
-from dsee_scale.pruning.refit_block import (
+from dsee_scale.pruning.refit.block import (
     adapter_params,
     collect_grams,
     grouped,
@@ -46,8 +46,8 @@ from dsee_scale.pruning.refit_block import (
     reserve,
     write_back,
 )
-from dsee_scale.pruning.refit_matrix import Job, settle, solve
-from dsee_scale.pruning.refit_output import meet_outputs_, tuned_outputs
+from dsee_scale.pruning.refit.matrix import Job, settle, solve
+from dsee_scale.pruning.refit.output import meet_outputs_, tuned_outputs
 from dsee_scale.pruning.sensitivity_shares import Shares, find_shares
 from dsee_scale.pruning.zero_lines import check_reachable
 
