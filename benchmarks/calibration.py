@@ -1,11 +1,13 @@
 """What statistics and re-fitting cost, on a few blocks of a Llama of a billion parameters.
 
     python benchmarks/calibration.py [--json] [--quick] [--blocks 2]
+    python benchmarks/calibration.py --only re-fit --blocks 16 --tokens 1024 --sequences 32 --rounds 1
 
 - diagonal: `calibrate` on one batch of 2,048 tokens, against the forward pass alone (peer);
 - Gram: one block's Gram matrices with the block's own pass, against that pass and the products X^T X alone (peer);
 - solver: what the owner of a matrix does, against its matrix products and factorisation alone (peer);
-- re-fit on 2 ranks against one (peer): `prune` of half of every matrix under ZeRO-3, the same batches in all.
+- re-fit on 2 ranks against one (peer): `prune` of half of every matrix under ZeRO-3, the same --sequences of half of
+  --tokens each in all; the second line above is a whole model of a billion parameters and takes half an hour.
 
 What is compared runs in turn, medians of the rounds, and by processor time besides, which a busy machine changes less.
 """
@@ -27,6 +29,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--blocks", type=int, default=2)
     arguments.add_argument("--tokens", type=int, default=2048)
+    arguments.add_argument("--sequences", type=int, default=4, help="of the re-fit on 2 ranks against one")
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--only", choices=("statistics", "solver", "re-fit"))
@@ -42,7 +45,9 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         measure_solver(report, SHAPES[shape][1], SHAPES[shape][2], rounds)
     if args.only in (None, "re-fit"):
-        one, two = (run_on(ranks, refit_only, shape, args.blocks, tokens, rounds) for ranks in (1, 2))
+        rows = args.sequences, tokens // 2
+        case = f"{args.blocks} blocks of {shape}, {rows[0]} x {rows[1]} tokens"
+        one, two = (run_on(ranks, refit_only, shape, args.blocks, rows, rounds) for ranks in (1, 2))
         medians = [tuple(max(r[key] for r in ranks) for key in ("wall", "cpu")) for ranks in (two, one)]
         add(report, case, "re-fit, 2 ranks against 1", medians)
 
@@ -149,7 +154,7 @@ def add(report: Report, case: str, metric: str, medians: list[tuple[float, float
     report.add(case, f"{metric}, processor", "s", ours[1], peer[1])
 
 
-def refit_only(shape: str, blocks: int, tokens: int, rounds: int) -> dict[str, Any]:
+def refit_only(shape: str, blocks: int, rows: tuple[int, int], rounds: int) -> dict[str, Any]:
     """Collective. Seconds of re-fits, each of the model that the one before it left."""
     import dsee_scale
     from dsee_scale.partition import open_partition
@@ -157,7 +162,10 @@ def refit_only(shape: str, blocks: int, tokens: int, rounds: int) -> dict[str, A
     model = runnable(build(shape, blocks).requires_grad_(False))
     port = open_partition(model)
     generator = torch.Generator().manual_seed(0)
-    batches = [{"input_ids": torch.randint(0, 1000, (1, tokens // 2), generator=generator)} for _ in range(4)]
+    sequences, length = rows
+    batches = [
+        {"input_ids": torch.randint(0, 1000, (1, length), generator=generator)} for _ in range(sequences)
+    ]
     mine = batches[port.rank :: port.world_size]
     times = []
     for number in range(rounds):

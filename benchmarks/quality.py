@@ -4,11 +4,12 @@
     python benchmarks/quality.py --job sentiment [--seeds 1 2 3] [--rows "dense LoRA" "ours, 50%"]
     python benchmarks/quality.py --job e2e --files devset.csv
     python benchmarks/quality.py --job text --files train.txt test.txt
-    python benchmarks/quality.py --plot docs/quality.png      # of the cells that are there; nothing is measured
+    python benchmarks/quality.py --cells benchmarks/quality_cells --plot docs/quality.png    # measures nothing
 
 Every row of a seed starts from the same weights and batches and gets as many steps in all as dense LoRA (PEFT), at
 most 1% of the parameters trained: rank 4 on all linear layers and the norms. The tuned start of a seed is shared.
-Each finished cell is kept in --output, so the script may be stopped and goes on; it prints the table of what is there.
+Each finished cell is kept in --cells, so the script may be stopped and goes on; those that the docs' tables are of are
+in benchmarks/quality_cells. With --plot it draws what is there and prints its tables.
 Exported models are judged in stock transformers, zeros are counted in their files. One process, any device.
 Rows of llm-compressor's are there where it is installed (pip install llmcompressor).
 """
@@ -43,7 +44,7 @@ from dsee_scale.training.timeline import RETUNE_FACTOR
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _quality_jobs import CALIBRATION, METRIC, METRIC_WORDS, RATE, Job, load_job
-from _quality_plot import PHASES, save_plot
+from _quality_report import print_table, print_tables, save_plot
 from _report import Report, parser
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -82,6 +83,11 @@ class Lab:
         self.job: Job = load_job(args.job, self.tokenizer, args.files, self.output, args.num_eval)
         self.collate = collator(self.tokenizer)
         self.device = torch.device(args.device)
+
+    def settings(self) -> dict[str, Any]:
+        """What a cell's numbers depend on beside its row and seed."""
+        names = ("steps", "retune_steps", "rate", "num_calibration", "num_eval")
+        return {name: getattr(self.args, name) for name in names} | {"torch": torch.__version__.split("+")[0]}
 
     def base(self) -> nn.Module:
         """The untuned model."""
@@ -267,37 +273,23 @@ def judged(lab: Lab, folder: Path) -> dict[str, Any]:
 
 def cell(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     """A finished cell, measured now if it is not there yet."""
-    path = lab.output / "cells" / f"{row}, seed {seed}.json"
+    path, settings = Path(lab.args.cells) / lab.args.job / f"{row}, seed {seed}.json", lab.settings()
     if path.is_file():
-        return json.loads(path.read_text())
+        known = json.loads(path.read_text())
+        if known["settings"] != settings:
+            sys.exit(
+                f"quality: {path} was measured with {known['settings']}, not {settings}: choose other --cells"
+            )
+        return known
     measure: Callable[[Lab, str, int], dict[str, Any]]
     measure = dense_lora if row == "dense LoRA" else ours if row in OURS else pruned_then_lora
     started = time.perf_counter()
-    found = measure(lab, row, seed) | {"seconds": time.perf_counter() - started}
-    path.parent.mkdir(exist_ok=True)
+    found = measure(lab, row, seed) | {"seconds": time.perf_counter() - started, "settings": settings}
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(found, indent=1))
     partial.rename(path)
     return found
-
-
-def print_table(args: argparse.Namespace, cells: dict[str, list[dict[str, Any]]]) -> None:
-    """One Markdown row for each row of the benchmark, means over seeds with their spread."""
-    metric, words = METRIC[args.job], METRIC_WORDS[args.job]
-    print(f"| {args.job}: {words} | tuned | pruned | retuned | exported | zeros | trained | seconds |")
-    print("| --- |" + " ---: |" * 7)
-    for row, found in cells.items():
-        values = [_mean([one[phase][metric] for one in found if phase in one]) for phase in PHASES]
-        rest = f"{100 * found[0]['zeros']:.2f}% | {100 * found[0]['trained_share']:.2f}%"
-        seconds = statistics.mean(one["seconds"] for one in found)
-        print(f"| {row} | {' | '.join(values)} | {rest} | {seconds:.0f} |")
-
-
-def _mean(values: list[float]) -> str:
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
 
 
 def main() -> None:
@@ -317,17 +309,23 @@ def main() -> None:
     )
     arguments.add_argument("--num_eval", type=int, default=400)
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments.add_argument("--output", default="runs/quality")
+    arguments.add_argument("--output", default="runs/quality", help="for models on the way")
     arguments.add_argument(
-        "--plot", type=Path, metavar="FILE.png", help="draw all jobs' finished cells; no more"
+        "--cells", type=Path, help="for the finished cells' numbers; default: OUTPUT/cells"
+    )
+    arguments.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="draw and print all jobs' finished cells; no more"
     )
     args = arguments.parse_args()
     if args.plot:
-        save_plot(Path(args.output), args.plot)
+        cells = args.cells or Path(args.output) / "cells"
+        print_tables(cells)
+        save_plot(cells, args.plot)
         return
     if args.quick:
         args.steps, args.retune_steps, args.num_eval, args.num_calibration = 1, 1, 16, 16
         args.rows, args.output = ["dense LoRA", "ours, 50%"], args.output + "-quick"
+    args.cells = args.cells or Path(args.output) / "cells"
     args.rate = args.rate or RATE[args.job]
     args.num_calibration = args.num_calibration or CALIBRATION[args.job]
     if args.files is None:
@@ -343,7 +341,7 @@ def main() -> None:
         value = statistics.mean(one["exported"][metric] for one in found)
         report.add(f"{args.job}: {row}", words, "", value, statistics.mean(peer) if peer else None)
     if not args.json:
-        print_table(args, cells)
+        print_table(args.job, cells)
 
 
 if __name__ == "__main__":
