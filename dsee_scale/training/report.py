@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,9 +87,15 @@ def losses(metrics: dict[str, Any]) -> list[str]:
         if before is not None and sign * value < sign * before
     ]
     if pruned is not None and retuned is not None and sign * retuned < sign * pruned:
+        loss = dict(_quality(metrics, "loss"))
+        lost, after = (loss.get(PHASE_WORDS[name], math.nan) for name in ("pruned", "retuned"))
+        advice = (
+            f"but the loss fell from {_value(lost)} to {_value(after)}, so a few examples may make the difference."
+            if after < lost
+            else "a lower retune.learning_rate or fewer steps may be enough."
+        )
         found.append(
-            f"Retuning made it worse: {words} {_value(pruned)} before it, {_value(retuned)} after; "
-            "a lower retune.learning_rate or fewer steps may be enough."
+            f"Retuning made it worse: {words} {_value(pruned)} before it, {_value(retuned)} after; {advice}"
         )
     return found
 

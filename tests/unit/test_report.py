@@ -167,7 +167,18 @@ def test_retuning_that_takes_more_than_it_gives_is_named(tmp_path):
         del phase["quality"]["accuracy"]
     write_metrics(tmp_path, found, HISTORY)
     assert "Retuning made it worse: loss 0.310 before it, 0.400 after" in summary_table(tmp_path)
+    assert "a lower retune.learning_rate" in summary_table(tmp_path)
     assert "Worse" not in summary_table(tmp_path), "a lower loss is better"
+
+
+def test_a_metric_that_fell_where_the_loss_did_not_says_so(tmp_path):
+    found = journal()
+    found.phases[2]["quality"] = {"accuracy": 0.9, "loss": 0.326}
+    found.phases[3]["quality"] = {"accuracy": 0.892, "loss": 0.242}
+    write_metrics(tmp_path, found, HISTORY)
+    said = "accuracy 0.900 before it, 0.892 after; but the loss fell from 0.326 to 0.242"
+    assert said in summary_table(tmp_path)
+    assert "a lower retune.learning_rate" not in summary_table(tmp_path)
 
 
 def test_the_headline_is_the_tasks_own_metric():
