@@ -31,7 +31,7 @@ from dsee_scale.algorithms.delta import Delta, FlatBlock, delta_block, flat_bloc
 from dsee_scale.config import SCORES, Score
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-TOKENS_AT_ONCE = 128
+TOKENS_AT_ONCE, ENTRIES_AT_ONCE = 128, 2**17
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -102,9 +102,12 @@ def sum_of_squares(x_TI: Tensor) -> Tensor:
     """(I,) float64. On a CPU by stretches whose float32 sums stay in its cache, several times as fast as in float64."""
     if x_TI.device.type != "cpu":
         return x_TI.float().square().sum(0, dtype=torch.float64)
-    total = torch.zeros(x_TI.shape[1], dtype=torch.float64)
-    for part in x_TI.split(TOKENS_AT_ONCE):
-        total += part.float().square().sum(0)
+    inputs = x_TI.shape[1]
+    rows = min(TOKENS_AT_ONCE, max(1, ENTRIES_AT_ONCE // max(1, inputs)))
+    total, buffer = torch.zeros(inputs, dtype=torch.float64), torch.empty(rows, inputs)
+    for part in x_TI.split(rows):
+        wide = buffer[: len(part)].copy_(part)
+        total += wide.mul_(wide).sum(0)
     return total
 
 

@@ -165,8 +165,9 @@ def test_all_finite_sees_every_bad_value(dtype):
         assert not all_finite(spoiled)
 
 
-def test_sum_of_squares_over_many_stretches_is_that_in_float64():
-    x_TI = torch.randn(1001, 7).to(torch.bfloat16)
+@pytest.mark.parametrize("shape", [(1001, 7), (70, 5000), (0, 3)])
+def test_sum_of_squares_over_many_stretches_is_that_in_float64(shape):
+    x_TI = torch.randn(*shape).to(torch.bfloat16)
     found = sum_of_squares(x_TI)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, x_TI.double().square().sum(0), rtol=1e-6, atol=0)
