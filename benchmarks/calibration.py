@@ -1,13 +1,14 @@
 """What statistics and re-fitting cost, on a few blocks of a Llama of a billion parameters.
 
     python benchmarks/calibration.py [--json] [--quick] [--blocks 2]
-    python benchmarks/calibration.py --only re-fit --blocks 16 --tokens 1024 --sequences 32 --rounds 1
+    python benchmarks/calibration.py --only re-fit --blocks 16 --tokens 1024 --sequences 32 --batch 4 --rounds 1
 
 - diagonal: `calibrate` on one batch of 2,048 tokens, against the forward pass alone (peer);
 - Gram: one block's Gram matrices with the block's own pass, against that pass and the products X^T X alone (peer);
 - solver: what the owner of a matrix does, against its matrix products and factorisation alone (peer);
 - re-fit on 2 ranks against one (peer): `prune` of half of every matrix under ZeRO-3, the same --sequences of half of
-  --tokens each in all; the second line above is a whole model of a billion parameters and takes half an hour.
+  --tokens each in all, --batch at once, since each batch fetches all weights; and what it takes at its peak beyond the
+  shard. The second line above is a whole model of a billion parameters and takes half an hour.
 
 What is compared runs in turn, medians of the rounds, and by processor time besides, which a busy machine changes less.
 """
@@ -19,7 +20,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
+from _ranks import PeakMemory
 from _report import Report, parser
 from scale import SHAPES, build, run_on, runnable
 from torch import Tensor, nn
@@ -30,6 +33,7 @@ def main() -> None:
     arguments.add_argument("--blocks", type=int, default=2)
     arguments.add_argument("--tokens", type=int, default=2048)
     arguments.add_argument("--sequences", type=int, default=4, help="of the re-fit on 2 ranks against one")
+    arguments.add_argument("--batch", type=int, default=1, help="sequences of a batch there")
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--only", choices=("statistics", "solver", "re-fit"))
@@ -47,9 +51,11 @@ def main() -> None:
     if args.only in (None, "re-fit"):
         rows = args.sequences, tokens // 2
         case = f"{args.blocks} blocks of {shape}, {rows[0]} x {rows[1]} tokens"
-        one, two = (run_on(ranks, refit_only, shape, args.blocks, rows, rounds) for ranks in (1, 2))
-        medians = [tuple(max(r[key] for r in ranks) for key in ("wall", "cpu")) for ranks in (two, one)]
+        runs = [run_on(ranks, refit_only, shape, args.blocks, rows, args.batch, rounds) for ranks in (2, 1)]
+        medians = [tuple(max(r[key] for r in ranks) for key in ("wall", "cpu")) for ranks in runs]
         add(report, case, "re-fit, 2 ranks against 1", medians)
+        two, one = (max(r["peak"] for r in ranks) / 2**20 for ranks in runs)
+        report.add(case, "re-fit, peak beyond before, 2 ranks against 1", "MiB", two, one)
 
 
 def model_of(shape: str, blocks: int) -> nn.Module:
@@ -154,8 +160,8 @@ def add(report: Report, case: str, metric: str, medians: list[tuple[float, float
     report.add(case, f"{metric}, processor", "s", ours[1], peer[1])
 
 
-def refit_only(shape: str, blocks: int, rows: tuple[int, int], rounds: int) -> dict[str, Any]:
-    """Collective. Seconds of re-fits, each of the model that the one before it left."""
+def refit_only(shape: str, blocks: int, rows: tuple[int, int], batch: int, rounds: int) -> dict[str, Any]:
+    """Collective. Seconds of re-fits, each of the model that the one before it left; bytes beyond what was there."""
     import dsee_scale
     from dsee_scale.partition import open_partition
 
@@ -164,18 +170,20 @@ def refit_only(shape: str, blocks: int, rows: tuple[int, int], rounds: int) -> d
     generator = torch.Generator().manual_seed(0)
     sequences, length = rows
     batches = [
-        {"input_ids": torch.randint(0, 1000, (1, length), generator=generator)} for _ in range(sequences)
+        {"input_ids": torch.randint(0, 1000, (batch, length), generator=generator)}
+        for _ in range(sequences // batch)
     ]
     mine = batches[port.rank :: port.world_size]
-    times = []
-    for number in range(rounds):
-        config = dsee_scale.PruneConfig(sparsity=0.5 + 0.01 * number)
-        port.sum_over_ranks(torch.ones(1)).item()  # waits for every rank
-        started = time.perf_counter(), time.process_time()
-        dsee_scale.prune(model, config, mine, progress=False)
-        times.append((time.perf_counter() - started[0], time.process_time() - started[1]))
+    times, before = [], psutil.Process().memory_info().rss
+    with PeakMemory() as memory:
+        for number in range(rounds):
+            config = dsee_scale.PruneConfig(sparsity=0.5 + 0.01 * number)
+            port.sum_over_ranks(torch.ones(1)).item()  # waits for every rank
+            started = time.perf_counter(), time.process_time()
+            dsee_scale.prune(model, config, mine, progress=False)
+            times.append((time.perf_counter() - started[0], time.process_time() - started[1]))
     wall, cpu = (statistics.median(column) for column in zip(*times, strict=True))
-    return {"wall": wall, "cpu": cpu}
+    return {"wall": wall, "cpu": cpu, "peak": memory.peak - before}
 
 
 if __name__ == "__main__":

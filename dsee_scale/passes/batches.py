@@ -6,6 +6,8 @@ What would leave other ranks waiting is told before it runs, or said on every ra
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -211,6 +213,7 @@ def in_step(module: nn.Module, batches: Batches, partition: Partition) -> Iterat
             return
         last = last if batch is None else batch
         yield last, batch is not None
+        release_heap(module, partition)
 
 
 def run_model(model: nn.Module, batch: Any, partition: Partition, *, short_logits: bool = True) -> None:
@@ -252,6 +255,25 @@ def run_model(model: nn.Module, batch: Any, partition: Partition, *, short_logit
 def compute_device(module: nn.Module, partition: Partition) -> torch.device:
     """Where the model computes."""
     return partition.compute_device(next(module.parameters()))
+
+
+def release_heap(module: nn.Module, partition: Partition) -> None:
+    """Hand memory that was freed back to the system, where the CPU computes and the C library is glibc's.
+
+    It keeps what lies between pieces that are still held, and over a hundred batches that becomes several times what
+    is in use: 8.6 GB in a re-fit of a Llama of a billion parameters that holds 1.5.
+    """
+    trim = _malloc_trim()
+    if trim is not None and compute_device(module, partition).type == "cpu":
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+    except (AttributeError, OSError, TypeError):  # no glibc
+        return None
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -31,6 +31,7 @@ from dsee_scale.passes.batches import (
     evaluating,
     reject_encoder_decoder,
     reject_uncounted,
+    release_heap,
 )
 from dsee_scale.passes.blocks import Call, advance, capture, find_blocks
 from dsee_scale.passes.calibrate import InputSquares, Statistics, agreed_leaders, watching
@@ -111,6 +112,7 @@ def refit(
                 write_back(model, here, owners, solved, workspace, config, partition)
                 if index + 1 < len(blocks):
                     advance(block, index, calls, module, partition)
+                release_heap(module, partition)
             except BaseException as error:
                 raise _stopped(module, error, done) from error
     note_pattern(module, pools, config)
