@@ -260,8 +260,8 @@ def compute_device(module: nn.Module, partition: Partition) -> torch.device:
 def release_heap(module: nn.Module, partition: Partition) -> None:
     """Hand memory that was freed back to the system, where the CPU computes and the C library is glibc's.
 
-    It keeps what lies between pieces that are still held, and over a hundred batches that becomes several times what
-    is in use: 8.6 GB in a re-fit of a Llama of a billion parameters that holds 1.5.
+    It keeps what lies between pieces that are still held, and over many batches, each of another shape, that becomes
+    several times what is in use.
     """
     trim = _malloc_trim()
     if trim is not None and compute_device(module, partition).type == "cpu":

@@ -157,7 +157,7 @@ print(psutil.Process().memory_info().rss - before)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the activations would be the GPU's")
 @pytest.mark.skipif(_malloc_trim() is None, reason="another C library")
 def test_freed_memory_of_many_shapes_goes_back_to_the_system():
-    """Each shape would leave holes in the C library's heap: 160 MB here, gigabytes with a real model."""
+    """Each shape would leave holes in the C library's heap."""
 
     def growth(change: str) -> int:
         script = GROWTH.replace("TRIM", change)
