@@ -16,7 +16,8 @@ from dsee_scale.partition import open_partition
 from dsee_scale.passes.blocks import find_blocks
 from dsee_scale.passes.pools import block_linears
 from dsee_scale.passes.sensitivity import Sensitivity, has_loss, output_gradients
-from dsee_scale.pruning import refit, sensitivity_shares
+from dsee_scale.pruning import sensitivity_shares
+from dsee_scale.pruning.refit import sweep
 from tests.unit.test_calibrate import batches, make
 
 
@@ -123,7 +124,7 @@ def test_tokens_count_in_a_re_fit_as_the_loss_depends_on_them(config, monkeypatc
     grams = {}
     real = refit.solve
     monkeypatch.setattr(
-        refit, "solve", lambda *a: grams.setdefault(a[0].member.name, a[2]) is None or real(*a)
+        sweep, "solve", lambda *a: grams.setdefault(a[0].member.name, a[2]) is None or real(*a)
     )
     dsee_scale.prune(model, config, data)
     wanted = {name: gram for name, gram in expected.items() if config is not HALF_GROUPS or "attn" in name}

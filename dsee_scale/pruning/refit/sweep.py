@@ -94,14 +94,14 @@ def refit(
     blocks = check_refit(model, pools, partition)
     done: list[str] = []
     unsolved: list[str] = []
-    hidden = not show_progress(progress)
     with evaluating(module):
         calls, leaders, statistics = _first_inputs(model, members, blocks, batches, config, partition)
         shares = find_shares(
             model, pools, blocks, batches, leaders, statistics, removed, config, partition, progress=progress
         )
         jobs = _jobs(members, leaders, shares, removed)
-        for index, (name, block) in enumerate(tqdm(blocks, desc="refit", unit="block", disable=hidden)):
+        bar = tqdm(blocks, desc="refit", unit="block", disable=not show_progress(progress))
+        for index, (name, block) in enumerate(bar):
             here = [job for job in jobs if job.member.name.startswith(name + ".")]
             try:
                 with _exact():
@@ -112,7 +112,6 @@ def refit(
                 write_back(model, here, owners, solved, workspace, config, partition)
                 if index + 1 < len(blocks):
                     advance(block, index, calls, module, partition)
-                release_heap(module, partition)
             except BaseException as error:
                 raise _stopped(module, error, done) from error
     note_pattern(module, pools, config)
@@ -216,6 +215,7 @@ def _solve_block(
             for job in jobs
             if owners[job.member.name] == partition.rank
         }
+    release_heap(module, partition)
     return settled, owners, unsolved
 
 
