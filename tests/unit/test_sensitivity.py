@@ -122,7 +122,7 @@ def test_tokens_count_in_a_re_fit_as_the_loss_depends_on_them(config, monkeypatc
         gram = total / sum(int(batch["attention_mask"].sum()) for batch in data)
         expected |= {f"model.layers.0.{name}": gram for name in names}
     grams = {}
-    real = refit.solve
+    real = sweep.solve
     monkeypatch.setattr(
         sweep, "solve", lambda *a: grams.setdefault(a[0].member.name, a[2]) is None or real(*a)
     )
