@@ -132,7 +132,7 @@ def save_plot(path: Path, lines: list[dict[str, Any]]) -> None:
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-    panels[0].legend()
+    panels[1].legend(loc="upper right")
     figure.savefig(path, dpi=130)
 
 
