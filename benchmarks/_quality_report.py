@@ -34,8 +34,8 @@ def print_tables(folder: Path) -> None:
 
 def print_table(job: str, cells: dict[str, list[dict[str, Any]]]) -> None:
     """One Markdown row for each row of the benchmark, means over seeds with their spread."""
-    metrics = [name for name in ("accuracy", "loss", "bleu", "perplexity") if _has(cells, name)]
-    metrics.sort(key=lambda name: name != METRIC[job])
+    metrics = [name for name in {METRIC[job], "loss", "bleu"} if _has(cells, name)]
+    metrics.sort(key=lambda name: (name != METRIC[job], name))
     columns = [f"{phase}, {name}" for name in metrics for phase in PHASES if _has(cells, name, phase)]
     print(f"| {job}, {METRIC_WORDS[job]} first | {' | '.join(columns)} | zeros | trained | seeds | minutes |")
     print("| --- |" + " ---: |" * (len(columns) + 4))
@@ -99,9 +99,10 @@ def save_plot(folder: Path, path: Path) -> None:
                     value = _mean(cells[row], phase, METRIC[job])
                     if value > edge:  # would press all others into one line
                         axes.text(
-                            edge,
+                            1.0,
                             place,
                             f"{value:.2f} \N{RIGHTWARDS ARROW}",
+                            transform=axes.get_yaxis_transform(),
                             color=COLOURS[phase],
                             ha="right",
                             va="center",
