@@ -38,6 +38,10 @@ def main() -> None:
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--only", choices=("statistics", "solver", "re-fit"))
     args = arguments.parse_args()
+    if args.sequences % (2 * args.batch):
+        arguments.error(
+            f"--sequences {args.sequences} are no whole batches of {args.batch} for each of two ranks"
+        )
     shape = "small" if args.quick else "1b"
     tokens, rounds = (128, 2) if args.quick else (args.tokens, args.rounds)
     report = Report("calibration", args.json)

@@ -273,7 +273,7 @@ def judged(lab: Lab, folder: Path) -> dict[str, Any]:
 
 def cell(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     """A finished cell, measured now if it is not there yet."""
-    path, settings = Path(lab.args.cells) / lab.args.job / f"{row}, seed {seed}.json", lab.settings()
+    path, settings = lab.args.cells / lab.args.job / f"{row}, seed {seed}.json", lab.settings()
     if path.is_file():
         known = json.loads(path.read_text())
         if known["settings"] != settings:
@@ -317,15 +317,14 @@ def main() -> None:
         "--plot", type=Path, metavar="FILE.png", help="draw and print all jobs' finished cells; no more"
     )
     args = arguments.parse_args()
-    if args.plot:
-        cells = args.cells or Path(args.output) / "cells"
-        print_tables(cells)
-        save_plot(cells, args.plot)
-        return
     if args.quick:
         args.steps, args.retune_steps, args.num_eval, args.num_calibration = 1, 1, 16, 16
         args.rows, args.output = ["dense LoRA", "ours, 50%"], args.output + "-quick"
     args.cells = args.cells or Path(args.output) / "cells"
+    if args.plot:
+        print_tables(args.cells)
+        save_plot(args.cells, args.plot)
+        return
     args.rate = args.rate or RATE[args.job]
     args.num_calibration = args.num_calibration or CALIBRATION[args.job]
     if args.files is None:
