@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsee_scale.algorithms.factor import Factor, factorise
 from dsee_scale.algorithms.sweep import Count, CountChooser, GroupChooser, Groups, sweep_
 
 DAMPING = 0.1
@@ -35,8 +36,6 @@ NUM_STEPS = 5
 """Conjugate-gradient steps after the sweep."""
 COLUMNS = 512
 """Outputs that take those steps together: few enough that the passes over them cost little beside the products."""
-RETRIES = 6
-"""How often the damping may grow by ten."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,7 @@ def sparsegpt(
     *,
     damping: float = DAMPING,
     num_steps: int = NUM_STEPS,
+    factor: Factor | None = None,
 ) -> Refit:
     """Choose the entries that go and re-fit those that stay, in one sweep.
 
@@ -87,6 +87,7 @@ def sparsegpt(
         removal: how many go.
         damping: added to G's diagonal, as a fraction of its mean.
         num_steps: conjugate-gradient steps after the sweep, see `refit_kept`.
+        factor: of `gram_II`, where it is known already; it brings its own damping.
 
     Returns:
         The new weight and the record.
@@ -95,7 +96,7 @@ def sparsegpt(
         ValueError: the weight or the Gram matrix holds NaN or infinity, or `removal` does not fit the matrix.
     """
     _check(weight_OI, gram_II, removal)
-    factor = _factorise(gram_II, damping)
+    factor = factor or factorise(gram_II, damping)
     w_IO = weight_OI.to(gram_II.device, torch.float32).T.contiguous()
     gone_IO = w_IO == 0
     chooser = GroupChooser(removal) if isinstance(removal, Groups) else CountChooser(removal, gone_IO)
@@ -132,7 +133,7 @@ def refit_kept(
         raise ValueError(
             f"kept entries of shape {tuple(kept_OI.shape)} for a {tuple(weight_OI.shape)} weight"
         )
-    factor = _factorise(gram_II, damping)
+    factor = factorise(gram_II, damping)
     w_IO = weight_OI.to(gram_II.device, torch.float32).T.contiguous()
     gone_IO = (w_IO == 0) | ~kept_OI.to(gram_II.device).T
     return _solve(w_IO, gone_IO, factor, gram_II, None, num_steps)
@@ -180,44 +181,10 @@ def _check(weight_OI: Tensor, gram_II: Tensor, removal: Count | Groups | None) -
             )
 
 
-@dataclass(frozen=True, eq=False)
-class _Factor:
-    upper: Tensor
-    """(I, I) U with (G + added I)^-1 = U^T U, upper triangular."""
-    added: float
-    damping: float
-    num_retries: int
-    num_dead: int
-
-
-def _factorise(gram_II: Tensor, damping: float) -> _Factor:
-    diagonal = gram_II.diagonal()
-    mean = float(diagonal.double().mean())
-    num_dead = int((diagonal == 0).sum())
-    identity = torch.eye(len(gram_II), device=gram_II.device)
-    if mean == 0:  # No token said anything: every entry counts for itself, as by magnitude.
-        return _Factor(identity, 1.0, damping, 0, num_dead)
-    for retry in range(RETRIES + 1):
-        fraction = damping * 10**retry
-        # The lower Cholesky factor of the reversed matrix, reversed back, is an upper R with G = R R^T, so
-        # U = R^-1: one factorisation and no inverse of G.
-        damped = gram_II.flip(0, 1)
-        damped.diagonal().add_(fraction * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            if torch.isfinite(inverse).all():
-                return _Factor(inverse.flip(0, 1), fraction * mean, fraction, retry, num_dead)
-    raise ValueError(
-        f"the Gram matrix is not positive semidefinite: its factorisation fails even with {fraction:g} times "
-        f"its mean diagonal added"
-    )
-
-
 def _solve(
     w_IO: Tensor,
     gone_IO: Tensor,
-    factor: _Factor,
+    factor: Factor,
     gram_II: Tensor,
     chooser: CountChooser | GroupChooser | None,
     num_steps: int,

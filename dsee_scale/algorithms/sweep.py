@@ -129,7 +129,7 @@ class CountChooser:
         """Mark what goes of a block of inputs."""
         share = self._share(block + 1) - self._share(block)
         costs_IO = (w_IO / upper_I[:, None]).square_().masked_fill_(gone_IO, math.inf)
-        gone_IO |= _lowest_of_rows(costs_IO, share) if self._per_row else _lowest(costs_IO, int(share))
+        gone_IO |= _lowest_of_rows(costs_IO, share) if self._per_row else lowest(costs_IO, int(share))
 
     def _share(self, block: int) -> Tensor:
         return (2 * self._extra * self._before[block] + self._total) // (2 * self._total)
@@ -149,7 +149,7 @@ class GroupChooser:
         gone_IO |= lowest_in_groups(groups, self._removal.m - self._removal.n).reshape(gone_IO.shape)
 
 
-def _lowest(costs_IO: Tensor, num_lowest: int) -> Tensor:
+def lowest(costs_IO: Tensor, num_lowest: int) -> Tensor:
     """(I, O) bool: the `num_lowest` smallest of all costs, of equal ones the first by (output, input)."""
     if num_lowest == 0:
         return torch.zeros_like(costs_IO, dtype=torch.bool)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.errors import CalibrationError, PartitionError
 from dsee_scale.partition import unwrap
 from dsee_scale.partition.zero3 import Zero3Partition
-from dsee_scale.pruning.refit import block, matrix, sweep
+from dsee_scale.pruning.refit import block, matrix, panels, pieces
 from tests.dist.test_inject_prune import engine_for, train, whole_weights
 from tests.models import zero3_config
 from tests.unit.test_calibrate import batches, make
@@ -113,6 +115,35 @@ def test_refitted_weights_are_those_of_the_dense_path_and_training_goes_on(pools
             assert found["trained"][f"{name}.dsee_flat"][-len(values) :].any()
 
 
+@contextlib.contextmanager
+def small_pieces() -> Iterator[pytest.MonkeyPatch]:
+    """Matrices of tests are cut, and their Gram matrices factorised by all ranks, as large ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "LEAST_ROWS", 4)
+        patch.setattr(pieces, "PIECE_WORK", 12 * 32**2)
+        patch.setattr(panels, "WIDE", 16)
+        patch.setattr(panels, "PANEL", 12)
+        yield patch
+
+
+def refitted_in_pieces(config: PruneConfig) -> dict[str, torch.Tensor]:
+    """Every rank is given the same batches: sums over two of them, per token, are then the same bit for bit."""
+    engine = live("everything", zero3_config())
+    with small_pieces():
+        dsee_scale.prune(engine, config, batches(2))
+    return whole_weights(engine)
+
+
+@pytest.mark.parametrize(
+    "config", [PruneConfig(sparsity=0.4, scope="matrix"), PruneConfig(pattern="2:4", modules=("*attn*",))]
+)
+def test_matrices_in_pieces_are_solved_alike_on_any_number_of_ranks(pools, config):
+    expected, *_ = pools(1).run(refitted_in_pieces, config)
+    for found in pools(2).run(refitted_in_pieces, config):
+        for name, weight in expected.items():
+            assert torch.equal(found[name], weight), name
+
+
 def refused(padding_only: bool) -> tuple[str, bool]:
     engine = live("llama", zero3_config())
     before = whole_weights(engine)
@@ -139,7 +170,7 @@ def out_of_memory() -> tuple[str, bool]:
     engine = live("llama", zero3_config())
     before = whole_weights(engine)
 
-    def solve(*_: Any) -> None:
+    def solve(*_: Any, **__: Any) -> None:
         raise MemoryError("no room for a factorisation")
 
     with pytest.MonkeyPatch.context() as patch:
@@ -177,27 +208,23 @@ def short_of(what: str) -> tuple[str, bool]:
         "way back": (Zero3Partition, "exchange_bytes", endless),
         "weights": (block, "_effective", none),
         "sums": (block, "add_gram_", none),
-        "copies": (torch.Tensor, "clone", none),
+        "numbers": (pieces, "_numbers", none),
+        "pieces": (pieces, "_solve_all", none),
     }
-    with pytest.MonkeyPatch.context() as patch:
-        # q, k and v to different owners, so that their input's sum has to be copied
-        patch.setattr(sweep, "deal", lambda costs, ranks: [index % ranks for index in range(len(costs))])
+    with small_pieces() as patch:
+        # q, k and v to different owners
+        patch.setattr(
+            pieces, "deal_pieces", lambda sizes, ranks: [(i + 1) % ranks for i in range(len(sizes))]
+        )
         if dist.get_rank() == 1:
-            original = block._reduced
-
-            def reduced(*args: Any) -> Any:
-                with pytest.MonkeyPatch.context() as inner:
-                    inner.setattr(*places["copies"])
-                    return original(*args)
-
-            patch.setattr(block, "_reduced", reduced) if what == "copies" else patch.setattr(*places[what])
+            patch.setattr(*places[what])
         with pytest.raises(PartitionError) as caught:
             dsee_scale.prune(engine, PruneConfig(), here(2))
     after = whole_weights(engine)
     return str(caught.value), all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("what", ["sums", "copies", "weights", "way back"])
+@pytest.mark.parametrize("what", ["sums", "weights", "numbers", "pieces", "way back"])
 def test_a_rank_short_of_memory_anywhere_in_a_block_leaves_no_other_waiting(pools, what):
     found = pools(2).run(short_of, what)
     assert found[0] == found[1] and found[0][1]

@@ -307,11 +307,11 @@ def test_activations_that_are_not_finite_are_named(refit):
 def test_a_refit_that_stops_half_way_says_where_and_the_model_refuses_to_go_on(monkeypatch):
     model, solve, calls = make("llama"), matrix.sparsegpt, []
 
-    def failing(*args):
+    def failing(*args, **more):
         calls.append(args)
         if len(calls) == 9:  # in the second of two blocks
             raise MemoryError("no memory is left")
-        return solve(*args)
+        return solve(*args, **more)
 
     monkeypatch.setattr(matrix, "sparsegpt", failing)
     with pytest.raises(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dsee_scale.passes.deal import deal, rounds
-from dsee_scale.pruning.refit.matrix import solver_cost
+from dsee_scale.pruning.refit.pieces import cut, deal_pieces
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -28,7 +28,7 @@ def simulation() -> Any:
 
 @pytest.mark.parametrize("ranks", [1, 8, 64])
 def test_the_last_of_64_ranks_ends_within_a_tenth_of_the_mean(simulation, ranks):
-    entries = [o * i for block in simulation.MODELS["Llama-70B"] for o, i in block]
+    entries = [o * i for block in simulation.MODELS["Llama-70B"] for sizes in block for o, i in sizes]
     mean = sum(entries) / ranks
     owners = deal(entries, ranks)
     assert max(simulation.loads(entries, owners, ranks)) <= 1.02 * mean
@@ -38,10 +38,22 @@ def test_the_last_of_64_ranks_ends_within_a_tenth_of_the_mean(simulation, ranks)
 def test_two_ranks_solve_a_block_in_hardly_more_than_half_the_time():
     """By measured seconds; dealt by multiplications alone, one of them takes 0.58."""
     seconds = {(2048, 2048): 1.68, (5632, 2048): 4.48, (2048, 5632): 11.4}
-    block = [(2048, 2048)] * 4 + [(5632, 2048)] * 2 + [(2048, 5632)]
-    owners = deal([solver_cost(*sizes) for sizes in block], 2)
-    spent = [sum(seconds[s] for s, o in zip(block, owners, strict=True) if o == rank) for rank in (0, 1)]
+    block = [("q", (2048, 2048))] * 3 + [("o", (2048, 2048))] + [("gate", (5632, 2048))] * 2
+    cuts = [
+        (problem, rows, sizes) for problem, sizes in [*block, ("down", (2048, 5632))] for rows in cut(*sizes)
+    ]
+    owners = deal_pieces([(problem, rows.stop - rows.start, sizes[1]) for problem, rows, sizes in cuts], 2)
+    spent = [0.0, 0.0]
+    for (_, rows, sizes), owner in zip(cuts, owners, strict=True):
+        spent[owner] += seconds[sizes] * (rows.stop - rows.start) / sizes[0]
     assert max(spent) < 0.53 * sum(spent)
+
+
+@pytest.mark.parametrize("model", ["Llama-70B", "128 experts"])
+@pytest.mark.parametrize("ranks", [2, 8, 64])
+def test_re_fitting_keeps_64_ranks_busy(simulation, model, ranks):
+    block = simulation.MODELS[model][0]
+    assert simulation.refit_work(block, ranks) * ranks <= 1.1 * simulation.refit_work(block, 1)
 
 
 def test_every_matrix_travels_once_to_its_owner_and_no_round_is_too_large():

@@ -27,6 +27,7 @@ from dsee_scale.passes.calibrate import LEAST_TOKENS, watching
 from dsee_scale.passes.decompose_model import explain_shortage
 from dsee_scale.passes.routed import RoutedInputs
 from dsee_scale.pruning.refit.matrix import Job
+from dsee_scale.pruning.refit.panels import is_wide
 from dsee_scale.pruning.zero_lines import Lines, zero_lines
 
 
@@ -42,18 +43,20 @@ def refitting_work(partition: Partition, config: PruneConfig, setting: str | Non
 
 
 def grouped(jobs: Sequence[Job], max_bytes: int) -> Iterator[list[Job]]:
-    """Matrices whose Gram matrices fit into the bound together; those with one input stay together."""
+    """Matrices whose Gram matrices, and wide ones' factors, fit into the bound together; one input's stay together."""
     by_leader: dict[str, list[Job]] = {}
     for job in jobs:
         by_leader.setdefault(job.leader, []).append(job)
     group: list[Job] = []
     used = 0
     for sharing in by_leader.values():
-        if group and used + sharing[0].gram_bytes > max_bytes:
+        inputs = sharing[0].member.num_inputs
+        size = 4 * inputs**2 * (2 if is_wide(inputs) else 1)
+        if group and used + size > max_bytes:
             yield group
             group, used = [], 0
         group += sharing
-        used += sharing[0].gram_bytes
+        used += size
     if group:
         yield group
 
@@ -64,11 +67,11 @@ def collect_grams(
     index: int,
     jobs: Sequence[Job],
     calls: Sequence[Call],
-    owners: Mapping[str, int],
+    holders: Mapping[str, Sequence[int]],
     config: PruneConfig,
     partition: Partition,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Collective. X^T X / tokens of the inputs of matrices that this rank owns, (I, I) float32, by leader.
+    """Collective. X^T X / tokens of the inputs that this rank is a holder of, (I, I) float32, by leader.
 
     Each token's x^T x counts by what the loss says, where it says something. An expert that too few tokens reached
     gets the identity: its least weights go, the others stay as they are. Those experts' matrices are named besides,
@@ -113,7 +116,7 @@ def collect_grams(
     counts = partition.sum_over_ranks(torch.tensor(list(tokens.values()), dtype=torch.int64)).tolist()
     tokens = dict(zip(leaders, counts, strict=True))
     few = [name for name in leaders if name not in linear and tokens[name] < LEAST_TOKENS]
-    grams = _reduced(sums, tokens, jobs, owners, config, partition)
+    grams = _reduced(sums, tokens, holders, partition)
     for name in grams.keys() & set(few):
         grams[name] = torch.eye(len(grams[name]), device=device)
     return grams, few
@@ -129,30 +132,26 @@ def add_gram_(gram_II: Tensor, x_TI: Tensor, weight_T: Tensor | None = None) -> 
 def _reduced(
     sums: dict[str, Tensor],
     tokens: Mapping[str, int],
-    jobs: Sequence[Job],
-    owners: Mapping[str, int],
-    config: PruneConfig,
+    holders: Mapping[str, Sequence[int]],
     partition: Partition,
 ) -> dict[str, Tensor]:
-    """Collective. Each Gram matrix summed to the ranks that own a matrix with that input."""
+    """Collective. Each Gram matrix summed to the ranks that need it, in place of what it adds up."""
     grams = {}
     broken: Exception | None = None
     for name in list(sums):
-        ranks = sorted({owners[job.member.name] for job in jobs if job.leader == name})
-        copies = [sums[name]]
-        if len(ranks) > 1:  # a sum takes the place of what it adds up
-            with refitting_work(partition, config):
-                copies += [sums[name].clone() for _ in ranks[1:]]
-        del sums[name]
-        for owner in ranks:
-            total = partition.sum_to(copies.pop(), owner)
-            if total is None:
-                continue
-            grams[name] = total.div_(max(1, tokens[name]))
-            if not bool(grams[name].diagonal().isfinite().all()):
-                broken = CalibrationError(
-                    f"the inputs of {name} hold NaN or infinity; check the calibration batches and the model's weights"
-                )
+        first, *others = holders[name]
+        here = sums.pop(name)
+        total = partition.sum_to(here, first)
+        if others:
+            total = partition.broadcast(here if total is None else total, first)
+        if partition.rank not in holders[name]:
+            continue
+        assert total is not None
+        grams[name] = total.div_(max(1, tokens[name]))
+        if not bool(grams[name].diagonal().isfinite().all()):
+            broken = CalibrationError(
+                f"the inputs of {name} hold NaN or infinity; check the calibration batches and the model's weights"
+            )
     partition.raise_first(broken)
     return grams
 

@@ -12,6 +12,7 @@ from dsee_scale.adapters.matrices import Matrix
 from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.decompose import Support, find_support
 from dsee_scale.algorithms.delta import AdapterSpec, Delta, low_rank_block
+from dsee_scale.algorithms.factor import Factor
 from dsee_scale.algorithms.refit import sparsegpt, to_storage
 from dsee_scale.algorithms.sweep import Count, Groups
 from dsee_scale.config import DSEEConfig, PruneConfig
@@ -41,23 +42,25 @@ class Job:
     outputs: Tensor | None = None
     tokens: Sequence[Tensor] | None = None
 
-    @property
-    def gram_bytes(self) -> int:
-        """Size of its input's Gram matrix in float32."""
-        return 4 * self.member.num_inputs**2
-
-    @property
-    def cost(self) -> int:
-        """What the solver takes."""
-        return solver_cost(self.member.numel // self.member.num_inputs, self.member.num_inputs)
+    def gram_of_left(self, gram_II: Tensor) -> Tensor:
+        """(K, K) its input's Gram matrix, of the inputs that are still there."""
+        if self.left is None:
+            return gram_II
+        left = self.left.to(gram_II.device)
+        return gram_II[left][:, left]
 
 
-def solver_cost(outputs: int, inputs: int) -> int:
-    """Multiplications of the solver, about: factor and inverse, then the sweep, conjugate gradients and errors.
+def rows_cost(outputs: int, inputs: int) -> int:
+    """Multiplications of the solver for so many outputs, about: the sweep, conjugate gradients and errors.
 
     Its passes over the entries besides take as long as `PASSES` multiplications for each.
     """
-    return inputs * (inputs * (2 * inputs + 22 * outputs) // 3 + PASSES * outputs)
+    return inputs * outputs * (22 * inputs // 3 + PASSES)
+
+
+def factor_cost(inputs: int) -> int:
+    """Multiplications that factorise a Gram matrix and invert the triangle, about."""
+    return 2 * inputs**3 // 3
 
 
 def settle(
@@ -92,25 +95,40 @@ def settle(
     return stored, support
 
 
-def solve(job: Job, weight_OI: Tensor, gram_II: Tensor, config: PruneConfig) -> Tensor:
-    """Local. (O, I) float32, zero where it is pruned; inputs that are gone already are left out of the problem."""
+def removal_of(job: Job, config: PruneConfig) -> Count | Groups:
+    """What goes of a matrix."""
+    if config.n_of_m:
+        return Groups(*config.n_of_m)
+    outputs, inputs = job.member.outputs_by_inputs
+    inputs = inputs if job.left is None else len(job.left)
+    if config.scope == "row":
+        return Count(min(round(job.sparsity * inputs), inputs - 1), "row")
+    return Count(min(round(job.sparsity * outputs * inputs), outputs * inputs - 1))
+
+
+def solve(
+    job: Job, rows: slice, weight_OI: Tensor, gram_KK: Tensor, removal: Count | Groups, factor: Factor
+) -> Tensor:
+    """Local. Some outputs of a matrix, (O, I) float32, zero where they are pruned.
+
+    Args:
+        job: the matrix.
+        rows: which outputs these are.
+        weight_OI: their W + D.
+        gram_KK: of the inputs that are still there; others are left out of the problem.
+        removal: what goes of these outputs.
+        factor: of `gram_KK`.
+    """
     if job.left is not None:
         left = job.left.to(weight_OI.device)
-        inside = solve(
-            dataclasses.replace(job, left=None), weight_OI[:, left], gram_II[left][:, left], config
-        )
+        whole = dataclasses.replace(job, left=None)
+        inside = solve(whole, rows, weight_OI[:, left], gram_KK, removal, factor)
         return torch.zeros_like(weight_OI).index_copy_(1, left, inside)
-    if config.n_of_m:
-        removal: Count | Groups = Groups(*config.n_of_m)
-    elif config.scope == "row":
-        removal = Count(min(round(job.sparsity * weight_OI.shape[1]), weight_OI.shape[1] - 1), "row")
-    else:
-        removal = Count(min(round(job.sparsity * weight_OI.numel()), weight_OI.numel() - 1))
     if job.outputs is None:
-        return sparsegpt(weight_OI, gram_II, removal).weight
+        return sparsegpt(weight_OI, gram_KK, removal, factor=factor).weight
     # Each output is solved on its own, so its weight changes which entries go and nothing else.
-    counts_O1 = job.outputs[:, None].to(weight_OI.device)
-    return sparsegpt(weight_OI * counts_O1, gram_II, removal).weight / counts_O1
+    counts_O1 = job.outputs[rows, None].to(weight_OI.device)
+    return sparsegpt(weight_OI * counts_O1, gram_KK, removal, factor=factor).weight / counts_O1
 
 
 def _new_support(member: Matrix, weight_OI: Tensor, settings: DSEEConfig) -> Support | None:

@@ -1,10 +1,10 @@
 """Prune and re-fit block after block: what stays is solved anew, so that each layer does what the tuned one did.
 
-Per block: run it over the calibration data for the Gram matrices X^T X of its layers' inputs; sum each to the rank
-that owns a matrix with that input; solve there, on W + D; scatter the new weights into the shards; run the block again
-for the next one's inputs. So later blocks see what earlier ones do after pruning. The new weight leaves room for BA,
-which goes on with its optimizer state; S2 starts again at zero, on a support among the entries that stay. Each expert's
-matrices are solved for the tokens that are routed to it.
+Per block: run it over the calibration data for the Gram matrices X^T X of its layers' inputs; sum each to the ranks
+that need it; solve there, on W + D, large matrices in pieces; scatter the new weights into the shards; run the block
+again for the next one's inputs. So later blocks see what earlier ones do after pruning. The new weight leaves room for
+BA, which goes on with its optimizer state; S2 starts again at zero, on a support among the entries that stay. Each
+expert's matrices are solved for the tokens that are routed to it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ from dsee_scale.passes.batches import (
 )
 from dsee_scale.passes.blocks import Call, advance, capture, find_blocks
 from dsee_scale.passes.calibrate import InputSquares, Statistics, agreed_leaders, watching
-from dsee_scale.passes.deal import deal
 from dsee_scale.passes.pools import WeightPool
 from dsee_scale.pruning.checks import note_pattern
 from dsee_scale.pruning.refit.block import (
@@ -47,8 +46,9 @@ from dsee_scale.pruning.refit.block import (
     reserve,
     write_back,
 )
-from dsee_scale.pruning.refit.matrix import Job, settle, solve
+from dsee_scale.pruning.refit.matrix import Job, settle
 from dsee_scale.pruning.refit.output import meet_outputs_, tuned_outputs
+from dsee_scale.pruning.refit.pieces import dealt, holders, owners_of, solve_pieces
 from dsee_scale.pruning.sensitivity_shares import Shares, find_shares
 from dsee_scale.pruning.zero_lines import check_reachable
 
@@ -181,30 +181,22 @@ def _solve_block(
     module = unwrap(model)
     if config.block_steps:  # before anything of the block is written
         tuned_outputs(block, index, calls, module, partition)
-    owners = dict(
-        zip(
-            (job.member.name for job in jobs),
-            deal([job.cost for job in jobs], partition.world_size),
-            strict=True,
-        )
-    )
+    pieces = dealt(jobs, partition.world_size)
+    owners = owners_of(pieces)
     solved: dict[str, Tensor] = {}
     updates: dict[str, Delta] = {}
     unsolved: list[str] = []
     for group in grouped(jobs, config.gram_memory_mib << 20):
-        grams, few = collect_grams(module, block, index, group, calls, owners, config, partition)
+        names = {job.member.name for job in group}
+        here = [piece for piece in pieces if piece.job.member.name in names]
+        needed = holders(here, partition.world_size)
+        grams, few = collect_grams(module, block, index, group, calls, needed, config, partition)
         weights, deltas = owned_weights(group, owners, config, partition)
-        with (
-            refitting_work(partition, config),
-            torch.autocast(compute_device(module, partition).type, enabled=False),
-        ):
-            for job in group:
-                name = job.member.name
-                if owners[name] == partition.rank:
-                    solved[name] = solve(job, weights[name], grams[job.leader], config)
+        with torch.autocast(compute_device(module, partition).type, enabled=False):
+            solved |= solve_pieces(here, grams, weights, owners, config, partition)
         unsolved += few
         updates |= deltas
-        del grams, weights
+        del grams
     if config.block_steps:
         meet_outputs_(model, block, index, jobs, solved, owners, calls, config, partition)
     with refitting_work(partition, config):
