@@ -22,12 +22,12 @@ and two of the Gram matrix.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dsee_scale.algorithms.factor import Factor, factorise
 from dsee_scale.algorithms.sweep import Count, CountChooser, GroupChooser, Groups, sweep_
 
 DAMPING = 0.1
@@ -36,6 +36,8 @@ NUM_STEPS = 5
 """Conjugate-gradient steps after the sweep."""
 COLUMNS = 512
 """Outputs that take those steps together: few enough that the passes over them cost little beside the products."""
+RETRIES = 6
+"""How often the damping may grow by ten."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,21 @@ class Refit:
     """
 
     weight: Tensor
+    record: RefitRecord
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """A factorised Gram matrix: (G + added I)^-1 = U^T U, U upper triangular.
+
+    Attributes:
+        upper: (I, I) float32, U.
+        added: what was added to the diagonal.
+        record: what it took.
+    """
+
+    upper: Tensor
+    added: float
     record: RefitRecord
 
 
@@ -181,6 +198,48 @@ def _check(weight_OI: Tensor, gram_II: Tensor, removal: Count | Groups | None) -
             )
 
 
+def inverse_cholesky(damped_II: Tensor) -> Tensor | None:
+    """L^-1 for G = L L^T, L lower triangular; None where G is not positive definite."""
+    lower, failed = torch.linalg.cholesky_ex(damped_II)
+    if failed:
+        return None
+    identity = torch.eye(len(lower), device=lower.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False)
+
+
+def factorise(
+    gram_II: Tensor, damping: float, inverse: Callable[[Tensor], Tensor | None] = inverse_cholesky
+) -> Factor:
+    """Factorise a damped Gram matrix.
+
+    Args:
+        gram_II: G, (I, I) float32, finite.
+        damping: added to the diagonal, as a fraction of its mean; grows by ten where the factorisation fails.
+        inverse: finds `inverse_cholesky`'s result, and may overwrite what it is given.
+
+    Raises:
+        ValueError: it fails still after `RETRIES` times.
+    """
+    diagonal = gram_II.diagonal()
+    mean = float(diagonal.double().mean())
+    num_dead = int((diagonal == 0).sum())
+    if mean == 0:  # No token said anything: every entry counts for itself, as by magnitude.
+        return Factor(torch.eye(len(gram_II), device=gram_II.device), 1.0, RefitRecord(damping, 0, num_dead))
+    for retry in range(RETRIES + 1):
+        fraction = damping * 10**retry
+        # The lower Cholesky factor of the reversed matrix, reversed back, is an upper R with G = R R^T, so
+        # U = R^-1: one factorisation and no inverse of G.
+        damped = gram_II.flip(0, 1)
+        damped.diagonal().add_(fraction * mean)
+        found = inverse(damped)
+        if found is not None and torch.isfinite(found).all():
+            return Factor(found.flip(0, 1), fraction * mean, RefitRecord(fraction, retry, num_dead))
+    raise ValueError(
+        f"the Gram matrix is not positive semidefinite: its factorisation fails even with {fraction:g} times "
+        f"its mean diagonal added"
+    )
+
+
 def _solve(
     w_IO: Tensor,
     gone_IO: Tensor,
@@ -199,7 +258,7 @@ def _solve(
             )
     # An entry that happens to be solved as 0 would count as removed.
     v_IO = torch.where((v_IO == 0) & ~gone_IO, _smallest(torch.float32, v_IO.device), v_IO)
-    return Refit(v_IO.T.contiguous(), RefitRecord(factor.damping, factor.num_retries, factor.num_dead))
+    return Refit(v_IO.T.contiguous(), factor.record)
 
 
 def _conjugate_gradients(

@@ -17,7 +17,7 @@ from dsee_scale.passes.blocks import find_blocks
 from dsee_scale.passes.pools import block_linears
 from dsee_scale.passes.sensitivity import Sensitivity, has_loss, output_gradients
 from dsee_scale.pruning import sensitivity_shares
-from dsee_scale.pruning.refit import sweep
+from dsee_scale.pruning.refit import pieces
 from tests.unit.test_calibrate import batches, make
 
 
@@ -122,9 +122,9 @@ def test_tokens_count_in_a_re_fit_as_the_loss_depends_on_them(config, monkeypatc
         gram = total / sum(int(batch["attention_mask"].sum()) for batch in data)
         expected |= {f"model.layers.0.{name}": gram for name in names}
     grams = {}
-    real = sweep.solve
+    real = pieces.solve
     monkeypatch.setattr(
-        sweep, "solve", lambda *a: grams.setdefault(a[0].member.name, a[2]) is None or real(*a)
+        pieces, "solve", lambda *a: grams.setdefault(a[0].member.name, a[3]) is None or real(*a)
     )
     dsee_scale.prune(model, config, data)
     wanted = {name: gram for name, gram in expected.items() if config is not HALF_GROUPS or "attn" in name}

@@ -12,8 +12,7 @@ from dsee_scale.adapters.matrices import Matrix
 from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.decompose import Support, find_support
 from dsee_scale.algorithms.delta import AdapterSpec, Delta, low_rank_block
-from dsee_scale.algorithms.factor import Factor
-from dsee_scale.algorithms.refit import sparsegpt, to_storage
+from dsee_scale.algorithms.refit import Factor, sparsegpt, to_storage
 from dsee_scale.algorithms.sweep import Count, Groups
 from dsee_scale.config import DSEEConfig, PruneConfig
 from dsee_scale.passes.decompose_model import seeded

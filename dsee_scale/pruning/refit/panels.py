@@ -36,7 +36,7 @@ def panel_costs(inputs: int) -> tuple[list[int], list[int]]:
 
 
 def inverse_by_panels(damped_II: Tensor, partition: Partition) -> Tensor | None:
-    """Collective. As `algorithms.factor.inverse_cholesky`, of a matrix that every rank has; it is overwritten.
+    """Collective. As `algorithms.refit.inverse_cholesky`, of a matrix that every rank has; it is overwritten.
 
     Extra memory: the result and two panels.
     """

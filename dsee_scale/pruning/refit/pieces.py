@@ -15,8 +15,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from dsee_scale.algorithms.factor import Factor, factorise
-from dsee_scale.algorithms.refit import DAMPING
+from dsee_scale.algorithms.refit import DAMPING, Factor, factorise
 from dsee_scale.algorithms.sweep import Count, Groups, lowest
 from dsee_scale.config import PruneConfig
 from dsee_scale.partition import Partition
