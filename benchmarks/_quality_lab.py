@@ -1,0 +1,151 @@
+"""What a cell of benchmarks/quality.py needs: models, batches, training steps, and how the result is judged."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from _quality_jobs import Job, load_job
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+
+from dsee_scale.data.encoding import collator
+from dsee_scale.evaluation.evaluate import Tally, evaluate, generate_texts
+from dsee_scale.passes.label_logits import label_loss, logits_at, predicting, select_logits
+from dsee_scale.training.timeline import RETUNE_FACTOR
+
+
+class Lab:
+    """One job with its model folder: everything that a cell needs."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.output = Path(args.output) / args.job
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.job: Job = load_job(args.job, self.tokenizer, args.files, self.output, args.num_eval)
+        self.collate = collator(self.tokenizer)
+        self.device = torch.device(args.device)
+
+    def settings(self) -> dict[str, Any]:
+        """What a cell's numbers depend on beside its row and seed."""
+        names = ("steps", "retune_steps", "rate", "num_calibration", "num_eval")
+        return {name: getattr(self.args, name) for name in names} | {"torch": torch.__version__.split("+")[0]}
+
+    def base(self) -> nn.Module:
+        """The untuned model."""
+        return AutoModelForCausalLM.from_pretrained(self.args.model, dtype=torch.bfloat16).to(self.device)
+
+    def quality(self, model: nn.Module, texts: bool = False) -> dict[str, float]:
+        """The job's metrics; BLEU where texts are wanted."""
+        tally = evaluate(model, model, self.job.evaluation, batch_size=16, device=self.device)
+        if texts and (wanted := self.job.evaluation.generations):
+            found = generate_texts(
+                model,
+                self.tokenizer,
+                [item.prompt for item in wanted],
+                dict(self.job.generation),
+                pad_id=self.job.evaluation.pad_id,
+                batch_size=16,
+                device=self.device,
+            )
+            tally += Tally(hypotheses=found, references=[item.references for item in wanted])
+        return tally.metrics()
+
+    def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
+        """Training batches of a seed without end, the same for every row."""
+        generator, size = torch.Generator().manual_seed(seed), self.job.batch_size
+        while True:
+            order = torch.randperm(len(self.job.train), generator=generator).tolist()
+            for start in range(0, len(order) - size + 1, size):
+                rows = [self.job.train[index] for index in order[start : start + size]]
+                yield {key: value.to(self.device) for key, value in self.collate(rows).items()}
+
+    def calibration(self, seed: int) -> list[dict[str, Tensor]]:
+        """Training batches that a pruning looks at."""
+        source = self.batches(1000 + seed)
+        return [next(source) for _ in range(-(-self.args.num_calibration // self.job.batch_size))]
+
+    def train(
+        self,
+        model: nn.Module,
+        batches: Iterator[dict[str, Tensor]],
+        steps: int,
+        *,
+        done: int = 0,
+        moments: dict[str, Any] | None = None,
+        teacher: nn.Module | None = None,
+    ) -> dict[str, Any]:
+        """AdamW for so many steps, after those that are done.
+
+        One schedule over tune and retune, as in a recipe: a tenth of warm-up, then a linear decay to zero, at twice
+        the rate after the prune. The optimizer's moments go on across the prune. With a teacher, half of the loss is
+        the Kullback-Leibler divergence from its predictions.
+
+        Returns:
+            The optimizer's state after these steps.
+        """
+        module = getattr(model, "base_model", model) if hasattr(model, "peft_config") else model
+        module = getattr(module, "model", module) if hasattr(model, "peft_config") else module
+        trained = [param for param in model.parameters() if param.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=self.args.rate, weight_decay=0.0)
+        if moments is not None:
+            optimizer.load_state_dict(moments)
+        total = self.args.steps + self.args.retune_steps
+        factors = get_scheduler("linear", optimizer, math.ceil(0.1 * total), total).lr_lambdas[0]
+        model.train()
+        for step in range(steps):
+            factor = factors(done + step)
+            if done:
+                factor = min(1.0, RETUNE_FACTOR * factor)
+            optimizer.param_groups[0]["lr"] = self.args.rate * factor
+            batch = next(batches)
+            logits = logits_of(model, module, batch)
+            loss = label_loss(logits, batch["labels"], None)
+            if teacher is not None:
+                with torch.no_grad():
+                    wanted = logits_of(teacher.eval(), teacher, batch)
+                loss = 0.5 * loss + 0.5 * divergence(logits, wanted, batch["labels"])
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return optimizer.state_dict()
+
+
+def logits_of(model: nn.Module, inner: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Logits where a label is to be predicted."""
+    with logits_at(inner, predicting(batch["labels"])):
+        logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return logits
+
+
+def divergence(logits: Tensor, wanted: Tensor, labels: Tensor) -> Tensor:
+    """Kullback-Leibler divergence from the wanted predictions, mean over labels."""
+    found, aim = (select_logits(each, predicting(labels)).log_softmax(-1) for each in (logits, wanted))
+    return nn.functional.kl_div(found, aim, log_target=True, reduction="batchmean")
+
+
+def trained_share(model: nn.Module) -> float:
+    """Trained parameters over all of the model's own."""
+    own = sum(
+        p.numel() for name, p in model.named_parameters() if "dsee_" not in name and "lora_" not in name
+    )
+    return sum(p.numel() for p in model.parameters() if p.requires_grad) / own
+
+
+def judged(lab: Lab, folder: Path) -> dict[str, Any]:
+    """An exported folder in stock transformers, and the zeros in its files' block weights."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(lab.device)
+    zeros = entries = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if ".layers." in name and (tensor := file.get_tensor(name)).dim() == 2:
+                    zeros, entries = zeros + int((tensor == 0).sum()), entries + tensor.numel()
+    return {"exported": lab.quality(model, texts=True), "zeros": zeros / entries}

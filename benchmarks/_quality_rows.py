@@ -1,0 +1,158 @@
+"""The rows of benchmarks/quality.py: ours, and peers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from _quality_lab import Lab, judged, trained_share
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import dsee_scale
+from dsee_scale import DSEEConfig, PruneConfig
+from dsee_scale.passes.pools import block_linears
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RANK, ALPHA = 4, 32
+Prunings = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Ours:
+    """One of our rows.
+
+    Attributes:
+        prunings: arguments of `PruneConfig`, at one time.
+        num_sparse: N.
+        cuts: instead of one pruning, several ones, each with the steps of retune that follow.
+        distilled: whether retune learns from the tuned model's predictions as well.
+    """
+
+    prunings: Prunings = ()
+    num_sparse: int | float | None = 64
+    cuts: Sequence[tuple[Prunings, int]] = ()
+    distilled: bool = False
+
+
+HALF = {"sparsity": 0.5, "block_steps": 64}
+UNITS = [{"pattern": "heads", "num_per_layer": 3}, {"pattern": "neurons", "num_per_layer": 384}]
+OURS = {
+    "ours, 50%": Ours([HALF]),
+    "ours, 2:4": Ours([{"pattern": "2:4", "block_steps": 96}]),
+    "ours, 60%": Ours([{"sparsity": 0.6, "block_steps": 64}]),
+    "ours, 70%": Ours([{"sparsity": 0.7, "block_steps": 96}]),
+    "ours, 50% without S2": Ours([HALF], num_sparse=None),
+    "ours, 50%, N = 0.1%": Ours([HALF], num_sparse=0.001),
+    "ours, 50%, every matrix alike": Ours([{**HALF, "scope": "matrix"}]),
+    "ours, 50%, without block steps": Ours([{"sparsity": 0.5}]),
+    "ours, 2:4, without block steps": Ours([{"pattern": "2:4"}]),
+    "ours, 50%, without block steps, distilled": Ours([{"sparsity": 0.5}], distilled=True),
+    "ours, 50%, without block steps, in three cuts": Ours(
+        cuts=[([{"sparsity": 0.25}], 15), ([{"sparsity": 0.375}], 15), ([{"sparsity": 0.5}], 30)]
+    ),
+    "ours, 50%, wanda alone": Ours([{"sparsity": 0.5, "refit": False}]),
+    "ours, a third of the heads, a quarter of the neurons": Ours(UNITS),
+    "magnitude, 50%, update beside the mask": Ours([{"sparsity": 0.5, "score": "W", "mask_update": False}]),
+}
+COMPRESSOR = {
+    "llm-compressor's Wanda then LoRA, 50%": "WandaPruningModifier",
+    "llm-compressor's SparseGPT then LoRA, 50%": "SparseGPTModifier",
+}
+PEERS = ("dense LoRA", "wanda then LoRA, 50%", *(COMPRESSOR if find_spec("llmcompressor") else ()))
+
+
+def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
+    """Tune (or take the tuned start), prune, retune, export."""
+    how, steps = OURS[row], lab.args.steps
+    config = DSEEConfig(
+        rank=RANK,
+        alpha=ALPHA,
+        num_sparse=how.num_sparse,
+        target_modules=LINEARS,
+        trained_modules=("*norm",),
+        seed=seed,
+    )
+    tuned = lab.output / "tuned" / f"N={how.num_sparse}, seed {seed}"
+    model, source = lab.base(), lab.batches(seed)
+    optimizer = tuned.with_name(f"{tuned.name}.pt")
+    if optimizer.is_file():
+        dsee_scale.load_adapter(model, tuned)
+        moments = torch.load(optimizer)
+        for _ in range(steps):
+            next(source)
+    else:
+        dsee_scale.inject(model, config)
+        moments = lab.train(model, source, steps)
+        dsee_scale.save_adapter(model, tuned, overwrite=True)
+        torch.save(moments, optimizer)
+    found = {"tuned": lab.quality(model), "trained_share": trained_share(model)}
+    teacher = None
+    if how.distilled:
+        teacher = lab.base()
+        dsee_scale.load_adapter(teacher, tuned)
+    calibration = lab.calibration(seed)
+    for prunings, retune_steps in how.cuts or [(how.prunings, lab.args.retune_steps)]:
+        dsee_scale.prune(model, [PruneConfig(**each) for each in prunings], calibration)
+        found["pruned"] = lab.quality(model)
+        moments = lab.train(model, source, retune_steps, done=steps, moments=moments, teacher=teacher)
+        steps += retune_steps
+    found["retuned"] = lab.quality(model)
+    folder = lab.output / f"exported, ours, {seed}"
+    dsee_scale.export_model(model, folder, tokenizer=lab.tokenizer, overwrite=True)
+    return found | judged(lab, folder)
+
+
+def dense_lora(lab: Lab, row: str, seed: int) -> dict[str, Any]:
+    """PEFT, as many steps in all, nothing pruned."""
+    return _peft(lab, lab.base(), seed, masked=False)
+
+
+def pruned_then_lora(lab: Lab, row: str, seed: int) -> dict[str, Any]:
+    """Prune the untuned model, tune it by PEFT with as many steps in all, merge under the mask."""
+    model, batches = lab.base(), lab.calibration(seed)
+    if row in COMPRESSOR:
+        _compress(model, batches, COMPRESSOR[row])
+    else:
+        dsee_scale.prune(model, PruneConfig(sparsity=0.5, refit=False), batches)
+    return {"pruned": lab.quality(model)} | _peft(lab, model, seed, masked=True)
+
+
+def _compress(model: nn.Module, batches: list[dict[str, Tensor]], modifier: str) -> None:
+    """One modifier of llm-compressor on the block weights, from the same rows, one at a time so that none is padded."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers import pruning
+
+    rows = [
+        {"input_ids": ids[mask.bool()][None], "attention_mask": mask[mask.bool()][None]}
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    settings = {"sparsity": 0.5, "mask_structure": "0:0", "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
+    loader, recipe = DataLoader(rows, batch_size=None), getattr(pruning, modifier)(**settings)  # type: ignore[arg-type]
+    oneshot(model=model, dataset=loader, recipe=recipe, pipeline="sequential", clear_sparse_session=True)
+
+
+def _peft(lab: Lab, model: nn.Module, seed: int, *, masked: bool) -> dict[str, Any]:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    masks = {name: layer.weight != 0 for name, layer in block_linears(model).items()} if masked else {}
+    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(LINEARS))
+    tuned = get_peft_model(model, lora)  # type: ignore[arg-type]
+    for name, param in tuned.named_parameters():
+        param.requires_grad_(param.requires_grad or "norm" in name)
+    share = trained_share(tuned)
+    lab.train(tuned, lab.batches(seed), lab.args.steps + lab.args.retune_steps)
+    found: dict[str, Any] = {"retuned": lab.quality(tuned.base_model.model), "trained_share": share}
+    merged = tuned.merge_and_unload()
+    if masked:
+        found["merged densely"] = lab.quality(merged)
+        for name, keep in masks.items():
+            merged.get_submodule(name).weight.data.mul_(keep)
+    folder = lab.output / f"exported, peer, {seed}"
+    merged.save_pretrained(folder)
+    return found | judged(lab, folder)
