@@ -28,7 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsee_scale.algorithms.sweep import Count, CountChooser, GroupChooser, Groups, sweep_
+from dsee_scale.algorithms.score import all_finite
+from dsee_scale.algorithms.sweep import Chooser, Count, Groups, Parts, Removal, chooser_for, sweep_
 
 DAMPING = 0.1
 """Of the mean diagonal. Ahead of the usual 1% in the measurement above."""
@@ -87,7 +88,7 @@ class Factor:
 def sparsegpt(
     weight_OI: Tensor,
     gram_II: Tensor,
-    removal: Count | Groups,
+    removal: Removal,
     *,
     damping: float = DAMPING,
     num_steps: int = NUM_STEPS,
@@ -113,11 +114,11 @@ def sparsegpt(
         ValueError: the weight or the Gram matrix holds NaN or infinity, or `removal` does not fit the matrix.
     """
     _check(weight_OI, gram_II, removal)
-    factor = factor or factorise(gram_II, damping)
+    if factor is None:
+        factor = factorise(gram_II, damping)
     w_IO = weight_OI.to(gram_II.device, torch.float32).T.contiguous()
     gone_IO = w_IO == 0
-    chooser = GroupChooser(removal) if isinstance(removal, Groups) else CountChooser(removal, gone_IO)
-    return _solve(w_IO, gone_IO, factor, gram_II, chooser, num_steps)
+    return _solve(w_IO, gone_IO, factor, gram_II, chooser_for(removal, gone_IO), num_steps)
 
 
 @torch.no_grad()
@@ -180,16 +181,19 @@ def _smallest(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(torch.finfo(dtype).tiny, dtype=dtype, device=device)
 
 
-def _check(weight_OI: Tensor, gram_II: Tensor, removal: Count | Groups | None) -> None:
+def _check(weight_OI: Tensor, gram_II: Tensor, removal: Removal | None) -> None:
     outputs, inputs = weight_OI.shape
     if gram_II.shape != (inputs, inputs):
         raise ValueError(f"a Gram matrix of shape {tuple(gram_II.shape)} for a {outputs} x {inputs} weight")
-    if not torch.isfinite(gram_II).all():
-        raise ValueError("the Gram matrix holds NaN or infinity: the calibration's activations do")
     if not torch.isfinite(weight_OI).all():
         raise ValueError("the weight or its update holds NaN or infinity")
     if isinstance(removal, Groups) and (not 0 <= removal.n <= removal.m or inputs % removal.m):
         raise ValueError(f"{removal.n}:{removal.m} does not fit a weight with {inputs} inputs")
+    if isinstance(removal, Parts) and (
+        sum(rows for rows, _ in removal.counts) != outputs
+        or not all(0 <= count <= rows * inputs for rows, count in removal.counts)
+    ):
+        raise ValueError(f"{removal} does not fit a weight with {outputs} outputs and {inputs} inputs")
     if isinstance(removal, Count):
         total = inputs if removal.scope == "row" else outputs * inputs
         if not 0 <= removal.num_remove <= total:
@@ -198,28 +202,34 @@ def _check(weight_OI: Tensor, gram_II: Tensor, removal: Count | Groups | None) -
             )
 
 
-def inverse_cholesky(damped_II: Tensor) -> Tensor | None:
-    """L^-1 for G = L L^T, L lower triangular; None where G is not positive definite."""
-    lower, failed = torch.linalg.cholesky_ex(damped_II)
+def upper_inverse(reversed_II: Tensor) -> Tensor | None:
+    """U with G^-1 = U^T U, upper triangular, of a G whose inputs are in reverse; None where it is not positive.
+
+    The lower Cholesky factor L of the reversed matrix, reversed back, is an upper R with G = R R^T, so U = R^-1: one
+    factorisation and no inverse of G.
+    """
+    lower, failed = torch.linalg.cholesky_ex(reversed_II)
     if failed:
         return None
     identity = torch.eye(len(lower), device=lower.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
 
 
 def factorise(
-    gram_II: Tensor, damping: float, inverse: Callable[[Tensor], Tensor | None] = inverse_cholesky
+    gram_II: Tensor, damping: float, inverse: Callable[[Tensor], Tensor | None] = upper_inverse
 ) -> Factor:
     """Factorise a damped Gram matrix.
 
     Args:
-        gram_II: G, (I, I) float32, finite.
+        gram_II: G, (I, I) float32.
         damping: added to the diagonal, as a fraction of its mean; grows by ten where the factorisation fails.
-        inverse: finds `inverse_cholesky`'s result, and may overwrite what it is given.
+        inverse: finds `upper_inverse`'s result, and may overwrite what it is given.
 
     Raises:
-        ValueError: it fails still after `RETRIES` times.
+        ValueError: G holds NaN or infinity, or it fails still after `RETRIES` times.
     """
+    if not all_finite(gram_II):
+        raise ValueError("the Gram matrix holds NaN or infinity: the calibration's activations do")
     diagonal = gram_II.diagonal()
     mean = float(diagonal.double().mean())
     num_dead = int((diagonal == 0).sum())
@@ -227,13 +237,11 @@ def factorise(
         return Factor(torch.eye(len(gram_II), device=gram_II.device), 1.0, RefitRecord(damping, 0, num_dead))
     for retry in range(RETRIES + 1):
         fraction = damping * 10**retry
-        # The lower Cholesky factor of the reversed matrix, reversed back, is an upper R with G = R R^T, so
-        # U = R^-1: one factorisation and no inverse of G.
         damped = gram_II.flip(0, 1)
         damped.diagonal().add_(fraction * mean)
-        found = inverse(damped)
-        if found is not None and torch.isfinite(found).all():
-            return Factor(found.flip(0, 1), fraction * mean, RefitRecord(fraction, retry, num_dead))
+        upper = inverse(damped)
+        if upper is not None and all_finite(upper):
+            return Factor(upper, fraction * mean, RefitRecord(fraction, retry, num_dead))
     raise ValueError(
         f"the Gram matrix is not positive semidefinite: its factorisation fails even with {fraction:g} times "
         f"its mean diagonal added"
@@ -245,7 +253,7 @@ def _solve(
     gone_IO: Tensor,
     factor: Factor,
     gram_II: Tensor,
-    chooser: CountChooser | GroupChooser | None,
+    chooser: Chooser | None,
     num_steps: int,
 ) -> Refit:
     v_IO = w_IO.clone()

@@ -43,6 +43,17 @@ class Count:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """So many entries go of each of a matrix's parts, of equal ones the first.
+
+    Attributes:
+        counts: the outputs of each part, which follow each other, and what `Count.num_remove` is for it.
+    """
+
+    counts: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class Groups:
     """At most N of each M neighbouring inputs stay.
 
@@ -55,9 +66,7 @@ class Groups:
     m: int
 
 
-def sweep_(
-    w_IO: Tensor, gone_IO: Tensor, upper_II: Tensor, chooser: CountChooser | GroupChooser | None
-) -> None:
+def sweep_(w_IO: Tensor, gone_IO: Tensor, upper_II: Tensor, chooser: Chooser | None) -> None:
     """Solve in place."""
     diagonal = upper_II.diagonal()
     strip = chooser.span * max(1, STRIP // chooser.span) if isinstance(chooser, GroupChooser) else STRIP
@@ -65,7 +74,7 @@ def sweep_(
     errors = w_IO.new_empty(min(block, len(w_IO)), w_IO.shape[1])
     for start in range(0, len(w_IO), block):
         stop = min(start + block, len(w_IO))
-        if isinstance(chooser, CountChooser):
+        if isinstance(chooser, (CountChooser, PartsChooser)):
             chooser.choose_(w_IO[start:stop], diagonal[start:stop], gone_IO[start:stop], start // block)
         for first in range(start, stop, strip):
             last = min(first + strip, stop)
@@ -129,10 +138,27 @@ class CountChooser:
         """Mark what goes of a block of inputs."""
         share = self._share(block + 1) - self._share(block)
         costs_IO = (w_IO / upper_I[:, None]).square_().masked_fill_(gone_IO, math.inf)
-        gone_IO |= _lowest_of_rows(costs_IO, share) if self._per_row else lowest(costs_IO, int(share))
+        gone_IO |= _lowest_of_rows(costs_IO, share) if self._per_row else _lowest(costs_IO, int(share))
 
     def _share(self, block: int) -> Tensor:
         return (2 * self._extra * self._before[block] + self._total) // (2 * self._total)
+
+
+class PartsChooser:
+    """Chooses a block's share of each part's number."""
+
+    def __init__(self, removal: Parts, gone_IO: Tensor) -> None:
+        self._parts = []
+        start = 0
+        for outputs, count in removal.counts:
+            part = slice(start, start + outputs)
+            self._parts.append((part, CountChooser(Count(count), gone_IO[:, part])))
+            start += outputs
+
+    def choose_(self, w_IO: Tensor, upper_I: Tensor, gone_IO: Tensor, block: int) -> None:
+        """Mark what goes of a block of inputs."""
+        for part, chooser in self._parts:
+            chooser.choose_(w_IO[:, part], upper_I, gone_IO[:, part], block)
 
 
 class GroupChooser:
@@ -149,7 +175,18 @@ class GroupChooser:
         gone_IO |= lowest_in_groups(groups, self._removal.m - self._removal.n).reshape(gone_IO.shape)
 
 
-def lowest(costs_IO: Tensor, num_lowest: int) -> Tensor:
+Removal = Count | Parts | Groups
+Chooser = CountChooser | PartsChooser | GroupChooser
+
+
+def chooser_for(removal: Removal, gone_IO: Tensor) -> Chooser:
+    """What chooses, given which entries are zero already."""
+    if isinstance(removal, Groups):
+        return GroupChooser(removal)
+    return PartsChooser(removal, gone_IO) if isinstance(removal, Parts) else CountChooser(removal, gone_IO)
+
+
+def _lowest(costs_IO: Tensor, num_lowest: int) -> Tensor:
     """(I, O) bool: the `num_lowest` smallest of all costs, of equal ones the first by (output, input)."""
     if num_lowest == 0:
         return torch.zeros_like(costs_IO, dtype=torch.bool)

@@ -1,11 +1,10 @@
-"""One block of a re-fit on shards: its Gram matrices and whole weights to their owners, new weights back.
+"""One block of a re-fit on shards: Gram matrices and weights to the ranks that solve them, new weights back.
 
-Nobody but a matrix's owner ever holds it whole, and only one group of Gram matrices exists at a time.
+Only one group of Gram matrices exists at a time.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -17,29 +16,21 @@ from dsee_scale.adapters.matrices import Matrix
 from dsee_scale.algorithms.decompose import Support
 from dsee_scale.algorithms.delta import AdapterSpec, Delta, delta_block
 from dsee_scale.config import PruneConfig
-from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import CalibrationError
 from dsee_scale.partition import Partition
 from dsee_scale.partition.port import Part
 from dsee_scale.passes.batches import compute_device
 from dsee_scale.passes.blocks import Call, run_block
 from dsee_scale.passes.calibrate import LEAST_TOKENS, watching
-from dsee_scale.passes.decompose_model import explain_shortage
 from dsee_scale.passes.routed import RoutedInputs
 from dsee_scale.pruning.refit.matrix import Job
 from dsee_scale.pruning.refit.panels import is_wide
+from dsee_scale.pruning.refit.pieces import Piece
+from dsee_scale.pruning.refit.work import refitting_work
 from dsee_scale.pruning.zero_lines import Lines, zero_lines
 
-
-@contextlib.contextmanager
-def refitting_work(partition: Partition, config: PruneConfig, setting: str | None = None) -> Iterator[None]:
-    """Collective at its end: an error of one rank's local work is every rank's; a shortage names what to lower."""
-    with raise_on_all_ranks(partition):
-        try:
-            yield
-        except Exception as error:
-            setting = setting or f"gram_memory_mib (now {config.gram_memory_mib})"
-            raise explain_shortage(error, "while re-fitting a block", setting) from error
+Request = tuple[list[nn.Parameter], list[int], list[Part]]
+"""Parameters, their owners, and the part of each that is meant: what an exchange asks for."""
 
 
 def grouped(jobs: Sequence[Job], max_bytes: int) -> Iterator[list[Job]]:
@@ -51,7 +42,8 @@ def grouped(jobs: Sequence[Job], max_bytes: int) -> Iterator[list[Job]]:
     used = 0
     for sharing in by_leader.values():
         inputs = sharing[0].member.num_inputs
-        size = 4 * inputs**2 * (2 if is_wide(inputs) else 1)
+        copies = 1 + is_wide(inputs) + (sharing[0].left is not None)
+        size = 4 * inputs**2 * copies
         if group and used + size > max_bytes:
             yield group
             group, used = [], 0
@@ -116,7 +108,7 @@ def collect_grams(
     counts = partition.sum_over_ranks(torch.tensor(list(tokens.values()), dtype=torch.int64)).tolist()
     tokens = dict(zip(leaders, counts, strict=True))
     few = [name for name in leaders if name not in linear and tokens[name] < LEAST_TOKENS]
-    grams = _reduced(sums, tokens, holders, partition)
+    grams = _reduced(sums, tokens, holders, config, partition)
     for name in grams.keys() & set(few):
         grams[name] = torch.eye(len(grams[name]), device=device)
     return grams, few
@@ -133,11 +125,16 @@ def _reduced(
     sums: dict[str, Tensor],
     tokens: Mapping[str, int],
     holders: Mapping[str, Sequence[int]],
+    config: PruneConfig,
     partition: Partition,
 ) -> dict[str, Tensor]:
     """Collective. Each Gram matrix summed to the ranks that need it, in place of what it adds up."""
     grams = {}
     broken: Exception | None = None
+    largest = max(sums.values(), key=Tensor.numel)
+    with refitting_work(partition, config):
+        if largest.device != partition.device:  # what a transfer takes
+            torch.empty_like(largest, device=partition.device)
     for name in list(sums):
         first, *others = holders[name]
         here = sums.pop(name)
@@ -156,36 +153,40 @@ def _reduced(
     return grams
 
 
-def reserve(
-    jobs: Sequence[Job], owners: Mapping[str, int], config: PruneConfig, partition: Partition
-) -> Tensor:
-    """Collective. What an exchange of these weights needs on this rank, before any rank waits for one that lacks it."""
+def reserve(request: Request, config: PruneConfig, partition: Partition) -> Tensor:
+    """Collective. What an exchange needs on this rank, before any rank waits for one that lacks it."""
     with refitting_work(partition, config):
-        size = partition.exchange_bytes(*_request(jobs, owners))
-        return torch.empty(size, dtype=torch.uint8, device=partition.device)
+        return torch.empty(partition.exchange_bytes(*request), dtype=torch.uint8, device=partition.device)
 
 
-def _request(
-    jobs: Sequence[Job], owners: Mapping[str, int]
-) -> tuple[list[nn.Parameter], list[int], list[Part]]:
-    """What an exchange asks for: parameters, owners, and of experts the part that each is."""
+def whole_matrices(jobs: Sequence[Job], owners: Mapping[str, int]) -> Request:
+    """What an exchange with the owners asks for."""
     members = [job.member for job in jobs]
     parts: list[Part] = [None if m.expert is None else (m.offset, m.numel) for m in members]
     return [m.param for m in members], [owners[m.name] for m in members], parts
 
 
-def owned_weights(
-    jobs: Sequence[Job], owners: Mapping[str, int], config: PruneConfig, partition: Partition
-) -> tuple[dict[str, Tensor], dict[str, Delta]]:
-    """Collective. Of the matrices that this rank owns: whole W + D, (O, I) float32, zero wherever W is; and D."""
-    params, dealt, parts = _request(jobs, owners)
-    workspace = reserve(jobs, owners, config, partition)
-    whole = partition.start_exchange(params, dealt, workspace, parts).wait()
-    small = adapter_params([job.member for job in jobs])
+def own_weights(
+    pieces: Sequence[Piece], owners: Mapping[str, int], config: PruneConfig, partition: Partition
+) -> tuple[dict[int, Tensor], dict[str, Delta]]:
+    """Collective. W + D of this rank's pieces by index, (rows, I) float32, zero where W is; and D of what it owns."""
+    request: Request = (
+        [piece.job.member.param for piece in pieces],
+        [piece.rank for piece in pieces],
+        [piece.part for piece in pieces],
+    )
+    whole = partition.start_exchange(*request[:2], reserve(request, config, partition), request[2]).wait()
+    members = {piece.name: piece.job.member for piece in pieces}
+    small = adapter_params(list(members.values()))
     flats = partition.gather(list(small.values())) if small else []
     by_name = dict(zip(small, flats, strict=True))
+    needed = {pieces[index].name for index in whole} | {n for n, r in owners.items() if r == partition.rank}
     with refitting_work(partition, config):
-        return _effective(jobs, whole, by_name)
+        deltas = {n: m.delta(by_name[m.param_name]) for n, m in members.items() if n in needed and m.adapted}
+        weights = {
+            i: _effective(pieces[i], stored, deltas.get(pieces[i].name)) for i, stored in whole.items()
+        }
+        return weights, {name: delta for name, delta in deltas.items() if owners[name] == partition.rank}
 
 
 def adapter_params(members: Sequence[Matrix]) -> dict[str, nn.Parameter]:
@@ -193,22 +194,17 @@ def adapter_params(members: Sequence[Matrix]) -> dict[str, nn.Parameter]:
     return {member.param_name: member.adapter.dsee_flat for member in members if member.adapted}
 
 
-def _effective(
-    jobs: Sequence[Job], whole: Mapping[int, Tensor], flats: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Delta]]:
-    """Local. W + D, (O, I) float32, of owned matrices, and D, given the adapters' values by parameter name."""
-    found, deltas = {}, {}
-    for index, entries in whole.items():
-        member = jobs[index].member
-        stored = entries.view(member.shape)
-        weight = stored.float()
-        if member.adapted:
-            delta = deltas[member.name] = member.delta(flats[member.param_name])
-            weight = weight + delta_block(delta, 0, member.shape[0]).to(weight.device)
-            # What an earlier pruning removed is gone, whatever D says there.
-            weight.masked_fill_(stored == 0, 0)
-        found[member.name] = weight.t().contiguous() if member.transposed else weight.clone()
-    return found, deltas
+def _effective(piece: Piece, stored: Tensor, delta: Delta | None) -> Tensor:
+    """Local. W + D of a piece, (rows, I) float32, given its stored entries."""
+    member = piece.job.member
+    stored = stored.view(member.shape if member.transposed else (piece.num_rows, member.num_inputs))
+    weight = stored.float()
+    if delta is not None:
+        start = 0 if member.transposed else piece.rows.start
+        weight = weight + delta_block(delta, start, start + len(stored)).to(weight.device)
+        # What an earlier pruning removed is gone, whatever D says there.
+        weight.masked_fill_(stored == 0, 0)
+    return weight.t().contiguous() if member.transposed else weight.clone()
 
 
 def write_back(
@@ -222,7 +218,7 @@ def write_back(
 ) -> None:
     """Collective. New weights into the shards, new supports to all ranks; S2 = 0, and without the mask B = 0 too."""
     values = {at: solved[job.member.name][0] for at, job in enumerate(jobs) if job.member.name in solved}
-    params, dealt, parts = _request(jobs, owners)
+    params, dealt, parts = whole_matrices(jobs, owners)
     partition.scatter(params, dealt, values, workspace, parts)
     adapted = [job.member for job in jobs if job.member.adapted]
     _share_supports(adapted, owners, solved, partition)

@@ -13,7 +13,7 @@ from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.decompose import Support, find_support
 from dsee_scale.algorithms.delta import AdapterSpec, Delta, low_rank_block
 from dsee_scale.algorithms.refit import Factor, sparsegpt, to_storage
-from dsee_scale.algorithms.sweep import Count, Groups
+from dsee_scale.algorithms.sweep import Count, Groups, Removal
 from dsee_scale.config import DSEEConfig, PruneConfig
 from dsee_scale.passes.decompose_model import seeded
 
@@ -46,7 +46,7 @@ class Job:
         if self.left is None:
             return gram_II
         left = self.left.to(gram_II.device)
-        return gram_II[left][:, left]
+        return gram_II[left[:, None], left]
 
 
 def rows_cost(outputs: int, inputs: int) -> int:
@@ -106,28 +106,28 @@ def removal_of(job: Job, config: PruneConfig) -> Count | Groups:
 
 
 def solve(
-    job: Job, rows: slice, weight_OI: Tensor, gram_KK: Tensor, removal: Count | Groups, factor: Factor
+    job: Job, rows_R: Tensor, weight_RI: Tensor, gram_KK: Tensor, removal: Removal, factor: Factor
 ) -> Tensor:
-    """Local. Some outputs of a matrix, (O, I) float32, zero where they are pruned.
+    """Local. Some outputs of a matrix, (R, I) float32, zero where they are pruned.
 
     Args:
         job: the matrix.
-        rows: which outputs these are.
-        weight_OI: their W + D.
+        rows_R: which outputs these are.
+        weight_RI: their W + D.
         gram_KK: of the inputs that are still there; others are left out of the problem.
         removal: what goes of these outputs.
         factor: of `gram_KK`.
     """
     if job.left is not None:
-        left = job.left.to(weight_OI.device)
+        left = job.left.to(weight_RI.device)
         whole = dataclasses.replace(job, left=None)
-        inside = solve(whole, rows, weight_OI[:, left], gram_KK, removal, factor)
-        return torch.zeros_like(weight_OI).index_copy_(1, left, inside)
+        inside = solve(whole, rows_R, weight_RI[:, left], gram_KK, removal, factor)
+        return torch.zeros_like(weight_RI).index_copy_(1, left, inside)
     if job.outputs is None:
-        return sparsegpt(weight_OI, gram_KK, removal, factor=factor).weight
+        return sparsegpt(weight_RI, gram_KK, removal, factor=factor).weight
     # Each output is solved on its own, so its weight changes which entries go and nothing else.
-    counts_O1 = job.outputs[rows, None].to(weight_OI.device)
-    return sparsegpt(weight_OI * counts_O1, gram_KK, removal, factor=factor).weight / counts_O1
+    counts_R1 = job.outputs.to(weight_RI.device)[rows_R.to(weight_RI.device), None]
+    return sparsegpt(weight_RI * counts_R1, gram_KK, removal, factor=factor).weight / counts_R1
 
 
 def _new_support(member: Matrix, weight_OI: Tensor, settings: DSEEConfig) -> Support | None:

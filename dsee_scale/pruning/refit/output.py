@@ -23,8 +23,8 @@ from dsee_scale.partition.engine_state import no_leaf_gradients
 from dsee_scale.passes.batches import token_mask
 from dsee_scale.passes.blocks import Call, run_block
 from dsee_scale.passes.sensitivity import frozen, graph_from
-from dsee_scale.pruning.refit.block import refitting_work
 from dsee_scale.pruning.refit.matrix import Job
+from dsee_scale.pruning.refit.work import refitting_work
 
 RATE = 0.01
 """Highest learning rate, as a multiple of the root mean square of a matrix's kept weights."""

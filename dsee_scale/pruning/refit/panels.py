@@ -2,7 +2,7 @@
 
 Each panel is factorised by the rank it was dealt to and broadcast; then every rank takes it from its own later panels.
 Of the triangle's inverse each rank solves its own panels. What is multiplied with what depends on the matrix's size
-alone, so the result is the same, bit for bit, on any number of ranks. On one it takes no longer than LAPACK.
+alone, so the result is the same, bit for bit, on any number of ranks. One alone takes no longer than with LAPACK.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dsee_scale.algorithms.score import all_finite
 from dsee_scale.partition import Partition
 from dsee_scale.passes.deal import deal
 
@@ -35,19 +36,21 @@ def panel_costs(inputs: int) -> tuple[list[int], list[int]]:
     )
 
 
-def inverse_by_panels(damped_II: Tensor, partition: Partition) -> Tensor | None:
-    """Collective. As `algorithms.refit.inverse_cholesky`, of a matrix that every rank has; it is overwritten.
+def upper_inverse_by_panels(reversed_II: Tensor, partition: Partition) -> Tensor | None:
+    """Collective. As `algorithms.refit.upper_inverse`, of a matrix that every rank has; it is overwritten.
 
     Extra memory: the result and two panels.
     """
-    factoring, inverting = (deal(costs, partition.world_size) for costs in panel_costs(len(damped_II)))
-    panels = [slice(start, start + PANEL) for start in range(0, len(damped_II), PANEL)]
-    _factor_(damped_II, panels, factoring, partition)
-    return _inverse(damped_II, panels, inverting, partition) if torch.isfinite(damped_II).all() else None
+    factoring, inverting = (deal(costs, partition.world_size) for costs in panel_costs(len(reversed_II)))
+    panels = [slice(start, start + PANEL) for start in range(0, len(reversed_II), PANEL)]
+    _factor_(reversed_II, panels, factoring, partition)
+    if not all_finite(reversed_II.diagonal()):
+        return None
+    return _inverse(reversed_II, panels, inverting, partition)
 
 
 def _factor_(gram_II: Tensor, panels: Sequence[slice], owners: Sequence[int], partition: Partition) -> None:
-    """Collective. L in place of G on every rank; NaN where a pivot is not positive."""
+    """Collective. L in the lower triangle on every rank; NaN on its diagonal where a pivot is not positive."""
     for index, (here, owner) in enumerate(zip(panels, owners, strict=True)):
         panel = gram_II[here.start :, here].contiguous()
         if owner == partition.rank:
@@ -56,7 +59,6 @@ def _factor_(gram_II: Tensor, panels: Sequence[slice], owners: Sequence[int], pa
             panel[:width] = torch.nan if failed else top
             panel[width:] = torch.linalg.solve_triangular(top.T, panel[width:], upper=True, left=False)
         gram_II[here.start :, here] = partition.broadcast(panel, owner)
-        gram_II[: here.start, here] = 0
         for later, mine in zip(panels[index + 1 :], owners[index + 1 :], strict=True):
             if mine == partition.rank:
                 rest = panel[later.start - here.start :]
@@ -66,24 +68,32 @@ def _factor_(gram_II: Tensor, panels: Sequence[slice], owners: Sequence[int], pa
 def _inverse(
     lower_II: Tensor, panels: Sequence[slice], owners: Sequence[int], partition: Partition
 ) -> Tensor:
-    """Collective. L^-1 on every rank, each panel from its diagonal down by forward substitution."""
-    inverse_II = torch.zeros_like(lower_II)
+    """Collective. L^-1 on every rank with its inputs in reverse; each panel by forward substitution."""
+    size = len(lower_II)
     steps = []
     for here in panels:
         block = lower_II[here, here]
         steps.append(torch.linalg.solve_triangular(block, torch.eye(len(block)).to(block), upper=False))
+    upper_II = torch.zeros_like(lower_II)
     for index, (here, owner) in enumerate(zip(panels, owners, strict=True)):
         if owner != partition.rank:
             continue
-        panel = lower_II.new_zeros(len(lower_II) - here.start, steps[index].shape[1])
+        panel = lower_II.new_zeros(size - here.start, steps[index].shape[1])
         panel[: len(steps[index])] = steps[index]
         for step, at in zip(steps[index + 1 :], panels[index + 1 :], strict=True):
             above = at.start - here.start
             panel[above : above + PANEL] = (
                 step @ (lower_II[at, here.start : at.start] @ panel[:above])
             ).neg_()
-        inverse_II[here.start :, here] = panel
+        _reversed(upper_II, here).copy_(panel.flip(0, 1))
     for here, owner in zip(panels, owners, strict=True):
-        panel = inverse_II[here.start :, here].contiguous()
-        inverse_II[here.start :, here] = partition.broadcast(panel, owner)
-    return inverse_II
+        panel = _reversed(upper_II, here).contiguous()
+        _reversed(upper_II, here).copy_(partition.broadcast(panel, owner))
+    return upper_II
+
+
+def _reversed(upper_II: Tensor, panel: slice) -> Tensor:
+    """Where a panel of L^-1, from its diagonal down, lies in U."""
+    size = len(upper_II)
+    stop = min(panel.stop, size)
+    return upper_II[: size - panel.start, size - stop : size - panel.start]

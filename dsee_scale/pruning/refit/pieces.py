@@ -1,8 +1,8 @@
 """A block's matrices dealt out to all ranks to be solved, the large ones cut into pieces of some outputs.
 
-Once it is known how many entries each piece loses, its outputs are solved without the others. So the ranks need an
-input's Gram matrix and its factor, and their own pieces. Where matrices are cut depends on their sizes alone, so the
-result doesn't depend on the number of ranks.
+Once it is known how many entries each piece loses, its outputs are solved without the others. So a rank needs its
+pieces, and the Gram matrices of their inputs with their factors. Where matrices are cut depends on their sizes alone,
+and with it how many entries each piece loses.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from dsee_scale.algorithms.refit import DAMPING, Factor, factorise
-from dsee_scale.algorithms.sweep import Count, Groups, lowest
+from dsee_scale.algorithms.score import keys
+from dsee_scale.algorithms.select import NUM_BINS, count_keys_, deal_removals
+from dsee_scale.algorithms.sweep import Count, Parts, Removal
 from dsee_scale.config import PruneConfig
 from dsee_scale.partition import Partition
-from dsee_scale.pruning.refit.block import refitting_work
+from dsee_scale.partition.port import Part
 from dsee_scale.pruning.refit.matrix import Job, factor_cost, removal_of, rows_cost, solve
-from dsee_scale.pruning.refit.panels import inverse_by_panels, is_wide
+from dsee_scale.pruning.refit.panels import is_wide, upper_inverse_by_panels
+from dsee_scale.pruning.refit.work import refitting_work
 
 LEAST_ROWS = 128
 """Outputs of a piece at least: fewer would make narrow products."""
@@ -44,6 +47,11 @@ class Piece:
     rank: int = 0
 
     @property
+    def name(self) -> str:
+        """The matrix's."""
+        return self.job.member.name
+
+    @property
     def num_rows(self) -> int:
         """How many outputs."""
         return int(self.rows.stop - self.rows.start)
@@ -51,7 +59,15 @@ class Piece:
     @property
     def problem(self) -> str:
         """Pieces of one problem share a Gram matrix and its factor."""
-        return self.job.leader if self.job.left is None else self.job.member.name
+        return self.job.leader if self.job.left is None else f"{self.name}, of the inputs left"
+
+    @property
+    def part(self) -> Part:
+        """Where it is stored in its parameter; None for all of it."""
+        member = self.job.member
+        if member.expert is None and self.num_rows == member.outputs_by_inputs[0]:
+            return None
+        return member.offset + self.rows.start * member.num_inputs, self.num_rows * member.num_inputs
 
 
 def cut(outputs: int, inputs: int) -> list[slice]:
@@ -61,8 +77,15 @@ def cut(outputs: int, inputs: int) -> list[slice]:
 
 
 def dealt(jobs: Sequence[Job], world_size: int) -> list[Piece]:
-    """Every matrix's pieces, each with its rank; a matrix's own follow each other."""
-    pieces = [Piece(job, rows) for job in jobs for rows in cut(*job.member.outputs_by_inputs)]
+    """Every matrix's pieces, each with its rank; a matrix's own follow each other.
+
+    Weights that are stored with their inputs first (GPT-2's) are not cut: their outputs lie apart.
+    """
+    pieces = []
+    for job in jobs:
+        outputs, inputs = job.member.outputs_by_inputs
+        cuts = [slice(0, outputs)] if job.member.transposed else cut(outputs, inputs)
+        pieces += [Piece(job, rows) for rows in cuts]
     sizes = [(piece.problem, piece.num_rows, piece.job.member.num_inputs) for piece in pieces]
     ranks = deal_pieces(sizes, world_size)
     return [replace(piece, rank=rank) for piece, rank in zip(pieces, ranks, strict=True)]
@@ -98,8 +121,14 @@ def deal_pieces(sizes: Sequence[tuple[str, int, int]], world_size: int) -> list[
 
 
 def owners_of(pieces: Sequence[Piece]) -> dict[str, int]:
-    """By matrix the rank that has it whole before and afterwards: its first piece's."""
-    return {piece.job.member.name: piece.rank for piece in reversed(pieces)}
+    """By matrix the rank that has it whole once it is solved: of those that solve it the one that owns least so far."""
+    owners: dict[str, int] = {}
+    entries: dict[int, int] = {}
+    for name, own in _by_matrix(pieces).items():
+        owner = min(sorted({piece.rank for piece in own}), key=lambda rank: entries.get(rank, 0))
+        entries[owner] = entries.get(owner, 0) + own[0].job.member.numel
+        owners[name] = owner
+    return owners
 
 
 def holders(pieces: Sequence[Piece], world_size: int) -> dict[str, list[int]]:
@@ -113,140 +142,160 @@ def holders(pieces: Sequence[Piece], world_size: int) -> dict[str, list[int]]:
 
 def solve_pieces(
     pieces: Sequence[Piece],
-    grams: Mapping[str, Tensor],
-    weights: dict[str, Tensor],
+    grams: dict[str, Tensor],
+    weights: dict[int, Tensor],
     owners: Mapping[str, int],
     config: PruneConfig,
     partition: Partition,
 ) -> dict[str, Tensor]:
     """Collective. Solve matrices on all ranks.
 
-    Extra memory: of each wide input a factor of its Gram matrix, of the narrow ones one factor; of cut matrices the
-    rank's own pieces, and one whole matrix.
+    Extra memory: of each wide input a factor of its Gram matrix, of the narrow ones one factor; what the solver takes
+    for a rank's pieces of one matrix; and one whole matrix.
 
     Args:
         pieces: of whole matrices, with inputs that `grams` has.
-        grams: by leader, those that this rank needs.
-        weights: by name, W + D of the matrices that this rank owns, (O, I) float32; emptied.
+        grams: by leader, those that this rank needs; emptied.
+        weights: by index into `pieces`, W + D of this rank's, (rows, I) float32; emptied.
         owners: rank of each matrix.
         config: what goes.
         partition: port to the ranks.
 
     Returns:
-        The matrices that this rank owns, solved.
+        The matrices that this rank owns, solved, (O, I) float32.
     """
-    by_matrix: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        by_matrix.setdefault(piece.job.member.name, []).append(piece)
-    mine: list[_Task] = []
-    for name, own in by_matrix.items():
-        mine += _hand_out(own, grams, weights.pop(name, None), owners[name], config, partition)
-    wide = {piece.problem: piece for piece in pieces if is_wide(piece.job.member.num_inputs)}
-    factors = {name: _shared_factor(piece, grams, config, partition) for name, piece in wide.items()}
+    wide = [*dict.fromkeys(piece.problem for piece in pieces if is_wide(piece.job.member.num_inputs))]
     with refitting_work(partition, config):
-        solved = _solve_all(sorted(mine, key=lambda task: task.piece.problem), grams, factors)
-    del mine, factors
+        _to_problems_(grams, pieces)
+        if wide:  # room for the largest factor: a rank that lacks it must not leave the others in a panel
+            size = max(len(grams[name]) for name in wide)
+            torch.empty(2, size, size, device=grams[wide[0]].device)
+    counts = _numbers(pieces, grams, weights, config, partition)
+    by_panels = partial(upper_inverse_by_panels, partition=partition)
+    factors = {name: factorise(grams[name], DAMPING, by_panels) for name in wide}
+    with refitting_work(partition, config):
+        solved = _solve_own(pieces, grams, factors, weights, counts, config, partition)
+    factors.clear()
     found = {
-        name: _take_back(own, solved.pop(name, {}), owners[name], config, partition)
-        for name, own in by_matrix.items()
+        name: _whole(own, solved, owners[name], config, partition) for name, own in _by_matrix(pieces).items()
     }
     return {name: whole for name, whole in found.items() if whole is not None}
 
 
-@dataclass(frozen=True, eq=False)
-class _Task:
-    """A piece with its W + D, (rows, I) float32, and what goes of it."""
-
-    piece: Piece
-    weight: Tensor
-    removal: Count | Groups
-
-
-def _hand_out(
-    own: Sequence[Piece],
-    grams: Mapping[str, Tensor],
-    weight: Tensor | None,
-    owner: int,
-    config: PruneConfig,
-    partition: Partition,
-) -> list[_Task]:
-    """Collective where a matrix is cut. This rank's pieces of it, given the whole one on its owner."""
-    job = own[0].job
-    removal = removal_of(job, config)
-    if len(own) == 1:
-        return [] if weight is None else [_Task(own[0], weight, removal)]
-    with refitting_work(partition, config):
-        counts = torch.zeros(len(own), dtype=torch.int64, device=partition.device)
-        if weight is None:
-            where = partition.compute_device(job.member.param)
-            weight = torch.empty(job.member.outputs_by_inputs, device=where)
-        elif isinstance(removal, Count) and removal.scope == "matrix":
-            counts += _numbers(own, removal, weight, grams[job.leader]).to(counts.device)
-    partition.broadcast(counts, owner)
-    partition.broadcast(weight, owner)
-    tasks = []
-    with refitting_work(partition, config):
-        for piece, count in zip(own, counts.tolist(), strict=True):
-            if piece.rank == partition.rank:
-                rows = weight[piece.rows] if owner == partition.rank else weight[piece.rows].clone()
-                goes = Count(count) if isinstance(removal, Count) and removal.scope == "matrix" else removal
-                tasks.append(_Task(piece, rows, goes))
-    return tasks
+def _to_problems_(grams: dict[str, Tensor], pieces: Sequence[Piece]) -> None:
+    """Local. Gram matrices by problem rather than by leader, of the inputs that are left."""
+    problems = {piece.problem: piece.job for piece in pieces if piece.job.leader in grams}
+    found = {name: job.gram_of_left(grams[job.leader]) for name, job in problems.items()}
+    grams.clear()
+    grams |= found
 
 
-def _numbers(own: Sequence[Piece], removal: Count, weight_OI: Tensor, gram_II: Tensor) -> Tensor:
-    """(pieces,) int64: how many of the entries with the smallest w^2 G_jj lie in each piece, as by Wanda."""
-    job = own[0].job
-    costs_OI = weight_OI.square().mul_(gram_II.diagonal())
-    if job.outputs is not None:
-        costs_OI.mul_(job.outputs.to(costs_OI).square()[:, None])
-    if job.left is not None:
-        costs_OI = costs_OI[:, job.left.to(costs_OI.device)]
-    per_row = lowest(costs_OI, removal.num_remove).sum(dim=1)
-    return torch.stack([per_row[piece.rows].sum() for piece in own])
-
-
-def _shared_factor(
-    piece: Piece, grams: Mapping[str, Tensor], config: PruneConfig, partition: Partition
-) -> Factor:
-    """Collective. The factor of a wide problem on every rank."""
-    with refitting_work(partition, config):
-        gram = piece.job.gram_of_left(grams[piece.job.leader])
-        # A rank without the memory must not leave the others in a panel.
-        torch.empty(2, *gram.shape, device=gram.device)
-    return factorise(gram, DAMPING, partial(inverse_by_panels, partition=partition))
-
-
-def _solve_all(
-    tasks: Sequence[_Task], grams: Mapping[str, Tensor], factors: Mapping[str, Factor]
-) -> dict[str, dict[int, Tensor]]:
-    """Local. By matrix the solved pieces by their first row; tasks of one problem follow each other."""
-    found: dict[str, dict[int, Tensor]] = {}
-    for problem, group in groupby(tasks, key=lambda task: task.piece.problem):
-        gram: Tensor | None = None
-        for task in group:
-            piece = task.piece
-            if gram is None:
-                gram = piece.job.gram_of_left(grams[piece.job.leader])
-                factor = factors.get(problem) or factorise(gram, DAMPING)
-            solved = solve(piece.job, piece.rows, task.weight, gram, task.removal, factor)
-            found.setdefault(piece.job.member.name, {})[piece.rows.start] = solved
+def _by_matrix(pieces: Sequence[Piece]) -> dict[str, list[Piece]]:
+    found: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(piece.name, []).append(piece)
     return found
 
 
-def _take_back(
+def _numbers(
+    pieces: Sequence[Piece],
+    grams: Mapping[str, Tensor],
+    weights: Mapping[int, Tensor],
+    config: PruneConfig,
+    partition: Partition,
+) -> dict[int, int]:
+    """Collective. How many entries each piece of a cut matrix loses where the matrix's are counted together.
+
+    By index into `pieces`. As many as have the least |W + D| times the norm of their input, as by Wanda.
+    """
+    removals = {piece.name: removal_of(piece.job, config) for piece in pieces}
+    numbers = [i for i, piece in enumerate(pieces) if _counted(piece, removals[piece.name])]
+    if not numbers:
+        return {}
+    with refitting_work(partition, config):
+        histograms = torch.zeros(len(numbers), NUM_BINS, dtype=torch.int64, device=partition.device)
+        for histogram, index in zip(histograms, numbers, strict=True):
+            if index in weights:
+                piece = pieces[index]
+                _count_costs_(histogram, piece, weights[index], grams[piece.problem].diagonal())
+    histograms = partition.sum_over_ranks(histograms)
+    found: dict[int, int] = {}
+    for name, group in groupby(enumerate(numbers), key=lambda each: pieces[each[1]].name):
+        rows, own = zip(*group, strict=True)
+        removal = removals[name]
+        assert isinstance(removal, Count)
+        found |= zip(own, deal_removals(histograms[list(rows)], removal.num_remove), strict=True)
+    return found
+
+
+def _counted(piece: Piece, removal: object) -> bool:
+    """Whether it is a part of a matrix whose entries are counted together."""
+    whole = piece.num_rows == piece.job.member.outputs_by_inputs[0]
+    return not whole and isinstance(removal, Count) and removal.scope == "matrix"
+
+
+def _count_costs_(histogram: Tensor, piece: Piece, weight_RI: Tensor, squares_K: Tensor) -> None:
+    """Add a piece's entries; zeros, which are gone already, to bin 0 and nothing else."""
+    if piece.job.left is not None:
+        weight_RI = weight_RI[:, piece.job.left.to(weight_RI.device)]
+    norms_K = squares_K.to(weight_RI.device).sqrt()
+    for rows, block in enumerate(weight_RI.split(LEAST_ROWS)):
+        costs = block.abs() * norms_K
+        if piece.job.outputs is not None:
+            first = piece.rows.start + rows * LEAST_ROWS
+            costs *= piece.job.outputs[first : first + len(block), None].to(costs.device)
+        count_keys_(histogram, keys(costs.clamp_(min=torch.finfo(costs.dtype).tiny), block))
+
+
+def _solve_own(
+    pieces: Sequence[Piece],
+    grams: dict[str, Tensor],
+    factors: Mapping[str, Factor],
+    weights: dict[int, Tensor],
+    counts: Mapping[int, int],
+    config: PruneConfig,
+    partition: Partition,
+) -> dict[str, Tensor]:
+    """Local. This rank's pieces of each matrix, solved together, as one."""
+    mine = [i for i, piece in enumerate(pieces) if piece.rank == partition.rank]
+    solved = {}
+    for problem, of_problem in groupby(
+        sorted(mine, key=lambda i: (pieces[i].problem, i)), lambda i: pieces[i].problem
+    ):
+        gram = grams[problem]
+        factor = factors[problem] if problem in factors else factorise(gram, DAMPING)
+        for name, of_matrix in groupby(of_problem, lambda i: pieces[i].name):
+            own = list(of_matrix)
+            job = pieces[own[0]].job
+            removal: Removal = removal_of(job, config)
+            if all(i in counts for i in own):
+                removal = Parts(tuple((pieces[i].num_rows, counts[i]) for i in own))
+            rows = torch.cat([torch.arange(pieces[i].rows.start, pieces[i].rows.stop) for i in own])
+            weight = torch.cat([weights.pop(i) for i in own])
+            solved[name] = solve(job, rows, weight, gram, removal, factor)
+        del gram, factor
+    grams.clear()
+    return solved
+
+
+def _whole(
     own: Sequence[Piece],
-    solved: Mapping[int, Tensor],
+    solved: dict[str, Tensor],
     owner: int,
     config: PruneConfig,
     partition: Partition,
 ) -> Tensor | None:
-    """Collective where a matrix is cut. The whole matrix on its owner, None elsewhere."""
-    if len(own) == 1:
-        return solved.get(0)
+    """Collective where several ranks solved parts of a matrix. It on its owner, None elsewhere."""
+    found = solved.pop(own[0].name, None)
+    if len({piece.rank for piece in own}) == 1:
+        return found
     member = own[0].job.member
     with refitting_work(partition, config):
         whole = torch.zeros(member.outputs_by_inputs, device=partition.compute_device(member.param))
-        for start, part in solved.items():
-            whole[start : start + len(part)] = part
+        if found is not None:
+            parts = found.split([piece.num_rows for piece in own if piece.rank == partition.rank])
+            for piece, part in zip([p for p in own if p.rank == partition.rank], parts, strict=True):
+                whole[piece.rows] = part
+        if whole.device != partition.device:  # what the sum takes
+            torch.empty_like(whole, device=partition.device)
     return partition.sum_to(whole, owner)

@@ -41,14 +41,15 @@ from dsee_scale.pruning.refit.block import (
     adapter_params,
     collect_grams,
     grouped,
-    owned_weights,
-    refitting_work,
+    own_weights,
     reserve,
+    whole_matrices,
     write_back,
 )
 from dsee_scale.pruning.refit.matrix import Job, settle
 from dsee_scale.pruning.refit.output import meet_outputs_, tuned_outputs
 from dsee_scale.pruning.refit.pieces import dealt, holders, owners_of, solve_pieces
+from dsee_scale.pruning.refit.work import refitting_work
 from dsee_scale.pruning.sensitivity_shares import Shares, find_shares
 from dsee_scale.pruning.zero_lines import check_reachable
 
@@ -69,8 +70,8 @@ def refit(
     """Collective. Prune the pools' weights and solve what stays.
 
     Peak extra memory per rank: the inputs of one block for this rank's batches; Gram matrices of up to
-    `config.gram_memory_mib`, or of one matrix; the matrices of one block that the rank owns in float32, and the
-    solver's workspace for one of them; with `block_steps`, what its description says.
+    `config.gram_memory_mib`, or of one matrix; of one block's matrices what the rank solves and then owns, in
+    float32; one matrix more, and the solver's workspace for one; with `block_steps`, what its description says.
 
     Args:
         model: what `prune` was given.
@@ -106,7 +107,7 @@ def refit(
             try:
                 with _exact():
                     solved, owners, few = _solve_block(model, block, index, here, calls, config, partition)
-                workspace = reserve(here, owners, config, partition)
+                workspace = reserve(whole_matrices(here, owners), config, partition)
                 unsolved += few
                 done.append(name)  # from here on it counts as written
                 write_back(model, here, owners, solved, workspace, config, partition)
@@ -191,7 +192,7 @@ def _solve_block(
         here = [piece for piece in pieces if piece.job.member.name in names]
         needed = holders(here, partition.world_size)
         grams, few = collect_grams(module, block, index, group, calls, needed, config, partition)
-        weights, deltas = owned_weights(group, owners, config, partition)
+        weights, deltas = own_weights(here, owners, config, partition)
         with torch.autocast(compute_device(module, partition).type, enabled=False):
             solved |= solve_pieces(here, grams, weights, owners, config, partition)
         unsolved += few
