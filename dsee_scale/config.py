@@ -201,7 +201,7 @@ class PruneConfig(JsonConfig):
     block's output meets the tuned model's there. For patterns that cost much, such as 2:4. Every rank holds 16 bytes
     for each linear weight of the block meanwhile, and the outputs beside the inputs."""
     gram_memory_mib: int = 4096
-    """Gram matrices that one rank collects at a time for `refit`, in MiB, with the factors that all ranks share; at least
+    """Gram matrices that a rank collects at a time for `refit`, in MiB, and the factors that all ranks share; at least
     one matrix's."""
     inputs_on_cpu: bool = False
     """Whether `refit` keeps the blocks' arguments (inputs, attention masks, positions; of all batches) in CPU memory
