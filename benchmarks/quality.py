@@ -5,6 +5,7 @@
     python benchmarks/quality.py --job e2e --files devset.csv
     python benchmarks/quality.py --job text --files train.txt test.txt
     python benchmarks/quality.py --cells benchmarks/quality_cells --plot docs/quality.png    # measures nothing
+    python benchmarks/quality.py --num_eval 1000 --judge runs/sentiment/model                # exported ones alone
 
 Every row of a seed starts from the same weights and batches and gets as many steps in all as dense LoRA (PEFT), at
 most 1% of the parameters trained: rank 4 on all linear layers and the norms. The tuned start of a seed is shared.
@@ -30,7 +31,7 @@ from dsee_scale.recipe.parsing import cache_folder
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _quality_jobs import CALIBRATION, METRIC, METRIC_WORDS, RATE
-from _quality_lab import Lab
+from _quality_lab import Lab, judged
 from _quality_report import print_table, print_tables, save_plot
 from _quality_rows import OURS, PEERS, dense_lora, ours, pruned_then_lora
 from _report import Report, parser
@@ -81,6 +82,9 @@ def main() -> None:
     arguments.add_argument(
         "--plot", type=Path, metavar="FILE.png", help="draw and print all jobs' finished cells; no more"
     )
+    arguments.add_argument(
+        "--judge", type=Path, nargs="+", metavar="FOLDER", help="judge these models by the job; no more"
+    )
     args = arguments.parse_args()
     if args.quick:
         args.steps, args.retune_steps, args.num_eval, args.num_calibration = 1, 1, 16, 16
@@ -98,6 +102,11 @@ def main() -> None:
         print(f"quality: {args.model} is missing; run python examples/demo/demo_inputs.py", file=sys.stderr)
         return
     lab, report = Lab(args), Report("quality", args.json)
+    if args.judge:
+        for folder in args.judge:
+            for metric, value in judged(lab, folder)["exported"].items():
+                report.add(f"{args.job}: {folder}", metric, "", value)
+        return
     cells = {row: [cell(lab, row, seed) for seed in args.seeds] for row in args.rows}
     metric, words = METRIC[args.job], METRIC_WORDS[args.job]
     peer = [one["exported"][metric] for one in cells.get("dense LoRA", [])]

@@ -12,7 +12,9 @@ its turn comes (one matrix-vector product), its block's earlier strips' and all 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import numpy as np
@@ -120,44 +122,55 @@ def _sweep_strip_(w_IO: Tensor, gone_IO: Tensor, upper_II: Tensor, errors: Tenso
 
 
 class CountChooser:
-    """Chooses a block's share of a number, in the whole matrix or in each row."""
+    """Chooses a block's share of a number, in each of equally large parts: a part is an output, or the whole matrix.
 
-    def __init__(self, removal: Count, gone_IO: Tensor) -> None:
-        self._per_row = removal.scope == "row"
-        live = ~gone_IO if self._per_row else (~gone_IO).sum(dim=1, keepdim=True)
-        ends = live.split(BLOCK)
-        # (blocks + 1, O) or (blocks + 1, 1): entries that are not zero before each block.
-        counts = torch.stack([part.sum(dim=0, dtype=torch.int64) for part in ends]).cumsum(0)
-        self._before = torch.cat([torch.zeros_like(counts[:1]), counts])
-        total = counts[-1]
-        entries = len(gone_IO) * (1 if self._per_row else gone_IO.shape[1])
-        self._extra = (removal.num_remove - (entries - total)).clamp_(min=0)
+    Args:
+        counts: what goes of each part.
+        gone_IO: which entries are zero already; the parts' outputs follow each other.
+    """
+
+    def __init__(self, counts: Sequence[int], gone_IO: Tensor) -> None:
+        self._num_parts = len(counts)
+        live_IP = (~gone_IO).view(len(gone_IO), len(counts), -1).sum(dim=2)
+        # (blocks + 1, P): entries that are not zero before each block.
+        ends = torch.stack([part.sum(dim=0) for part in live_IP.split(BLOCK)]).cumsum(0)
+        self._before = torch.cat([torch.zeros_like(ends[:1]), ends])
+        total = ends[-1]
+        entries = gone_IO.numel() // len(counts)
+        wanted = torch.tensor(counts, device=gone_IO.device)
+        self._extra = (wanted - (entries - total)).clamp_(min=0)
         self._total = total.clamp(min=1)
 
     def choose_(self, w_IO: Tensor, upper_I: Tensor, gone_IO: Tensor, block: int) -> None:
         """Mark what goes of a block of inputs."""
         share = self._share(block + 1) - self._share(block)
         costs_IO = (w_IO / upper_I[:, None]).square_().masked_fill_(gone_IO, math.inf)
-        gone_IO |= _lowest_of_rows(costs_IO, share) if self._per_row else _lowest(costs_IO, int(share))
+        if self._num_parts == 1:
+            gone_IO |= _lowest(costs_IO, int(share))
+            return
+        costs_IPR = costs_IO.view(len(costs_IO), self._num_parts, -1)
+        found = _lowest_of_each(costs_IPR.transpose(1, 2).flatten(0, 1), share)
+        gone_IO |= found.view(len(costs_IO), -1, self._num_parts).transpose(1, 2).reshape(costs_IO.shape)
 
     def _share(self, block: int) -> Tensor:
         return (2 * self._extra * self._before[block] + self._total) // (2 * self._total)
 
 
 class PartsChooser:
-    """Chooses a block's share of each part's number."""
+    """Chooses in each run of equally large parts."""
 
     def __init__(self, removal: Parts, gone_IO: Tensor) -> None:
-        self._parts = []
+        self._runs = []
         start = 0
-        for outputs, count in removal.counts:
-            part = slice(start, start + outputs)
-            self._parts.append((part, CountChooser(Count(count), gone_IO[:, part])))
-            start += outputs
+        for outputs, run in groupby(removal.counts, key=lambda part: part[0]):
+            counts = [count for _, count in run]
+            part = slice(start, start + outputs * len(counts))
+            self._runs.append((part, CountChooser(counts, gone_IO[:, part])))
+            start = part.stop
 
     def choose_(self, w_IO: Tensor, upper_I: Tensor, gone_IO: Tensor, block: int) -> None:
         """Mark what goes of a block of inputs."""
-        for part, chooser in self._parts:
+        for part, chooser in self._runs:
             chooser.choose_(w_IO[:, part], upper_I, gone_IO[:, part], block)
 
 
@@ -183,7 +196,9 @@ def chooser_for(removal: Removal, gone_IO: Tensor) -> Chooser:
     """What chooses, given which entries are zero already."""
     if isinstance(removal, Groups):
         return GroupChooser(removal)
-    return PartsChooser(removal, gone_IO) if isinstance(removal, Parts) else CountChooser(removal, gone_IO)
+    if isinstance(removal, Parts):
+        return PartsChooser(removal, gone_IO)
+    return CountChooser([removal.num_remove] * (gone_IO.shape[1] if removal.scope == "row" else 1), gone_IO)
 
 
 def _lowest(costs_IO: Tensor, num_lowest: int) -> Tensor:
@@ -203,17 +218,17 @@ def _lowest(costs_IO: Tensor, num_lowest: int) -> Tensor:
     return below | (tied_OI & first_OI).T
 
 
-def _lowest_of_rows(costs_IO: Tensor, num_lowest_O: Tensor) -> Tensor:
-    """(I, O) bool: so many of the smallest costs of each output, of equal ones the first."""
-    if costs_IO.device.type == "cpu":  # Several times as fast as torch's sort.
-        ordered_OI = torch.from_numpy(np.sort(costs_IO.T.contiguous().numpy(), axis=1))
+def _lowest_of_each(costs_EP: Tensor, num_lowest_P: Tensor) -> Tensor:
+    """(E, P) bool: so many of the smallest costs of each of P parts, of equal ones the first."""
+    if costs_EP.device.type == "cpu":  # Several times as fast as torch's sort.
+        ordered_PE = torch.from_numpy(np.sort(costs_EP.T.contiguous().numpy(), axis=1))
     else:
-        ordered_OI = costs_IO.T.sort(dim=1).values
-    threshold_O = ordered_OI.gather(1, (num_lowest_O - 1).clamp(min=0)[:, None])[:, 0]
-    threshold_O.masked_fill_(num_lowest_O == 0, -1)
-    found = costs_IO <= threshold_O
-    if torch.equal(found.sum(dim=0), num_lowest_O):
+        ordered_PE = costs_EP.T.sort(dim=1).values
+    threshold_P = ordered_PE.gather(1, (num_lowest_P - 1).clamp(min=0)[:, None])[:, 0]
+    threshold_P.masked_fill_(num_lowest_P == 0, -1)
+    found = costs_EP <= threshold_P
+    if torch.equal(found.sum(dim=0), num_lowest_P):
         return found
-    below = costs_IO < threshold_O
-    tied = costs_IO == threshold_O
-    return below | (tied & (tied.cumsum(dim=0) <= num_lowest_O - below.sum(dim=0)))
+    below = costs_EP < threshold_P
+    tied = costs_EP == threshold_P
+    return below | (tied & (tied.cumsum(dim=0) <= num_lowest_P - below.sum(dim=0)))

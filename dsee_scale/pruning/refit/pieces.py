@@ -271,7 +271,9 @@ def _solve_own(
             if all(i in counts for i in own):
                 removal = Parts(tuple((pieces[i].num_rows, counts[i]) for i in own))
             rows = torch.cat([torch.arange(pieces[i].rows.start, pieces[i].rows.stop) for i in own])
-            weight = torch.cat([weights.pop(i) for i in own])
+            parts = [weights.pop(i) for i in own]
+            weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+            del parts
             solved[name] = solve(job, rows, weight, gram, removal, factor)
         del gram, factor
     grams.clear()
