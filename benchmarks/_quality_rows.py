@@ -101,14 +101,14 @@ def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
         moments = lab.train(model, source, retune_steps, done=steps, moments=moments, teacher=teacher)
         steps += retune_steps
     found["retuned"] = lab.quality(model)
-    folder = lab.output / f"exported, ours, {seed}"
+    folder = lab.output / f"exported, {row}, seed {seed}"
     dsee_scale.export_model(model, folder, tokenizer=lab.tokenizer, overwrite=True)
     return found | judged(lab, folder)
 
 
 def dense_lora(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     """PEFT, as many steps in all, nothing pruned."""
-    return _peft(lab, lab.base(), seed, masked=False)
+    return _peft(lab, lab.base(), row, seed, masked=False)
 
 
 def pruned_then_lora(lab: Lab, row: str, seed: int) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def pruned_then_lora(lab: Lab, row: str, seed: int) -> dict[str, Any]:
         _compress(model, batches, COMPRESSOR[row])
     else:
         dsee_scale.prune(model, PruneConfig(sparsity=0.5, refit=False), batches)
-    return {"pruned": lab.quality(model)} | _peft(lab, model, seed, masked=True)
+    return {"pruned": lab.quality(model)} | _peft(lab, model, row, seed, masked=True)
 
 
 def _compress(model: nn.Module, batches: list[dict[str, Tensor]], modifier: str) -> None:
@@ -136,7 +136,7 @@ def _compress(model: nn.Module, batches: list[dict[str, Tensor]], modifier: str)
     oneshot(model=model, dataset=loader, recipe=recipe, pipeline="sequential", clear_sparse_session=True)
 
 
-def _peft(lab: Lab, model: nn.Module, seed: int, *, masked: bool) -> dict[str, Any]:
+def _peft(lab: Lab, model: nn.Module, row: str, seed: int, *, masked: bool) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
@@ -153,6 +153,6 @@ def _peft(lab: Lab, model: nn.Module, seed: int, *, masked: bool) -> dict[str, A
         found["merged densely"] = lab.quality(merged)
         for name, keep in masks.items():
             merged.get_submodule(name).weight.data.mul_(keep)
-    folder = lab.output / f"exported, peer, {seed}"
+    folder = lab.output / f"exported, {row}, seed {seed}"
     merged.save_pretrained(folder)
     return found | judged(lab, folder)
