@@ -99,12 +99,11 @@ def save_plot(folder: Path, path: Path) -> None:
                     value = _mean(cells[row], phase, METRIC[job])
                     if value > edge:  # would press all others into one line
                         axes.text(
-                            1.0,
+                            1.02,
                             place,
-                            f"{value:.2f} \N{RIGHTWARDS ARROW}",
+                            f"\N{RIGHTWARDS ARROW} {value:.2f}",
                             transform=axes.get_yaxis_transform(),
                             color=COLOURS[phase],
-                            ha="right",
                             va="center",
                         )
                         continue
