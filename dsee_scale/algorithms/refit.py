@@ -215,6 +215,12 @@ def upper_inverse(reversed_II: Tensor) -> Tensor | None:
     return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
 
 
+def _damped_reversed(gram_II: Tensor, added: float) -> Tensor:
+    found = gram_II.flip(0, 1)
+    found.diagonal().add_(added)
+    return found
+
+
 def factorise(
     gram_II: Tensor, damping: float, inverse: Callable[[Tensor], Tensor | None] = upper_inverse
 ) -> Factor:
@@ -237,9 +243,7 @@ def factorise(
         return Factor(torch.eye(len(gram_II), device=gram_II.device), 1.0, RefitRecord(damping, 0, num_dead))
     for retry in range(RETRIES + 1):
         fraction = damping * 10**retry
-        damped = gram_II.flip(0, 1)
-        damped.diagonal().add_(fraction * mean)
-        upper = inverse(damped)
+        upper = inverse(_damped_reversed(gram_II, fraction * mean))  # held on to by nobody else
         if upper is not None and all_finite(upper):
             return Factor(upper, fraction * mean, RefitRecord(fraction, retry, num_dead))
     raise ValueError(

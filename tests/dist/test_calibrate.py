@@ -16,10 +16,11 @@ from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.errors import CalibrationError, PartitionError
 from dsee_scale.partition import unwrap
 from dsee_scale.partition.zero3 import Zero3Partition
-from dsee_scale.pruning.refit import block, matrix, panels, pieces
+from dsee_scale.pruning.refit import block, matrix, pieces
 from tests.dist.test_inject_prune import engine_for, train, whole_weights
 from tests.models import zero3_config
 from tests.unit.test_calibrate import batches, make
+from tests.unit.test_pieces import make_small
 
 ROWS = PruneConfig(sparsity=0.4, refit=False)
 REFIT = {
@@ -119,10 +120,7 @@ def test_refitted_weights_are_those_of_the_dense_path_and_training_goes_on(pools
 def small_pieces() -> Iterator[pytest.MonkeyPatch]:
     """Matrices of tests are cut, and their Gram matrices factorised by all ranks, as large ones are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "LEAST_ROWS", 4)
-        patch.setattr(pieces, "PIECE_WORK", 12 * 32**2)
-        patch.setattr(panels, "WIDE", 16)
-        patch.setattr(panels, "PANEL", 12)
+        make_small(patch)
         yield patch
 
 

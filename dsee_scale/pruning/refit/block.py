@@ -159,23 +159,29 @@ def reserve(request: Request, config: PruneConfig, partition: Partition) -> Tens
         return torch.empty(partition.exchange_bytes(*request), dtype=torch.uint8, device=partition.device)
 
 
+def request_for(pieces: Sequence[Piece]) -> Request:
+    """What an exchange with the pieces' ranks asks for."""
+    return (
+        [piece.job.member.param for piece in pieces],
+        [piece.rank for piece in pieces],
+        [piece.part for piece in pieces],
+    )
+
+
 def whole_matrices(jobs: Sequence[Job], owners: Mapping[str, int]) -> Request:
     """What an exchange with the owners asks for."""
-    members = [job.member for job in jobs]
-    parts: list[Part] = [None if m.expert is None else (m.offset, m.numel) for m in members]
-    return [m.param for m in members], [owners[m.name] for m in members], parts
+    rows = [slice(0, job.member.outputs_by_inputs[0]) for job in jobs]
+    return request_for(
+        [Piece(job, all_, owners[job.member.name]) for job, all_ in zip(jobs, rows, strict=True)]
+    )
 
 
 def own_weights(
     pieces: Sequence[Piece], owners: Mapping[str, int], config: PruneConfig, partition: Partition
 ) -> tuple[dict[int, Tensor], dict[str, Delta]]:
     """Collective. W + D of this rank's pieces by index, (rows, I) float32, zero where W is; and D of what it owns."""
-    request: Request = (
-        [piece.job.member.param for piece in pieces],
-        [piece.rank for piece in pieces],
-        [piece.part for piece in pieces],
-    )
-    whole = partition.start_exchange(*request[:2], reserve(request, config, partition), request[2]).wait()
+    params, ranks, parts = request = request_for(pieces)
+    whole = partition.start_exchange(params, ranks, reserve(request, config, partition), parts).wait()
     members = {piece.name: piece.job.member for piece in pieces}
     small = adapter_params(list(members.values()))
     flats = partition.gather(list(small.values())) if small else []

@@ -2,7 +2,7 @@
 
 Each panel is factorised by the rank it was dealt to and broadcast; then every rank takes it from its own later panels.
 Of the triangle's inverse each rank solves its own panels. What is multiplied with what depends on the matrix's size
-alone, so the result is the same, bit for bit, on any number of ranks. One alone takes no longer than with LAPACK.
+alone, so the result is the same, bit for bit, on any number of ranks.
 """
 
 from __future__ import annotations

@@ -167,9 +167,9 @@ def solve_pieces(
     wide = [*dict.fromkeys(piece.problem for piece in pieces if is_wide(piece.job.member.num_inputs))]
     with refitting_work(partition, config):
         _to_problems_(grams, pieces)
-        if wide:  # room for the largest factor: a rank that lacks it must not leave the others in a panel
-            size = max(len(grams[name]) for name in wide)
-            torch.empty(2, size, size, device=grams[wide[0]].device)
+        if wide:  # room for the factors, and the largest twice: a rank that lacks it must not leave others in a panel
+            sizes = [len(grams[name]) ** 2 for name in wide]
+            torch.empty(sum(sizes) + max(sizes), device=grams[wide[0]].device)
     counts = _numbers(pieces, grams, weights, config, partition)
     by_panels = partial(upper_inverse_by_panels, partition=partition)
     factors = {name: factorise(grams[name], DAMPING, by_panels) for name in wide}
