@@ -5,7 +5,7 @@
     python benchmarks/quality.py --job e2e --files devset.csv
     python benchmarks/quality.py --job text --files train.txt test.txt
     python benchmarks/quality.py --cells benchmarks/quality_cells --plot docs/quality.png    # measures nothing
-    python benchmarks/quality.py --num_eval 1000 --judge runs/sentiment/model                # exported ones alone
+    python benchmarks/quality.py --judge runs/sentiment/model                                 # exported ones alone
 
 Every row of a seed starts from the same weights and batches and gets as many steps in all as dense LoRA (PEFT), at
 most 1% of the parameters trained: rank 4 on all linear layers and the norms. The tuned start of a seed is shared.
@@ -30,7 +30,7 @@ import torch
 from dsee_scale.recipe.parsing import cache_folder
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _quality_jobs import CALIBRATION, METRIC, METRIC_WORDS, RATE
+from _quality_jobs import CALIBRATION, EVALUATION, METRIC, METRIC_WORDS, RATE
 from _quality_lab import Lab, judged
 from _quality_report import print_table, print_tables, save_plot
 from _quality_rows import OURS, PEERS, dense_lora, ours, pruned_then_lora
@@ -73,7 +73,7 @@ def main() -> None:
     arguments.add_argument(
         "--num_calibration", type=int, help="training rows that a pruning looks at; default: the job's"
     )
-    arguments.add_argument("--num_eval", type=int, default=400)
+    arguments.add_argument("--num_eval", type=int, help="held-out rows; default: the job's")
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--output", default="runs/quality", help="for models on the way")
     arguments.add_argument(
@@ -96,6 +96,7 @@ def main() -> None:
         return
     args.rate = args.rate or RATE[args.job]
     args.num_calibration = args.num_calibration or CALIBRATION[args.job]
+    args.num_eval = args.num_eval or EVALUATION[args.job]
     if args.files is None:
         args.files = [cache / "movie-sentiment" / f"{part}.csv" for part in ("train", "validation")]
     if not Path(args.model).is_dir():
