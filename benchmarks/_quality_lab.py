@@ -140,12 +140,21 @@ def trained_share(model: nn.Module) -> float:
 
 
 def judged(lab: Lab, folder: Path) -> dict[str, Any]:
-    """An exported folder in stock transformers, and the zeros in its files' block weights."""
+    """An exported folder in stock transformers, and what its files lack of the untuned model's block weights.
+
+    `zeros` is the share of their entries that are zero, or gone because heads or neurons were cut out.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(lab.device)
-    zeros = entries = 0
+    kept, entries = _block_entries(folder)[0], _block_entries(Path(lab.args.model))[1]
+    return {"exported": lab.quality(model, texts=True), "zeros": 1 - kept / entries}
+
+
+def _block_entries(folder: Path) -> tuple[int, int]:
+    """How many entries of the block weights in a folder's files are not zero, and how many there are."""
+    kept = entries = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 if ".layers." in name and (tensor := file.get_tensor(name)).dim() == 2:
-                    zeros, entries = zeros + int((tensor == 0).sum()), entries + tensor.numel()
-    return {"exported": lab.quality(model, texts=True), "zeros": zeros / entries}
+                    kept, entries = kept + int(tensor.count_nonzero()), entries + tensor.numel()
+    return kept, entries

@@ -101,14 +101,11 @@ def make_factors(flat: Tensor, spec: AdapterSpec, fold: Fold | None, dtype: torc
     a, b, values = spec.split(flat.detach().to(dtype))
     if fold is None:
         return Factors(spec, a, b, values * spec.scaling if spec.num_sparse else None)
-    shape_a, shape_b, _ = fold.spec.shapes
-    left, right = a.new_zeros(shape_a), b.new_zeros(shape_b)
-    if len(spec.slices) == 1:
-        left[: spec.rank] = a
-    else:
-        left.view(len(spec.slices), fold.spec.rank, -1)[:, : spec.rank] = a.view(-1, spec.rank, spec.shape[1])
+    more, num_slices = fold.spec.rank - spec.rank, len(spec.slices)
+    each = a.view(-1, spec.rank, spec.shape[1]).expand(num_slices, -1, -1)  # a shared A stands in every slice
+    left = torch.nn.functional.pad(each, (0, 0, 0, more)).view(fold.spec.shapes[0])
     left.view(-1).index_fill_(0, fold.in_left, 1)
-    right[:, : spec.rank] = b
+    right = torch.nn.functional.pad(b, (0, more))
     right.view(-1).index_copy_(0, fold.in_right, values)
     return Factors(fold.spec, left, right, None)
 
@@ -129,7 +126,7 @@ def flat_gradient(
     gradient = torch.empty_like(flat)
     to_a, to_b, to_values = spec.split(gradient)
     torch.mul(da.view(-1, *to_a.shape).sum(0) if spec.shared_a else da, spec.scaling, out=to_a)
-    to_b.copy_(dright[:, : spec.rank]).mul_(spec.scaling)  # `out=` would take over its strides when compiled
+    to_b.copy_(dright[:, : spec.rank] * spec.scaling)
     if fold is not None:
         dvalues = dright.take(fold.in_right)  # needs no contiguous copy
     if spec.num_sparse:
