@@ -202,7 +202,7 @@ class PruneConfig(JsonConfig):
     for each linear weight of the block meanwhile, and the outputs beside the inputs."""
     gram_memory_mib: int = 4096
     """Gram matrices that a rank collects at a time for `refit`, in MiB, and the factors that all ranks share; at least
-    one matrix's."""
+    one matrix's. A block whose weights fit in besides is fetched once for all batches, not for each."""
     inputs_on_cpu: bool = False
     """Whether `refit` keeps the blocks' arguments (inputs, attention masks, positions; of all batches) in CPU memory
     rather than where the model computes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -51,6 +52,14 @@ class DensePartition(Ranks):
     def gather(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
         """The parameters themselves, detached."""
         return [self.decode(param, param.detach()) for param in params]
+
+    def held_bytes(self, module: nn.Module) -> int:
+        """None: every weight is here."""
+        return 0
+
+    def hold(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Nothing to do."""
+        return contextlib.nullcontext()
 
     def gather_each(self, params: Sequence[nn.Parameter], dst: int = 0) -> Iterator[Tensor | None]:
         """The parameters one by one on rank `dst`, None elsewhere; nothing is sent."""

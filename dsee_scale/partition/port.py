@@ -115,6 +115,15 @@ class Partition(Protocol):
     def gather(self, params: Sequence[nn.Parameter]) -> list[Tensor]:
         """Collective. Whole copies of (small) parameters on every rank; extra memory: their sizes."""
 
+    def held_bytes(self, module: nn.Module) -> int:
+        """Extra memory of `hold`. Local, the same on every rank."""
+
+    def hold(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Collective at its begin. A context in which a module's weights stay whole on every rank.
+
+        Its forward and backward passes fetch nothing then. Shards must not be edited inside.
+        """
+
     def gather_each(self, params: Sequence[nn.Parameter], dst: int = 0) -> Iterator[Tensor | None]:
         """Collective. Stream whole parameters to rank `dst` one at a time, None elsewhere.
 

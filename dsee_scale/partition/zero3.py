@@ -8,6 +8,7 @@ is one. An in-place edit of `ds_tensor` is what the next gather from it returns.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from dsee_scale.errors import PartitionError
 from dsee_scale.partition.exchange import AllToAll, Piece, is_partitioned, pieces_of, valid_stretch
 from dsee_scale.partition.port import Part, Shard, decoded
 from dsee_scale.partition.ranks import Ranks
+
+_HELD = -1
+"""Stands among the modules that use a parameter, whose numbers DeepSpeed begins at 0, so that none frees it."""
 
 
 def keep_experts_together(model: nn.Module) -> list[str]:
@@ -122,6 +126,26 @@ class Zero3Partition(Ranks):
         managed = [p for p in params if is_partitioned(p)]
         whole = iter(self._all_gather(managed))
         return [self.decode(p, next(whole) if is_partitioned(p) else p.detach()) for p in params]
+
+    def held_bytes(self, module: nn.Module) -> int:
+        """What `hold` adds on this rank."""
+        return sum(p.ds_numel * p.ds_tensor.element_size() for p in _holdable(module))
+
+    @contextlib.contextmanager
+    def hold(self, module: nn.Module) -> Iterator[None]:
+        """Collective at its begin. Frees what no module uses at the end."""
+        params = _holdable(module)
+        if params:
+            params[0].all_gather(param_list=params)
+        for param in params:
+            param.ds_active_sub_modules.add(_HELD)
+        try:
+            yield
+        finally:
+            for param in params:
+                param.ds_active_sub_modules.discard(_HELD)
+                if param.ds_status.name == "AVAILABLE" and not param.ds_active_sub_modules:
+                    param.partition()
 
     def gather_each(self, params: Sequence[Any], dst: int = 0) -> Iterator[Tensor | None]:
         """Collective. One whole parameter at a time on rank `dst`, None elsewhere."""
@@ -251,3 +275,13 @@ class Zero3Partition(Ranks):
             whole.append(self._true(param, stretch.view(dtype)))
             at += size
         return whole
+
+
+def _holdable(module: nn.Module) -> list[Any]:
+    """What comes and goes with each use. Not a leaf's parameters: DeepSpeed may free those whoever uses them."""
+    from deepspeed.utils.z3_leaf_module import z3_leaf_module
+
+    leaves = [each for each in module.modules() if z3_leaf_module(each)]
+    together = {id(param) for leaf in leaves for param in leaf.parameters()}
+    params: list[Any] = [p for p in module.parameters() if is_partitioned(p) and id(p) not in together]
+    return [p for p in params if not p.ds_persist]

@@ -82,6 +82,7 @@ ENGINES = {
     "zero3, 3 ranks": (zero3_config(), 3),
     "zero3, resident": (zero3_config(stage3_param_persistence_threshold=10**7), 2),
     "zero3, offload": (zero3_config(offload_param={"device": "cpu"}, offload_optimizer={"device": "cpu"}), 2),
+    "zero3, hierarchical": (zero3_config(zero_hpz_partition_size=2), 2),
     "zero2": (zero3_config(stage=2), 2),
 }
 

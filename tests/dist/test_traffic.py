@@ -85,6 +85,36 @@ def test_pruning_a_live_engine_sends_adapters_and_counts_but_no_weight(pools, pr
         assert max(size for _, size in others) <= 8 * BINS
 
 
+def weights_fetched_by_a_refit(kind: str, num_batches: int, gram_memory_mib: int) -> float:
+    """How often all block weights came, whole."""
+    sizes = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4)
+    ds_config = zero3_engine_config(torch.float32, ENGINES[kind])
+    model = partition(build(llama_config(**sizes, head_dim=64, num_hidden_layers=2)), ds_config)
+    dsee_scale.inject(model, DSEEConfig(rank=3, num_sparse=NUM_SPARSE, target_modules=TARGETS))
+    engine = engine_for(model, ds_config)
+    train(engine, 1)
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(0, 64, (2, 16), generator=generator)} for _ in range(num_batches)]
+    config = PruneConfig(sparsity=0.5, block_steps=2 * num_batches, gram_memory_mib=gram_memory_mib)
+    with Watch() as watch:
+        dsee_scale.prune(engine, config, batches)
+    weights = sum(4 * p.ds_numel for p in engine.module.model.layers.parameters() if not p.ds_persist)
+    return sum(size for name, size in watch.sent if "allgather" in name) / weights
+
+
+@pytest.mark.parametrize("kind", ["zero3", "hierarchical", "offload"])
+def test_a_refit_fetches_a_block_once_for_all_batches_of_a_pass(pools, kind):
+    """Another batch is one more pass through the whole model, which catches what the blocks are called with."""
+
+    def fetched(num_batches: int, gram_memory_mib: int) -> float:
+        return max(pools(2).run(weights_fetched_by_a_refit, kind, num_batches, gram_memory_mib))
+
+    whole_model = 1.5  # what a rank sends counts beside what comes
+    more = (fetched(6, 64) - fetched(2, 64)) / 4
+    assert whole_model <= more < 1.1 * whole_model
+    assert (fetched(6, 1) - fetched(2, 1)) / 4 > 5 * more  # no room to keep a block
+
+
 def memory_of_export(folder: str) -> int:
     """Bytes at the highest point beyond what there was, in resident memory, which sees gloo's buffers too."""
     weights = [torch.nn.Linear(LARGE, LARGE, bias=False) for _ in range(3)]

@@ -26,7 +26,7 @@ from dsee_scale.passes.routed import RoutedInputs
 from dsee_scale.pruning.refit.matrix import Job
 from dsee_scale.pruning.refit.panels import is_wide
 from dsee_scale.pruning.refit.pieces import Piece
-from dsee_scale.pruning.refit.work import refitting_work
+from dsee_scale.pruning.refit.work import held, refitting_work
 from dsee_scale.pruning.zero_lines import Lines, zero_lines
 
 Request = tuple[list[nn.Parameter], list[int], list[Part]]
@@ -97,7 +97,8 @@ def collect_grams(
             short.append(error)
 
     routed = {name: RoutedInputs(name, each, take) for name, each in owning.items()}
-    with watching(linear, take, routed) as watch:
+    taken = sum(4 * gram.numel() for gram in sums.values())
+    with held(block, config, partition, taken), watching(linear, take, routed) as watch:
         for call in calls:
             with watch.batch(call.batch, call.counts):
                 run_block(block, index, call, call.hidden, module, partition)

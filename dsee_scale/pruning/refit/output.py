@@ -24,7 +24,7 @@ from dsee_scale.passes.batches import token_mask
 from dsee_scale.passes.blocks import Call, run_block
 from dsee_scale.passes.sensitivity import frozen, graph_from
 from dsee_scale.pruning.refit.matrix import Job
-from dsee_scale.pruning.refit.work import refitting_work
+from dsee_scale.pruning.refit.work import held, refitting_work
 
 RATE = 0.01
 """Highest learning rate, as a multiple of the root mean square of a matrix's kept weights."""
@@ -74,12 +74,18 @@ class _Layer:
 
 
 def tuned_outputs(
-    block: nn.Module, index: int, calls: Sequence[Call], module: nn.Module, partition: Partition
+    block: nn.Module,
+    index: int,
+    calls: Sequence[Call],
+    module: nn.Module,
+    config: PruneConfig,
+    partition: Partition,
 ) -> None:
     """Collective, before the block is pruned. Each call's `tuned` becomes what the tuned block gives for it."""
-    for call in calls:
-        before = call.hidden if call.tuned is None else call.tuned
-        call.tuned = run_block(block, index, call, before, module, partition).to(call.hidden.device)
+    with held(block, config, partition):
+        for call in calls:
+            before = call.hidden if call.tuned is None else call.tuned
+            call.tuned = run_block(block, index, call, before, module, partition).to(call.hidden.device)
 
 
 def meet_outputs_(
@@ -118,7 +124,14 @@ def meet_outputs_(
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: _factor(step, config.block_steps)
         )
-    with torch.enable_grad(), frozen(module), no_leaf_gradients(model), graph_from(block), _trained(layers):
+    with (
+        torch.enable_grad(),
+        frozen(module),
+        no_leaf_gradients(model),
+        graph_from(block),
+        _trained(layers),
+        held(block, config, partition),
+    ):
         for number in _order(len(calls), config.block_steps, seed=index):
             _error(block, index, calls[number], module, partition).backward()
             for layer in layers.values():

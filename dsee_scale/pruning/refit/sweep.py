@@ -49,7 +49,7 @@ from dsee_scale.pruning.refit.block import (
 from dsee_scale.pruning.refit.matrix import Job, settle
 from dsee_scale.pruning.refit.output import meet_outputs_, tuned_outputs
 from dsee_scale.pruning.refit.pieces import dealt, holders, owners_of, solve_pieces
-from dsee_scale.pruning.refit.work import refitting_work
+from dsee_scale.pruning.refit.work import held, refitting_work
 from dsee_scale.pruning.sensitivity_shares import Shares, find_shares
 from dsee_scale.pruning.zero_lines import check_reachable
 
@@ -112,7 +112,8 @@ def refit(
                 done.append(name)  # from here on it counts as written
                 write_back(model, here, owners, solved, workspace, config, partition)
                 if index + 1 < len(blocks):
-                    advance(block, index, calls, module, partition)
+                    with held(block, config, partition):
+                        advance(block, index, calls, module, partition)
             except BaseException as error:
                 raise _stopped(module, error, done) from error
     note_pattern(module, pools, config)
@@ -181,7 +182,7 @@ def _solve_block(
     """Collective. Collect and solve one block's matrices: what this rank solved, all owners, those left unsolved."""
     module = unwrap(model)
     if config.block_steps:  # before anything of the block is written
-        tuned_outputs(block, index, calls, module, partition)
+        tuned_outputs(block, index, calls, module, config, partition)
     pieces = dealt(jobs, partition.world_size)
     owners = owners_of(pieces)
     solved: dict[str, Tensor] = {}
