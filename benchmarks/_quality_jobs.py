@@ -22,8 +22,6 @@ RATE = {"sentiment": 1e-3, "e2e": 2e-3, "text": 1e-3}
 """The highest learning rate of every row; E2E's is the better one of 1e-3 and 2e-3 for dense LoRA."""
 CALIBRATION = {"sentiment": 768, "e2e": 256, "text": 64}
 """Training rows that a pruning looks at, 16,000 to 25,000 tokens."""
-STEPS = {"sentiment": (60, 30), "e2e": (30, 60), "text": (30, 60)}
-"""Of tune and of retune; dense LoRA gets as many in all. The first are those of recipes/sentiment.yaml."""
 EVALUATION = {"sentiment": 1000, "e2e": 400, "text": 400}
 """Held-out rows; of 400 sentences one more or less is a quarter of a point, and two seeds differ by several."""
 TEXT_LENGTH = 256

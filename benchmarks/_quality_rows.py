@@ -30,12 +30,14 @@ class Ours:
         num_sparse: N.
         cuts: instead of one pruning, several ones, each with the steps of retune that follow.
         distilled: whether retune learns from the tuned model's predictions as well.
+        late: whether tune and retune swap their numbers of steps.
     """
 
     prunings: Prunings = ()
     num_sparse: int | float | None = 64
     cuts: Sequence[tuple[Prunings, int]] = ()
     distilled: bool = False
+    late: bool = False
 
 
 HALF = {"sparsity": 0.5, "block_steps": 64}
@@ -43,6 +45,8 @@ UNITS = [{"pattern": "heads", "num_per_layer": 3}, {"pattern": "neurons", "num_p
 OURS = {
     "ours, 50%": Ours([HALF]),
     "ours, 2:4": Ours([{"pattern": "2:4", "block_steps": 96}]),
+    "ours, 50%, pruned late": Ours([HALF], late=True),
+    "ours, 2:4, pruned late": Ours([{"pattern": "2:4", "block_steps": 96}], late=True),
     "ours, 60%": Ours([{"sparsity": 0.6, "block_steps": 64}]),
     "ours, 70%": Ours([{"sparsity": 0.7, "block_steps": 96}]),
     "ours, 50% without S2": Ours([HALF], num_sparse=None),
@@ -67,7 +71,8 @@ PEERS = ("dense LoRA", "wanda then LoRA, 50%", *(COMPRESSOR if find_spec("llmcom
 
 def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     """Tune (or take the tuned start), prune, retune, export."""
-    how, steps = OURS[row], lab.args.steps
+    how = OURS[row]
+    steps, more = (lab.args.steps, lab.args.retune_steps)[:: -1 if how.late else 1]
     config = DSEEConfig(
         rank=RANK,
         alpha=ALPHA,
@@ -76,7 +81,7 @@ def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
         trained_modules=("*norm",),
         seed=seed,
     )
-    tuned = lab.output / "tuned" / f"N={how.num_sparse}, seed {seed}"
+    tuned = lab.output / "tuned" / f"N={how.num_sparse}, {steps} steps, seed {seed}"
     model, source = lab.base(), lab.batches(seed)
     optimizer = tuned.with_name(f"{tuned.name}.pt")
     if optimizer.is_file():
@@ -95,7 +100,7 @@ def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
         teacher = lab.base()
         dsee_scale.load_adapter(teacher, tuned)
     calibration = lab.calibration(seed)
-    for prunings, retune_steps in how.cuts or [(how.prunings, lab.args.retune_steps)]:
+    for prunings, retune_steps in how.cuts or [(how.prunings, more)]:
         dsee_scale.prune(model, [PruneConfig(**each) for each in prunings], calibration)
         found["pruned"] = lab.quality(model)
         moments = lab.train(model, source, retune_steps, done=steps, moments=moments, teacher=teacher)

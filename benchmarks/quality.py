@@ -30,7 +30,7 @@ import torch
 from dsee_scale.recipe.parsing import cache_folder
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _quality_jobs import CALIBRATION, EVALUATION, METRIC, METRIC_WORDS, RATE, STEPS
+from _quality_jobs import CALIBRATION, EVALUATION, METRIC, METRIC_WORDS, RATE
 from _quality_lab import Lab, judged
 from _quality_report import print_table, print_tables, save_plot
 from _quality_rows import OURS, PEERS, dense_lora, ours, pruned_then_lora
@@ -67,8 +67,8 @@ def main() -> None:
     arguments.add_argument("--files", type=Path, nargs="+", help="the job's data, see above")
     arguments.add_argument("--rows", nargs="+", default=[*PEERS, *OURS], choices=[*PEERS, *OURS])
     arguments.add_argument("--seeds", type=int, nargs="+", default=[1])
-    arguments.add_argument("--steps", type=int, help="of tune; default: the job's")
-    arguments.add_argument("--retune_steps", type=int, help="default: the job's")
+    arguments.add_argument("--steps", type=int, default=30, help="of tune")
+    arguments.add_argument("--retune_steps", type=int, default=60)
     arguments.add_argument("--rate", type=float, help="highest learning rate; default: the job's")
     arguments.add_argument(
         "--num_calibration", type=int, help="training rows that a pruning looks at; default: the job's"
@@ -97,8 +97,6 @@ def main() -> None:
     args.rate = args.rate or RATE[args.job]
     args.num_calibration = args.num_calibration or CALIBRATION[args.job]
     args.num_eval = args.num_eval or EVALUATION[args.job]
-    tune, retune = STEPS[args.job]
-    args.steps, args.retune_steps = args.steps or tune, args.retune_steps or retune
     if args.files is None:
         args.files = [cache / "movie-sentiment" / f"{part}.csv" for part in ("train", "validation")]
     if not Path(args.model).is_dir():
