@@ -69,8 +69,8 @@ def refit(
 ) -> tuple[Counts, list[str]]:
     """Collective. Prune the pools' weights and solve what stays.
 
-    Peak extra memory per rank: the inputs of one block for this rank's batches; Gram matrices of up to
-    `config.gram_memory_mib`, or of one matrix; of one block's matrices what the rank solves and then owns, in
+    Peak extra memory per rank: the inputs of one block for this rank's batches; Gram matrices and the block's weights of
+    up to `config.gram_memory_mib`, or one matrix's; of one block's matrices what the rank solves and then owns, in
     float32; one matrix more, and the solver's workspace for one; with `block_steps`, what its description says.
 
     Args:
@@ -93,8 +93,7 @@ def refit(
     module = unwrap(model)
     members = {member.name: (member, pool.sparsity) for pool in pools for member in pool.members}
     blocks = check_refit(model, pools, partition)
-    done: list[str] = []
-    unsolved: list[str] = []
+    done, unsolved = list[str](), list[str]()
     with evaluating(module):
         calls, leaders, statistics = _first_inputs(model, members, blocks, batches, config, partition)
         shares = find_shares(
