@@ -69,8 +69,8 @@ def refit(
 ) -> tuple[Counts, list[str]]:
     """Collective. Prune the pools' weights and solve what stays.
 
-    Peak extra memory per rank: the inputs of one block for this rank's batches; Gram matrices and the block's weights of
-    up to `config.gram_memory_mib`, or one matrix's; of one block's matrices what the rank solves and then owns, in
+    Peak extra memory per rank: the inputs of one block for this rank's batches; Gram matrices and the block's weights
+    of up to `config.gram_memory_mib`, or one matrix's; of one block's matrices what the rank solves and then owns, in
     float32; one matrix more, and the solver's workspace for one; with `block_steps`, what its description says.
 
     Args:
