@@ -41,12 +41,13 @@ class Ours:
 
 
 HALF = {"sparsity": 0.5, "block_steps": 64}
+TWO_OF_FOUR = {"pattern": "2:4", "block_steps": 96}
 UNITS = [{"pattern": "heads", "num_per_layer": 3}, {"pattern": "neurons", "num_per_layer": 384}]
 OURS = {
     "ours, 50%": Ours([HALF]),
-    "ours, 2:4": Ours([{"pattern": "2:4", "block_steps": 96}]),
+    "ours, 2:4": Ours([TWO_OF_FOUR]),
     "ours, 50%, pruned late": Ours([HALF], late=True),
-    "ours, 2:4, pruned late": Ours([{"pattern": "2:4", "block_steps": 96}], late=True),
+    "ours, 2:4, pruned late": Ours([TWO_OF_FOUR], late=True),
     "ours, 60%": Ours([{"sparsity": 0.6, "block_steps": 64}]),
     "ours, 70%": Ours([{"sparsity": 0.7, "block_steps": 96}]),
     "ours, 50% without S2": Ours([HALF], num_sparse=None),

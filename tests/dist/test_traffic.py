@@ -98,7 +98,9 @@ def weights_fetched_by_a_refit(kind: str, num_batches: int, gram_memory_mib: int
     config = PruneConfig(sparsity=0.5, block_steps=2 * num_batches, gram_memory_mib=gram_memory_mib)
     with Watch() as watch:
         dsee_scale.prune(engine, config, batches)
-    weights = sum(4 * p.ds_numel for p in engine.module.model.layers.parameters() if not p.ds_persist)
+    partitioned = [p for p in engine.module.model.layers.parameters() if not p.ds_persist]
+    assert not any(p.ds_active_sub_modules or p.ds_status.name == "AVAILABLE" for p in partitioned)
+    weights = sum(4 * p.ds_numel for p in partitioned)
     return sum(size for name, size in watch.sent if "allgather" in name) / weights
 
 

@@ -171,9 +171,8 @@ def request_for(pieces: Sequence[Piece]) -> Request:
 
 def whole_matrices(jobs: Sequence[Job], owners: Mapping[str, int]) -> Request:
     """What an exchange with the owners asks for."""
-    rows = [slice(0, job.member.outputs_by_inputs[0]) for job in jobs]
     return request_for(
-        [Piece(job, all_, owners[job.member.name]) for job, all_ in zip(jobs, rows, strict=True)]
+        [Piece(job, slice(0, job.member.outputs_by_inputs[0]), owners[job.member.name]) for job in jobs]
     )
 
 
