@@ -66,10 +66,10 @@ class Lab:
                 rows = [self.job.train[index] for index in order[start : start + size]]
                 yield {key: value.to(self.device) for key, value in self.collate(rows).items()}
 
-    def calibration(self, seed: int) -> list[dict[str, Tensor]]:
-        """Training batches that a pruning looks at."""
+    def calibration(self, seed: int, times: int = 1) -> list[dict[str, Tensor]]:
+        """Training batches that a pruning looks at; so many times the job's number of them."""
         source = self.batches(1000 + seed)
-        return [next(source) for _ in range(-(-self.args.num_calibration // self.job.batch_size))]
+        return [next(source) for _ in range(-(-times * self.args.num_calibration // self.job.batch_size))]
 
     def train(
         self,

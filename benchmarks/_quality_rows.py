@@ -31,6 +31,7 @@ class Ours:
         cuts: instead of one pruning, several ones, each with the steps of retune that follow.
         distilled: whether retune learns from the tuned model's predictions as well.
         late: whether tune and retune swap their numbers of steps.
+        calibration: how often the job's number of calibration rows.
     """
 
     prunings: Prunings = ()
@@ -38,6 +39,7 @@ class Ours:
     cuts: Sequence[tuple[Prunings, int]] = ()
     distilled: bool = False
     late: bool = False
+    calibration: int = 1
 
 
 HALF = {"sparsity": 0.5, "block_steps": 64}
@@ -46,6 +48,7 @@ UNITS = [{"pattern": "heads", "num_per_layer": 3}, {"pattern": "neurons", "num_p
 OURS = {
     "ours, 50%": Ours([HALF]),
     "ours, 2:4": Ours([TWO_OF_FOUR]),
+    "ours, 2:4, twice the calibration rows": Ours([TWO_OF_FOUR], calibration=2),
     "ours, 50%, pruned late": Ours([HALF], late=True),
     "ours, 2:4, pruned late": Ours([TWO_OF_FOUR], late=True),
     "ours, 60%": Ours([{"sparsity": 0.6, "block_steps": 64}]),
@@ -100,7 +103,7 @@ def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     if how.distilled:
         teacher = lab.base()
         dsee_scale.load_adapter(teacher, tuned)
-    calibration = lab.calibration(seed)
+    calibration = lab.calibration(seed, how.calibration)
     for prunings, retune_steps in how.cuts or [(how.prunings, more)]:
         dsee_scale.prune(model, [PruneConfig(**each) for each in prunings], calibration)
         found["pruned"] = lab.quality(model)

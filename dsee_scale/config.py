@@ -198,11 +198,12 @@ class PruneConfig(JsonConfig):
     None means yes for score `wanda` with pattern `unstructured` or N:M."""
     block_steps: int = 0
     """Steps of Adam that `refit` then gives a block's remaining weights, one batch from every rank each, so that the
-    block's output meets the tuned model's there. For patterns that cost much, such as 2:4. Every rank holds 16 bytes
-    for each linear weight of the block meanwhile, and the outputs beside the inputs."""
+    block's output meets the tuned model's there. For patterns that cost much, such as 2:4. Every rank holds 17 bytes
+    for each linear weight of the block meanwhile, beside the block, and the outputs beside the inputs."""
     gram_memory_mib: int = 4096
     """Gram matrices that a rank collects at a time for `refit`, in MiB, and the factors that all ranks share; at least
-    one matrix's. A block whose weights fit in besides is fetched once for all batches, not for each."""
+    one matrix's. A block whose weights fit in besides is fetched once for all batches of a pass, not for each, if
+    every rank has the memory."""
     inputs_on_cpu: bool = False
     """Whether `refit` keeps the blocks' arguments (inputs, attention masks, positions; of all batches) in CPU memory
     rather than where the model computes."""

@@ -121,7 +121,8 @@ class Partition(Protocol):
     def hold(self, module: nn.Module) -> AbstractContextManager[None]:
         """Collective at its begin. A context in which a module's weights stay whole on every rank.
 
-        Its forward and backward passes fetch nothing then. Shards must not be edited inside.
+        Its forward and backward passes fetch nothing then, but for modules that are leaves of ZeRO-3. Shards must not
+        be edited inside.
         """
 
     def gather_each(self, params: Sequence[nn.Parameter], dst: int = 0) -> Iterator[Tensor | None]:

@@ -135,8 +135,7 @@ class Zero3Partition(Ranks):
     def hold(self, module: nn.Module) -> Iterator[None]:
         """Collective at its begin. Frees what no module uses at the end."""
         params = _holdable(module)
-        if params:
-            params[0].all_gather(param_list=params)
+        _fetch([param for param in params if param.ds_status.name == "NOT_AVAILABLE"])
         for param in params:
             param.ds_active_sub_modules.add(_HELD)
         try:
@@ -278,10 +277,28 @@ class Zero3Partition(Ranks):
 
 
 def _holdable(module: nn.Module) -> list[Any]:
-    """What comes and goes with each use. Not a leaf's parameters: DeepSpeed may free those whoever uses them."""
+    """All that would come with each use, resident or not: out of a recorded order DeepSpeed frees both.
+
+    Not a leaf's parameters: where small modules were made leaves (`stage3_module_granularity_threshold`), DeepSpeed
+    empties them after a use whoever else uses them.
+    """
     from deepspeed.utils.z3_leaf_module import z3_leaf_module
 
     leaves = [each for each in module.modules() if z3_leaf_module(each)]
     together = {id(param) for leaf in leaves for param in leaf.parameters()}
-    params: list[Any] = [p for p in module.parameters() if is_partitioned(p) and id(p) not in together]
-    return [p for p in params if not p.ds_persist]
+    return [p for p in module.parameters() if is_partitioned(p) and id(p) not in together]
+
+
+def _fetch(params: Sequence[Any]) -> None:
+    """Collective. As DeepSpeed fetches for a module: from within a machine where hpZ keeps a secondary shard there.
+
+    One message a parameter, so that none passes through a common buffer, and two of them on their way.
+    """
+    coming = None
+    for param in params:
+        following = param.all_gather_coalesced([param])
+        if coming is not None:
+            coming.wait()
+        coming = following
+    if coming is not None:
+        coming.wait()

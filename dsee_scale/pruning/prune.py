@@ -119,7 +119,7 @@ def prune(
     stay. Several prunings are all checked before the first one removes anything.
 
     Peak extra memory per rank: whole copies of the adapters in float32, and a few blocks of 2 MiB; with `refit`, one
-    block's inputs, up to `gram_memory_mib` of statistics, the parts of one block's matrices that the rank solves, and
+    block's inputs, up to `gram_memory_mib` of statistics and of its weights, the parts of one block's matrices that the rank solves, and
     one whole matrix.
 
     Args:

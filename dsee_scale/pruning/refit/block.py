@@ -98,7 +98,7 @@ def collect_grams(
 
     routed = {name: RoutedInputs(name, each, take) for name, each in owning.items()}
     taken = sum(4 * gram.numel() for gram in sums.values())
-    with held(block, config, partition, taken), watching(linear, take, routed) as watch:
+    with held(block, len(calls), config, partition, taken), watching(linear, take, routed) as watch:
         for call in calls:
             with watch.batch(call.batch, call.counts):
                 run_block(block, index, call, call.hidden, module, partition)

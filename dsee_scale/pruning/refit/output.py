@@ -82,7 +82,7 @@ def tuned_outputs(
     partition: Partition,
 ) -> None:
     """Collective, before the block is pruned. Each call's `tuned` becomes what the tuned block gives for it."""
-    with held(block, config, partition):
+    with held(block, len(calls), config, partition):
         for call in calls:
             before = call.hidden if call.tuned is None else call.tuned
             call.tuned = run_block(block, index, call, before, module, partition).to(call.hidden.device)
@@ -130,7 +130,7 @@ def meet_outputs_(
         no_leaf_gradients(model),
         graph_from(block),
         _trained(layers),
-        held(block, config, partition),
+        held(block, config.block_steps, config, partition),
     ):
         for number in _order(len(calls), config.block_steps, seed=index):
             _error(block, index, calls[number], module, partition).backward()

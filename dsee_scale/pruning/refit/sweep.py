@@ -110,13 +110,26 @@ def refit(
                 unsolved += few
                 done.append(name)  # from here on it counts as written
                 write_back(model, here, owners, solved, workspace, config, partition)
+                del solved, workspace
                 if index + 1 < len(blocks):
-                    with held(block, config, partition):
-                        advance(block, index, calls, module, partition)
+                    _go_on(block, index, calls, module, config, partition)
             except BaseException as error:
                 raise _stopped(module, error, done) from error
     note_pattern(module, pools, config)
     return _counts([member for member, _ in members.values()], partition), unsolved
+
+
+def _go_on(
+    block: nn.Module,
+    index: int,
+    calls: Sequence[Call],
+    module: nn.Module,
+    config: PruneConfig,
+    partition: Partition,
+) -> None:
+    """Collective. The next block's inputs."""
+    with held(block, len(calls), config, partition):
+        advance(block, index, calls, module, partition)
 
 
 def _first_inputs(

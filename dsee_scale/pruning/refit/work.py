@@ -26,20 +26,31 @@ def refitting_work(partition: Partition, config: PruneConfig, setting: str | Non
 
 
 @contextlib.contextmanager
-def held(block: nn.Module, config: PruneConfig, partition: Partition, beside: int = 0) -> Iterator[None]:
-    """Collective at its begin. A block that several batches go through comes once for all, where memory is left.
+def held(
+    block: nn.Module, uses: int, config: PruneConfig, partition: Partition, beside: int = 0
+) -> Iterator[None]:
+    """Collective at its begin. A block that is used several times comes once, where every rank has memory left.
 
     Args:
         block: its weights stay whole on every rank meanwhile.
-        config: `gram_memory_mib` bounds them.
-        partition: port to the weights.
+        uses: how often it runs; the same on all ranks.
+        config: `gram_memory_mib` bounds the weights.
+        partition: port to them.
         beside: bytes of that bound that are taken.
     """
-    size = partition.held_bytes(block)
-    if not size or beside + size > config.gram_memory_mib << 20:
+    size = partition.held_bytes(block) if uses > 1 else 0
+    if not size or beside + size > config.gram_memory_mib << 20 or not _has_room(size, partition):
         yield
         return
-    with refitting_work(partition, config):  # before any rank waits for one that lacks the memory
-        torch.empty(size, dtype=torch.uint8, device=partition.device)
     with partition.hold(block):
         yield
+
+
+def _has_room(size: int, partition: Partition) -> bool:
+    """Collective. Whether every rank has so many bytes to spare; if not, fetching for each use will still do."""
+    short = 0
+    try:
+        torch.empty(size, dtype=torch.uint8, device=partition.device)
+    except (MemoryError, RuntimeError):  # what PyTorch raises without memory
+        short = 1
+    return not int(partition.sum_over_ranks(torch.tensor([short])))
