@@ -119,8 +119,8 @@ def prune(
     stay. Several prunings are all checked before the first one removes anything.
 
     Peak extra memory per rank: whole copies of the adapters in float32, and a few blocks of 2 MiB; with `refit`, one
-    block's inputs, up to `gram_memory_mib` of statistics and of its weights, the parts of one block's matrices that the rank solves, and
-    one whole matrix.
+    block's inputs, up to `gram_memory_mib` of statistics and of the block's weights, the parts of its matrices that
+    the rank solves, and one whole matrix.
 
     Args:
         model: a raw model (whole or partitioned), a DeepSpeed engine, a DDP or an Accelerate-prepared model.
