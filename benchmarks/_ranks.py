@@ -90,7 +90,7 @@ def small_llama(hidden: int, layers: int) -> Any:
     return LlamaConfig(
         vocab_size=4096,
         hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3,
+        intermediate_size=-(-hidden * 8 // 3 // 256) * 256,  # else a GPU's bf16 products are slow ones
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=next(heads // group for group in (3, 4, 2, 1) if heads % group == 0),

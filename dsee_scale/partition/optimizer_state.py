@@ -22,6 +22,8 @@ from dsee_scale.partition.eight_bit_moments import is_eight_bit, make_state, rea
 
 MASTER = "master"
 """Key of a parameter's own values in the optimizer's precision, beside `exp_avg` and so on."""
+HOW = {"fused", "foreach", "capturable", "differentiable"}
+"""Settings of PyTorch's optimizers that say how to compute on this machine; each run keeps its own."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,11 @@ class OptimizerState:
                 stretch.state["step"] = _step_value(stretch, steps[name])
 
     def groups(self) -> list[dict[str, Any]]:
-        """Settings of the optimizer's groups (lr, betas, ...) that are plain values."""
-        return [{key: value for key, value in g.items() if _is_plain(value)} for g in self._groups()]
+        """Settings of the optimizer's groups (lr, betas, ...) that are plain values, but for how it computes."""
+        return [
+            {key: value for key, value in group.items() if _is_plain(value) and key not in HOW}
+            for group in self._groups()
+        ]
 
     def put_groups(self, saved: Sequence[Mapping[str, Any]]) -> bool:
         """Set the groups' settings; False, and nothing done, where their number differs. Local."""
@@ -156,7 +161,7 @@ class OptimizerState:
             return False
         for group, values in zip(self._groups(), saved, strict=True):
             for key, value in values.items():
-                if key in group:
+                if key in group and key not in HOW:
                     group[key] = tuple(value) if isinstance(group[key], tuple) else value
         return True
 

@@ -65,6 +65,7 @@ class Zero3Partition(Ranks):
                 "expected one ZeRO-3 group for the whole model: train without MiCS and expert parallelism"
             )
         super().__init__(model, group, params[0].ds_tensor.device)
+        self._optimizer = next((p._z3_optimizer for p in params if hasattr(p, "_z3_optimizer")), None)
         if self.world_size != dist.get_world_size():
             raise PartitionError(
                 f"the parameters are partitioned over {self.world_size} of {dist.get_world_size()} processes "
@@ -95,12 +96,20 @@ class Zero3Partition(Ranks):
 
         A whole weight that is here (resident, or not released yet) is freed first: freeing one later would
         make the secondary shard of hierarchical partitioning anew from it. Where that shard is missing, the
-        next gather takes the primary ones and makes it again. Replicas on other ranks than 0 follow an
-        empty shard.
+        next gather takes the primary ones and makes it again. So is one that is still on its way: after a forward
+        pass without a backward pass DeepSpeed has begun to fetch what the latter would need. Replicas on other ranks
+        than 0 follow an empty shard.
         """
         if not is_partitioned(param):
             shard = self.shard(param)
             return [shard] if self.rank == 0 else [shard, Shard(param.data.view(-1), 0)]
+        if param.ds_status.name == "INFLIGHT":
+            if self._optimizer is None:
+                raise PartitionError(
+                    "a weight is still being fetched, and no optimizer of ZeRO-3 is there to wait for it; expected an "
+                    "engine with an optimizer, or a model that has not run yet"
+                )
+            self._optimizer.empty_partition_cache()
         if param.ds_status.name == "AVAILABLE":
             param.partition()
         param.ds_secondary_tensor = None

@@ -36,10 +36,16 @@ from dsee_scale.recipe.sections import ModelConfig
 
 
 class RunArguments(TrainingArguments):
-    """TrainingArguments that let bf16 run under DeepSpeed on the CPU.
+    """TrainingArguments that let bf16 run under DeepSpeed on the CPU, and one process train on one GPU.
 
-    transformers 5.23 wants `use_cpu` for bf16 without a GPU, and `use_cpu` keeps DeepSpeed away.
+    transformers 5.23 wants `use_cpu` for bf16 without a GPU, and `use_cpu` keeps DeepSpeed away. Of one process without
+    a launcher it makes a `DataParallel` over all GPUs in sight, which has other batches and another loss.
     """
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process, one at most."""
+        return min(1, int(super().n_gpu))
 
     def _validate_args(self) -> None:
         bf16 = self.bf16

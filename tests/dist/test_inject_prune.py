@@ -11,6 +11,7 @@ import dsee_scale
 from dsee_scale import DSEEConfig, Pool, PruneConfig
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.partition import open_partition, unwrap
+from dsee_scale.passes.pools import block_linears
 from tests.models import build, gpt2_config, llama_config, partition, token_batch, zero3_config
 
 CONFIGS = {
@@ -176,6 +177,39 @@ def test_pruning_a_live_engine_equals_the_dense_path(pools, kind):
     for found in pools(2).run(pruned_weights, "llama", torch.bfloat16, config, prune, True):
         for name in expected:
             assert torch.equal(found[name], expected[name]), name
+
+
+def weights_in_use(zero: dict[str, Any]) -> tuple[int, dict[str, float]]:
+    """Weights on their way after a forward pass alone; then, pruned, each one's zeros as a forward pass sees them."""
+    config = zero3_engine_config(torch.float32, zero)
+    model = partition(build(llama_config(num_hidden_layers=6)), config)
+    dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=4, target_modules=("q_proj", "v_proj")))
+    engine = engine_for(model, config)
+    train(engine, 3)  # until DeepSpeed has recorded the order and fetches ahead
+    engine.eval()
+    with torch.no_grad():
+        engine(token_batch().to(engine.device))
+    engine.train()
+    matrices = block_linears(engine.module)
+    coming = sum(layer.weight.ds_status.name == "INFLIGHT" for layer in matrices.values())
+    dsee_scale.prune(engine, PruneConfig(sparsity=0.5, score="W", scope="matrix"))
+    train(engine, 1)
+    seen: dict[str, float] = {}
+    for name, layer in matrices.items():
+        layer.register_forward_pre_hook(
+            lambda each, _, name=name: seen.__setitem__(name, float((each.weight == 0).float().mean()))
+        )
+    train(engine, 1)
+    return coming, seen
+
+
+@pytest.mark.parametrize("zero", [{}, {"zero_hpz_partition_size": 2}], ids=["zero3", "hierarchical"])
+def test_a_weight_that_is_on_its_way_is_pruned_for_good(pools, zero):
+    """An evaluation leaves fetches for a backward pass that never comes; they hold weights from before the prune."""
+    ahead = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 2_000}
+    for coming, seen in pools(2).run(weights_in_use, {**zero, **ahead}):
+        assert coming
+        assert seen and all(abs(share - 0.5) < 0.01 for share in seen.values()), seen
 
 
 def train(engine: Any, steps: int) -> list[float]:

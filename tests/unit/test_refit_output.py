@@ -131,3 +131,18 @@ def test_experts_stay_as_the_sweep_left_them() -> None:
         assert torch.equal(weight, there[name]) == ("self_attn" not in name or "proj.weight" not in name), (
             name
         )
+
+
+def test_tf32_is_off_while_it_solves_and_on_again_after() -> None:
+    """As transformers' `tf32=True` sets it."""
+    exact, model = copy.deepcopy(make("everything")), make("everything")
+    dsee_scale.prune(exact, HALF, batches(2))
+    before = torch.backends.fp32_precision
+    torch.backends.fp32_precision = "tf32"
+    try:
+        dsee_scale.prune(model, HALF, batches(2))
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.fp32_precision = before
+    for name, layer in block_linears(model).items():
+        assert torch.equal(layer.weight, block_linears(exact)[name].weight), name

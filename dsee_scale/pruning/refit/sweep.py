@@ -173,13 +173,15 @@ def _jobs(
 
 @contextlib.contextmanager
 def _exact() -> Iterator[None]:
-    """float32 as it is: no TF32, and none of the caller's autocast."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    """float32 as it is, no TF32; by PyTorch's newer setting where it has it, since mixed with the older one it fails."""
+    matmul: Any = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, exact)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        setattr(matmul, name, before)
 
 
 def _solve_block(
