@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -173,7 +174,7 @@ def _jobs(
 
 @contextlib.contextmanager
 def _exact() -> Iterator[None]:
-    """float32 as it is, no TF32; by PyTorch's newer setting where it has it, since mixed with the older one it fails."""
+    """float32 as it is, no TF32, by PyTorch's newer setting where there is one: after it, the older one fails."""
     matmul: Any = torch.backends.cuda.matmul
     name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
     before = getattr(matmul, name)
