@@ -27,10 +27,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 HERE = Path(__file__).parent
 PATIENT = 240
 """Seconds of each case of a dry run, which may be on a busy machine."""
-PYTEST = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider")
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,19 @@ STEP = (
 TINY_STEP = ("--hidden", "128", "--layers", "1", "--lengths", "8", "--rounds", "1", "--batch", "1",
              "--targets", "q and v")  # fmt: skip
 CASES = [
-    Case("test_kernels", 75, (*PYTEST, "tests/gpu/test_kernels.py", "tests/gpu/test_semi_structured.py"), None),
+    Case("test_kernels", 120, (*PYTEST, "tests/gpu/test_kernels.py"), None),
     Case("test_zero3", 80, (*PYTEST, "tests/gpu/test_zero3.py", "-k", "one_gpu and (refit or global)"), None),
     own("step_1b", 60, "step", "--model", "1b"),
     own("step_7b", 90, "step", "--model", "7b"),
     own("masks_7b", 60, "masks", "--model", "7b"),
+    own("refit_7b", 90, "refit", "--model", "7b", "--layers", "8"),
     own("residual", 45, "residual"),
     own("semi_structured", 40, "semi"),
+    Case("test_semi_structured", 40, (*PYTEST, "tests/gpu/test_semi_structured.py"), None),
     own("supports_7b", 45, "supports", "--model", "7b"),
     own("memory_7b", 75, "memory", "--model", "7b", "--layers", "8"),
     Case("step_1b_zero3", 75, (*STEP, "--hidden", "2048", "--layers", "22"),
          TINY_STEP),
-    own("refit_7b", 90, "refit", "--model", "7b", "--layers", "8"),
     Case("step_7b_zero3", 75, (*STEP, "--hidden", "4096", "--layers", "6"),
          TINY_STEP),
     Case("test_zero3_rest", 200, (*PYTEST, "tests/gpu/test_zero3.py", "-k", "one_gpu and not refit and not global"),
@@ -119,6 +122,15 @@ def run_cases(
     return found
 
 
+def _killed(process: psutil.Process) -> bool:
+    """Whether it was there to be killed."""
+    try:
+        process.kill()
+    except psutil.NoSuchProcess:
+        return False
+    return True
+
+
 def _run(case: Case, folder: Path, seconds: float, environment: dict[str, str]) -> str:
     """What became of one case; its output goes to the folder as it comes, and is printed at its end."""
     output = folder / f"{case.name}.jsonl"
@@ -134,7 +146,10 @@ def _run(case: Case, folder: Path, seconds: float, environment: dict[str, str]) 
         try:
             code: int | None = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # the ranks that it started, too
+            # Launchers give their ranks groups of their own.
+            ranks = psutil.Process(process.pid).children(recursive=True)
+            os.killpg(process.pid, 9)
+            psutil.wait_procs([rank for rank in ranks if _killed(rank)], timeout=10)
             code = None
             process.wait()
     print(output.read_text(), end="", flush=True)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -34,7 +35,8 @@ def lines_of(text: str) -> list[dict[str, Any]]:
 
 def test_a_case_that_fails_or_hangs_does_not_take_the_others_along(tmp_path, capfd):
     gpu = driver()
-    hang = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    rank = f"import os, time; open({str(tmp_path / 'rank')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    hang = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}], start_new_session=True)"
     cases = [
         gpu.Case("fails", 20, ("-c", "print('{}'); raise SystemExit(3)")),
         gpu.Case("hangs", 2, ("-c", hang)),
@@ -46,6 +48,7 @@ def test_a_case_that_fails_or_hangs_does_not_take_the_others_along(tmp_path, cap
     assert time.monotonic() - started < 30
     assert list(found) == ["fails", "hangs", "works"] and found["works"] == "ok"
     assert found["fails"].startswith("failed with code 3") and found["hangs"] == "stopped after 2 s"
+    assert not psutil.pid_exists(int((tmp_path / "rank").read_text()))
     assert (tmp_path / "works.jsonl").read_text() == "seen\n"
     assert gpu.run_cases(cases[3:], tmp_path, 1) == {"late": "left out: no time was left"}
     assert [line["outcome"] for line in lines_of(capfd.readouterr().out) if "outcome" in line][2] == "ok"
