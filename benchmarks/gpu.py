@@ -18,6 +18,7 @@ whole time bounds each case besides its own limit. A line holds, besides what ev
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -122,15 +123,6 @@ def run_cases(
     return found
 
 
-def _killed(process: psutil.Process) -> bool:
-    """Whether it was there to be killed."""
-    try:
-        process.kill()
-    except psutil.NoSuchProcess:
-        return False
-    return True
-
-
 def _run(case: Case, folder: Path, seconds: float, environment: dict[str, str]) -> str:
     """What became of one case; its output goes to the folder as it comes, and is printed at its end."""
     output = folder / f"{case.name}.jsonl"
@@ -149,7 +141,10 @@ def _run(case: Case, folder: Path, seconds: float, environment: dict[str, str]) 
             # Launchers give their ranks groups of their own.
             ranks = psutil.Process(process.pid).children(recursive=True)
             os.killpg(process.pid, 9)
-            psutil.wait_procs([rank for rank in ranks if _killed(rank)], timeout=10)
+            for rank in ranks:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank.kill()
+            psutil.wait_procs(ranks, timeout=10)
             code = None
             process.wait()
     print(output.read_text(), end="", flush=True)

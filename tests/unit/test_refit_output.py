@@ -15,6 +15,7 @@ from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.errors import ConfigError
 from dsee_scale.passes.pools import block_linears
+from dsee_scale.pruning.refit import sweep
 from tests.models import build, moe_config
 from tests.unit.test_calibrate import batches, effective, make
 
@@ -133,16 +134,20 @@ def test_experts_stay_as_the_sweep_left_them() -> None:
         )
 
 
-def test_tf32_is_off_while_it_solves_and_on_again_after() -> None:
-    """As transformers' `tf32=True` sets it."""
-    exact, model = copy.deepcopy(make("everything")), make("everything")
-    dsee_scale.prune(exact, HALF, batches(2))
+def test_tf32_is_off_while_it_solves_and_on_again_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is set as transformers' `tf32=True` does."""
+    matmul, seen, solve = torch.backends.cuda.matmul, [], sweep.solve_pieces
+
+    def solving(*given: Any) -> Any:
+        seen.append(matmul.fp32_precision)
+        return solve(*given)
+
+    monkeypatch.setattr(sweep, "solve_pieces", solving)
     before = torch.backends.fp32_precision
     torch.backends.fp32_precision = "tf32"
     try:
-        dsee_scale.prune(model, HALF, batches(2))
-        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        dsee_scale.prune(make("everything"), HALF, batches(2))
+        assert matmul.fp32_precision == "tf32"
     finally:
         torch.backends.fp32_precision = before
-    for name, layer in block_linears(model).items():
-        assert torch.equal(layer.weight, block_linears(exact)[name].weight), name
+    assert seen and set(seen) == {"ieee"}

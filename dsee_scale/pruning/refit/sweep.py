@@ -70,9 +70,9 @@ def refit(
 ) -> tuple[Counts, list[str]]:
     """Collective. Prune the pools' weights and solve what stays.
 
-    Peak extra memory per rank: the inputs of one block for this rank's batches; Gram matrices and the block's weights
-    of up to `config.gram_memory_mib`, or one matrix's; of one block's matrices what the rank solves and then owns, in
-    float32; one matrix more, and the solver's workspace for one; with `block_steps`, what its description says.
+    Peak extra memory per rank: one block's inputs; Gram matrices and the block's weights of up to
+    `config.gram_memory_mib`, or one matrix's; what the rank solves of the block and then owns, in float32; one matrix
+    more, and the solver's workspace for one; with `block_steps`, what its description says.
 
     Args:
         model: what `prune` was given.
@@ -105,32 +105,19 @@ def refit(
         for index, (name, block) in enumerate(bar):
             here = [job for job in jobs if job.member.name.startswith(name + ".")]
             try:
-                with _exact():
-                    solved, owners, few = _solve_block(model, block, index, here, calls, config, partition)
+                solved, owners, few = _solve_block(model, block, index, here, calls, config, partition)
                 workspace = reserve(whole_matrices(here, owners), config, partition)
                 unsolved += few
                 done.append(name)  # from here on it counts as written
                 write_back(model, here, owners, solved, workspace, config, partition)
                 del solved, workspace
                 if index + 1 < len(blocks):
-                    _go_on(block, index, calls, module, config, partition)
+                    with held(block, len(calls), config, partition):
+                        advance(block, index, calls, module, partition)
             except BaseException as error:
                 raise _stopped(module, error, done) from error
     note_pattern(module, pools, config)
     return _counts([member for member, _ in members.values()], partition), unsolved
-
-
-def _go_on(
-    block: nn.Module,
-    index: int,
-    calls: Sequence[Call],
-    module: nn.Module,
-    config: PruneConfig,
-    partition: Partition,
-) -> None:
-    """Collective. The next block's inputs."""
-    with held(block, len(calls), config, partition):
-        advance(block, index, calls, module, partition)
 
 
 def _first_inputs(
@@ -185,6 +172,7 @@ def _exact() -> Iterator[None]:
         setattr(matmul, name, before)
 
 
+@_exact()
 def _solve_block(
     model: nn.Module,
     block: nn.Module,
