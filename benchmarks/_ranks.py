@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -11,6 +13,18 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+
+def free_port() -> int:
+    """A port of this machine for ranks to meet at.
+
+    It lies below those that systems hand out by themselves, so none is handed out between here and the first rank.
+    """
+    for port in random.SystemRandom().sample(range(10_000, 30_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("none of 100 ports from 10000 to 30000 is free")
 
 
 def launch(
@@ -21,13 +35,15 @@ def launch(
     With `for_memory` what is allocated is touched and what is freed goes back to the system at once, so that resident
     memory is what is held.
     """
-    with socket.socket() as probe, tempfile.TemporaryDirectory() as folder:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-        probe.close()
+    with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, script, "--worker", f"{folder}/result", *words]
         world = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": str(threads), **world}
+        shared = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "OMP_NUM_THREADS": str(threads),
+            **world,
+        }
         if for_memory:
             shared |= {
                 "MALLOC_MMAP_THRESHOLD_": "16384",

@@ -9,14 +9,13 @@ Then decomposes a smaller model on one and on two ranks: how the time falls with
 from __future__ import annotations
 
 import os
-import socket
 import statistics
 import time
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
-from _ranks import PeakMemory
+from _ranks import PeakMemory, free_port
 from _report import Report, parser
 
 SHAPES = {
@@ -144,13 +143,10 @@ def runnable(model: torch.nn.Module) -> Any:
 
 def run_on(ranks: int, task: Any, *args: Any) -> list[dict[str, Any]]:
     """Run a task on so many fresh processes with DeepSpeed on gloo; their results by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     context = mp.get_context("spawn")
     queue = context.Queue()
     mp.start_processes(
-        _worker, (ranks, port, queue, task, args), nprocs=ranks, join=True, start_method="spawn"
+        _worker, (ranks, free_port(), queue, task, args), nprocs=ranks, join=True, start_method="spawn"
     )
     results = dict(queue.get() for _ in range(ranks))
     return [results[rank] for rank in range(ranks)]

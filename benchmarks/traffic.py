@@ -14,7 +14,6 @@ import dataclasses
 import gc
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 import torch._dynamo  # before any zero.Init context; see docs/architecture.md
+from _ranks import free_port
 from _report import Report, parser
 
 RANK, NUM_SPARSE, STEPS = 4, 64, 2
@@ -251,11 +251,8 @@ def measure(setting: Setting) -> dict[str, Any]:
 
 def launch(setting: Setting) -> dict[str, Any]:
     """Run this file once per rank and return what the first rank measured."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        result = Path(folder) / "result.json"
+    with tempfile.TemporaryDirectory() as folder:
+        port, result = free_port(), Path(folder) / "result.json"
         command = [sys.executable, __file__, "--worker", json.dumps(dataclasses.asdict(setting)), str(result)]
         processes = []
         for rank in range(setting.world):

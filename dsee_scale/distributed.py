@@ -142,7 +142,8 @@ def gather_objects(value: T, *, group: Any = None) -> list[T]:
     if world_size(group) == 1:
         return [value]
     values: list[Any] = [None] * world_size(group)
-    dist.all_gather_object(values, value, group=group)
+    with _own_device(group):
+        dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -151,8 +152,15 @@ def from_rank0(value: T) -> T:
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    with _own_device(None):
+        dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def _own_device(group: Any) -> contextlib.AbstractContextManager[Any]:
+    """Objects travel from PyTorch's current GPU, which before `set_device` is the same for all processes."""
+    device = communication_device(group, torch.device("cpu"))
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def max_over_ranks(*flags: int, device: torch.device) -> list[int]:

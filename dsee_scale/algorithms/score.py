@@ -65,12 +65,16 @@ class Ranking:
             return self.norms is None
         return self.mode == "W" or (self.delta is None and self.mode != "random")
 
-    def norm_block(self, start_row: int, stop_row: int) -> Tensor:
-        """The norm of each entry's input, times what its output counts; rows start_row to stop_row as stored."""
+    def norm_block(self, start_row: int, stop_row: int, device: torch.device) -> Tensor:
+        """The norm of each entry's input, times what its output counts; rows start_row to stop_row as stored.
+
+        They are spread over the rows on the device: from the host only a number for each line goes there.
+        """
         assert self.norms is not None
-        rows = self.norms[start_row:stop_row, None] if self.transposed else self.norms
+        rows = (self.norms[start_row:stop_row, None] if self.transposed else self.norms).to(device)
         if self.outputs is not None:
-            rows = rows * (self.outputs if self.transposed else self.outputs[start_row:stop_row, None])
+            counts = self.outputs if self.transposed else self.outputs[start_row:stop_row, None]
+            rows = rows * counts.to(device)
         return rows.expand(stop_row - start_row, self.shape[1])
 
 
@@ -215,7 +219,7 @@ def block_scores(ranking: Ranking, entries: Tensor, block: FlatBlock) -> Tensor:
         # An offloaded weight lies elsewhere than its adapter.
         update = block.part(update_block(ranking.mode, ranking.delta, *rows)).to(entries.device)
     if ranking.norms is not None:
-        norms = block.part(ranking.norm_block(*rows)).to(entries.device)
+        norms = block.part(ranking.norm_block(*rows, entries.device))
     return scores(ranking.mode, entries, update, norms)
 
 

@@ -191,6 +191,8 @@ def _live_logits(model: nn.Module, rows: list[dict[str, Any]], device: torch.dev
 def _roomy_device(folder: Path) -> str | None:
     """The GPU if the exported weights fit beside the live model, or the CPU; None if into neither. Local."""
     nbytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 2 * nbytes + (4 << 30):
-        return "cuda"
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what training has used and PyTorch keeps is free
+        if torch.cuda.mem_get_info()[0] > 2 * nbytes + (4 << 30):
+            return "cuda"
     return "cpu" if psutil.virtual_memory().available > 1.2 * nbytes + (1 << 30) else None

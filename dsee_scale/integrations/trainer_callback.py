@@ -67,6 +67,7 @@ class DSEECallback(GradientCallback):
         self._inputs: collections.deque[dict[str, Tensor]] = collections.deque(maxlen=calibration_batches)
         self._trainer: Any = None
         self._steps: list[int] = []
+        self._hook: Any = None
 
     def _check(self) -> None:
         problems = []
@@ -99,8 +100,6 @@ class DSEECallback(GradientCallback):
             )
         keep_checkpoints_small(trainer)
         self._trainer = trainer
-        if any(SCORES[config.score].activations for config in self.configs):
-            trainer.model.register_forward_pre_hook(self._note_inputs, with_kwargs=True)
 
     def on_train_begin(
         self,
@@ -125,6 +124,7 @@ class DSEECallback(GradientCallback):
         started = state.global_step
         # A checkpoint of a step holds what was removed at it.
         self._steps = [step for step in steps if step > started or step == started == 0]
+        self._watch_inputs()
         self._prune_if_due(state)
 
     def on_step_end(
@@ -160,14 +160,27 @@ class DSEECallback(GradientCallback):
         configs = self.configs
         if isinstance(self.at, CubicSchedule):
             configs = [self.at.config(configs[0], step)]
-        wanting = any(SCORES[config.score].activations for config in configs)
-        report = prune(trainer.model_wrapped, configs, self._calibration() if wanting else None)
+        report = prune(trainer.model_wrapped, configs, self._calibration() if self._wants_inputs() else None)
+        self._watch_inputs()
         if any(config.refit for config in configs):
             folder = Path(str(trainer.args.output_dir)) / BASE_FOLDER
             save_base(trainer.model_wrapped, folder, tokenizer=trainer.processing_class)
         # A tuned model that is not pruned must never win against the pruned ones.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         log_within_step(trainer, {"sparsity": report.sparsity, "pruned_weights": report.removed})
+
+    def _wants_inputs(self) -> bool:
+        return any(SCORES[config.score].activations for config in self.configs)
+
+    def _watch_inputs(self) -> None:
+        """Note inputs while a pruning is to come that looks at them, and no longer: a note is a copy to the host."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if self._steps and self._wants_inputs():
+            self._hook = self._trainer.model.register_forward_pre_hook(self._note_inputs, with_kwargs=True)
+        else:
+            self._inputs.clear()
 
     def _calibration(self) -> list[dict[str, Tensor]]:
         """This rank's last inputs; of a training that is to begin with the pruning, its first batches."""

@@ -34,6 +34,9 @@ from dsee_scale.recipe.parsing import find_file
 from dsee_scale.recipe.recipe import Recipe
 from dsee_scale.recipe.sections import ModelConfig
 
+LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+"""One of these is set where a launcher, or MPI, started the process."""
+
 
 class RunArguments(TrainingArguments):
     """TrainingArguments that let bf16 run under DeepSpeed on the CPU, and one process train on one GPU.
@@ -80,6 +83,11 @@ def make_arguments(values: dict[str, Any]) -> TrainingArguments:
     if values.get("deepspeed") is not None:
         _check_zero(values["deepspeed"])
     with_deepspeed = _reject_two_configs(values)
+    if with_deepspeed and not any(name in os.environ for name in LOCAL_RANKS):
+        raise ConfigError(
+            "training.deepspeed needs a launcher: start with deepspeed, accelerate launch or torchrun, "
+            "or pass --deepspeed null to run in this one process"
+        )
     if not torch.cuda.is_available():
         if with_deepspeed:
             start_deepspeed_on_cpu(values)
@@ -172,16 +180,11 @@ def start_deepspeed_on_cpu(values: dict[str, Any]) -> None:
         values: arguments of TrainingArguments, changed in place.
 
     Raises:
-        ConfigError: no launcher started this process.
+        ConfigError: settings that rule DeepSpeed out.
     """
     assert not torch.cuda.is_available()
     if values.get("use_cpu"):
         raise ConfigError("training.use_cpu rules out DeepSpeed; leave it out, or pass --deepspeed null")
-    if "LOCAL_RANK" not in os.environ:
-        raise ConfigError(
-            "training.deepspeed needs a launcher: start with deepspeed, accelerate launch or torchrun, "
-            "or pass --deepspeed null to run in this one process"
-        )
     AcceleratorState._reset_state(reset_partial_state=True)  # type: ignore[no-untyped-call]
     with patch_environment(ACCELERATE_USE_DEEPSPEED="true"):
         PartialState(backend="gloo", timeout=timedelta(seconds=values.get("ddp_timeout", 1800)))

@@ -7,10 +7,12 @@ result back. A task that fails or does not end in time takes its pool down, and 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import multiprocessing
 import os
+import random
 import socket
 import tempfile
 import time
@@ -47,9 +49,12 @@ def fork_server() -> ForkServerContext:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below the ports that the system hands out, where another test's connection could get it in between."""
+    for port in random.SystemRandom().sample(range(10_000, 30_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port")
 
 
 def as_rank(rank: int, world_size: int, port: int) -> None:

@@ -25,6 +25,7 @@ from tests.unit.test_delta import make_spec  # noqa: E402
 from tests.unit.test_sparse_residual import dense, positions  # noqa: E402
 
 pytestmark = pytest.mark.gpu
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
@@ -96,10 +97,13 @@ def test_views_with_strides_are_read_and_written_in_place(transposed):
 @pytest.mark.parametrize("under_mask", [False, True])
 @pytest.mark.parametrize("count", [64, 20_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_adapted_layer_on_the_gpu_equals_the_one_on_the_cpu(dtype, count, under_mask):
+@pytest.mark.parametrize(
+    "gpu", ["cuda:0", pytest.param("cuda:1", marks=two_gpus)]
+)  # the current one, and not
+def test_an_adapted_layer_on_the_gpu_equals_the_one_on_the_cpu(gpu, dtype, count, under_mask):
     rows, cols = positions((1024, 768), count)
     layers = {}
-    for device in ("cpu", "cuda"):
+    for device in ("cpu", gpu):
         torch.manual_seed(0)
         layer = torch.nn.Linear(768, 1024).to(device, dtype)
         spec = make_spec((1024, 768), ((0, 1024),), False, 8, count, 2.0)
@@ -141,9 +145,9 @@ def test_the_gpu_gives_the_same_bits_on_every_run():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("slices", [((0, 150),), ((0, 40), (90, 150))])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("count", [0, 30])
-def test_the_merged_weight_is_that_of_the_blocks(count, transposed, slices, dtype, out_dtype):
-    spec = make_spec((150, 70), slices, transposed, 5, count, 1.7)
+@pytest.mark.parametrize("count, rank", [(0, 5), (30, 5), (30, 100)])
+def test_the_merged_weight_is_that_of_the_blocks(count, rank, transposed, slices, dtype, out_dtype):
+    spec = make_spec((150, 70), slices, transposed, rank, count, 1.7)
     generator = torch.Generator().manual_seed(3)
     flat = torch.randn(spec.numel, generator=generator).to(DEVICE, dtype)
     weight = torch.randn(spec.storage_shape, generator=generator)
@@ -159,5 +163,5 @@ def test_the_merged_weight_is_that_of_the_blocks(count, transposed, slices, dtyp
         delta = Delta.of(spec, flat, rows, cols)
         expected = merged_weight(weight, delta, pruned=True, form=form, out=torch.empty_like(out))
         bound = 2**-7 if torch.bfloat16 in (dtype, out_dtype) else 1e-5
-        torch.testing.assert_close(out, expected, rtol=bound, atol=1e-5)
+        torch.testing.assert_close(out, expected, rtol=bound, atol=3e-5)  # float32 sums in another order
         assert not out[weight == 0].any() and out[weight != 0].any()

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dsee_scale.training.setup import RunArguments
+import pytest
+import torch
+
+from dsee_scale.errors import ConfigError
+from dsee_scale.training.setup import LOCAL_RANKS, RunArguments, make_arguments
 
 
 def test_one_process_trains_on_one_gpu(tmp_path: Path) -> None:
@@ -13,3 +17,15 @@ def test_one_process_trains_on_one_gpu(tmp_path: Path) -> None:
     assert args.n_gpu == 0
     args._n_gpu = 8
     assert args.n_gpu == 1 and args.train_batch_size == 4
+
+
+@pytest.mark.parametrize("with_gpu", [False, True])
+def test_deepspeed_without_a_launcher_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_gpu: bool
+) -> None:
+    """DeepSpeed itself would ask for mpi4py."""
+    for name in LOCAL_RANKS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: with_gpu)
+    with pytest.raises(ConfigError, match="needs a launcher"):
+        make_arguments({"output_dir": str(tmp_path), "deepspeed": "zero3_bf16"})

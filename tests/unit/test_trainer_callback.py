@@ -104,6 +104,20 @@ def test_it_prunes_on_the_way_saves_no_base_weight_and_resumes_exactly(tmp_path,
         assert torch.equal(block_linears(again)[module].weight == 0, mask)
 
 
+def test_inputs_are_noted_until_the_last_pruning_and_no_longer(tmp_path):
+    """On a GPU each note waits for a copy to the host."""
+    model = model_of()
+    dsee_scale.inject(model, CONFIG)
+    callback = DSEECallback(PruneConfig(refit=False), 3)
+    noted = []
+    callback.on_step_begin = lambda args, state, control, **_: noted.append(len(callback._inputs))
+    trainer = trainer_of(model, tmp_path / "run", callback)
+    trainer.train()
+    assert noted == [0, 1, 2, 0, 0, 0]
+    trainer.train()
+    assert noted[6:] == [0, 1, 2, 0, 0, 0]
+
+
 def test_a_checkpoint_before_the_pruning_is_pruned_when_it_is_resumed(tmp_path):
     prune = PruneConfig(score="W")
     model = model_of()

@@ -11,6 +11,10 @@ Shapes: T tokens, N entries, U distinct targets, M and J the widths of target an
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec
+
 import torch
 import triton
 import triton.language as tl
@@ -18,11 +22,27 @@ from torch import Tensor
 
 from dsee_scale.adapters.support import Route
 
+P = ParamSpec("P")
+
 BLOCK_T = 128
 BLOCK_T_WIDE = 512
 """Tokens per program: in `accumulate_`, and in `value_gradient_`."""
 
 
+def on_its_gpu(
+    launch: Callable[Concatenate[Tensor, P], None],
+) -> Callable[Concatenate[Tensor, P], None]:
+    """Triton starts kernels on the current GPU: make that the first argument's meanwhile."""
+
+    @functools.wraps(launch)
+    def guarded(target: Tensor, *args: P.args, **kwargs: P.kwargs) -> None:
+        with torch.cuda.device_of(target):
+            launch(target, *args, **kwargs)
+
+    return guarded
+
+
+@on_its_gpu
 def accumulate_(
     target_TM: Tensor, source_TJ: Tensor, values_N: Tensor, route: Route, transposed: bool
 ) -> None:
@@ -56,6 +76,7 @@ def accumulate_(
     target_TM.add_(sums_MT.t())
 
 
+@on_its_gpu
 def value_gradient_(total_N: Tensor, dy_TO: Tensor, x_TI: Tensor, rows: Tensor, cols: Tensor) -> None:
     """`total[e] += sum over tokens of dy[:, rows[e]] * x[:, cols[e]]`, in place; total in float32.
 

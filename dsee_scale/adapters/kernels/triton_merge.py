@@ -13,11 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsee_scale.adapters.kernels.triton_kernels import on_its_gpu
 from dsee_scale.algorithms.delta import AdapterSpec
 
 BLOCK_M, BLOCK_N = 64, 128
+MAX_BLOCK_R = 64
+"""Of the rank at a time, so that the factors' tiles fit into shared memory whatever the rank is."""
 
 
+@on_its_gpu
 def merge_under_mask_(
     out: Tensor, weight: Tensor, flat: Tensor, rows: Tensor, cols: Tensor, spec: AdapterSpec, *, base: bool
 ) -> None:
@@ -56,7 +60,7 @@ def _tiles(out: Tensor, weight: Tensor, left: Tensor, right: Tensor, scaling: fl
         out.stride(0), out.stride(1), weight.stride(0), weight.stride(1),
         left.stride(0), left.stride(1), right.stride(0), right.stride(1),
         BASE=base, PRECISION="ieee" if left.dtype == torch.float32 else "tf32",  # which holds 16-bit floats exactly
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=min(MAX_BLOCK_R, max(16, triton.next_power_of_2(rank))),
     )  # fmt: skip
 
 
@@ -94,17 +98,20 @@ def _merge_tiles(
 ):  # fmt: skip
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    r = tl.arange(0, BLOCK_R)
     here = (m[:, None] < num_rows) & (n[None, :] < num_cols)
-    thin_left = tl.load(
-        left + m[:, None] * left_m + r[None, :] * left_r,
-        mask=(m[:, None] < num_rows) & (r[None, :] < rank), other=0.0,
-    )  # fmt: skip
-    thin_right = tl.load(
-        right + r[:, None] * right_r + n[None, :] * right_n,
-        mask=(r[:, None] < rank) & (n[None, :] < num_cols), other=0.0,
-    )  # fmt: skip
-    total = tl.dot(thin_left.to(tl.float32), thin_right.to(tl.float32), input_precision=PRECISION) * scaling
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first in range(0, rank, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        thin_left = tl.load(
+            left + m[:, None] * left_m + r[None, :] * left_r,
+            mask=(m[:, None] < num_rows) & (r[None, :] < rank), other=0.0,
+        )  # fmt: skip
+        thin_right = tl.load(
+            right + r[:, None] * right_r + n[None, :] * right_n,
+            mask=(r[:, None] < rank) & (n[None, :] < num_cols), other=0.0,
+        )  # fmt: skip
+        total += tl.dot(thin_left.to(tl.float32), thin_right.to(tl.float32), input_precision=PRECISION)
+    total *= scaling
     w = tl.load(weight + m[:, None] * weight_m + n[None, :] * weight_n, mask=here, other=0.0).to(tl.float32)
     if BASE:
         total += w
