@@ -29,6 +29,7 @@ class Watch(TorchDispatchMode):
         peak: most bytes that were alive at once, of what was made inside.
         sent: (collective, bytes of all its tensors), in order; DeepSpeed's own ones too.
         syncs: the operators at which the host would wait for a GPU.
+        operators: how many there were of all kinds.
     """
 
     def __init__(self) -> None:
@@ -36,11 +37,13 @@ class Watch(TorchDispatchMode):
         self.peak = self._alive = 0
         self.sent: list[tuple[str, int]] = []
         self.syncs: list[str] = []
+        self.operators = 0
         self._holders: dict[int, int] = {}
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.operators += 1
         space, _, name = func._schema.name.partition("::")
         if space in ("c10d", "_c10d_functional"):
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

@@ -119,6 +119,8 @@ class Delta:
         values: (K*N,) entries of S2; entries that share a position add up.
         rows: (K*N,) int32, output index of each value in the full weight.
         cols: (K*N,) int32, input index of each value.
+        host_rows: (K*N,) int64 on the CPU, the rows once more, where the entries are sorted by row of the storage
+            layout: blocks of rows then find theirs without waiting for an accelerator.
     """
 
     spec: AdapterSpec
@@ -127,6 +129,7 @@ class Delta:
     values: Tensor
     rows: Tensor
     cols: Tensor
+    host_rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         dtype = torch.float64 if self.a.dtype == torch.float64 else torch.float32
@@ -137,9 +140,11 @@ class Delta:
         assert self.values.shape == self.rows.shape == self.cols.shape
 
     @classmethod
-    def of(cls, spec: AdapterSpec, flat: Tensor, rows: Tensor, cols: Tensor) -> Delta:
+    def of(
+        cls, spec: AdapterSpec, flat: Tensor, rows: Tensor, cols: Tensor, host_rows: Tensor | None = None
+    ) -> Delta:
         """From A, B and the values in one tensor, as `AdapterSpec.split` has them."""
-        return cls(spec, *spec.split(flat), rows, cols)
+        return cls(spec, *spec.split(flat), rows, cols, host_rows)
 
     @property
     def storage_shape(self) -> tuple[int, int]:
@@ -171,6 +176,8 @@ class Delta:
     def _by_stored_row(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """S2's entries sorted by row of the storage layout: rows (a copy of them on the CPU), columns, values."""
         rows, cols = self.stored_positions
+        if self.host_rows is not None:
+            return self.host_rows, rows, cols, self.values
         order = torch.argsort(rows, stable=True)
         return rows[order].cpu(), rows[order], cols[order], self.values[order]
 

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dsee_scale.algorithms import bits
 from dsee_scale.errors import TargetError
 
-CHUNK = 1 << 20
-"""Entries decoded at once; even, so that no byte is cut."""
+CPU_CHUNK = 1 << 20
+"""Entries decoded at once on a CPU; even, so that no byte is cut."""
 INT8_STEP = 7.874015718698502e-3
 """1 / 127 as bitsandbytes writes it, so that decoding rounds alike."""
 
@@ -61,8 +62,9 @@ class FourBit:
         count = max(0, min(2 * codes.numel(), self.shape.numel() - first))
         out = torch.empty(count, dtype=self.dtype, device=codes.device)
         pairs, maxima = self._pairs(codes.device), self._maxima(codes.device)
-        for at in range(0, count, CHUNK):
-            part = out[at : at + CHUNK]
+        chunk = _chunk(codes)
+        for at in range(0, count, chunk):
+            part = out[at : at + chunk]
             values = pairs[codes[at // 2 : (at + part.numel() + 1) // 2].int()].view(-1)[: part.numel()]
             part.copy_(values * self._spread(maxima, first + at, part.numel()))
         return out, first
@@ -71,8 +73,9 @@ class FourBit:
         """Write the zero code wherever an entry of the decoded stretch is 0."""
         codes = stored.view(-1).view(torch.uint8)
         code = int((self._state.code == 0).nonzero()[0])
-        for at in range(0, entries.numel(), CHUNK):
-            gone = entries[at : at + CHUNK] == 0
+        chunk = _chunk(codes)
+        for at in range(0, entries.numel(), chunk):
+            gone = entries[at : at + chunk] == 0
             if gone.numel() % 2:
                 gone = torch.cat([gone, gone.new_zeros(1)])
             both = codes[at // 2 : at // 2 + gone.numel() // 2]
@@ -122,12 +125,13 @@ class EightBit:
         codes = stored.reshape(-1)
         out = torch.empty(codes.numel(), dtype=self.dtype, device=codes.device)
         scales, columns = _row_scales(self.module).to(codes.device), self.shape[1]
-        for at in range(0, codes.numel(), CHUNK):
-            part = codes[at : at + CHUNK]
+        chunk = _chunk(codes)
+        for at in range(0, codes.numel(), chunk):
+            part = codes[at : at + chunk]
             first = start + at
             rows = scales[first // columns : -(-(first + part.numel()) // columns)]
             scale = rows.repeat_interleave(columns)[first % columns : first % columns + part.numel()]
-            out[at : at + CHUNK] = part * scale * INT8_STEP
+            out[at : at + chunk] = part * scale * INT8_STEP
         return out, start
 
     def zero(self, stored: Tensor, entries: Tensor) -> None:
@@ -136,6 +140,11 @@ class EightBit:
 
 
 Codec = FourBit | EightBit
+
+
+def _chunk(codes: Tensor) -> int:
+    """Entries at once: an accelerator, where each chunk costs the host several launches, takes more."""
+    return CPU_CHUNK if bits.is_host(codes.device) else bits.DEVICE_CHUNK
 
 
 def quantised_kind(module: nn.Module) -> str | None:

@@ -84,20 +84,24 @@ class RoutedSums:
         x_SH, hidden_SI, ends_E = seen.x, seen.hidden, seen.ends
         output_SH = _product(module, self.layout.down, hidden_SI, ends_E, seen.experts)
         gated_S = torch.linalg.vector_norm(output_SH.float(), dim=-1) * seen.gates.float()
+        # Where the tokens are: nothing waits there until all are summed.
+        self.up, self.down, self.gated = (sums.to(x_SH.device) for sums in (self.up, self.down, self.gated))
         start = 0
         for expert, end in enumerate(ends_E.tolist()):
-            self.up[expert] += _squares(x_SH[start:end])
-            self.down[expert] += _squares(hidden_SI[start:end])
-            self.gated[expert] += gated_S[start:end].sum(dtype=torch.float64).cpu()
+            self.up[expert] += sum_of_squares(x_SH[start:end])
+            self.down[expert] += sum_of_squares(hidden_SI[start:end])
+            self.gated[expert] += gated_S[start:end].sum(dtype=torch.float64)
             self.tokens[expert] += end - start
             start = end
 
     def reduce(self, partition: Partition) -> None:
         """Collective. From here on the sums over all ranks, the same on each; one transfer."""
-        parts = (self.up, self.down, self.tokens, self.gated)
+        parts = [part.cpu() for part in (self.up, self.down, self.tokens, self.gated)]
         total = partition.sum_over_ranks(torch.cat([part.reshape(-1) for part in parts]))
-        for part, summed in zip(parts, total.split([part.numel() for part in parts]), strict=True):
-            part.copy_(summed.view_as(part))
+        summed = total.split([part.numel() for part in parts])
+        self.up, self.down, self.tokens, self.gated = (
+            each.view_as(part) for each, part in zip(summed, parts, strict=True)
+        )
 
     def squares(self) -> dict[str, Tensor]:
         """(inputs,) float32 of each expert's matrices, by name."""
@@ -161,8 +165,3 @@ def _product(module: Any, name: str, x_SI: Tensor, ends_E: Tensor, expert_S: Ten
     weight = getattr(module, name)
     y = grouped_mm(x_SI.to(weight.dtype), weight if module.is_transposed else weight.transpose(1, 2), ends_E)
     return y + getattr(module, f"{name}_bias")[expert_S] if module.has_bias else y
-
-
-def _squares(x_TI: Tensor) -> Tensor:
-    """(I,) float64 on the CPU."""
-    return sum_of_squares(x_TI).cpu()

@@ -11,9 +11,10 @@ import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.algorithms import bits, delta, loops
 from dsee_scale.algorithms.select import CutSearch
+from dsee_scale.passes.calibrate import calibrate
 from dsee_scale.passes.pools import block_linears
 from tests.dist.test_inject_prune import fill_adapters
-from tests.models import build, llama_config
+from tests.models import build, llama_config, moe_config, token_batch
 from tests.watch import Watch
 
 TARGETS = ("q_proj", "v_proj", "up_proj")
@@ -83,3 +84,37 @@ def test_an_accelerator_is_waited_for_three_times_a_matrix_and_round(
         assert torch.equal(param, dict(expected.named_parameters())[name]), name
     assert len(watch.syncs) <= 3 * len(report.matrices) * len(rounds), sorted(watch.syncs)
     assert min(module.weight.numel() for module in block_linears(model).values()) > 12 * 64  # type: ignore[operator, union-attr]
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Shapes of what is fetched from the accelerator, which the CPU stands for."""
+    found: list[torch.Size] = []
+    cpu = torch.Tensor.cpu
+
+    def counting(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor.shape)
+        return cpu(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", counting)
+    return found
+
+
+def test_a_step_of_pruned_experts_fetches_nothing(small_blocks, accelerator, copies):
+    model = build(moe_config("qwen3_moe"))
+    dsee_scale.inject(model, DSEEConfig(rank=3, num_sparse=40, target_modules=("experts",)))
+    fill_adapters(model)
+    dsee_scale.prune(model, PruneConfig(sparsity=0.5, score="W", refit=False))
+    copies.clear()
+    model(input_ids=token_batch()).logits.sum().backward()
+    assert all(param.grad is not None for param in model.parameters() if param.requires_grad)
+    assert not copies
+
+
+def test_calibrating_experts_fetches_as_much_for_many_batches_as_for_one(copies):
+    fetched = []
+    for number in (1, 6):
+        copies.clear()
+        calibrate(build(moe_config("qwen3_moe")), [{"input_ids": token_batch()}] * number)
+        fetched.append(len(copies))
+    assert fetched[0] == fetched[1]

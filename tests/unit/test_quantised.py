@@ -12,9 +12,11 @@ import torch
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig, TargetError
 from dsee_scale.adapters.linear import adapted_layers
-from dsee_scale.partition import open_partition
+from dsee_scale.algorithms import bits
+from dsee_scale.partition import open_partition, quantized
 from dsee_scale.partition.quantized import FourBit, prepare_quantised, quantised_layers
 from tests.quantised import BATCH, DSEE, FORMATS, evaluate, injected_llama, quantised_llama, write_llama
+from tests.watch import Watch
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -54,6 +56,21 @@ def test_an_odd_number_of_entries_decodes_and_is_zeroed(shape, kind):
     entries[::3] = 0
     codec.zero(stored, entries)
     assert torch.equal(codec.decode(stored)[0], entries)
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_an_accelerator_decodes_a_weight_in_one_stretch(folder, form, monkeypatch):
+    model = quantised_llama(folder, form)
+    prepare_quantised(model)
+    weight, codecs = model.model.layers[0].mlp.up_proj.weight, open_partition(model).codecs
+    monkeypatch.setattr(quantized, "CPU_CHUNK", 64)
+    expected, made = codecs[id(weight)].decode(weight.data)[0], []
+    for host in (True, False):
+        monkeypatch.setattr(bits, "is_host", lambda device, host=host: host)
+        with Watch() as watch:
+            assert torch.equal(codecs[id(weight)].decode(weight.data)[0], expected)
+        made.append(watch.operators)
+    assert made[1] < 40 < made[0]
 
 
 @pytest.mark.parametrize("form", list(FORMATS))

@@ -38,6 +38,7 @@ class ExpertUpdate:
             an expert's matrix is stored I x O, its B belongs to the inputs and its A to the outputs.
         rows: int32 (E*N,) row of each entry of S2 in that matrix.
         cols: int32 (E*N,) its column.
+        host_rows: int64 (E*N,) the rows on the CPU; None on the meta device.
         transposed: whether an expert's matrix is stored I x O.
         fold: where S2's entries stand in the factors; None where W + D is formed, or S2 is empty.
     """
@@ -45,6 +46,7 @@ class ExpertUpdate:
     spec: AdapterSpec
     rows: Tensor
     cols: Tensor
+    host_rows: Tensor | None
     transposed: bool
     fold: Fold | None
 
@@ -159,7 +161,7 @@ def _inputs_first(stored_EMJ: Tensor, update: ExpertUpdate) -> Tensor:
 
 def _merged(weight: Tensor, flat: Tensor, update: ExpertUpdate, masked: bool) -> Tensor:
     """W + D, under W's mask or not, (E, M, J), rounded once."""
-    delta = Delta.of(update.spec, flat, update.rows, update.cols)
+    delta = Delta.of(update.spec, flat, update.rows, update.cols, update.host_rows)
     form: Form = "masked" if masked else "dense"
     return merged_weight(weight, delta, pruned=masked, form=form, out=torch.empty_like(weight))
 
