@@ -266,10 +266,11 @@ def attach_experts(
 
 
 def let_gradients_through(block: Any) -> None:
-    """Make the input of the module around experts require gradients, from now on. Local; twice is as good as once.
+    """Let the input of the module around experts require gradients whenever anything in it is trained. Local.
 
-    DeepSpeed (0.19.8) takes the blocks of Mixtral and Qwen-MoE for leaf modules of ZeRO-3 and reduces their gradients
-    once the input has its own. Without one, as before the first adapter of a model, it would do so before any is there.
+    DeepSpeed (0.19.8) takes the blocks of Mixtral and Qwen-MoE for leaf modules of ZeRO-3 and reduces the gradients of
+    all that is in them (router, shared expert, experts) once the input has its own. Without one, as before the first
+    adapter of a model, it would do so before any is there. Calling this twice is as good as once.
     """
     if not getattr(block, "_dsee_input_hook", False):
         block._dsee_input_hook = True
@@ -277,7 +278,9 @@ def let_gradients_through(block: Any) -> None:
 
 
 def _require_gradient(block: nn.Module, args: tuple[Any, ...]) -> None:
-    if torch.is_grad_enabled() and args and not args[0].requires_grad:
+    if not torch.is_grad_enabled() or not args or args[0].requires_grad:
+        return
+    if any(param.requires_grad for param in block.parameters()):
         args[0].requires_grad_()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsee_scale.adapters.experts import attach_experts, let_gradients_through
+from dsee_scale.adapters.experts import attach_experts, fused_experts, let_gradients_through
 from dsee_scale.adapters.linear import adapted_layers, attach
 from dsee_scale.adapters.matrices import find_matrices
 from dsee_scale.adapters.state import model_state
@@ -135,9 +135,8 @@ def apply_adapters(
             dtype=_adapter_dtype(target, partition),
             device=partition.compute_device(target.weight),
         )
-        if target.experts:
-            let_gradients_through(modules[target.name.rsplit(".", 2)[0]])
-    for name in keep_experts_together(model):
+    fused = [name.rpartition(".")[0] for name, module in modules.items() if fused_experts(module)]
+    for name in (*fused, *keep_experts_together(model)):
         let_gradients_through(model.get_submodule(name))
     model_state(model).config = config
     set_trainable(model, trained_modules)
