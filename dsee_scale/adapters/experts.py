@@ -277,11 +277,13 @@ def let_gradients_through(block: Any) -> None:
         block.register_forward_pre_hook(_require_gradient)
 
 
-def _require_gradient(block: nn.Module, args: tuple[Any, ...]) -> None:
+def _require_gradient(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Forward pre-hook: the same values, with a gradient. They are a copy, since some blocks write into their input."""
     if not torch.is_grad_enabled() or not args or args[0].requires_grad:
-        return
-    if any(param.requires_grad for param in block.parameters()):
-        args[0].requires_grad_()
+        return None
+    if not any(param.requires_grad for param in block.parameters()):
+        return None
+    return (args[0].detach().requires_grad_().clone(), *args[1:])
 
 
 def check_experts(name: str, module: nn.Module) -> None:

@@ -220,6 +220,17 @@ def test_what_cannot_be_is_refused_by_name(family, settings, error, says):
     assert not adapted_layers(model)
 
 
+@pytest.mark.parametrize(
+    ("family", "noise"), [("mixtral", "router_jitter_noise"), ("phimoe", "input_jitter_noise")]
+)
+def test_blocks_that_add_noise_to_their_input_in_place_are_trained(family, noise):
+    model = build(moe_config(family, **{noise: 0.01})).train()
+    dsee_scale.inject(model, dataclasses.replace(SETTINGS, target_modules=("experts",)))
+    tokens = token_batch()
+    model(tokens, labels=tokens).loss.backward()
+    assert all(layer.dsee_flat.grad.any() for layer in adapted_layers(model).values())
+
+
 def test_another_implementation_of_the_experts_is_refused():
     model = build(moe_config("qwen3_moe"))
     model.set_experts_implementation("eager")
