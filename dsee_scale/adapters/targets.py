@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import itertools
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ import torch
 from torch import nn
 
 from dsee_scale.adapters.experts import check_experts, fused_experts
+from dsee_scale.adapters.slices import parse_slices
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.config import DSEEConfig
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.partition.quantized import quantised_kind
 
-FUSED_PARTS = ("q", "k", "v")
 BYPASSED = {
     "MultiheadAttention": ("out_proj",),
     "TransformerEncoderLayer": ("linear1", "linear2"),
@@ -236,7 +235,7 @@ def _target(
 ) -> Target:
     transposed = linear_kind(module) == "conv1d"
     shape = _true_shape(name, module, transposed, shape_of)
-    slices = _slices(name, shape[0], config)
+    slices = _slices(name, shape[0], transposed, config)
     return Target(name, module, shape, transposed, slices, _num_sparse(name, shape, slices, config))
 
 
@@ -299,39 +298,11 @@ def _true_shape(
     return declared
 
 
-def _slices(name: str, outputs: int, config: DSEEConfig) -> tuple[tuple[int, int], ...]:
+def _slices(name: str, outputs: int, conv1d: bool, config: DSEEConfig) -> tuple[tuple[int, int], ...]:
     for suffix, parts in config.output_slices.items():
         if _matches_one(name, suffix):
-            return _parse_slices(name, outputs, parts)
+            return parse_slices(name, outputs, parts, conv1d=conv1d)
     return ((0, outputs),)
-
-
-def _parse_slices(name: str, outputs: int, parts: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    ranges = sorted(_parse_slice(name, outputs, part) for part in parts)
-    if not ranges:
-        raise ConfigError(f"output_slices for {name} is empty; leave the key out to adapt the whole matrix")
-    for (_, stop), (start, _) in itertools.pairwise(ranges):
-        if start < stop:
-            raise ConfigError(f"output_slices for {name} overlap: {ranges}")
-    return tuple(ranges)
-
-
-def _parse_slice(name: str, outputs: int, part: str) -> tuple[int, int]:
-    if part in FUSED_PARTS:
-        if outputs % 3:
-            raise ConfigError(
-                f"output_slices {part!r} for {name}: {outputs} outputs are not three equal parts; "
-                'give ranges as "start:stop"'
-            )
-        width = outputs // 3
-        index = FUSED_PARTS.index(part)
-        return index * width, (index + 1) * width
-    found = re.fullmatch(r"(\d+):(\d+)", part)
-    if not found or not 0 <= int(found[1]) < int(found[2]) <= outputs:
-        raise ConfigError(
-            f'output_slices {part!r} for {name}: expected "q", "k", "v" or "start:stop" within 0:{outputs}'
-        )
-    return int(found[1]), int(found[2])
 
 
 def _check_settings_used(config: DSEEConfig, targets: Iterable[Target]) -> None:
