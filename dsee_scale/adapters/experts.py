@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dsee_scale.adapters.kernels.factors import make_fold
 from dsee_scale.adapters.kernels.grouped import ExpertUpdate, expert_product, grouped_mm
-from dsee_scale.adapters.linear import Adapted, FlatViews, initial_values
+from dsee_scale.adapters.linear import Adapted, FlatViews, initial_values, reject_replaced_forward
 from dsee_scale.adapters.support import check_support
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.errors import TargetError
@@ -293,11 +293,7 @@ def check_experts(name: str, module: nn.Module) -> None:
         TargetError: naming what differs, and the way out.
     """
     held: Any = module
-    if "forward" in vars(module):
-        raise TargetError(
-            f"the forward of {name} was replaced on the instance, which would hide the adapter's (accelerate does so "
-            "for a device_map over several devices); load it without that"
-        )
+    reject_replaced_forward(name, module)
     if getattr(held, "_is_expert_parallel", False):
         raise TargetError(f"{name} is spread over ranks by expert parallelism; load the model without it")
     found = getattr(getattr(held, "config", None), "_experts_implementation", IMPLEMENTATION)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dsee_scale.adapters.experts import check_experts, fused_experts
+from dsee_scale.adapters.linear import reject_replaced_forward
 from dsee_scale.adapters.slices import parse_slices
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.config import DSEEConfig
@@ -233,6 +234,7 @@ def _reject_bypassed(chosen: list[str], modules: dict[str, nn.Module]) -> None:
 def _target(
     name: str, module: nn.Module, config: DSEEConfig, shape_of: Callable[[nn.Parameter], torch.Size]
 ) -> Target:
+    reject_replaced_forward(name, module)
     transposed = linear_kind(module) == "conv1d"
     shape = _true_shape(name, module, transposed, shape_of)
     slices = _slices(name, shape[0], transposed, config)

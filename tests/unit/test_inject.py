@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
@@ -149,6 +150,17 @@ def test_bad_targets_are_refused_with_the_model_untouched(config, error, words):
         dsee_scale.inject(model, DSEEConfig(**{"rank": 3, "num_sparse": 7, **config}))
     assert {n: p.requires_grad for n, p in model.named_parameters()} == {n: v[1] for n, v in before.items()}
     assert not adapted_layers(model)
+
+
+def test_layers_with_hooks_of_accelerate_are_refused_before_anything_is_computed(monkeypatch):
+    def decompose(*args, **kwargs):
+        raise AssertionError("a weight was decomposed")
+
+    monkeypatch.setattr("dsee_scale.passes.inject_model.decompose_model", decompose)
+    model = build(llama_config())
+    add_hook_to_module(model.model.layers[1].self_attn.q_proj, ModelHook())
+    with pytest.raises(TargetError, match=r"layers\.1\.self_attn\.q_proj was replaced .*device_map"):
+        dsee_scale.inject(model, SMALL)
 
 
 FUSED_ELSEWHERE = {
