@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dsee_scale.adapters.experts import check_experts, fused_experts
 from dsee_scale.adapters.linear import reject_replaced_forward
@@ -17,7 +17,7 @@ from dsee_scale.adapters.slices import parse_slices
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.config import DSEEConfig
 from dsee_scale.errors import ConfigError, TargetError
-from dsee_scale.partition.quantized import quantised_kind
+from dsee_scale.partition.quantized import holds_numbers, quantised_kind
 
 BYPASSED = {
     "MultiheadAttention": ("out_proj",),
@@ -231,6 +231,23 @@ def _reject_bypassed(chosen: list[str], modules: dict[str, nn.Module]) -> None:
                 )
 
 
+def reject_codes(name: str, module: nn.Module, weight: Tensor) -> None:
+    """Raise TargetError for a weight that is quantised by something else than bitsandbytes. Local.
+
+    Args:
+        name: the module's, or of experts the parameter's.
+        module: what holds the weight.
+        weight: whole or partitioned.
+    """
+    if not holds_numbers(weight.dtype) and not quantised_kind(module):
+        raise TargetError(
+            f"{name} is a {type(module).__name__} with {weight.dtype} weights, a quantisation that is not known here; "
+            "expected floating-point weights of 16 bits or more, or bitsandbytes: load a bfloat16 version of the model "
+            "(FP8 files with FineGrainedFP8Config(dequantize=True)), or quantise one by bitsandbytes "
+            "(BitsAndBytesConfig)"
+        )
+
+
 def _target(
     name: str, module: nn.Module, config: DSEEConfig, shape_of: Callable[[nn.Parameter], torch.Size]
 ) -> Target:
@@ -246,9 +263,8 @@ def _expert_target(
 ) -> Target:
     attribute = name.rpartition(".")[2]
     weight: nn.Parameter = getattr(module, attribute)
+    reject_codes(name, module, weight)
     check_experts(name, module)
-    if not weight.dtype.is_floating_point:
-        raise TargetError(f"{name} is quantised ({weight.dtype}); expected floating-point experts")
     if config.dropout:
         raise ConfigError(
             f"dropout {config.dropout:g} is not supported on experts ({name}); set dropout=0, or adapt linear layers"
@@ -286,15 +302,11 @@ def _true_shape(
     name: str, module: nn.Module, transposed: bool, shape_of: Callable[[nn.Parameter], torch.Size]
 ) -> tuple[int, int]:
     weight: nn.Parameter = module.weight  # type: ignore[assignment]
+    reject_codes(name, module, weight)
     if transposed:
         inputs, outputs = shape_of(weight)
         return int(outputs), int(inputs)
     declared = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
-    if not weight.dtype.is_floating_point and not quantised_kind(module):
-        raise TargetError(
-            f"{name} is a {type(module).__name__} with {weight.dtype} weights, a quantisation that is not known "
-            "here; expected floating-point weights or bitsandbytes (BitsAndBytesConfig)"
-        )
     if tuple(shape_of(weight)) != declared:
         raise TargetError(f"{name}.weight has shape {tuple(shape_of(weight))}, the layer declares {declared}")
     return declared

@@ -238,6 +238,22 @@ def test_another_implementation_of_the_experts_is_refused():
         dsee_scale.inject(model, SETTINGS)
 
 
+def test_experts_in_fp8_are_refused():
+    model = build(moe_config("qwen3_moe"))
+    experts = model.model.layers[1].mlp.experts
+    experts.down_proj = nn.Parameter(experts.down_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    says = r"layers\.1\.mlp\.experts.*float8_e4m3fn"
+    with pytest.raises(TargetError, match=says):
+        dsee_scale.inject(model, SETTINGS)
+    assert not adapted_layers(model)
+    for pruning in (
+        PruneConfig(pattern="2:4", score="W", refit=False),
+        PruneConfig(pattern="experts", num_per_layer=1, score="random"),
+    ):
+        with pytest.raises(TargetError, match=says):
+            dsee_scale.prune(model, pruning)
+
+
 def test_a_linear_router_is_refused():
     model = build(moe_config("qwen3_moe"))
     for layer in model.model.layers:
