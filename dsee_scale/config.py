@@ -95,7 +95,7 @@ class DSEEConfig(JsonConfig):
     target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
     """Modules to adapt: name suffixes (`q_proj`), patterns (`*.attn.*`), or one regular expression (a string)."""
     output_slices: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    """Adapt only these parts of fused projections: `{"c_attn": ["q", "v"]}` (equal thirds) or "start:stop" outputs."""
+    """Adapt only these parts of fused projections: `{"c_attn": ["q", "v"]}` (GPT-2 alone), or "start:stop" outputs."""
     support: SupportMethod = "grebsmo"
     """How S2's positions are chosen: from the decomposition of each weight, the largest |W|, or at random."""
     decomposition: DecompositionConfig = dataclasses.field(default_factory=DecompositionConfig)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dsee_scale.adapters.kernels.factors import make_fold
 from dsee_scale.adapters.kernels.grouped import ExpertUpdate, expert_product, grouped_mm
-from dsee_scale.adapters.linear import Adapted, FlatViews, initial_values
+from dsee_scale.adapters.linear import Adapted, FlatViews, initial_values, reject_replaced_forward
 from dsee_scale.adapters.support import check_support
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.errors import TargetError
@@ -267,19 +267,24 @@ def attach_experts(
 
 
 def let_gradients_through(block: Any) -> None:
-    """Make the input of the module around experts require gradients, from now on. Local; twice is as good as once.
+    """Let the input of the module around experts require gradients whenever anything in it is trained. Local.
 
-    DeepSpeed (0.19.8) takes the blocks of Mixtral and Qwen-MoE for leaf modules of ZeRO-3 and reduces their gradients
-    once the input has its own. Without one, as before the first adapter of a model, it would do so before any is there.
+    DeepSpeed (0.19.8) takes the blocks of Mixtral and Qwen-MoE for leaf modules of ZeRO-3 and reduces the gradients of
+    all that is in them (router, shared expert, experts) once the input has its own. Without one, as before the first
+    adapter of a model, it would do so before any is there. Calling this twice is as good as once.
     """
     if not getattr(block, "_dsee_input_hook", False):
         block._dsee_input_hook = True
         block.register_forward_pre_hook(_require_gradient)
 
 
-def _require_gradient(block: nn.Module, args: tuple[Any, ...]) -> None:
-    if torch.is_grad_enabled() and args and not args[0].requires_grad:
-        args[0].requires_grad_()
+def _require_gradient(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Forward pre-hook: the same values, with a gradient. They are a copy, since some blocks write into their input."""
+    if not torch.is_grad_enabled() or not args or args[0].requires_grad:
+        return None
+    if not any(param.requires_grad for param in block.parameters()):
+        return None
+    return (args[0].detach().requires_grad_().clone(), *args[1:])
 
 
 def check_experts(name: str, module: nn.Module) -> None:
@@ -289,11 +294,7 @@ def check_experts(name: str, module: nn.Module) -> None:
         TargetError: naming what differs, and the way out.
     """
     held: Any = module
-    if "forward" in vars(module):
-        raise TargetError(
-            f"the forward of {name} was replaced on the instance, which would hide the adapter's (accelerate does so "
-            "for a device_map over several devices); load it without that"
-        )
+    reject_replaced_forward(name, module)
     if getattr(held, "_is_expert_parallel", False):
         raise TargetError(f"{name} is spread over ranks by expert parallelism; load the model without it")
     found = getattr(getattr(held, "config", None), "_experts_implementation", IMPLEMENTATION)

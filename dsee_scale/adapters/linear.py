@@ -247,12 +247,17 @@ def attach(
 def _check_attachable(module: nn.Module, spec: AdapterSpec, rows: Tensor, cols: Tensor) -> None:
     if is_adapted(module):
         raise TargetError(f"{type(module).__name__} is already adapted; detach it before adapting it again")
+    reject_replaced_forward(f"this {type(module).__name__}", module)
+    check_support(spec, rows, cols)
+
+
+def reject_replaced_forward(name: str, module: nn.Module) -> None:
+    """Raise TargetError for a module whose instance has a forward of its own, which its class's would not replace."""
     if "forward" in vars(module):
         raise TargetError(
-            f"the forward of this {type(module).__name__} was replaced on the instance, which would hide the "
-            "adapter's (accelerate does so for a device_map over several devices); load it without that"
+            f"the forward of {name} was replaced on the instance, which would hide the adapter's (accelerate does so "
+            "for a device_map over several devices); load it without that"
         )
-    check_support(spec, rows, cols)
 
 
 def initial_values(spec: AdapterSpec, generator: torch.Generator | None) -> Tensor:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import itertools
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dsee_scale.adapters.experts import check_experts, fused_experts
+from dsee_scale.adapters.linear import reject_replaced_forward
+from dsee_scale.adapters.slices import parse_slices
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.config import DSEEConfig
 from dsee_scale.errors import ConfigError, TargetError
-from dsee_scale.partition.quantized import quantised_kind
+from dsee_scale.partition.quantized import holds_numbers, quantised_kind
 
-FUSED_PARTS = ("q", "k", "v")
 BYPASSED = {
     "MultiheadAttention": ("out_proj",),
     "TransformerEncoderLayer": ("linear1", "linear2"),
@@ -231,12 +231,30 @@ def _reject_bypassed(chosen: list[str], modules: dict[str, nn.Module]) -> None:
                 )
 
 
+def reject_codes(name: str, module: nn.Module, weight: Tensor) -> None:
+    """Raise TargetError for a weight that is quantised by something else than bitsandbytes. Local.
+
+    Args:
+        name: the module's, or of experts the parameter's.
+        module: what holds the weight.
+        weight: whole or partitioned.
+    """
+    if not holds_numbers(weight.dtype) and not quantised_kind(module):
+        raise TargetError(
+            f"{name} is a {type(module).__name__} with {weight.dtype} weights, a quantisation that is not known here; "
+            "expected floating-point weights of 16 bits or more, or bitsandbytes: load a bfloat16 version of the model "
+            "(FP8 files with FineGrainedFP8Config(dequantize=True)), or quantise one by bitsandbytes "
+            "(BitsAndBytesConfig)"
+        )
+
+
 def _target(
     name: str, module: nn.Module, config: DSEEConfig, shape_of: Callable[[nn.Parameter], torch.Size]
 ) -> Target:
+    reject_replaced_forward(name, module)
     transposed = linear_kind(module) == "conv1d"
     shape = _true_shape(name, module, transposed, shape_of)
-    slices = _slices(name, shape[0], config)
+    slices = _slices(name, shape[0], transposed, config)
     return Target(name, module, shape, transposed, slices, _num_sparse(name, shape, slices, config))
 
 
@@ -245,9 +263,8 @@ def _expert_target(
 ) -> Target:
     attribute = name.rpartition(".")[2]
     weight: nn.Parameter = getattr(module, attribute)
+    reject_codes(name, module, weight)
     check_experts(name, module)
-    if not weight.dtype.is_floating_point:
-        raise TargetError(f"{name} is quantised ({weight.dtype}); expected floating-point experts")
     if config.dropout:
         raise ConfigError(
             f"dropout {config.dropout:g} is not supported on experts ({name}); set dropout=0, or adapt linear layers"
@@ -285,53 +302,21 @@ def _true_shape(
     name: str, module: nn.Module, transposed: bool, shape_of: Callable[[nn.Parameter], torch.Size]
 ) -> tuple[int, int]:
     weight: nn.Parameter = module.weight  # type: ignore[assignment]
+    reject_codes(name, module, weight)
     if transposed:
         inputs, outputs = shape_of(weight)
         return int(outputs), int(inputs)
     declared = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
-    if not weight.dtype.is_floating_point and not quantised_kind(module):
-        raise TargetError(
-            f"{name} is a {type(module).__name__} with {weight.dtype} weights, a quantisation that is not known "
-            "here; expected floating-point weights or bitsandbytes (BitsAndBytesConfig)"
-        )
     if tuple(shape_of(weight)) != declared:
         raise TargetError(f"{name}.weight has shape {tuple(shape_of(weight))}, the layer declares {declared}")
     return declared
 
 
-def _slices(name: str, outputs: int, config: DSEEConfig) -> tuple[tuple[int, int], ...]:
+def _slices(name: str, outputs: int, conv1d: bool, config: DSEEConfig) -> tuple[tuple[int, int], ...]:
     for suffix, parts in config.output_slices.items():
         if _matches_one(name, suffix):
-            return _parse_slices(name, outputs, parts)
+            return parse_slices(name, outputs, parts, conv1d=conv1d)
     return ((0, outputs),)
-
-
-def _parse_slices(name: str, outputs: int, parts: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    ranges = sorted(_parse_slice(name, outputs, part) for part in parts)
-    if not ranges:
-        raise ConfigError(f"output_slices for {name} is empty; leave the key out to adapt the whole matrix")
-    for (_, stop), (start, _) in itertools.pairwise(ranges):
-        if start < stop:
-            raise ConfigError(f"output_slices for {name} overlap: {ranges}")
-    return tuple(ranges)
-
-
-def _parse_slice(name: str, outputs: int, part: str) -> tuple[int, int]:
-    if part in FUSED_PARTS:
-        if outputs % 3:
-            raise ConfigError(
-                f"output_slices {part!r} for {name}: {outputs} outputs are not three equal parts; "
-                'give ranges as "start:stop"'
-            )
-        width = outputs // 3
-        index = FUSED_PARTS.index(part)
-        return index * width, (index + 1) * width
-    found = re.fullmatch(r"(\d+):(\d+)", part)
-    if not found or not 0 <= int(found[1]) < int(found[2]) <= outputs:
-        raise ConfigError(
-            f'output_slices {part!r} for {name}: expected "q", "k", "v" or "start:stop" within 0:{outputs}'
-        )
-    return int(found[1]), int(found[2])
 
 
 def _check_settings_used(config: DSEEConfig, targets: Iterable[Target]) -> None:

@@ -20,7 +20,7 @@ from dsee_scale.adapters.matrices import (
 )
 from dsee_scale.adapters.targets import linear_kind
 from dsee_scale.errors import TargetError
-from dsee_scale.partition.quantized import quantised_kind
+from dsee_scale.partition.quantized import holds_numbers, quantised_kind
 
 Kind = Literal["heads", "neurons", "experts"]
 Side = Literal["outputs", "inputs"]
@@ -244,7 +244,7 @@ def _shape(name: str, block: nn.Module, path: str, shape_of: ShapeOf) -> tuple[i
     """True (O, I)."""
     module = inner(block, path, name)
     kind = linear_kind(module)
-    if kind is None or quantised_kind(module) or not module.weight.is_floating_point():
+    if kind is None or quantised_kind(module) or not holds_numbers(module.weight.dtype):
         raise TargetError(
             f"{name}.{path} is a {type(module).__name__}; heads and neurons are removed from nn.Linear or Conv1D "
             "with floating-point weights: prune an unquantised base, or choose pattern 'unstructured' or N:M"

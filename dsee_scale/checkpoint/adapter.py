@@ -15,7 +15,7 @@ from dsee_scale.adapters.experts import fused_experts
 from dsee_scale.adapters.linear import adapted_layers, restore_under_mask
 from dsee_scale.adapters.routers import mask_routers
 from dsee_scale.adapters.state import model_state, reject_broken
-from dsee_scale.adapters.targets import Target, linear_kind
+from dsee_scale.adapters.targets import Target, linear_kind, reject_codes
 from dsee_scale.algorithms.decompose import Support
 from dsee_scale.checkpoint.adapter_file import (
     KIND,
@@ -98,7 +98,7 @@ def load_adapter(
         What the files say.
 
     Raises:
-        TargetError: the model is an engine, or has adapters already.
+        TargetError: the model is an engine, has adapters already, or is quantised in a way that is not known here.
         ConfigError: `num_sparse` where the folder has its own.
         FormatError: a file is damaged, of another version, or made for another model.
     """
@@ -219,6 +219,7 @@ def _targets(
             name, layer, saved.shape, saved.transposed, saved.slices, saved.num_sparse,
             experts=attribute if saved.experts else None,
         )  # fmt: skip
+        reject_codes(name, layer, target.weight)
         expected = (len(saved.slices), saved.width, saved.shape[1]) if saved.width else saved.storage_shape
         if tuple(partition.shape(target.weight)) != expected:
             raise FormatError(

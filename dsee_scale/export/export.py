@@ -32,6 +32,7 @@ from dsee_scale.export.writer import (
     write_model,
 )
 from dsee_scale.partition import Partition, open_partition, unwrap
+from dsee_scale.partition.quantized import holds_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ class LiveModel:
 def reject_unknown_quantisation(module: nn.Module, partition: Partition) -> None:
     """Refuse weights that are quantised by something else than bitsandbytes. Local."""
     for name, param in module.named_parameters():
-        if not param.is_floating_point() and id(param) not in partition.codecs:
+        if not holds_numbers(param.dtype) and id(param) not in partition.codecs:
             raise TargetError(
                 f"{name} is quantised ({type(param).__name__}, {param.dtype}), in a way that is not known here; "
                 "expected floating-point weights or bitsandbytes: save the adapter, load the base unquantised, "

@@ -38,7 +38,7 @@ from dsee_scale.export.report import KIND as EXPORT
 from dsee_scale.export.structure import Structure, find_structure, recorded_model, smaller_config
 from dsee_scale.export.writer import WITHOUT_UPDATE, DeltaForm, check_delta, write_model
 from dsee_scale.partition import open_partition
-from dsee_scale.partition.quantized import as_stored, format_name
+from dsee_scale.partition.quantized import as_stored, format_name, holds_numbers
 from dsee_scale.passes.fingerprint import as_text, rounded_sum
 from dsee_scale.pretrained import read_config
 
@@ -241,7 +241,7 @@ def _base_keys(record: AdapterRecord, reader: TensorReader, base: Path) -> dict[
     keys = {name: _base_key(reader, name, base) for name in shapes}
     for name, shape in shapes.items():
         reader.expect(keys[name], shape)
-        if not reader.spec(keys[name]).dtype.is_floating_point:
+        if not holds_numbers(reader.spec(keys[name]).dtype):
             where = reader.where(keys[name])
             raise FormatError(f"{where}: {keys[name]} is quantised; give an unquantised base")
     return keys | _trained_keys(reader, record, keys)

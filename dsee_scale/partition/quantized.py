@@ -155,6 +155,11 @@ def quantised_kind(module: nn.Module) -> str | None:
     return None
 
 
+def holds_numbers(dtype: torch.dtype) -> bool:
+    """Whether a weight's entries are numbers, not codes with scales beside them, as integers and FP8 are."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
 def quantised_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The layers of a model that bitsandbytes has quantised."""
     return ((name, module) for name, module in model.named_modules() if quantised_kind(module))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dsee_scale.adapters.experts import attach_experts, let_gradients_through
+from dsee_scale.adapters.experts import attach_experts, fused_experts, let_gradients_through
 from dsee_scale.adapters.linear import adapted_layers, attach
 from dsee_scale.adapters.matrices import find_matrices
 from dsee_scale.adapters.state import model_state
@@ -23,7 +23,7 @@ from dsee_scale.config import DSEEConfig
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import TargetError
 from dsee_scale.partition import Partition, is_engine, keep_experts_together, open_partition, unwrap
-from dsee_scale.partition.quantized import compute_dtype, prepare_quantised, quantised_kind
+from dsee_scale.partition.quantized import compute_dtype, holds_numbers, prepare_quantised, quantised_kind
 from dsee_scale.passes.coverage import Coverage, block_coverage
 from dsee_scale.passes.decompose_model import decompose_model, seeded
 
@@ -94,6 +94,7 @@ def inject(model: nn.Module, config: DSEEConfig, *, progress: bool | None = None
     trained = (
         find_modules(model, config.trained_modules, what="trained module") if config.trained_modules else []
     )
+    _reject_untrainable(model, targets, trained)
     supports = decompose_model(targets, config, partition, progress=progress)
     apply_adapters(model, config, targets, supports, trained, partition)
     report = _report(model, targets, partition, time.perf_counter() - started)
@@ -117,13 +118,7 @@ def apply_adapters(
 ) -> None:
     """Adapt the targets on given supports and set what is trainable. Local, the same on every rank."""
     modules = dict(model.named_modules())
-    _reject_trained_experts(targets, trained_modules)
-    for name in trained_modules:
-        if any(quantised_kind(module) for module in modules[name].modules()):
-            raise TargetError(
-                f"trained_modules: {name} is quantised, and its weights cannot be trained; expected floating-point "
-                "weights: add it to llm_int8_skip_modules in the BitsAndBytesConfig, or leave it out"
-            )
+    _reject_untrainable(model, targets, trained_modules)
     for target, support in zip(targets, supports, strict=True):
         put = functools.partial(attach_experts, attribute=target.experts) if target.experts else attach
         put(
@@ -135,9 +130,8 @@ def apply_adapters(
             dtype=_adapter_dtype(target, partition),
             device=partition.compute_device(target.weight),
         )
-        if target.experts:
-            let_gradients_through(modules[target.name.rsplit(".", 2)[0]])
-    for name in keep_experts_together(model):
+    fused = [name.rpartition(".")[0] for name, module in modules.items() if fused_experts(module)]
+    for name in (*fused, *keep_experts_together(model)):
         let_gradients_through(model.get_submodule(name))
     model_state(model).config = config
     set_trainable(model, trained_modules)
@@ -146,13 +140,26 @@ def apply_adapters(
         model.enable_input_require_grads()  # type: ignore[operator]
 
 
-def _reject_trained_experts(targets: list[Target], trained_modules: list[str]) -> None:
+def _reject_untrainable(model: nn.Module, targets: list[Target], trained_modules: list[str]) -> None:
+    """Refuse modules that cannot be trained in full: quantised ones, and those that hold adapted experts. Local."""
+    modules = dict(model.named_modules())
+    for name in trained_modules:
+        if any(map(_is_quantised, modules[name].modules())):
+            raise TargetError(
+                f"trained_modules: {name} is quantised, and its weights cannot be trained; expected floating-point "
+                "weights: add it to llm_int8_skip_modules in the BitsAndBytesConfig, or leave it out"
+            )
     for target in targets:
         owner = target.name.rpartition(".")[0]
         if target.experts and any(f"{owner}.".startswith(f"{name}.") for name in trained_modules):
             raise TargetError(
                 f"{target.name} is to be adapted and trained in full as well (trained_modules); choose one of them"
             )
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    dtypes = {param.dtype for param in module.parameters(recurse=False) if param.is_floating_point()}
+    return quantised_kind(module) is not None or not all(map(holds_numbers, dtypes))
 
 
 def _adapter_dtype(target: Target, partition: Partition) -> torch.dtype:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.adapters.removed_units import record_removed, removed_inputs
 from dsee_scale.adapters.state import MASK_UPDATE, model_state
+from dsee_scale.adapters.targets import reject_codes
 from dsee_scale.config import SCORES, PruneConfig
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.partition import Partition, open_partition, unwrap
@@ -151,6 +152,7 @@ def _reject_unready(
         for member in pool.members:
             name = member.param_name
             partition.writable(name, member.param)
+            reject_codes(member.name, member.module, member.param)
             if member.param.requires_grad and (known_to_train or _has_trained(member.param)):
                 raise TargetError(
                     f"{name} is being trained, so its zeros would not stay; expected frozen weights: call "

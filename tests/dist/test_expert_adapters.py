@@ -145,6 +145,33 @@ def test_tuning_under_the_mask_on_2_ranks_is_the_dense_one_and_what_is_exported(
     assert torch.equal(again.eval()(token_batch()).logits, logits)
 
 
+def losses_of(
+    ds_config: dict[str, Any] | None, targets: tuple[str, ...], trained: tuple[str, ...]
+) -> list[float]:
+    """Losses of a block that DeepSpeed takes for a leaf, whose own experts stay as they are."""
+    model = build(moe_config("qwen2_moe", shared_expert_intermediate_size=16))
+    if ds_config is not None:
+        partition(model, ds_config)
+    dsee_scale.inject(
+        model,
+        DSEEConfig(
+            rank=3, num_sparse=7, target_modules=targets, trained_modules=trained, support="magnitude"
+        ),
+    )
+    return train(DenseEngine(model.train()) if ds_config is None else engine_for(model, ds_config), 3)
+
+
+@pytest.mark.parametrize(
+    ("targets", "trained"),
+    [(("gate_proj", "up_proj"), ()), (("layers.1.self_attn.q_proj",), ("mlp.gate",))],
+)
+def test_the_first_trained_thing_may_be_a_shared_expert_or_a_router(pools, targets, trained):
+    expected = losses_of(None, targets, trained)
+    assert expected[-1] < expected[0]
+    for found in pools(2).run(losses_of, zero3_config(), targets, trained):
+        assert found == pytest.approx(expected, abs=2e-5)
+
+
 def refitted(model_type: str, ds_config: dict[str, Any] | None) -> dict[str, Any]:
     """Weights, supports and adapters after a re-fit with the default settings, and after two more steps."""
     model = make(model_type, ds_config, torch.float32, False)

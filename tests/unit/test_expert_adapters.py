@@ -220,11 +220,38 @@ def test_what_cannot_be_is_refused_by_name(family, settings, error, says):
     assert not adapted_layers(model)
 
 
+@pytest.mark.parametrize(
+    ("family", "noise"), [("mixtral", "router_jitter_noise"), ("phimoe", "input_jitter_noise")]
+)
+def test_blocks_that_add_noise_to_their_input_in_place_are_trained(family, noise):
+    model = build(moe_config(family, **{noise: 0.01})).train()
+    dsee_scale.inject(model, dataclasses.replace(SETTINGS, target_modules=("experts",)))
+    tokens = token_batch()
+    model(tokens, labels=tokens).loss.backward()
+    assert all(layer.dsee_flat.grad.any() for layer in adapted_layers(model).values())
+
+
 def test_another_implementation_of_the_experts_is_refused():
     model = build(moe_config("qwen3_moe"))
     model.set_experts_implementation("eager")
     with pytest.raises(TargetError, match="set_experts_implementation"):
         dsee_scale.inject(model, SETTINGS)
+
+
+def test_experts_in_fp8_are_refused():
+    model = build(moe_config("qwen3_moe"))
+    experts = model.model.layers[1].mlp.experts
+    experts.down_proj = nn.Parameter(experts.down_proj.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    says = r"layers\.1\.mlp\.experts.*float8_e4m3fn"
+    with pytest.raises(TargetError, match=says):
+        dsee_scale.inject(model, SETTINGS)
+    assert not adapted_layers(model)
+    for pruning in (
+        PruneConfig(pattern="2:4", score="W", refit=False),
+        PruneConfig(pattern="experts", num_per_layer=1, score="random"),
+    ):
+        with pytest.raises(TargetError, match=says):
+            dsee_scale.prune(model, pruning)
 
 
 def test_a_linear_router_is_refused():

@@ -9,8 +9,9 @@ import math
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
-from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 import dsee_scale
@@ -135,7 +136,7 @@ def test_every_way_to_name_targets():
             r"rank 9 is over the smaller side of .*v_proj \(8 x 40\); expected at most 8",
         ),
         (dict(num_sparse=321), ConfigError, "num_sparse 321 is over the 320 entries"),
-        (dict(output_slices={"q_proj": ("q",)}), ConfigError, "40 outputs are not three equal parts"),
+        (dict(output_slices={"q_proj": ("q",)}), ConfigError, "40 outputs as"),
         (dict(output_slices={"q_proj": ("0:41",)}), ConfigError, "within 0:40"),
         (dict(output_slices={"q_proj": ("0:10", "5:20")}), ConfigError, "overlap"),
         (dict(output_slices={"c_attn": ("q",)}), ConfigError, "'c_attn' matches none of the target modules"),
@@ -149,6 +150,43 @@ def test_bad_targets_are_refused_with_the_model_untouched(config, error, words):
         dsee_scale.inject(model, DSEEConfig(**{"rank": 3, "num_sparse": 7, **config}))
     assert {n: p.requires_grad for n, p in model.named_parameters()} == {n: v[1] for n, v in before.items()}
     assert not adapted_layers(model)
+
+
+def test_layers_with_hooks_of_accelerate_are_refused_before_anything_is_computed(monkeypatch):
+    def decompose(*args, **kwargs):
+        raise AssertionError("a weight was decomposed")
+
+    monkeypatch.setattr("dsee_scale.passes.inject_model.decompose_model", decompose)
+    model = build(llama_config())
+    add_hook_to_module(model.model.layers[1].self_attn.q_proj, ModelHook())
+    with pytest.raises(TargetError, match=r"layers\.1\.self_attn\.q_proj was replaced .*device_map"):
+        dsee_scale.inject(model, SMALL)
+
+
+FUSED_ELSEWHERE = {
+    "gpt_neox": (dict(num_attention_heads=4, intermediate_size=64), "query_key_value"),
+    "phi3": (
+        dict(num_attention_heads=8, num_key_value_heads=2, intermediate_size=64, pad_token_id=0),
+        "qkv_proj",
+    ),
+    "gpt2": (dict(add_cross_attention=True), "crossattention.c_attn"),
+}
+
+
+@pytest.mark.parametrize("family", list(FUSED_ELSEWHERE))
+def test_q_k_and_v_that_are_no_thirds_are_not_cut_into_thirds(family):
+    changes, name = FUSED_ELSEWHERE[family]
+    sizes = dict(vocab_size=97, hidden_size=48, num_hidden_layers=1, max_position_embeddings=64)
+    config = AutoConfig.for_model(family, **sizes, **changes)
+    model = build(config)
+    with pytest.raises(ConfigError, match=rf"'q' for .*{name}.*as \"start:stop\""):
+        dsee_scale.inject(
+            model, DSEEConfig(rank=2, num_sparse=5, target_modules=(name,), output_slices={name: ("q", "v")})
+        )
+    assert not adapted_layers(model)
+    ranges = {name: ("0:16", "32:48")}
+    dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=5, target_modules=(name,), output_slices=ranges))
+    assert {layer.dsee_spec.slices for layer in adapted_layers(model).values()} == {((0, 16), (32, 48))}
 
 
 def test_a_second_injection_is_refused():

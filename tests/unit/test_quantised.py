@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig, TargetError
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.algorithms import bits
+from dsee_scale.errors import FormatError
+from dsee_scale.export.from_files import export_files
 from dsee_scale.partition import open_partition, quantized
 from dsee_scale.partition.quantized import FourBit, prepare_quantised, quantised_layers
+from tests.models import build, llama_config
 from tests.quantised import BATCH, DSEE, FORMATS, evaluate, injected_llama, quantised_llama, write_llama
 from tests.watch import Watch
 
@@ -200,8 +207,6 @@ def test_adapter_and_masks_survive_saving_and_loading(folder, form, tmp_path):
 @pytest.mark.parametrize("form", ["nf4", "fp4, double", "int8"])
 @pytest.mark.parametrize("delta", ["masked", "dense"])
 def test_export_is_the_decoded_masked_model_in_stock_transformers(folder, form, delta, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     model = injected_llama(folder, form)
     train(model)
     # Around the adapted matrices, so that both forms are exactly what was trained.
@@ -221,8 +226,6 @@ def test_export_is_the_decoded_masked_model_in_stock_transformers(folder, form, 
 
 @pytest.mark.parametrize("form", ["nf4", "nf4, double, stored as bf16", "int8"])
 def test_under_the_mask_the_export_of_adapted_matrices_is_what_was_trained(folder, form, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     model = injected_llama(folder, form)
     train(model)
     dsee_scale.prune(model, PruneConfig(sparsity=0.5, modules=("q_proj", "v_proj"), score="W"))
@@ -238,8 +241,6 @@ def test_under_the_mask_the_export_of_adapted_matrices_is_what_was_trained(folde
 
 
 def test_merging_into_the_unquantised_base_says_how_far_that_is(folder, tmp_path):
-    from dsee_scale.export.from_files import export_files
-
     model = injected_llama(folder, "nf4")
     train(model)
     dsee_scale.prune(model, PruneConfig(sparsity=0.3, mask_update=False, score="W"))
@@ -261,8 +262,6 @@ def train(model: torch.nn.Module) -> None:
 
 def test_supports_found_in_the_unquantised_base_carry_over(folder, tmp_path):
     """Decompose first, then quantise: inject into bfloat16, save, load into four bits."""
-    from transformers import AutoModelForCausalLM
-
     exact = AutoModelForCausalLM.from_pretrained(folder)
     dsee_scale.inject(exact, DSEE)
     dsee_scale.save_adapter(exact, tmp_path / "adapter")
@@ -274,3 +273,71 @@ def test_supports_found_in_the_unquantised_base_carry_over(folder, tmp_path):
     before = evaluate(model)
     train(model)
     assert evaluate(model) < before - 0.05
+
+
+def fp8_llama() -> torch.nn.Module:
+    """A Llama whose query projections are as transformers loads FP8 checkpoints."""
+    sizes = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    model = build(llama_config(**sizes), torch.bfloat16).requires_grad_(False)
+    for block in model.model.layers:
+        layer = FP8Linear(64, 64, block_size=(32, 32)).requires_grad_(False)
+        layer.weight.data.copy_(block.self_attn.q_proj.weight)
+        layer.weight_scale_inv.data.fill_(0.5)
+        block.self_attn.q_proj = layer
+    return model
+
+
+FP8 = "FP8Linear with torch.float8_e4m3fn weights.*bfloat16 version.*bitsandbytes"
+
+
+@pytest.mark.parametrize(
+    "settings", [dict(target_modules=("k_proj", "q_proj")), dict(trained_modules=("q_proj",))]
+)
+def test_an_fp8_base_is_refused_before_anything_is_computed(settings, monkeypatch):
+    monkeypatch.setattr("dsee_scale.passes.inject_model.decompose_model", None)
+    model = fp8_llama()
+    with pytest.raises(TargetError, match=FP8 if "target_modules" in settings else "cannot be trained"):
+        dsee_scale.inject(model, DSEEConfig(**{"rank": 2, "target_modules": ("k_proj",), **settings}))
+    assert not adapted_layers(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PruneConfig(sparsity=0.5, score="W", scope="matrix", refit=False, modules=("k_proj", "q_proj")),
+        PruneConfig(pattern="2:4", score="W", refit=False, modules=("k_proj", "q_proj")),
+        PruneConfig(pattern="heads", num_per_layer=2, score="W"),
+    ],
+)
+def test_fp8_weights_are_not_pruned_and_neither_are_those_beside_them(config):
+    model = fp8_llama()
+    before = {name: param.clone() for name, param in model.named_parameters()}
+    with pytest.raises(TargetError, match="FP8Linear"):
+        dsee_scale.prune(model, config)
+    assert all(torch.equal(p.float(), before[name].float()) for name, p in model.named_parameters())
+
+
+def test_an_fp8_base_takes_no_adapter_from_files_and_is_not_exported(tmp_path):
+    sizes = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    plain = build(llama_config(**sizes), torch.bfloat16)
+    dsee_scale.inject(plain, DSEEConfig(rank=2, num_sparse=4, support="magnitude"))
+    dsee_scale.save_adapter(plain, tmp_path / "adapter")
+    model = fp8_llama()
+    with pytest.raises(TargetError, match=FP8):
+        dsee_scale.load_adapter(model, tmp_path / "adapter")
+    assert not adapted_layers(model)
+    with pytest.raises(TargetError, match="float8_e4m3fn"):
+        dsee_scale.export_model(model, tmp_path / "model", delta="none")
+
+
+def test_an_adapter_is_not_merged_into_files_in_fp8(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    dsee_scale.inject(model, DSEE)
+    dsee_scale.save_adapter(model, tmp_path / "adapter")
+    shutil.copytree(folder, tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FormatError, match="is quantised; give an unquantised base"):
+        export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "model")
