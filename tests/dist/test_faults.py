@@ -6,20 +6,25 @@ kills at as many random moments (the same ones each time) as it says.
 
 from __future__ import annotations
 
+import errno
 import json
+import logging.handlers
 import os
 import random
 import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, Trainer
 
 import dsee_scale
+from dsee_scale import DSEECallback
 from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.checkpoint.training_state import load_training_state, save_training_state
 from dsee_scale.errors import FormatError, RunError
@@ -212,6 +217,48 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_checkpoint_before_whole(p
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
     stored = open_folder(folder, ("training_state",))
     stored.verify(sorted(stored.files))
+
+
+def train_where_a_folder_stays(base: str, output: str) -> list[str]:
+    """A stock Trainer that keeps one checkpoint; the storage lets rank 0 delete the first at the third try alone."""
+    from dsee_scale.training import checkpoints
+    from dsee_scale.training.setup import kept_environment, make_arguments
+
+    tries, said = [], logging.handlers.BufferingHandler(100)
+
+    def busy(folder: Path) -> None:
+        tries.append(folder)
+        if folder.name == "checkpoint-1" and len(tries) < 4:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+        shutil.rmtree(folder)
+
+    settings = dict(
+        output_dir=output, max_steps=4, save_steps=1, save_total_limit=1, per_device_train_batch_size=2
+    )
+    settings |= dict(report_to="none", disable_tqdm=True, deepspeed="zero3_cpu")
+    checkpoints.logger.addHandler(said)
+    checkpoints.shutil = SimpleNamespace(rmtree=busy)  # type: ignore[assignment]
+    try:
+        with kept_environment():
+            args = make_arguments(settings)
+            model = AutoModelForCausalLM.from_pretrained(base)
+            dsee_scale.inject(model, test_checkpoint.FAMILIES["llama"][1])
+            rows = [{"input_ids": row, "labels": row} for row in token_batch(batch=16, length=10)]
+            Trainer(model, args, train_dataset=rows, callbacks=[DSEECallback()]).train()
+    finally:
+        checkpoints.shutil = shutil  # type: ignore[assignment]
+        checkpoints.logger.removeHandler(said)
+    return [record.getMessage() for record in said.buffer]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_said_once_and_tried_again(pools, tmp_path):
+    """Rank 0 deletes, while the others are in the next step."""
+    build(llama_config()).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    output = tmp_path / "run"
+    said, others = pools(2).run(train_where_a_folder_stays, str(tmp_path / "base"), str(output))
+    assert others == [] and len(said) == 1
+    assert "checkpoint-1 is kept in spite of save_total_limit" in said[0] and "Directory not empty" in said[0]
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 def test_parameters_that_are_no_numbers_are_not_saved():
