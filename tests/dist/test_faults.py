@@ -14,6 +14,7 @@ import random
 import resource
 import shutil
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,8 +28,9 @@ import dsee_scale
 from dsee_scale import DSEECallback
 from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.checkpoint.training_state import load_training_state, save_training_state
-from dsee_scale.errors import FormatError, RunError
-from dsee_scale.training.survival import check_trained_values, newest_first
+from dsee_scale.errors import ConfigError, FormatError, RunError
+from dsee_scale.training import start
+from dsee_scale.training.survival import check_trained_values, limited_waiting, newest_first
 from tests.dist import test_checkpoint
 from tests.dist.fresh_ranks import Fault, launch, logs
 from tests.dist.run_inputs import losses, tiny_recipe
@@ -217,6 +219,37 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_checkpoint_before_whole(p
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
     stored = open_folder(folder, ("training_state",))
     stored.verify(sorted(stored.files))
+
+
+def hold(output: str) -> str:
+    """Hold a folder whose holder elsewhere must be silent for longer than a collective may wait; the refusal."""
+    limits = {"SILENCE": 4.0, "LOOK": 0.1}
+    before = {name: getattr(start, name) for name in limits}
+    vars(start).update(limits)
+    try:
+        with limited_waiting(2), start.locked(Path(output)):
+            return ""
+    except ConfigError as error:
+        return str(error)
+    finally:
+        vars(start).update(before)
+        with limited_waiting(1800):  # the pool's own
+            pass
+
+
+def test_a_restart_on_another_host_waits_on_all_ranks_until_the_lost_one_is_known_to_be_gone(pools, tmp_path):
+    assert pools(2).run(hold, str(tmp_path / "new")) == ["", ""]  # and the pool is up
+    lock = tmp_path / "run" / start.LOCK_FILE
+    lock.parent.mkdir()
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "x", "since": "noon"}))
+    assert pools(2).run(hold, str(tmp_path / "run")) == ["", ""]
+    assert not lock.exists()
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "x", "since": "noon"}))
+    beat = threading.Timer(1.5, os.utime, (lock,))
+    beat.start()
+    said = set(pools(2).run(hold, str(tmp_path / "run")))
+    beat.join()
+    assert len(said) == 1 and "process 1 on elsewhere, since noon" in said.pop() and lock.exists()
 
 
 def train_where_a_folder_stays(base: str, output: str) -> list[str]:
