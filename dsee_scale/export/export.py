@@ -169,7 +169,10 @@ class LiveModel:
             config.architectures = [type(module).__name__]
             config.save_pretrained(folder)
             if module.can_generate():
-                module.generation_config.save_pretrained(folder)
+                # Its own `save_pretrained` refuses settings that loading only warns of, once any of them has changed.
+                module.generation_config.to_json_file(
+                    folder / "generation_config.json", keys_to_pop=["compile_config"]
+                )
             if module.is_remote_code():
                 from transformers.dynamic_module_utils import custom_object_save
 

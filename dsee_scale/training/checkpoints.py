@@ -43,7 +43,7 @@ from dsee_scale.checkpoint.training_state import (
 from dsee_scale.checkpoint.unfinished import UnfinishedState
 from dsee_scale.errors import ConfigError
 from dsee_scale.training.journal import to_jsonable
-from dsee_scale.training.survival import check_trained_values, newest_first
+from dsee_scale.training.survival import check_trained_values, newest_first, set_aside_later, step_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -126,21 +126,26 @@ def read_record(folder: Path) -> dict[str, Any]:
     return extra
 
 
-def delete_old_checkpoints(output: Path, limit: int | None, best: str = "") -> None:
-    """Delete a run's checkpoints beyond `limit`: the last one and the best one stay. Local.
+def delete_old_checkpoints(
+    output: Path, limit: int | None, *, step: int, best: str = "", told: set[Path]
+) -> None:
+    """Delete a run's checkpoints beyond `limit`: the last one, of `step`, and the best one stay. Local.
 
-    transformers' own way deletes any folder called `checkpoint-*`, with all that is in it.
+    So do those of later steps: another run left them. What can't be deleted is said once (`told` holds it) and tried
+    again at the next call. transformers' own way deletes any folder called `checkpoint-*`, with all that is in it.
     """
-    found = newest_first(output)
+    found = [folder for folder in newest_first(output) if step_of(folder) <= step]
     order = sorted(found, key=lambda folder: (folder != found[0], folder.name != best))
     spared = max(limit or len(found), 2 if best in [folder.name for folder in found[1:]] else 1)
     for folder in order[spared:]:
+        # Storage may refuse what is in use, on this rank alone: the others train on, and would wait for it.
         try:
             check_output(folder, KIND, overwrite=True)
-        except ConfigError as error:
-            logger.warning("%s is kept in spite of save_total_limit: %s", folder, error)
-        else:
             shutil.rmtree(folder)
+        except (ConfigError, OSError) as error:
+            if folder not in told:
+                logger.warning("%s is kept in spite of save_total_limit: %s", folder, error)
+            told.add(folder)
 
 
 class AdapterCheckpoints(Base):
@@ -152,6 +157,7 @@ class AdapterCheckpoints(Base):
     _checkpoint: Path | None = None
     _unfinished: UnfinishedState | None = None
     _saved_step = -1
+    _kept: set[Path]  # what could not be deleted; set before it is used
     _random_state: dict[str, Tensor]  # set before it is used
 
     @property
@@ -171,7 +177,7 @@ class AdapterCheckpoints(Base):
             **kwargs: the parent's.
         """
         check_trainer(transformers.Trainer)
-        self._unfinished = None
+        self._unfinished, self._kept = None, set()
         if not resume_from_checkpoint:
             return super().train(None, *args, **kwargs)
         if resume_from_checkpoint is True:
@@ -207,6 +213,7 @@ class AdapterCheckpoints(Base):
             self._random_state = random_state()
             self._restore(extra)
             self._move_scheduler_to(self.state.global_step)
+            set_aside_later(Path(str(self.args.output_dir)), self.state.global_step, self._checkpoint)
         return prepared
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -296,9 +303,9 @@ class AdapterCheckpoints(Base):
         if self.args.should_save:
             # Who wants no checkpoints gets those that a pruning and the end need, one at a time.
             limit = 1 if self.args.save_strategy == SaveStrategy.NO else self.args.save_total_limit
-            delete_old_checkpoints(
-                Path(str(self.args.output_dir)), limit, best=Path(self.state.best_model_checkpoint or "").name
-            )
+            best = Path(self.state.best_model_checkpoint or "").name
+            output = Path(str(self.args.output_dir))
+            delete_old_checkpoints(output, limit, step=self._saved_step, best=best, told=self._kept)
 
     def _record(self) -> dict[str, Any]:
         """What a checkpoint holds besides tensors."""

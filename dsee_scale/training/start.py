@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -17,7 +18,7 @@ from torch import nn
 from dsee_scale.checkpoint.adapter_file import KIND as ADAPTER
 from dsee_scale.checkpoint.contents import check_output
 from dsee_scale.checkpoint.tensors import TensorReader
-from dsee_scale.distributed import raise_on_all_ranks, rank
+from dsee_scale.distributed import from_rank0, raise_on_all_ranks, rank
 from dsee_scale.errors import ConfigError, DSEEError
 from dsee_scale.export.export import BASE_FOLDER, LiveModel, reject_unknown_quantisation
 from dsee_scale.export.from_files import WEIGHTS_FILE, base_files
@@ -30,6 +31,8 @@ from dsee_scale.recipe.recipe import Recipe
 from dsee_scale.training.journal import Journal
 from dsee_scale.training.timeline import Timeline
 
+logger = logging.getLogger(__name__)
+
 RECIPE_FILE = "recipe.yaml"
 RECIPE_MARK = "# Written by dsee-scale run: the recipe with its flags, as it ran.\n"
 ADAPTER_FOLDER, MODEL_FOLDER = "adapter", "model"
@@ -37,6 +40,9 @@ LOCK_FILE = ".dsee_run.json"
 HEARTBEAT = 30.0
 """Seconds between two signs of life; they count between machines, which cannot see each other's processes."""
 SILENCE = 10 * HEARTBEAT
+"""After so many seconds without one, a run on another machine is gone."""
+LOOK = 5.0
+"""Seconds between two looks at such a run, while it can't be told."""
 
 
 @contextlib.contextmanager
@@ -146,15 +152,25 @@ def _is_recipe_of_ours(path: Path) -> bool:
 def locked(output: Path) -> Iterator[None]:
     """Collective. Hold a run's output folder, made if need be; a folder that is left empty goes again.
 
+    Where a run on another machine was in it a moment ago, wait until it is known to live or not: SILENCE at most.
+
     Raises:
         ConfigError: another run is in it (its host, process and start are named), or it cannot be written to.
     """
-    made = False
-    with raise_on_all_ranks(what=f"preparing the output folder {output}"):
-        if rank() == 0:
-            made = not output.exists()
-            output.mkdir(parents=True, exist_ok=True)
-            _take(output / LOCK_FILE)
+    made = taken = False
+    watch = _Watch(output / LOCK_FILE)
+    while not taken:
+        with raise_on_all_ranks(what=f"preparing the output folder {output}"):
+            if rank() == 0:
+                made = made or not output.exists()
+                output.mkdir(parents=True, exist_ok=True)
+                taken = watch.is_free()
+                if taken:
+                    _take(output / LOCK_FILE)
+        # Again and again: in one collective the others would wait no longer than ddp_timeout, which may be shorter.
+        taken = from_rank0(taken)
+        if not taken:
+            time.sleep(LOOK)
     over = threading.Event()
     alive = threading.Thread(target=_show_life, args=(output / LOCK_FILE, over), daemon=True)
     if rank() == 0:
@@ -171,19 +187,67 @@ def locked(output: Path) -> Iterator[None]:
                     output.rmdir()
 
 
+class _Watch:
+    """Whether a lock can be taken. Local, on rank 0.
+
+    A process of this machine is alive or not. One of another machine shows by its next sign of life that it is, by none
+    for SILENCE that it is gone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._began = path, time.monotonic()
+        self._seen: tuple[dict[str, Any], int] | None = None
+
+    def is_free(self) -> bool:
+        """True: no one holds it; False: that can't be told yet.
+
+        Raises:
+            ConfigError: another run holds it.
+        """
+        holder = read_holder(self._path)
+        if holder is None:
+            return True
+        if holder.get("host") == socket.gethostname() and isinstance(holder.get("pid"), int):
+            if _is_alive(holder):
+                raise _held(self._path, holder)
+            return True
+        try:
+            last, silent = self._path.stat().st_mtime_ns, _silence(self._path)
+        except FileNotFoundError:
+            return True
+        if self._seen not in (None, (holder, last)):
+            raise _held(self._path, holder)
+        if silent >= SILENCE or time.monotonic() - self._began >= SILENCE:
+            return True
+        if self._seen is None:
+            logger.warning(
+                "process %s on %s was in output folder %s %.0f s ago; waiting for its next sign of life: after %.0f s "
+                "without one it is gone",
+                holder.get("pid"),
+                holder.get("host"),
+                self._path.parent,
+                silent,
+                SILENCE,
+            )
+        self._seen = holder, last
+        return False
+
+
+def _held(path: Path, holder: dict[str, Any]) -> ConfigError:
+    return ConfigError(
+        f"another run is in output folder {path.parent}: process {holder.get('pid')} on {holder.get('host')}, "
+        f"since {holder.get('since')}. Choose another training.output_dir, or wait for it; if it is gone, "
+        f"delete {path}"
+    )
+
+
 def _take(path: Path) -> None:
     """Write the lock by a rename of its own: of two that do so at once the later one holds it."""
-    holder = read_holder(path)
-    if holder is not None and _is_alive(holder, path):
-        raise ConfigError(
-            f"another run is in output folder {path.parent}: process {holder.get('pid')} on {holder.get('host')}, "
-            f"since {holder.get('since')}. Choose another training.output_dir, or wait for it; if it is gone, "
-            f"delete {path}"
-        )
+    replaces = path.exists()
     own = path.with_name(f"{path.name}.{os.getpid()}")
     own.write_text(json.dumps(_self() | {"since": time.strftime("%Y-%m-%d %H:%M:%S")}), encoding="utf-8")
     os.replace(own, path)
-    if holder is not None:
+    if replaces:
         time.sleep(0.2)  # someone else may have found the same dead lock
     found = read_holder(path)
     if found is None or not _self().items() <= found.items():
@@ -213,14 +277,18 @@ def process_start(pid: int) -> str:
     return "" if fields[0] in "ZX" else f"{boot}/{fields[19]}"
 
 
-def _is_alive(holder: dict[str, Any], path: Path) -> bool:
-    if holder.get("host") == socket.gethostname() and isinstance(holder.get("pid"), int):
-        return holder["pid"] != os.getpid() and process_start(holder["pid"]) == holder.get("start") != ""
+def _is_alive(holder: dict[str, Any]) -> bool:
+    """Whether a process of this machine is still there."""
+    return holder["pid"] != os.getpid() and process_start(holder["pid"]) == holder.get("start") != ""
+
+
+def _silence(path: Path) -> float:
+    """Seconds since a lock's last sign of life, by the clock of the storage, not of this machine."""
     probe = path.with_name(f"{path.name}.{os.getpid()}")
-    probe.touch()  # the clock of the storage, not of this machine
-    silent = probe.stat().st_mtime - path.stat().st_mtime
+    probe.touch()
+    now = probe.stat().st_mtime
     probe.unlink()
-    return silent < SILENCE
+    return now - path.stat().st_mtime
 
 
 def _show_life(path: Path, over: threading.Event) -> None:

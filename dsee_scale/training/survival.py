@@ -6,6 +6,7 @@ Each time every rank leaves soon, with an error that says what to do, and the la
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import re
 import signal
@@ -275,6 +276,42 @@ def newest_first(output: Path) -> list[Path]:
         if path.is_dir() and (step := path.name.removeprefix(prefix)).isdecimal()
     }
     return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of one that `newest_first` found. Local."""
+    return int(checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
+
+
+def set_aside_later(output: Path, step: int, resumed: Path) -> None:
+    """Collective. Rename the checkpoints after `step`: the run goes on from an older one, and they aren't its own.
+
+    Left there, they would be taken for its newest ones. None is deleted.
+
+    Args:
+        output: the run's folder.
+        step: where the run goes on.
+        resumed: the checkpoint that it goes on from, which keeps its name.
+
+    Raises:
+        ConfigError: one cannot be renamed.
+    """
+    with raise_on_all_ranks(what=f"renaming the checkpoints in {output} after step {step}"):
+        later = [each for each in newest_first(output) if step_of(each) > step] if rank() == 0 else []
+        for folder in later:
+            if folder.samefile(resumed):
+                continue
+            ends = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+            names = (folder.with_name(f"abandoned-{folder.name}{end}") for end in ends)
+            target = next(path for path in names if not path.exists())
+            folder.rename(target)
+            logger.warning(
+                "%s is now called %s: this run goes on from step %d, by %s; delete it if it is not needed",
+                folder,
+                target.name,
+                step,
+                resumed,
+            )
 
 
 def verify_share(folder: Path) -> None:

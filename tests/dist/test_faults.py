@@ -6,24 +6,31 @@ kills at as many random moments (the same ones each time) as it says.
 
 from __future__ import annotations
 
+import errno
 import json
+import logging.handlers
 import os
 import random
 import resource
 import shutil
 import signal
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM, Trainer
 
 import dsee_scale
+from dsee_scale import DSEECallback
 from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.checkpoint.training_state import load_training_state, save_training_state
-from dsee_scale.errors import FormatError, RunError
-from dsee_scale.training.survival import check_trained_values, newest_first
+from dsee_scale.errors import ConfigError, FormatError, RunError
+from dsee_scale.training import start
+from dsee_scale.training.survival import check_trained_values, limited_waiting, newest_first
 from tests.dist import test_checkpoint
 from tests.dist.fresh_ranks import Fault, launch, logs
 from tests.dist.run_inputs import losses, tiny_recipe
@@ -212,6 +219,79 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_checkpoint_before_whole(p
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
     stored = open_folder(folder, ("training_state",))
     stored.verify(sorted(stored.files))
+
+
+def hold(output: str) -> str:
+    """Hold a folder whose holder elsewhere must be silent for longer than a collective may wait; the refusal."""
+    limits = {"SILENCE": 4.0, "LOOK": 0.1}
+    before = {name: getattr(start, name) for name in limits}
+    vars(start).update(limits)
+    try:
+        with limited_waiting(2), start.locked(Path(output)):
+            return ""
+    except ConfigError as error:
+        return str(error)
+    finally:
+        vars(start).update(before)
+        with limited_waiting(1800):  # the pool's own
+            pass
+
+
+def test_a_restart_on_another_host_waits_on_all_ranks_until_the_lost_one_is_known_to_be_gone(pools, tmp_path):
+    assert pools(2).run(hold, str(tmp_path / "new")) == ["", ""]  # and the pool is up
+    lock = tmp_path / "run" / start.LOCK_FILE
+    lock.parent.mkdir()
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "x", "since": "noon"}))
+    assert pools(2).run(hold, str(tmp_path / "run")) == ["", ""]
+    assert not lock.exists()
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "x", "since": "noon"}))
+    beat = threading.Timer(1.5, os.utime, (lock,))
+    beat.start()
+    said = set(pools(2).run(hold, str(tmp_path / "run")))
+    beat.join()
+    assert len(said) == 1 and "process 1 on elsewhere, since noon" in said.pop() and lock.exists()
+
+
+def train_where_a_folder_stays(base: str, output: str) -> list[str]:
+    """A stock Trainer that keeps one checkpoint; the storage lets rank 0 delete the first at the third try alone."""
+    from dsee_scale.training import checkpoints
+    from dsee_scale.training.setup import kept_environment, make_arguments
+
+    tries, said = [], logging.handlers.BufferingHandler(100)
+
+    def busy(folder: Path) -> None:
+        tries.append(folder)
+        if folder.name == "checkpoint-1" and len(tries) < 4:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+        shutil.rmtree(folder)
+
+    settings = dict(
+        output_dir=output, max_steps=4, save_steps=1, save_total_limit=1, per_device_train_batch_size=2
+    )
+    settings |= dict(report_to="none", disable_tqdm=True, deepspeed="zero3_cpu")
+    checkpoints.logger.addHandler(said)
+    checkpoints.shutil = SimpleNamespace(rmtree=busy)  # type: ignore[assignment]
+    try:
+        with kept_environment():
+            args = make_arguments(settings)
+            model = AutoModelForCausalLM.from_pretrained(base)
+            dsee_scale.inject(model, test_checkpoint.FAMILIES["llama"][1])
+            rows = [{"input_ids": row, "labels": row} for row in token_batch(batch=16, length=10)]
+            Trainer(model, args, train_dataset=rows, callbacks=[DSEECallback()]).train()
+    finally:
+        checkpoints.shutil = shutil  # type: ignore[assignment]
+        checkpoints.logger.removeHandler(said)
+    return [record.getMessage() for record in said.buffer]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_said_once_and_tried_again(pools, tmp_path):
+    """Rank 0 deletes, while the others are in the next step."""
+    build(llama_config()).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    output = tmp_path / "run"
+    said, others = pools(2).run(train_where_a_folder_stays, str(tmp_path / "base"), str(output))
+    assert others == [] and len(said) == 1
+    assert "checkpoint-1 is kept in spite of save_total_limit" in said[0] and "Directory not empty" in said[0]
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
 def test_parameters_that_are_no_numbers_are_not_saved():

@@ -230,6 +230,21 @@ def test_the_tokenizer_is_saved_along_and_listed(tmp_path):
     assert "tokenizer.json" in json.loads((tmp_path / "out" / "dsee_manifest.json").read_text())["files"]
 
 
+def test_a_generation_config_that_was_published_invalid_is_written_as_training_left_it(tmp_path):
+    """A Trainer gives it the tokenizer's special tokens, and transformers' own saving then refuses what it read."""
+    build(llama_config()).save_pretrained(tmp_path / "published")
+    published = {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}
+    (tmp_path / "published" / "generation_config.json").write_text(json.dumps(published))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "published")
+    dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=3, target_modules=("q_proj",)))
+    model.generation_config.pad_token_id = 2
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        model.generation_config.save_pretrained(tmp_path / "refused")
+    export_model(model, tmp_path / "export")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "export").generation_config.to_dict()
+    assert {key: found[key] for key in published} == published and found["pad_token_id"] == 2
+
+
 def test_bad_input_is_refused_and_leaves_nothing(tmp_path):
     model = tuned(llama_config())
     with pytest.raises(ConfigError, match="delta 'sparse' is unknown"):

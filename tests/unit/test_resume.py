@@ -1,8 +1,18 @@
-"""Which folders of a run count as its checkpoints."""
+"""Which folders of a run count as its checkpoints, and which stay when an older one is resumed."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
+import pytest
+
+import dsee_scale
+from dsee_scale import DSEECallback
+from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.training.survival import newest_first
+from tests.unit.test_trainer_callback import CONFIG, model_of, trainer_of
+from tests.unit.test_unfinished_checkpoints import Told
 
 
 def test_checkpoints_are_found_by_step_and_copies_of_them_are_not(tmp_path):
@@ -10,3 +20,49 @@ def test_checkpoints_are_found_by_step_and_copies_of_them_are_not(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-20").write_text("no folder")
     assert [path.name for path in newest_first(tmp_path)] == ["checkpoint-10", "checkpoint-5"]
+
+
+def folders(run: Path) -> list[str]:
+    return sorted(path.name for path in run.iterdir())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """Checkpoints of steps 1 to 4."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    model = model_of()
+    dsee_scale.inject(model, CONFIG)
+    trainer_of(model, folder, DSEECallback(), save_steps=1, max_steps=4).train()
+    return folder
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["in the output folder", "kept elsewhere"])
+def test_a_run_that_goes_on_from_an_older_checkpoint_keeps_its_own_and_loses_no_later_one(
+    finished, tmp_path, caplog, kept
+):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "abandoned-checkpoint-4").mkdir()
+    source = run / "checkpoint-2"
+    if kept:
+        source = Path(shutil.move(source, tmp_path / "kept"))
+    model = model_of()
+    dsee_scale.load_adapter(model, source)
+    trainer = trainer_of(model, run, DSEECallback(), save_steps=1, max_steps=5, save_total_limit=1)
+    seen = Told(run)
+    trainer.add_callback(seen)
+    trainer.train(resume_from_checkpoint=str(source))
+    assert seen.found == [["3"], ["4"], ["5"]]
+    aside = ["abandoned-checkpoint-3", "abandoned-checkpoint-4", "abandoned-checkpoint-4-2"]
+    assert folders(run) == [*aside, "checkpoint-5"]
+    for name in (aside[0], aside[2]):
+        open_folder(run / name, ("training_state",)).verify_all()
+    assert "abandoned-checkpoint-4-2" in caplog.text
+
+
+def test_a_training_from_the_start_deletes_no_later_checkpoint_and_none_of_its_own_last(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished / "checkpoint-4", run / "checkpoint-4")
+    model = model_of()
+    dsee_scale.inject(model, CONFIG)
+    trainer_of(model, run, DSEECallback(), save_steps=1, max_steps=3, save_total_limit=1).train()
+    assert folders(run) == ["checkpoint-3", "checkpoint-4"]

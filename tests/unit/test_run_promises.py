@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -276,7 +278,6 @@ def test_an_impossible_output_folder_is_one_line(inputs, tmp_path, monkeypatch, 
 
 
 def test_two_runs_in_one_folder_are_refused_and_dead_ones_are_passed_over(inputs, tmp_path):
-    import os
     import subprocess
     import sys
 
@@ -293,13 +294,41 @@ def test_two_runs_in_one_folder_are_refused_and_dead_ones_are_passed_over(inputs
     assert (output / start.LOCK_FILE).exists()
     assert "nowhere.csv does not exist" in refusal(values)
     assert not (output / start.LOCK_FILE).exists()
-    foreign = {"host": "elsewhere", "pid": 1, "start": "x"}
-    (output / start.LOCK_FILE).write_text(json.dumps(foreign))
-    assert "process 1 on elsewhere" in refusal(values)
-    os.utime(output / start.LOCK_FILE, (0, 0))
-    assert "nowhere.csv does not exist" in refusal(values)
     (output / start.LOCK_FILE).write_text("{")
     assert "nowhere.csv does not exist" in refusal(values)
+
+
+def test_a_run_on_another_machine_is_told_from_a_dead_one_by_its_next_sign_of_life(
+    inputs, tmp_path, monkeypatch, caplog
+):
+    """A restart on another host, soon after the first was lost, waits instead of giving up."""
+    lock = tmp_path / "run" / start.LOCK_FILE
+    values = plain(inputs, tmp_path / "run", data__train_file="nowhere.csv")
+
+    def leave(age: float) -> None:
+        lock.parent.mkdir(exist_ok=True)
+        lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "start": "x", "since": "noon"}))
+        os.utime(lock, (time.time() - age,) * 2)
+
+    monkeypatch.setattr(start, "LOOK", 0.05)
+    leave(start.SILENCE + 60)
+    assert "nowhere.csv does not exist" in refusal(values) and "elsewhere" not in caplog.text
+    leave(10)
+    beat = threading.Timer(1, os.utime, (lock,))
+    beat.start()
+    assert "process 1 on elsewhere, since noon" in refusal(values)
+    beat.join()
+    assert lock.exists()
+    beat = threading.Timer(1, lock.unlink)  # it ends
+    beat.start()
+    assert "nowhere.csv does not exist" in refusal(values)
+    for age, silence in ((10, 12), (-1000, 1)):  # and by a clock that was wrong
+        monkeypatch.setattr(start, "SILENCE", silence)
+        leave(age)
+        began = time.monotonic()
+        assert "nowhere.csv does not exist" in refusal(values)
+        assert time.monotonic() - began > 0.9
+    assert "process 1 on elsewhere" in caplog.text and "waiting" in caplog.text
 
 
 def test_a_failed_start_does_not_block_its_retry_and_what_is_anothers_does(inputs, tmp_path, monkeypatch):
