@@ -67,7 +67,7 @@ def save_training_state(
 
     Raises:
         PartitionError: an engine whose optimizer state cannot be reached.
-        ConfigError: `extra` is no JSON, or the folder is not empty.
+        ConfigError: `extra` is no JSON, the folder is not empty, or the optimizer is AdEMAMix.
         FormatError: writing failed, e.g. no space is left; what was there before stays.
     """
     start_training_state(model, folder, optimizer=optimizer, extra=extra, overwrite=overwrite).finish()
@@ -229,6 +229,8 @@ def _check_parameters(
 ) -> None:
     where = stored.path / STATE_FILE
     check_state(values, where)
+    if any(values["steps"].values()):
+        state.expect_moments(values["moments"], where)
     if values["parameters"] != state.sizes:
         differing = sorted({*values["parameters"].items()} ^ {*state.sizes.items()})
         raise FormatError(
