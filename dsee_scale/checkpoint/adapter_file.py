@@ -106,15 +106,23 @@ def _tensor_shapes(spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
 def _gathered(
     partition: Partition, names: list[str], layers: dict[str, Any], trained: dict[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """Collective. The named tensors of the file, and what comes with them, in one transfer."""
-    owners = [owner for owner in dict.fromkeys(name.rpartition(".")[0] for name in names) if owner in layers]
+    """Collective. The named tensors of the file, and what comes with them; trained values alone travel, all at once."""
+    whole: dict[str, Tensor] = {}
+    owners: dict[str, None] = {}
+    for name in [name for name in names if name not in trained]:
+        owner, _, key = name.rpartition(".")
+        if (
+            key in BUFFERS
+        ):  # whole on every rank; in 16 bits a batch may hold those of all layers, and nothing else
+            whole[name] = getattr(layers[owner], key)
+        else:
+            owners[owner] = None
     params = [trained[name] for name in names if name in trained]
     flats = partition.gather([layers[owner].dsee_flat for owner in owners] + params)
-    whole = dict(zip([name for name in names if name in trained], flats[len(owners) :], strict=True))
+    whole.update(zip([name for name in names if name in trained], flats[len(owners) :], strict=True))
     for owner, flat in zip(owners, flats, strict=False):
-        tensors = (*layers[owner].dsee_spec.split(flat), layers[owner].dsee_rows, layers[owner].dsee_cols)
-        keys = (*TRAINED_KEYS, *BUFFERS)
-        whole.update({f"{owner}.{key}": tensor for key, tensor in zip(keys, tensors, strict=True)})
+        parts = layers[owner].dsee_spec.split(flat)
+        whole.update({f"{owner}.{key}": part for key, part in zip(TRAINED_KEYS, parts, strict=True)})
     return whole
 
 

@@ -67,7 +67,7 @@ def save_training_state(
 
     Raises:
         PartitionError: an engine whose optimizer state cannot be reached.
-        ConfigError: `extra` is no JSON, or the folder is not empty.
+        ConfigError: `extra` is no JSON, the folder is not empty, or the optimizer is AdEMAMix.
         FormatError: writing failed, e.g. no space is left; what was there before stays.
     """
     start_training_state(model, folder, optimizer=optimizer, extra=extra, overwrite=overwrite).finish()
@@ -91,8 +91,8 @@ def start_training_state(
     """
     module, partition = unwrap(model), open_partition(model)
     with raise_on_all_ranks(partition):
-        _check_boundary(model)
         state = open_optimizer(model, optimizer)
+        _check_boundary(model, state)
         record = _state_record(model, state, partition, extra)
     record["steps"] = state.steps()
     new = NewFolder(partition, folder, kind=KIND, later=True)
@@ -198,14 +198,20 @@ def _state_record(
     return record
 
 
-def _check_boundary(model: Any) -> None:
+def _check_boundary(model: Any, state: OptimizerState) -> None:
     if not is_engine(model):
         return
     every = model.gradient_accumulation_steps()
-    if model.micro_steps % every:
+    done = model.micro_steps % every
+    found = f"{done} of {every} micro-batches of a step are done" if done else ""
+    if model._is_gradient_accumulation_boundary is not None:
+        # The loop says where a step ends, as accelerate's does, and calls step() only there: nothing counts.
+        waiting = state.waiting if state.sharded else not model._is_gradient_accumulation_boundary
+        found = "micro-batches of an unfinished step are done" if waiting else ""
+    if found:
         raise ConfigError(
-            f"{model.micro_steps % every} of {every} micro-batches of a step are done, and their gradients "
-            "would be lost; save the training state after engine.step() has made an update"
+            f"{found}, and their gradients would be lost; "
+            "save the training state after engine.step() has made an update"
         )
 
 
@@ -229,6 +235,8 @@ def _check_parameters(
 ) -> None:
     where = stored.path / STATE_FILE
     check_state(values, where)
+    if any(values["steps"].values()):
+        state.expect_moments(values["moments"], where)
     if values["parameters"] != state.sizes:
         differing = sorted({*values["parameters"].items()} ^ {*state.sizes.items()})
         raise FormatError(

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsee_scale.errors import ConfigError
+
 BLOCK = 256
 
 
@@ -58,13 +60,40 @@ def _blocks(first: int, stop: int) -> slice:
     return slice(first // BLOCK, -(-stop // BLOCK))
 
 
-def make_state(optimizer: Any, tensor: Any) -> None:
-    """Let a bitsandbytes optimizer make its state of a tensor that has made no step yet; others are left alone."""
-    if not hasattr(optimizer, "init_state") or optimizer.state[tensor]:
+def is_bitsandbytes(optimizer: Any) -> bool:
+    """Whether an optimizer is one of bitsandbytes', of 8 or 32 bits (told by its class's name)."""
+    return any(cls.__name__ == "Optimizer8bit" for cls in type(optimizer).__mro__)
+
+
+def kept_moments(optimizer: Any) -> list[str]:
+    """Names of the moments that a bitsandbytes optimizer keeps now. Local.
+
+    Raises:
+        ConfigError: one is of another shape than what it trains, as AdEMAMix has it.
+    """
+    found: dict[str, None] = {}
+    for tensor, state in optimizer.state.items():
+        for key in [key for key in ("state1", "state2") if state.get(key) is not None]:
+            if state[key].shape != tensor.shape:
+                raise ConfigError(
+                    f"{type(optimizer).__name__} keeps {key} of shape {tuple(state[key].shape)} for {tensor.numel()} "
+                    f"trained values, expected one of shape {tuple(tensor.shape)}: no training state can hold it; use "
+                    "another optimizer, e.g. AdamW8bit, or save the adapter alone"
+                )
+            found[key] = None
+    return list(found)
+
+
+def make_state(optimizer: Any, tensor: Any, gindex: int) -> None:
+    """Let a bitsandbytes optimizer make its state of a tensor that has none yet; others are left alone. Local."""
+    if not is_bitsandbytes(optimizer) or optimizer.state[tensor]:
         return
     if not optimizer.initialized:
         optimizer.check_overrides()
-    for gindex, group in enumerate(optimizer.param_groups):
-        for pindex, param in enumerate(group["params"]):
-            if param is tensor:
-                optimizer.init_state(group, param, gindex, pindex)
+    group = optimizer.param_groups[gindex]
+    params = group["params"]
+    group["params"] = params or [tensor]  # ZeRO-3 names the tensor during a step only
+    for pindex, param in enumerate(group["params"]):
+        if param is tensor:
+            optimizer.init_state(group, param, gindex, pindex)
+    group["params"] = params

@@ -12,13 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsee_scale.partition.eight_bit_moments import is_eight_bit, make_state, read_moment, write_moment
+from dsee_scale.errors import FormatError
+from dsee_scale.partition.eight_bit_moments import (
+    is_bitsandbytes,
+    is_eight_bit,
+    kept_moments,
+    make_state,
+    read_moment,
+    write_moment,
+)
 
 MASTER = "master"
 """Key of a parameter's own values in the optimizer's precision, beside `exp_avg` and so on."""
@@ -89,15 +98,29 @@ class OptimizerState:
         self._process_group, self.sharded, self._device = group, sharded, device
 
     def moments(self) -> list[str]:
-        """Names of the moments, `exp_avg` and so on; empty before the first step."""
-        found = {
-            key: None
-            for keeper in self._keepers
-            for flat, state in keeper.state.items()
-            for key, value in state.items()
-            if isinstance(value, Tensor) and value.dim() and value.shape == flat.shape
-        }
-        return list(found)
+        """Names of the moments, `exp_avg` and so on; empty before the first step.
+
+        Raises:
+            ConfigError: an optimizer of bitsandbytes keeps one of another shape than what it trains.
+        """
+        return list(dict.fromkeys(key for keeper in self._keepers for key in _moments(keeper)))
+
+    def expect_moments(self, saved: Sequence[str], where: Path) -> None:
+        """Refuse moments that are not those of a bitsandbytes optimizer. Local. Others tell theirs at a step only.
+
+        Raises:
+            FormatError: naming both.
+            ConfigError: as `moments`.
+        """
+        for stretch in self.stretches.values():
+            make_state(stretch.optimizer, stretch.flat, stretch.group)
+        for keeper in filter(is_bitsandbytes, self._keepers):
+            kept = kept_moments(keeper)
+            if kept and set(kept) != set(saved):
+                raise FormatError(
+                    f"{where}: the moments are {', '.join(saved)}, {type(keeper).__name__} has {', '.join(kept)}; "
+                    "resume with the optimizer of the saved run, or call load_adapter alone to begin anew with this one"
+                )
 
     def gather(self, items: Sequence[tuple[str, str]]) -> list[Tensor]:
         """Collective. Whole values, float32 and flat, of (parameter, key) pairs, in one transfer.
@@ -123,30 +146,29 @@ class OptimizerState:
         return {name: int(n) for name, n in zip(self.sizes, self._sum(mine).tolist(), strict=True)}
 
     def put(self, name: str, key: str, values: Tensor) -> None:
-        """Set this rank's stretch of a parameter's master values or of one moment. Local.
+        """Set this rank's stretch of a parameter's master values or of one moment, after `put_steps`. Local.
 
         Args:
             name: a parameter of `stretches`.
-            key: `MASTER` or a moment, which is made if the optimizer has made no step yet.
+            key: `MASTER` or a moment, which is made if the optimizer has not.
             values: (length of the stretch,).
         """
         stretch = self.stretches[name]
-        if key != MASTER:
-            make_state(stretch.optimizer, stretch.flat)
-            if key not in stretch.state:
-                stretch.state[key] = torch.zeros_like(
-                    stretch.flat, dtype=_moment_dtype(stretch), requires_grad=False
-                )
+        if key != MASTER and key not in stretch.state:
+            stretch.state[key] = torch.zeros_like(
+                stretch.flat, dtype=_moment_dtype(stretch), requires_grad=False
+            )
         with torch.no_grad():
             stretch.write(key, values)
 
     def put_steps(self, steps: Mapping[str, int]) -> None:
         """Set the number of updates, as the optimizer in use keeps it. Local. Zero clears a state."""
-        for name, stretch in self.stretches.items():
-            if steps.get(name, 0) == 0:
-                stretch.state.clear()
-            else:
-                stretch.state["step"] = _step_value(stretch, steps[name])
+        stepped = {name: stretch for name, stretch in self.stretches.items() if steps.get(name, 0)}
+        for name in self.stretches.keys() - stepped.keys():
+            self.stretches[name].state.clear()
+        for name, stretch in stepped.items():  # later: the state may be that of a cleared one's tensor too
+            make_state(stretch.optimizer, stretch.flat, stretch.group)
+            stretch.state["step"] = _step_value(stretch, steps[name])
 
     def groups(self) -> list[dict[str, Any]]:
         """Settings of the optimizer's groups (lr, betas, ...) that are plain values, but for how it computes."""
@@ -185,9 +207,21 @@ class OptimizerState:
         return tensor
 
 
+def _moments(keeper: Any) -> list[str]:
+    """Names of one optimizer's moments."""
+    if is_bitsandbytes(keeper):
+        return kept_moments(keeper)
+    return [
+        key
+        for flat, state in keeper.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.dim() and value.shape == flat.shape
+    ]
+
+
 def _moment_dtype(stretch: Stretch) -> torch.dtype:
     """The dtype in which the optimizer itself would make a moment."""
-    if getattr(stretch.optimizer, "fp32_optimizer_states", False):
+    if getattr(stretch.optimizer, "fp32_optimizer_states", False) or is_bitsandbytes(stretch.optimizer):
         return torch.float32
     return stretch.flat.dtype
 

@@ -134,13 +134,15 @@ def from_bitsandbytes(optim: str) -> bool:
     return any(mark in optim for mark in MARKS) and not any(other in optim for other in OTHERS)
 
 
-def missing_optimizer(optim: Any) -> str | None:
-    """A sentence if there is no such `training.optim`, or it needs bitsandbytes and that is not installed."""
+def optimizer_problem(optim: Any) -> str | None:
+    """A sentence if there is no such `training.optim`, it lacks bitsandbytes, or no checkpoint holds its moments."""
     known = [str(member.value) for member in OptimizerNames]
     if isinstance(optim, str) and optim not in known:
         return f"optim {optim!r} is unknown; {nearest(optim, known) or 'valid: ' + ', '.join(known)}"
     if isinstance(optim, str) and from_bitsandbytes(optim) and find_spec("bitsandbytes") is None:
         return f"optim {optim!r} needs bitsandbytes, which is not installed: {EXTRA}"
+    if isinstance(optim, str) and "ademamix" in optim:
+        return f"optim {optim!r} keeps two moments in one tensor, which no checkpoint here holds; use adamw_bnb_8bit"
     return None
 
 

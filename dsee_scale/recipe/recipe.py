@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from dsee_scale.config import DSEEConfig, PruneConfig
 from dsee_scale.errors import ConfigError
 from dsee_scale.pruning.schedule import GradualConfig
-from dsee_scale.recipe.checks import argument_problems, check_form, missing_optimizer
+from dsee_scale.recipe.checks import argument_problems, check_form, optimizer_problem
 from dsee_scale.recipe.parsing import find_file, parse_command_line, read_yaml, set_nested
 from dsee_scale.recipe.sections import (
     SCHEDULES,
@@ -188,7 +188,7 @@ def _checked_training(section: Mapping[str, Any]) -> dict[str, Any]:
         if section.get(name):
             problems.append(f"{name} is not possible here: {reason}")
     problems += argument_problems(section)
-    problems.append(missing_optimizer(section.get("optim")))
+    problems.append(optimizer_problem(section.get("optim")))
     schedule = section.get("lr_scheduler_type", "linear")
     if schedule not in SCHEDULES:
         problems.append(

@@ -105,3 +105,60 @@ def test_8_bit_and_paged_optimizers_run_in_a_plain_deepspeed_loop(pools, tmp_pat
     for name in ("AdamW8bit", "PagedAdamW8bit"):
         found = pools(2).run(eight_bit_loop, tmp_path, name)[0]
         assert found == pytest.approx(exact, abs=0.03) and found[-1] < found[0] - 0.05
+
+
+def eight_bit_states(folder: Path, stage: int) -> tuple[list[float], list[float]]:
+    """Losses of steps 3 to 5 of a run, and of one that goes on from its state after step 2."""
+    import bitsandbytes as bnb
+    import deepspeed
+
+    import dsee_scale
+    from dsee_scale.checkpoint.adapter import load_adapter
+    from dsee_scale.checkpoint.training_state import load_training_state, save_training_state
+    from dsee_scale.partition.engine_state import open_optimizer
+    from tests.models import build, llama_config, token_batch
+
+    def start(*, resumed: bool) -> Any:
+        model = build(llama_config(), torch.bfloat16)
+        if resumed:
+            load_adapter(model, folder)
+        else:
+            dsee_scale.inject(model, dsee_scale.DSEEConfig(rank=3, num_sparse=7, target_modules=("q_proj",)))
+        params = dsee_scale.trainable_parameters(model)
+        optimizer = bnb.optim.AdamW8bit(params, lr=3e-2, min_8bit_size=1)
+        config = {
+            "train_micro_batch_size_per_gpu": 4,
+            "zero_optimization": {"stage": stage},
+            "bf16": {"enabled": True},
+            "zero_allow_untested_optimizer": True,
+        }
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+    def train(engine: Any, steps: range) -> list[float]:
+        found = []
+        for step in steps:
+            ids = token_batch(batch=4, seed=step)
+            loss = engine(ids, labels=ids).loss
+            engine.backward(loss)
+            engine.step()
+            found.append(float(loss.detach()))
+        return found
+
+    engine = start(resumed=False)
+    save_training_state(engine, folder / "unstepped")
+    train(engine, range(2))
+    save_training_state(engine, folder / "state")
+    there = train(engine, range(2, 5))
+    folder /= "state"
+    engine = start(resumed=True)
+    for first in (folder.parent / "unstepped", folder):
+        load_training_state(engine, first)
+    states = list(open_optimizer(engine).stretches.values())
+    assert all(one.state["state1"].dtype == torch.uint8 and one.state["step"] == 2 for one in states)
+    return there, train(engine, range(2, 5))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_8_bit_moments_stay_in_8_bits_in_a_resumed_plain_deepspeed_loop(pools, tmp_path, stage):
+    there, here = pools(2).run(eight_bit_states, tmp_path, stage)[0]
+    assert here == pytest.approx(there, abs=2e-2)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import dsee_scale
-from dsee_scale import PartitionError, PruneConfig
+from dsee_scale import ConfigError, PartitionError, PruneConfig
 from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.checkpoint.training_state import load_training_state, save_training_state
 from dsee_scale.partition import open_partition, unwrap
 from dsee_scale.partition.engine_state import open_optimizer
 from dsee_scale.pruning.zero_lines import Lines, zero_lines
@@ -50,6 +53,51 @@ def between_micro_steps(stage: int) -> list[str]:
 def test_units_are_not_removed_while_gradients_wait(pools, stage):
     expected = ["after the first backward", "after the first step", "after the second backward"]
     assert pools(2).run(between_micro_steps, stage) == [expected] * 2
+
+
+def saves_in_an_accelerate_loop(folder: Path, stage: int) -> list[str]:
+    """A state is asked for at every place of two optimizer steps of two micro-batches; where that was refused."""
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DummyOptim
+
+    config = {**stage_config(stage), "gradient_accumulation_steps": 2}
+    model = make("llama", torch.bfloat16, config if stage == 3 else None)
+    refused = []
+
+    def save(engine: Any, place: str) -> None:
+        try:
+            save_training_state(engine, folder, overwrite=True)
+        except ConfigError as error:
+            assert "would be lost" in str(error)
+            refused.append(place)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        patch.setenv("LOCAL_RANK", str(dist.get_rank()))
+        accelerator = Accelerator(
+            gradient_accumulation_steps=2, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config)
+        )
+        engine, _ = accelerator.prepare(model, DummyOptim(dsee_scale.trainable_parameters(model)))
+        save(engine, "at the beginning")
+        for step in (1, 2):
+            for micro_step in (1, 2):
+                ids = token_batch()
+                with accelerator.accumulate(engine):  # the engine makes its steps in here
+                    accelerator.backward(engine(ids, labels=ids).loss)
+                save(engine, f"step {step}, micro-batch {micro_step}")
+        assert engine.global_steps == 2
+        load_training_state(engine, folder)
+        save(engine, "after loading")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return refused
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_accelerate_loop_saves_between_its_steps_and_not_within_one(pools, tmp_path, stage):
+    expected = ["step 1, micro-batch 1", "step 2, micro-batch 1"]
+    assert pools(2).run(saves_in_an_accelerate_loop, tmp_path / "state", stage) == [expected] * 2
 
 
 def reset_adapters(stage: int, zero: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,6 +14,7 @@ import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.algorithms.loops import BINS
+from dsee_scale.checkpoint import tensors
 from dsee_scale.config import DecompositionConfig
 from dsee_scale.partition import open_partition
 from dsee_scale.training.journal import peak_memory, reset_peak_memory
@@ -25,6 +27,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 LAYERS = 12
 NUM_SPARSE = 50
 LARGE = 4096
+BATCH = 1 << 11
 
 
 def memory_of_injection() -> tuple[int, list[tuple[str, int]]]:
@@ -132,6 +135,29 @@ def test_a_refit_fetches_a_block_once_for_all_batches_of_a_pass(pools, kind):
     assert more >= whole_model or "resident" in kind
     assert (fetched(6, 1) - fetched(2, 1)) / 4 > 5 * more  # no room to keep a block
     assert (fetched(6, 64, 1) - fetched(2, 64, 1)) / 4 > 5 * more  # none on one of the ranks
+
+
+def traffic_of_saving(folder: Path, dtype: torch.dtype) -> tuple[list[int], list[int]]:
+    """Bytes of every gather of `save_adapter`, and of every layer's trained values."""
+    ds_config = zero3_engine_config(dtype, {})
+    model = partition(build(llama_config(num_hidden_layers=LAYERS), dtype), ds_config)
+    dsee_scale.inject(model, DSEEConfig(rank=3, num_sparse=4, target_modules=TARGETS))
+    engine = engine_for(model, ds_config)
+    with pytest.MonkeyPatch.context() as patch, Watch() as watch:
+        patch.setattr(tensors, "BATCH_BYTES", BATCH)
+        dsee_scale.save_adapter(engine, folder)
+    port = open_partition(engine)
+    values = [layer.dsee_flat for layer in adapted_layers(model).values()]
+    sizes = [dtype.itemsize * port.shape(param).numel() for param in values]
+    return [size for name, size in watch.sent if name == "allgather_base"], sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_gathered_one_batch_of_its_file_at_a_time(pools, tmp_path, dtype):
+    for sent, sizes in pools(2).run(traffic_of_saving, tmp_path / "adapter", dtype):
+        # What a rank sends counts beside what comes; a batch begins and ends within a layer.
+        assert max(sent) <= 1.5 * (BATCH + 2 * max(sizes)) < 1.5 * sum(sizes) / 3
+        assert sum(sent) < 1.5 * (sum(sizes) + len(sent) * 2 * max(sizes))
 
 
 def memory_of_export(folder: str) -> int:

@@ -48,6 +48,15 @@ def test_bitsandbytes_missing_names_the_extra(monkeypatch):
             build_recipe(values)
 
 
+@pytest.mark.parametrize("optim", ["ademamix", "paged_ademamix_8bit"])
+def test_an_optimizer_whose_moments_no_checkpoint_holds_is_refused_before_any_work(optim):
+    values = {"model": {"name": "m"}, "data": DATA, "training": {"optim": optim}}
+    with pytest.raises(
+        ConfigError, match=rf"optim '{optim}' keeps two moments in one tensor.*adamw_bnb_8bit"
+    ):
+        build_recipe(values)
+
+
 @pytest.mark.parametrize(
     ("zero", "message"),
     [
