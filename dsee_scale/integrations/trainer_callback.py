@@ -35,8 +35,9 @@ class DSEECallback(GradientCallback):
         trainer = SFTTrainer(model, args, train_dataset=data, callbacks=[DSEECallback(prune=PruneConfig(), at=0.3)])
 
     Its checkpoints hold adapters, masks and optimizer state, never a base weight, and `trainer.save_model` writes the
-    adapter. To resume, put `load_adapter(model, checkpoint)` where `inject` stands (after a re-fit into the base in
-    `output_dir/base`), and `trainer.train(resume_from_checkpoint=checkpoint)`, on any number of ranks.
+    adapter. To resume, load `base_of(checkpoint, published)` (a checkpoint saved after a re-fit goes on from
+    `output_dir/base`, an earlier one does not), put `load_adapter(model, checkpoint)` where `inject` stands, and
+    `trainer.train(resume_from_checkpoint=checkpoint)`, on any number of ranks.
 
     Pruning is collective. It comes after the optimizer step, before that step's checkpoint. What scores look at are
     the model's own last inputs in training, each rank's. After a re-fit the new base is written to `output_dir/base`.

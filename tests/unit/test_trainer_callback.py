@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import dsee_scale
 from dsee_scale import CubicSchedule, DSEECallback, DSEEConfig, PruneConfig
 from dsee_scale.adapters.linear import adapted_layers
-from dsee_scale.errors import ConfigError, RunError, TargetError
+from dsee_scale.errors import ConfigError, FormatError, RunError, TargetError
 from dsee_scale.passes.pools import block_linears
 from tests.models import build, llama_config, token_batch
 
@@ -56,6 +59,10 @@ def flats(model: Any) -> list[torch.Tensor]:
 
 def zeros(model: Any) -> int:
     return sum(int((m.weight == 0).sum()) for m in block_linears(model).values())
+
+
+def read_config(folder: Path) -> Any:
+    return json.loads((folder / "dsee_config.json").read_text())
 
 
 def total(model: Any) -> int:
@@ -132,6 +139,48 @@ def test_a_checkpoint_before_the_pruning_is_pruned_when_it_is_resumed(tmp_path):
     assert zeros(again) == zeros(model)
     for found, wanted in zip(flats(again), flats(model), strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_a_checkpoint_meets_only_the_base_that_it_was_made_with(tmp_path):
+    """Killed between a re-fit and the next checkpoint, a run has a base that its checkpoints do not belong to."""
+    config = dataclasses.replace(CONFIG, num_sparse=0)  # no positions whose difference would tell
+    model = model_of()
+    model.save_pretrained(tmp_path / "published")
+    model = model_of(tmp_path / "published")
+    dsee_scale.inject(model, config)
+    trainer_of(model, tmp_path / "run", DSEECallback(PruneConfig(), 3)).train()
+    published, refitted = tmp_path / "published", tmp_path / "run" / "base"
+    before, after = (tmp_path / "run" / f"checkpoint-{step}" for step in (2, 4))
+    assert dsee_scale.base_of(before, str(published)) == str(published)
+    assert dsee_scale.base_of(after, str(published)) == str(refitted)
+    for base, checkpoint, words in (
+        (refitted, before, f"before the re-fit.*load {published}"),
+        (published, after, "weights were re-fitted"),
+    ):
+        wrong = model_of(base)
+        with pytest.raises(FormatError, match=words):
+            dsee_scale.load_adapter(wrong, checkpoint)
+        dsee_scale.inject(wrong, config)
+        with pytest.raises(FormatError, match=words):
+            trainer_of(wrong, tmp_path / "again", DSEECallback()).train(
+                resume_from_checkpoint=str(checkpoint)
+            )
+    with pytest.raises(FormatError, match="base is missing"):
+        shutil.copytree(after, tmp_path / "alone")
+        dsee_scale.base_of(tmp_path / "alone", str(published))
+
+    # A new training may begin with what the re-fit left, and what it leaves itself is another model.
+    fresh = model_of(refitted)
+    dsee_scale.inject(fresh, config)
+    dsee_scale.save_adapter(fresh, tmp_path / "second")
+    dsee_scale.export_model(fresh, tmp_path / "merged")
+    assert not dsee_scale.load_adapter(model_of(refitted), tmp_path / "second").refitted
+    with pytest.raises(FormatError, match="weights were re-fitted"):
+        dsee_scale.load_adapter(model_of(published), tmp_path / "second")
+    third = model_of(tmp_path / "merged")
+    dsee_scale.inject(third, config)
+    dsee_scale.save_adapter(third, tmp_path / "third")
+    assert read_config(tmp_path / "third")["base_model"]["refit"] is None
 
 
 def test_a_schedule_prunes_to_a_rising_sparsity(tmp_path):
