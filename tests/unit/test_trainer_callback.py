@@ -50,7 +50,7 @@ def trainer_of(model: Any, folder: Path, callback: DSEECallback, **changes: Any)
     args = TrainingArguments(
         **(settings | changes), per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, seed=3
     )
-    return StockTrainer(model, args, train_dataset=rows(), callbacks=[callback])
+    return StockTrainer(model, args, train_dataset=rows(), eval_dataset=rows(), callbacks=[callback])
 
 
 def flats(model: Any) -> list[torch.Tensor]:
@@ -210,6 +210,59 @@ def test_several_prunings_before_the_first_step_see_the_first_batches(tmp_path):
     trainer.save_model()
     again = model_of(tmp_path / "run" / "base")
     assert dsee_scale.load_adapter(again, tmp_path / "run" / "adapter").pruned
+
+
+SCHEDULERS = {
+    "cosine": lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=6),
+    "steps": lambda opt: torch.optim.lr_scheduler.MultiStepLR(opt, [2, 4], gamma=0.5),
+    "plateau": lambda opt: torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=0, threshold=10.0),
+    "lambdas": lambda opt: torch.optim.lr_scheduler.LambdaLR(
+        opt, [lambda step: 0.9**step, lambda step: 0.5**step]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(SCHEDULERS))
+def test_any_scheduler_goes_on_where_it_was(tmp_path, name):
+    def train(checkpoint: Path | None) -> list[list[float]]:
+        model = model_of()
+        if checkpoint is None:
+            dsee_scale.inject(model, CONFIG)
+        else:
+            dsee_scale.load_adapter(model, checkpoint)
+        first, *others = dsee_scale.trainable_parameters(model)
+        optimizer = torch.optim.AdamW([{"params": [first]}, {"params": others}], lr=1e-2)
+        evaluated = (
+            dict(eval_strategy="steps", eval_steps=1, metric_for_best_model="loss")
+            if name == "plateau"
+            else {}
+        )
+        callback, rates = DSEECallback(), []
+        callback.on_step_begin = lambda *_, **__: rates.append([g["lr"] for g in optimizer.param_groups])
+        trainer = trainer_of(model, tmp_path / "run", callback, save_steps=3, **evaluated)
+        trainer.optimizer, trainer.lr_scheduler = optimizer, SCHEDULERS[name](optimizer)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return rates
+
+    straight = train(None)
+    assert len({rates[1] for rates in straight}) > 2
+    assert train(tmp_path / "run" / "checkpoint-3") == straight[3:]
+
+
+def test_a_scheduler_that_no_checkpoint_can_hold_is_refused_at_the_start(tmp_path):
+    class Bound(torch.optim.lr_scheduler.ExponentialLR):
+        def __init__(self, optimizer: Any) -> None:
+            super().__init__(optimizer, 0.9)
+            self.rule = abs
+
+    model = model_of()
+    dsee_scale.inject(model, CONFIG)
+    trainer = trainer_of(model, tmp_path / "run", DSEECallback())
+    trainer.optimizer = torch.optim.AdamW(dsee_scale.trainable_parameters(model), lr=1e-2)
+    trainer.lr_scheduler = Bound(trainer.optimizer)
+    with pytest.raises(ConfigError, match=r"lr_scheduler Bound\.rule is a builtin"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_without_a_pruning_it_keeps_checkpoints_small_and_deletes_old_ones(tmp_path):
