@@ -125,6 +125,36 @@ def test_inputs_are_noted_until_the_last_pruning_and_no_longer(tmp_path):
     assert noted[6:] == [0, 1, 2, 0, 0, 0]
 
 
+@pytest.mark.parametrize(("kept", "accumulated"), [(64, 1), (5, 2)])
+def test_a_resumed_pruning_sees_what_the_uninterrupted_one_saw(tmp_path, kept, accumulated):
+    """Within an epoch of six batches, and over its end."""
+
+    def train(checkpoint: Path | None) -> tuple[Any, list[torch.Tensor]]:
+        model = model_of(tmp_path / "published")
+        if checkpoint is None:
+            dsee_scale.inject(model, CONFIG)
+        else:
+            dsee_scale.load_adapter(model, checkpoint)
+        callback, seen = DSEECallback(PruneConfig(), 5, calibration_batches=kept), []
+        calibration = callback._calibration
+        callback._calibration = lambda: seen.extend(calibration()) or seen
+        settings = dict(save_steps=4, max_steps=6, gradient_accumulation_steps=accumulated)
+        trainer_of(model, tmp_path / "run", callback, **settings).train(
+            resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+        )
+        return model, [batch["input_ids"] for batch in seen]
+
+    model_of().save_pretrained(tmp_path / "published")
+    straight, expected = train(None)
+    resumed, seen = train(tmp_path / "run" / "checkpoint-4")
+    assert [ids.tolist() for ids in seen] == [ids.tolist() for ids in expected]
+    assert len(seen) == min(kept, 5 * accumulated)
+    for found, wanted in zip(flats(resumed), flats(straight), strict=True):
+        assert torch.equal(found, wanted)
+    for found, wanted in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_a_checkpoint_before_the_pruning_is_pruned_when_it_is_resumed(tmp_path):
     prune = PruneConfig(score="W")
     model = model_of()
