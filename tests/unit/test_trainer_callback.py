@@ -61,10 +61,6 @@ def zeros(model: Any) -> int:
     return sum(int((m.weight == 0).sum()) for m in block_linears(model).values())
 
 
-def read_config(folder: Path) -> Any:
-    return json.loads((folder / "dsee_config.json").read_text())
-
-
 def total(model: Any) -> int:
     return sum(m.weight.numel() for m in block_linears(model).values())
 
@@ -210,7 +206,7 @@ def test_a_checkpoint_meets_only_the_base_that_it_was_made_with(tmp_path):
     third = model_of(tmp_path / "merged")
     dsee_scale.inject(third, config)
     dsee_scale.save_adapter(third, tmp_path / "third")
-    assert read_config(tmp_path / "third")["base_model"]["refit"] is None
+    assert json.loads((tmp_path / "third" / "dsee_config.json").read_text())["base_model"]["refit"] is None
 
 
 def test_a_schedule_prunes_to_a_rising_sparsity(tmp_path):
