@@ -275,7 +275,7 @@ def _arguments(module: nn.Module) -> list[str]:
 def _of_epoch(loader: Any, epoch: int, first: int) -> Any:
     """A Trainer's batches of an epoch from the first one on, as `Trainer._run_epoch` orders them when it resumes."""
     part: Any = skip_first_batches(loader, first) if first else loader
-    sampler = getattr(getattr(part, "batch_sampler", None), "batch_sampler", None)
+    sampler: Any = getattr(getattr(part, "batch_sampler", None), "batch_sampler", None)
     for each in (part, sampler):
         if hasattr(each, "set_epoch"):
             each.set_epoch(epoch)
