@@ -7,8 +7,6 @@ ROWS.jsonl holds lines with `prompt` and `completion`. Add --resume to go on fro
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,8 +22,10 @@ def main() -> None:
     args = parse_arguments(__doc__, "prompt and completion")
     settings = SFTConfig(**usual_settings(args))
     checkpoint = get_last_checkpoint(args.output_dir) if args.resume else None
-    base = Path(args.output_dir) / "base"  # what a re-fit left
-    model = AutoModelForCausalLM.from_pretrained(base if checkpoint and base.is_dir() else args.model)
+    base = (
+        dsee_scale.base_of(checkpoint, args.model) if checkpoint else args.model
+    )  # a re-fit left another one
+    model = AutoModelForCausalLM.from_pretrained(base)
     if checkpoint:
         dsee_scale.load_adapter(model, checkpoint)
     else:

@@ -40,8 +40,7 @@ from dsee_scale.checkpoint.masks import (
 from dsee_scale.checkpoint.record import (
     CONFIG_FILE,
     AdapterRecord,
-    base_identity,
-    check_base,
+    check_model,
     describe,
     other_base,
     trained_modules,
@@ -86,7 +85,8 @@ def load_adapter(
     """Collective. Put a saved adapter into a freshly loaded base model, and apply its masks in place.
 
     Call it where `inject` would stand: after the weights are loaded, before `deepspeed.initialize`. Every rank reads
-    the files; masks are applied shard by shard.
+    the files; masks are applied shard by shard. The base is the one that the adapter was trained on: `base_of` names
+    a checkpoint's.
 
     Args:
         model: the base model, raw.
@@ -118,12 +118,12 @@ def load_adapter(
         names = stored.names(STEM) + stored.names(MASKS)
         stored.verify(names, rank=partition.rank, world_size=partition.world_size)
         record = AdapterRecord.read(stored)
-        check_base(record.base, base_identity(model), str(stored.path / CONFIG_FILE))
+        check_model(record, model, str(stored.path / CONFIG_FILE))
         tensors = open_adapter(stored, record, rank=partition.rank, world_size=partition.world_size)
         masks = open_masks(stored)
         targets = _targets(partition, model, record, stored)
         _check_weights(partition, model, record, stored)
-    _check_contents(partition, model, record, masks, stored)
+    check_contents(partition, model, record, masks, stored)
     with raise_on_all_ranks(partition):
         _attach(partition, model, record, targets, tensors)
     _set_values(partition, model, record, tensors)
@@ -250,10 +250,14 @@ def _check_weights(
         partition.writable(name, params[name])
 
 
-def _check_contents(
+def check_contents(
     partition: Partition, model: nn.Module, record: AdapterRecord, masks: TensorReader, stored: StoredFolder
 ) -> None:
-    """Collective. Re-fitted weights must be those that the files were made with; nothing is written yet."""
+    """Collective. Re-fitted weights must be those that the files were made with; nothing is written.
+
+    Raises:
+        FormatError: naming the weight and the base to load.
+    """
     params = dict(model.named_parameters())
     expected = {name: how["content"] for name, how in record.pruned.items() if "content" in how}
     sums: list[int] = []

@@ -27,6 +27,8 @@ from dsee_scale.settings import type_problems
 
 CONFIG_FILE = "dsee_config.json"
 PREFIX = "dsee_"
+REFIT = "dsee_refit"
+"""In the config of a base that a re-fit left: which one it is, see `refit_mark`."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class AdapterRecord:
     def refitted(self) -> bool:
         """Whether frozen weights were solved anew, so that the published base does not have them."""
         return any("content" in how for how in self.pruned.values())
+
+    @property
+    def refit(self) -> str | None:
+        """`refit_mark` of the model that was saved; None in what older versions wrote of a model not re-fitted."""
+        return _mark(self.pruned) or self.base.get("refit")
 
     @property
     def kept(self) -> dict[str, int]:
@@ -200,6 +207,7 @@ def _module_record(name: str, values: Mapping[str, Any]) -> AdapterSpec:
 
 
 _VOLATILE = {
+    REFIT,
     "transformers_version",
     "architectures",
     "dtype",
@@ -225,7 +233,7 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
     """Id, class, dtype, and the lasting part of the config with its SHA-256 (None for a model without one).
 
     `full_config` is the config as transformers would write it unquantised, for an export that has no model at
-    hand; `quantization` is how the base was quantised, None for not at all.
+    hand; `quantization` is how the base was quantised, None for not at all; `refit` is its `refit_mark`.
     """
     config = getattr(model, "config", None)
     values = lasting_config(config.to_dict()) if hasattr(config, "to_dict") else None  # type: ignore[union-attr]
@@ -233,6 +241,7 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
     floating = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in codecs)
     full = json.loads(config.to_json_string()) if values is not None else {}  # type: ignore[union-attr]
     quantization = full.pop("quantization_config", None)
+    full.pop(REFIT, None)
     return {
         "id": getattr(config, "_name_or_path", None) or None,
         "class": type(model).__name__,
@@ -241,7 +250,18 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
         "config": values,
         "full_config": full or None,
         "quantization": quantization,
+        "refit": refit_mark(model),
     }
+
+
+def refit_mark(model: nn.Module) -> str | None:
+    """Which re-fit left a model's frozen weights (by its own record or its config), 16 hexadecimal digits. Local."""
+    return _mark(model_state(model).pruned) or getattr(getattr(model, "config", None), REFIT, None)
+
+
+def _mark(pruned: Mapping[str, Mapping[str, Any]]) -> str | None:
+    known = {name: how["content"] for name, how in pruned.items() if "content" in how}
+    return config_hash(known)[:16] if known else None
 
 
 def lasting_config(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,6 +279,36 @@ def other_base(where: str, name: str) -> str:
     return (
         f"{where} belongs to a base whose weights were re-fitted, and {name} is another one here: load the `base` "
         "folder of that run (or what export_model(model, folder, delta='none') wrote after the pruning)"
+    )
+
+
+def check_model(record: AdapterRecord, model: nn.Module, where: str) -> None:
+    """Refuse a model whose config or re-fit is not the one that a file was made with. Local.
+
+    Raises:
+        FormatError: naming what differs.
+    """
+    check_base(record.base, base_identity(model), where)
+    check_refit(record, refit_mark(model), where)
+
+
+def check_refit(record: AdapterRecord, found: str | None, where: str) -> None:
+    """Compare the re-fit that a file was made after with the one of the base at hand. Local.
+
+    Of a record that is re-fitted itself the contents tell, see `check_contents`.
+
+    Raises:
+        FormatError: another one; the message names the base to load.
+    """
+    if record.refitted or record.refit == found:
+        return
+    reason = "belongs to a base whose weights were re-fitted, and this one is another"
+    if record.refit is None:
+        reason = (
+            "was saved before the re-fit that left this base, which is pruned and holds the update already"
+        )
+    raise FormatError(
+        f"{where} {reason}: load {_label(record.base)}, the base that it was made for (see base_of)"
     )
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.linear import BUFFERS, adapted_layers
-from dsee_scale.checkpoint.adapter import apply_masks, write_adapter
+from dsee_scale.checkpoint.adapter import apply_masks, check_contents, write_adapter
 from dsee_scale.checkpoint.adapter_file import STEM as ADAPTER_STEM
 from dsee_scale.checkpoint.adapter_file import open_adapter, read_layer
 from dsee_scale.checkpoint.files import damaged
@@ -27,7 +27,7 @@ from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import has_masks, masks_now, note_files, open_masks
 from dsee_scale.checkpoint.random_state import random_state, set_random_state
-from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord, base_identity, check_base
+from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord, check_model
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec, part_name, write_dealt, write_tensors
 from dsee_scale.checkpoint.unfinished import UnfinishedState
 from dsee_scale.distributed import raise_on_all_ranks
@@ -158,14 +158,17 @@ def load_training_state(
         names = [name for stem in stems for name in stored.names(stem)]
         stored.verify(names, rank=partition.rank, world_size=partition.world_size)
         record, values = AdapterRecord.read(stored), stored.json(STATE_FILE)
-        check_base(record.base, base_identity(module), str(stored.path / CONFIG_FILE))
+        check_model(record, module, str(stored.path / CONFIG_FILE))
         share = {"rank": partition.rank, "world_size": partition.world_size}
         adapter = open_adapter(stored, record, **share, count_masks=not masked)
         _check_supports(module, record, adapter, stored)
         state = open_optimizer(model, optimizer)
         tensors = TensorReader.of(stored, OPTIMIZER)
         _check_parameters(state, values, tensors, stored)
-    apply_masks(partition, module, record, None if masked else open_masks(stored))
+    masks = None if masked else open_masks(stored)
+    if masks is not None:
+        check_contents(partition, module, record, masks, stored)
+    apply_masks(partition, module, record, masks)
     note_files(module, masks_now(partition, module, record.kept), stored)
     with raise_on_all_ranks(partition):
         _put_all(state, values, tensors, moments=is_engine(model) or optimizer is not None)

@@ -16,10 +16,12 @@ from dsee_scale.adapters.linear import adapted_layers, delta_record, weight_name
 from dsee_scale.adapters.state import model_state, reject_broken
 from dsee_scale.algorithms.delta import Delta, merged_weight
 from dsee_scale.checkpoint.adapter import write_adapter
+from dsee_scale.checkpoint.adapter_file import KINDS_WITH_ADAPTER
 from dsee_scale.checkpoint.contents import reject_input
-from dsee_scale.checkpoint.folder import NewFolder
+from dsee_scale.checkpoint.folder import NewFolder, open_folder
+from dsee_scale.checkpoint.record import REFIT, AdapterRecord, refit_mark
 from dsee_scale.distributed import raise_on_all_ranks
-from dsee_scale.errors import TargetError
+from dsee_scale.errors import FormatError, TargetError
 from dsee_scale.export.plan import Entry, plan_export, reverted, saved_state
 from dsee_scale.export.report import ExportReport
 from dsee_scale.export.structure import find_structure, smaller_config
@@ -112,7 +114,7 @@ class LiveModel:
         cut: bool,
         tokenizer: Any = None,
     ) -> None:
-        self.module, self.partition, self.tokenizer = module, partition, tokenizer
+        self.module, self.partition, self.tokenizer, self.cut = module, partition, tokenizer, cut
         self.pruned: Mapping[str, Mapping[str, Any]] = model_state(module).pruned
         self.tuned = model_state(module).config
         self.base_id: str | None = getattr(getattr(module, "config", None), "_name_or_path", None) or None
@@ -167,6 +169,9 @@ class LiveModel:
                 del config.quantization_config  # the weights are written decoded
             config.dtype = str(module.dtype).removeprefix("torch.")
             config.architectures = [type(module).__name__]
+            vars(config).pop(REFIT, None)  # with the update put in it is another model
+            if not self.cut and refit_mark(module) is not None:
+                setattr(config, REFIT, refit_mark(module))
             config.save_pretrained(folder)
             if module.can_generate():
                 # Its own `save_pretrained` refuses settings that loading only warns of, once any of them has changed.
@@ -218,6 +223,29 @@ def save_base(model: nn.Module, folder: str | Path, *, tokenizer: Any = None) ->
     config: Any = getattr(unwrap(model), "config", None)
     if config is not None:
         config._name_or_path = str(folder)
+
+
+def base_of(checkpoint: str | Path, published: str) -> str:
+    """The base that a Trainer's checkpoint goes on from: after a re-fit `base` beside it, else `published`. Local.
+
+        model = AutoModelForCausalLM.from_pretrained(base_of(checkpoint, "meta-llama/Llama-3.1-8B"))
+        load_adapter(model, checkpoint)
+
+    Args:
+        checkpoint: what `DSEECallback` or a run saved, in its output folder.
+        published: hub id or folder of the model that the training began with.
+
+    Raises:
+        FormatError: it is no whole checkpoint, or `base` is missing.
+    """
+    if not AdapterRecord.read(open_folder(checkpoint, KINDS_WITH_ADAPTER)).refitted:
+        return published
+    folder = Path(checkpoint).parent / BASE_FOLDER
+    if not folder.is_dir():
+        raise FormatError(
+            f"{checkpoint} continues from re-fitted weights, and {folder} is missing; take an older checkpoint"
+        )
+    return str(folder)
 
 
 @torch.no_grad()

@@ -23,8 +23,10 @@ from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import apply_mask, open_masks
 from dsee_scale.checkpoint.record import (
     CONFIG_FILE,
+    REFIT,
     AdapterRecord,
     check_base,
+    check_refit,
     config_hash,
     lasting_config,
     other_base,
@@ -91,7 +93,7 @@ class StoredModel:
         self.partition = open_partition(nn.Module())
         self.record = AdapterRecord.read(stored)
         base = Path(base or self.record.base.get("id") or "")
-        self.folder, self.base_folder = stored, base
+        self.folder, self.base_folder, self.cut = stored, base, cut
         self.pruned: Mapping[str, Mapping[str, Any]] = self.record.pruned
         self.tuned, self.base_id = self.record.config, self.record.base.get("id")
         self._where = str(stored.path / CONFIG_FILE)
@@ -160,6 +162,8 @@ class StoredModel:
         if identity.get("full_config") is not None:
             own = {"architectures": [identity["class"]], "dtype": identity["dtype"]}
             config = {**(self.config or identity["full_config"]), **own}
+            if not self.cut and self.record.refit is not None:
+                config[REFIT] = self.record.refit
             (new.partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def _update(self, name: str) -> Delta:
@@ -282,3 +286,4 @@ def _check_config(record: AdapterRecord, base: Path, where: str) -> None:
         raise FormatError(f"{base / 'config.json'} cannot be read: {error}") from error
     values = lasting_config(raw if config is None else config.to_dict())
     check_base(record.base, {"id": str(base), "config": values, "config_sha256": config_hash(values)}, where)
+    check_refit(record, raw.get(REFIT), where)

@@ -6,13 +6,16 @@ import collections
 import inspect
 import itertools
 import logging
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import skip_first_batches
 from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.config import SCORES, PruneConfig
@@ -35,11 +38,14 @@ class DSEECallback(GradientCallback):
         trainer = SFTTrainer(model, args, train_dataset=data, callbacks=[DSEECallback(prune=PruneConfig(), at=0.3)])
 
     Its checkpoints hold adapters, masks and optimizer state, never a base weight, and `trainer.save_model` writes the
-    adapter. To resume, put `load_adapter(model, checkpoint)` where `inject` stands (after a re-fit into the base in
-    `output_dir/base`), and `trainer.train(resume_from_checkpoint=checkpoint)`, on any number of ranks.
+    adapter. To resume, load `base_of(checkpoint, published)` (a checkpoint saved after a re-fit goes on from
+    `output_dir/base`, an earlier one does not), put `load_adapter(model, checkpoint)` where `inject` stands, and
+    `trainer.train(resume_from_checkpoint=checkpoint)`, on any number of ranks.
 
     Pruning is collective. It comes after the optimizer step, before that step's checkpoint. What scores look at are
-    the model's own last inputs in training, each rank's. After a re-fit the new base is written to `output_dir/base`.
+    the model's own last inputs in training, each rank's; those before the checkpoint a resumed training reads from its
+    data again (other ones where batches depend on more than seed, epoch and place, or the number of ranks is another).
+    After a re-fit the new base is written to `output_dir/base`.
     """
 
     def __init__(
@@ -124,7 +130,10 @@ class DSEECallback(GradientCallback):
         started = state.global_step
         # A checkpoint of a step holds what was removed at it.
         self._steps = [step for step in steps if step > started or step == started == 0]
+        self._inputs.clear()
         self._watch_inputs()
+        if started and self._hook is not None:
+            self._recall_inputs(started)
         self._prune_if_due(state)
 
     def on_step_end(
@@ -185,18 +194,53 @@ class DSEECallback(GradientCallback):
     def _calibration(self) -> list[dict[str, Tensor]]:
         """This rank's last inputs; of a training that is to begin with the pruning, its first batches."""
         if not self._inputs:
-            loader = itertools.islice(self._trainer.get_train_dataloader(), self.calibration_batches)
-            known = _arguments(self._trainer.model)
-            for batch in loader:
-                self._keep(
-                    {key: batch[key] for key in known if key in batch} if isinstance(batch, Mapping) else {}
-                )
+            self._keep_batches(
+                itertools.islice(self._trainer.get_train_dataloader(), self.calibration_batches)
+            )
         if not self._inputs:
             raise ConfigError(
                 f"the batches of this {type(self._trainer).__name__} are not inputs of the model, so a pruning before "
                 "the first step has nothing to look at: prune at step 1 or later, or by score='W'"
             )
         return list(self._inputs)
+
+    def _recall_inputs(self, started: int) -> None:
+        """Read again what was noted before the checkpoint of this step and would still be kept at the next pruning."""
+        loader, accumulated = (
+            self._trainer.get_train_dataloader(),
+            self._trainer.args.gradient_accumulation_steps,
+        )
+        # Without a length the Trainer takes all for one epoch.
+        length = len(loader) if has_length(loader) else (self._steps[0] + 1) * accumulated
+
+        def batches(steps: int) -> int:
+            epochs, within = divmod(steps, max(1, math.ceil(length / accumulated)))
+            return epochs * length + within * accumulated
+
+        done = batches(started)
+        missing = min(done, max(0, self.calibration_batches - (batches(self._steps[0]) - done)))
+        at = done - missing
+        while at < done:
+            epoch, index = divmod(at, length)
+            count = min(length - index, done - at)
+            self._keep_batches(itertools.islice(_of_epoch(loader, epoch, index), count))
+            at += count
+        if len(self._inputs) < missing:
+            logger.warning(
+                "resumed at step %d, %d of %d batches before it cannot be read again as inputs of the model: the "
+                "pruning at step %d looks at fewer than it would have",
+                started,
+                missing - len(self._inputs),
+                missing,
+                self._steps[0],
+            )
+
+    def _keep_batches(self, batches: Iterable[Any]) -> None:
+        known = _arguments(self._trainer.model)
+        for batch in batches:
+            self._keep(
+                {key: batch[key] for key in known if key in batch} if isinstance(batch, Mapping) else {}
+            )
 
     def _note_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what the model is trained on; not what it generates or is evaluated on."""
@@ -226,6 +270,16 @@ def keep_checkpoints_small(trainer: Trainer) -> None:
 
 def _arguments(module: nn.Module) -> list[str]:
     return list(inspect.signature(module.forward).parameters)
+
+
+def _of_epoch(loader: Any, epoch: int, first: int) -> Any:
+    """A Trainer's batches of an epoch from the first one on, as `Trainer._run_epoch` orders them when it resumes."""
+    part: Any = skip_first_batches(loader, first) if first else loader
+    sampler: Any = getattr(getattr(part, "batch_sampler", None), "batch_sampler", None)
+    for each in (part, sampler):
+        if hasattr(each, "set_epoch"):
+            each.set_epoch(epoch)
+    return part
 
 
 def _trainer_that_calls(callback: DSEECallback) -> Any:

@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -43,6 +42,7 @@ from dsee_scale.checkpoint.training_state import (
 from dsee_scale.checkpoint.unfinished import UnfinishedState
 from dsee_scale.errors import ConfigError
 from dsee_scale.training.journal import to_jsonable
+from dsee_scale.training.scheduler_state import plain_scheduler, restore_scheduler, scheduler_record
 from dsee_scale.training.survival import check_trained_values, newest_first, set_aside_later, step_of
 
 if TYPE_CHECKING:
@@ -212,8 +212,11 @@ class AdapterCheckpoints(Base):
             )
             self._random_state = random_state()
             self._restore(extra)
-            self._move_scheduler_to(self.state.global_step)
+            scheduler, where = plain_scheduler(self.lr_scheduler), str(self._checkpoint)
+            restore_scheduler(scheduler, extra.get("lr_scheduler"), self.state.global_step, where)
             set_aside_later(Path(str(self.args.output_dir)), self.state.global_step, self._checkpoint)
+        if self.args.save_strategy != SaveStrategy.NO:  # refused now rather than at the first checkpoint
+            scheduler_record(plain_scheduler(self.lr_scheduler))
         return prepared
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -231,26 +234,6 @@ class AdapterCheckpoints(Base):
             self.control.should_training_stop = True
             return
         super()._run_epoch(**kwargs)
-
-    def _move_scheduler_to(self, step: int) -> None:
-        """A rate that is a function of the step alone goes on from it, also where a resumed run has changed it."""
-        scheduler = self._torch_scheduler()
-        if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-            return
-        scheduler.last_epoch = step
-        rates = [base * scheduler.lr_lambdas[0](step) for base in scheduler.base_lrs]
-        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        scheduler._last_lr = rates
-
-    def _torch_scheduler(self) -> Any:
-        """The scheduler without accelerate's wrappers."""
-        scheduler: Any = self.lr_scheduler
-        while not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) and hasattr(
-            scheduler, "scheduler"
-        ):
-            scheduler = scheduler.scheduler
-        return scheduler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: adapters and masks were put into the raw model, the rest follows when it is prepared."""
@@ -314,6 +297,7 @@ class AdapterCheckpoints(Base):
             {
                 "trainer": dataclasses.asdict(self.state),
                 "global_batch": self._global_batch,
+                "lr_scheduler": scheduler_record(plain_scheduler(self.lr_scheduler)),
                 "dsee": None if config is None else config.to_dict(),
             }
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import dsee_scale
 from dsee_scale import CubicSchedule, DSEECallback, DSEEConfig, PruneConfig
 from dsee_scale.adapters.linear import adapted_layers
-from dsee_scale.errors import ConfigError, RunError, TargetError
+from dsee_scale.errors import ConfigError, FormatError, RunError, TargetError
 from dsee_scale.passes.pools import block_linears
 from tests.models import build, llama_config, token_batch
 
@@ -47,7 +50,7 @@ def trainer_of(model: Any, folder: Path, callback: DSEECallback, **changes: Any)
     args = TrainingArguments(
         **(settings | changes), per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, seed=3
     )
-    return StockTrainer(model, args, train_dataset=rows(), callbacks=[callback])
+    return StockTrainer(model, args, train_dataset=rows(), eval_dataset=rows(), callbacks=[callback])
 
 
 def flats(model: Any) -> list[torch.Tensor]:
@@ -118,6 +121,36 @@ def test_inputs_are_noted_until_the_last_pruning_and_no_longer(tmp_path):
     assert noted[6:] == [0, 1, 2, 0, 0, 0]
 
 
+@pytest.mark.parametrize(("kept", "accumulated"), [(64, 1), (5, 2)])
+def test_a_resumed_pruning_sees_what_the_uninterrupted_one_saw(tmp_path, kept, accumulated):
+    """Within an epoch of six batches, and over its end."""
+
+    def train(checkpoint: Path | None) -> tuple[Any, list[torch.Tensor]]:
+        model = model_of(tmp_path / "published")
+        if checkpoint is None:
+            dsee_scale.inject(model, CONFIG)
+        else:
+            dsee_scale.load_adapter(model, checkpoint)
+        callback, seen = DSEECallback(PruneConfig(), 5, calibration_batches=kept), []
+        calibration = callback._calibration
+        callback._calibration = lambda: seen.extend(calibration()) or seen
+        settings = dict(save_steps=4, max_steps=6, gradient_accumulation_steps=accumulated)
+        trainer_of(model, tmp_path / "run", callback, **settings).train(
+            resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+        )
+        return model, [batch["input_ids"] for batch in seen]
+
+    model_of().save_pretrained(tmp_path / "published")
+    straight, expected = train(None)
+    resumed, seen = train(tmp_path / "run" / "checkpoint-4")
+    assert [ids.tolist() for ids in seen] == [ids.tolist() for ids in expected]
+    assert len(seen) == min(kept, 5 * accumulated)
+    for found, wanted in zip(flats(resumed), flats(straight), strict=True):
+        assert torch.equal(found, wanted)
+    for found, wanted in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_a_checkpoint_before_the_pruning_is_pruned_when_it_is_resumed(tmp_path):
     prune = PruneConfig(score="W")
     model = model_of()
@@ -132,6 +165,48 @@ def test_a_checkpoint_before_the_pruning_is_pruned_when_it_is_resumed(tmp_path):
     assert zeros(again) == zeros(model)
     for found, wanted in zip(flats(again), flats(model), strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_a_checkpoint_meets_only_the_base_that_it_was_made_with(tmp_path):
+    """Killed between a re-fit and the next checkpoint, a run has a base that its checkpoints do not belong to."""
+    config = dataclasses.replace(CONFIG, num_sparse=0)  # no positions whose difference would tell
+    model = model_of()
+    model.save_pretrained(tmp_path / "published")
+    model = model_of(tmp_path / "published")
+    dsee_scale.inject(model, config)
+    trainer_of(model, tmp_path / "run", DSEECallback(PruneConfig(), 3)).train()
+    published, refitted = tmp_path / "published", tmp_path / "run" / "base"
+    before, after = (tmp_path / "run" / f"checkpoint-{step}" for step in (2, 4))
+    assert dsee_scale.base_of(before, str(published)) == str(published)
+    assert dsee_scale.base_of(after, str(published)) == str(refitted)
+    for base, checkpoint, words in (
+        (refitted, before, f"before the re-fit.*load {published}"),
+        (published, after, "weights were re-fitted"),
+    ):
+        wrong = model_of(base)
+        with pytest.raises(FormatError, match=words):
+            dsee_scale.load_adapter(wrong, checkpoint)
+        dsee_scale.inject(wrong, config)
+        with pytest.raises(FormatError, match=words):
+            trainer_of(wrong, tmp_path / "again", DSEECallback()).train(
+                resume_from_checkpoint=str(checkpoint)
+            )
+    with pytest.raises(FormatError, match="base is missing"):
+        shutil.copytree(after, tmp_path / "alone")
+        dsee_scale.base_of(tmp_path / "alone", str(published))
+
+    # A new training may begin with what the re-fit left, and what it leaves itself is another model.
+    fresh = model_of(refitted)
+    dsee_scale.inject(fresh, config)
+    dsee_scale.save_adapter(fresh, tmp_path / "second")
+    dsee_scale.export_model(fresh, tmp_path / "merged")
+    assert not dsee_scale.load_adapter(model_of(refitted), tmp_path / "second").refitted
+    with pytest.raises(FormatError, match="weights were re-fitted"):
+        dsee_scale.load_adapter(model_of(published), tmp_path / "second")
+    third = model_of(tmp_path / "merged")
+    dsee_scale.inject(third, config)
+    dsee_scale.save_adapter(third, tmp_path / "third")
+    assert json.loads((tmp_path / "third" / "dsee_config.json").read_text())["base_model"]["refit"] is None
 
 
 def test_a_schedule_prunes_to_a_rising_sparsity(tmp_path):
@@ -161,6 +236,59 @@ def test_several_prunings_before_the_first_step_see_the_first_batches(tmp_path):
     trainer.save_model()
     again = model_of(tmp_path / "run" / "base")
     assert dsee_scale.load_adapter(again, tmp_path / "run" / "adapter").pruned
+
+
+SCHEDULERS = {
+    "cosine": lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=6),
+    "steps": lambda opt: torch.optim.lr_scheduler.MultiStepLR(opt, [2, 4], gamma=0.5),
+    "plateau": lambda opt: torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=0, threshold=10.0),
+    "lambdas": lambda opt: torch.optim.lr_scheduler.LambdaLR(
+        opt, [lambda step: 0.9**step, lambda step: 0.5**step]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(SCHEDULERS))
+def test_any_scheduler_goes_on_where_it_was(tmp_path, name):
+    def train(checkpoint: Path | None) -> list[list[float]]:
+        model = model_of()
+        if checkpoint is None:
+            dsee_scale.inject(model, CONFIG)
+        else:
+            dsee_scale.load_adapter(model, checkpoint)
+        first, *others = dsee_scale.trainable_parameters(model)
+        optimizer = torch.optim.AdamW([{"params": [first]}, {"params": others}], lr=1e-2)
+        evaluated = (
+            dict(eval_strategy="steps", eval_steps=1, metric_for_best_model="loss")
+            if name == "plateau"
+            else {}
+        )
+        callback, rates = DSEECallback(), []
+        callback.on_step_begin = lambda *_, **__: rates.append([g["lr"] for g in optimizer.param_groups])
+        trainer = trainer_of(model, tmp_path / "run", callback, save_steps=3, **evaluated)
+        trainer.optimizer, trainer.lr_scheduler = optimizer, SCHEDULERS[name](optimizer)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return rates
+
+    straight = train(None)
+    assert len({rates[1] for rates in straight}) > 2
+    assert train(tmp_path / "run" / "checkpoint-3") == straight[3:]
+
+
+def test_a_scheduler_that_no_checkpoint_can_hold_is_refused_at_the_start(tmp_path):
+    class Bound(torch.optim.lr_scheduler.ExponentialLR):
+        def __init__(self, optimizer: Any) -> None:
+            super().__init__(optimizer, 0.9)
+            self.rule = abs
+
+    model = model_of()
+    dsee_scale.inject(model, CONFIG)
+    trainer = trainer_of(model, tmp_path / "run", DSEECallback())
+    trainer.optimizer = torch.optim.AdamW(dsee_scale.trainable_parameters(model), lr=1e-2)
+    trainer.lr_scheduler = Bound(trainer.optimizer)
+    with pytest.raises(ConfigError, match=r"lr_scheduler Bound\.rule is a builtin"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_without_a_pruning_it_keeps_checkpoints_small_and_deletes_old_ones(tmp_path):
