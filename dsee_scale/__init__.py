@@ -13,7 +13,8 @@ from dsee_scale.errors import DSEEError as DSEEError
 from dsee_scale.errors import FormatError as FormatError
 from dsee_scale.errors import PartitionError as PartitionError
 from dsee_scale.errors import TargetError as TargetError
-from dsee_scale.export.export import base_of, export_model
+from dsee_scale.export.export import base_of as base_of
+from dsee_scale.export.export import export_model
 from dsee_scale.export.load import load_pretrained
 from dsee_scale.export.lora import export_lora as export_lora
 from dsee_scale.passes.calibrate import Statistics as Statistics
@@ -33,7 +34,6 @@ __all__ = [
     "PruneConfig",
     "__version__",
     "adapters_disabled",
-    "base_of",
     "calibrate",
     "export_model",
     "inject",
