@@ -213,8 +213,7 @@ def _check_boundary(model: Any, state: OptimizerState) -> None:
         found = "micro-batches of an unfinished step are done" if waiting else ""
     if found:
         raise ConfigError(
-            f"{found}, and their gradients would be lost; "
-            "save the training state after engine.step() has made an update"
+            f"{found}, whose gradients would be lost; save the training state after engine.step() has made an update"
         )
 
 
