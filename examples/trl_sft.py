@@ -22,9 +22,8 @@ def main() -> None:
     args = parse_arguments(__doc__, "prompt and completion")
     settings = SFTConfig(**usual_settings(args))
     checkpoint = get_last_checkpoint(args.output_dir) if args.resume else None
-    base = (
-        dsee_scale.base_of(checkpoint, args.model) if checkpoint else args.model
-    )  # a re-fit left another one
+    # After a re-fit the training goes on from the base that it left.
+    base = dsee_scale.base_of(checkpoint, args.model) if checkpoint else args.model
     model = AutoModelForCausalLM.from_pretrained(base)
     if checkpoint:
         dsee_scale.load_adapter(model, checkpoint)

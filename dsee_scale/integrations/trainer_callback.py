@@ -206,10 +206,8 @@ class DSEECallback(GradientCallback):
 
     def _recall_inputs(self, started: int) -> None:
         """Read again what was noted before the checkpoint of this step and would still be kept at the next pruning."""
-        loader, accumulated = (
-            self._trainer.get_train_dataloader(),
-            self._trainer.args.gradient_accumulation_steps,
-        )
+        loader = self._trainer.get_train_dataloader()
+        accumulated = self._trainer.args.gradient_accumulation_steps
         # Without a length the Trainer takes all for one epoch.
         length = len(loader) if has_length(loader) else (self._steps[0] + 1) * accumulated
 
