@@ -119,8 +119,7 @@ class AdaptedExperts(Adapted):
         rows, cols = getattr(self, f"dsee_{name}_rows"), getattr(self, f"dsee_{name}_cols")
         transposed = bool(self.is_transposed)
         fold = None if rows.is_meta else make_fold(spec, rows, cols, _most_entries(spec), COLUMNS)
-        host_rows = None if rows.is_meta else rows.cpu().long()
-        self.dsee_updates[name] = ExpertUpdate(spec, rows, cols, host_rows, transposed, fold)
+        self.dsee_updates[name] = ExpertUpdate(spec, rows, cols, transposed, fold)
 
     def dsee_weights(self, name: str) -> dict[str, Any]:
         """The adapted parameters."""

@@ -14,6 +14,7 @@ factors; M and J are the rows and columns of a matrix as it is stored, O and I, 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,6 @@ class ExpertUpdate:
             an expert's matrix is stored I x O, its B belongs to the inputs and its A to the outputs.
         rows: int32 (E*N,) row of each entry of S2 in that matrix.
         cols: int32 (E*N,) its column.
-        host_rows: int64 (E*N,) the rows on the CPU; None on the meta device.
         transposed: whether an expert's matrix is stored I x O.
         fold: where S2's entries stand in the factors; None where W + D is formed, or S2 is empty.
     """
@@ -46,9 +46,13 @@ class ExpertUpdate:
     spec: AdapterSpec
     rows: Tensor
     cols: Tensor
-    host_rows: Tensor | None
     transposed: bool
     fold: Fold | None
+
+    @functools.cached_property
+    def host_rows(self) -> Tensor:
+        """int64 (E*N,), the rows on the CPU: fetched once, not at every step."""
+        return self.rows.cpu().long()
 
     @property
     def thin(self) -> bool:
