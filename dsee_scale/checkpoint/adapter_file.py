@@ -111,9 +111,8 @@ def _gathered(
     owners: dict[str, None] = {}
     for name in [name for name in names if name not in trained]:
         owner, _, key = name.rpartition(".")
-        if (
-            key in BUFFERS
-        ):  # whole on every rank; in 16 bits a batch may hold those of all layers, and nothing else
+        if key in BUFFERS:
+            # Whole on every rank; in 16 bits a batch may hold those of all layers, and nothing else.
             whole[name] = getattr(layers[owner], key)
         else:
             owners[owner] = None

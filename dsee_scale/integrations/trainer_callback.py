@@ -44,7 +44,8 @@ class DSEECallback(GradientCallback):
 
     Pruning is collective. It comes after the optimizer step, before that step's checkpoint. What scores look at are
     the model's own last inputs in training, each rank's; those before the checkpoint a resumed training reads from its
-    data again (other ones where batches depend on more than seed, epoch and place, or the number of ranks is another).
+    data again (other ones where batches depend on more than seed, epoch and place, or the number of ranks is another;
+    none of a stream).
     After a re-fit the new base is written to `output_dir/base`.
     """
 
@@ -113,6 +114,7 @@ class DSEECallback(GradientCallback):
         state: TrainerState,
         control: TrainerControl,
         model: Any = None,
+        train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         """Fix the steps; prune at once where the training is to begin with it."""
@@ -133,7 +135,7 @@ class DSEECallback(GradientCallback):
         self._inputs.clear()
         self._watch_inputs()
         if started and self._hook is not None:
-            self._recall_inputs(started)
+            self._recall_inputs(started, train_dataloader)
         self._prune_if_due(state)
 
     def on_step_end(
@@ -193,23 +195,33 @@ class DSEECallback(GradientCallback):
 
     def _calibration(self) -> list[dict[str, Tensor]]:
         """This rank's last inputs; of a training that is to begin with the pruning, its first batches."""
-        if not self._inputs:
+        training = len(self._inputs)
+        if not training:
             self._keep_batches(
                 itertools.islice(self._trainer.get_train_dataloader(), self.calibration_batches)
             )
-        if not self._inputs:
+        found = list(self._inputs)
+        if not training:  # they are no inputs of the training yet
+            self._inputs.clear()
+        if not found:
             raise ConfigError(
                 f"the batches of this {type(self._trainer).__name__} are not inputs of the model, so a pruning before "
                 "the first step has nothing to look at: prune at step 1 or later, or by score='W'"
             )
-        return list(self._inputs)
+        return found
 
-    def _recall_inputs(self, started: int) -> None:
+    def _recall_inputs(self, started: int, loader: Any) -> None:
         """Read again what was noted before the checkpoint of this step and would still be kept at the next pruning."""
-        loader = self._trainer.get_train_dataloader()
         accumulated = self._trainer.args.gradient_accumulation_steps
-        # Without a length the Trainer takes all for one epoch.
-        length = len(loader) if has_length(loader) else (self._steps[0] + 1) * accumulated
+        if not has_length(loader):  # a stream may give its rows once only
+            logger.warning(
+                "resumed at step %d, the data is a stream and isn't read again: the pruning at step %d looks at the "
+                "batches since",
+                started,
+                self._steps[0],
+            )
+            return
+        length = len(loader)
 
         def batches(steps: int) -> int:
             epochs, within = divmod(steps, max(1, math.ceil(length / accumulated)))
@@ -272,7 +284,7 @@ def _arguments(module: nn.Module) -> list[str]:
 
 def _of_epoch(loader: Any, epoch: int, first: int) -> Any:
     """A Trainer's batches of an epoch from the first one on, as `Trainer._run_epoch` orders them when it resumes."""
-    part: Any = skip_first_batches(loader, first) if first else loader
+    part: Any = skip_first_batches(loader, first)  # one of its own: the Trainer's begins anew
     sampler: Any = getattr(getattr(part, "batch_sampler", None), "batch_sampler", None)
     for each in (part, sampler):
         if hasattr(each, "set_epoch"):

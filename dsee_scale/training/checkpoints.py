@@ -214,9 +214,11 @@ class AdapterCheckpoints(Base):
             self._restore(extra)
             scheduler, where = plain_scheduler(self.lr_scheduler), str(self._checkpoint)
             restore_scheduler(scheduler, extra.get("lr_scheduler"), self.state.global_step, where)
-            set_aside_later(Path(str(self.args.output_dir)), self.state.global_step, self._checkpoint)
         if self.args.save_strategy != SaveStrategy.NO:  # refused now rather than at the first checkpoint
             scheduler_record(plain_scheduler(self.lr_scheduler))
+        if resume_from_checkpoint is not None:
+            assert self._checkpoint is not None
+            set_aside_later(Path(str(self.args.output_dir)), self.state.global_step, self._checkpoint)
         return prepared
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from dsee_scale.checkpoint.files import damaged
+from dsee_scale.distributed import log_rank0
 from dsee_scale.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,10 @@ def restore_scheduler(scheduler: Any, saved: dict[str, Any] | None, step: int, w
     elif saved is not None and saved["class"] == type(scheduler).__name__:
         with damaged(where):
             scheduler.load_state_dict(_decoded(saved["state"]))
-    elif isinstance(scheduler, LRScheduler):  # DeepSpeed's own travel with the engine
-        logger.warning(
+    elif hasattr(scheduler, "state_dict") and not type(scheduler).__module__.startswith("deepspeed"):
+        # DeepSpeed's own travel with the engine.
+        log_rank0(
+            logger,
             "%s holds no state of lr_scheduler %s (found %s): it starts over",
             where,
             type(scheduler).__name__,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import dsee_scale
-from dsee_scale import DSEECallback
+from dsee_scale import CubicSchedule, DSEECallback, PruneConfig
 from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.training.survival import newest_first
 from tests.unit.test_trainer_callback import CONFIG, model_of, trainer_of
@@ -66,3 +68,31 @@ def test_a_training_from_the_start_deletes_no_later_checkpoint_and_none_of_its_o
     dsee_scale.inject(model, CONFIG)
     trainer_of(model, run, DSEECallback(), save_steps=1, max_steps=3, save_total_limit=1).train()
     assert folders(run) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_gradual_pruning_from_the_first_step_on_sees_the_same_batches_when_resumed(tmp_path):
+    """Those that the pruning before the first step looks at are no inputs of the training yet."""
+    schedule = CubicSchedule(final_sparsity=0.5, start_step=0, num_steps=4, every=4, initial_sparsity=0.2)
+    seen: dict[str, list[list[Any]]] = {"straight": [], "resumed": []}
+
+    def train(name: str, model: Any, checkpoint: str | None) -> None:
+        callback = DSEECallback(PruneConfig(sparsity=0.5, refit=False), schedule)
+        calibration = callback._calibration
+
+        def noting() -> list[dict[str, torch.Tensor]]:
+            found = calibration()
+            seen[name].append([batch["input_ids"].tolist() for batch in found])
+            return found
+
+        callback._calibration = noting  # type: ignore[method-assign]
+        trainer_of(model, tmp_path / "run", callback, max_steps=5).train(resume_from_checkpoint=checkpoint)
+
+    model_of().save_pretrained(tmp_path / "published")
+    model = model_of(tmp_path / "published")
+    dsee_scale.inject(model, CONFIG)
+    train("straight", model, None)
+    again, checkpoint = model_of(tmp_path / "published"), tmp_path / "run" / "checkpoint-2"
+    dsee_scale.load_adapter(again, checkpoint)
+    train("resumed", again, str(checkpoint))
+    assert [len(batches) for batches in seen["straight"]] == [6, 4]
+    assert seen["resumed"] == seen["straight"][1:]
