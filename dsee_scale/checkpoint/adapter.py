@@ -54,7 +54,7 @@ from dsee_scale.errors import ConfigError, DSEEError, FormatError, TargetError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.quantized import prepare_quantised
 from dsee_scale.passes.fingerprint import as_text
-from dsee_scale.passes.inject_model import apply_adapters
+from dsee_scale.passes.inject_model import apply_adapters, reject_untrainable
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -281,6 +281,7 @@ def _attach(
     supports = [Support(*read_layer(tensors, t.name, record.modules[t.name])[3:]) for t in targets]
     try:
         trained = trained_modules(model, record.config)
+        reject_untrainable(model, targets, trained)
         apply_adapters(model, record.config, targets, supports, trained, partition)
     except DSEEError as error:
         raise FormatError(f"{tensors.paths[0]} does not fit this model: {error}") from error

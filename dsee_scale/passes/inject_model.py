@@ -94,7 +94,7 @@ def inject(model: nn.Module, config: DSEEConfig, *, progress: bool | None = None
     trained = (
         find_modules(model, config.trained_modules, what="trained module") if config.trained_modules else []
     )
-    _reject_untrainable(model, targets, trained)
+    reject_untrainable(model, targets, trained)
     supports = decompose_model(targets, config, partition, progress=progress)
     apply_adapters(model, config, targets, supports, trained, partition)
     report = _report(model, targets, partition, time.perf_counter() - started)
@@ -117,8 +117,6 @@ def apply_adapters(
     partition: Partition,
 ) -> None:
     """Adapt the targets on given supports and set what is trainable. Local, the same on every rank."""
-    modules = dict(model.named_modules())
-    _reject_untrainable(model, targets, trained_modules)
     for target, support in zip(targets, supports, strict=True):
         put = functools.partial(attach_experts, attribute=target.experts) if target.experts else attach
         put(
@@ -130,7 +128,7 @@ def apply_adapters(
             dtype=_adapter_dtype(target, partition),
             device=partition.compute_device(target.weight),
         )
-    fused = [name.rpartition(".")[0] for name, module in modules.items() if fused_experts(module)]
+    fused = [name.rpartition(".")[0] for name, module in model.named_modules() if fused_experts(module)]
     for name in (*fused, *keep_experts_together(model)):
         let_gradients_through(model.get_submodule(name))
     model_state(model).config = config
@@ -140,7 +138,7 @@ def apply_adapters(
         model.enable_input_require_grads()  # type: ignore[operator]
 
 
-def _reject_untrainable(model: nn.Module, targets: list[Target], trained_modules: list[str]) -> None:
+def reject_untrainable(model: nn.Module, targets: list[Target], trained_modules: list[str]) -> None:
     """Refuse modules that cannot be trained in full: quantised ones, and those that hold adapted experts. Local."""
     modules = dict(model.named_modules())
     for name in trained_modules:

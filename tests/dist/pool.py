@@ -7,13 +7,10 @@ result back. A task that fails or does not end in time takes its pool down, and 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import multiprocessing
 import os
-import random
-import socket
 import tempfile
 import time
 import traceback
@@ -23,6 +20,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any
+
+from benchmarks._ranks import free_port as free_port
 
 PRELOADED = [
     "torch._dynamo",  # must be imported before any zero.Init context
@@ -46,15 +45,6 @@ def fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
-
-
-def free_port() -> int:
-    """Below the ports that the system hands out, where another test's connection could get it in between."""
-    for port in random.SystemRandom().sample(range(10_000, 30_000), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no free port")
 
 
 def as_rank(rank: int, world_size: int, port: int) -> None:

@@ -12,6 +12,7 @@ import torch
 import dsee_scale
 from dsee_scale import CubicSchedule, DSEECallback, PruneConfig
 from dsee_scale.checkpoint.folder import open_folder
+from dsee_scale.errors import ConfigError
 from dsee_scale.training.survival import newest_first
 from tests.unit.test_trainer_callback import CONFIG, model_of, trainer_of
 from tests.unit.test_unfinished_checkpoints import Told
@@ -59,6 +60,20 @@ def test_a_run_that_goes_on_from_an_older_checkpoint_keeps_its_own_and_loses_no_
     for name in (aside[0], aside[2]):
         open_folder(run / name, ("training_state",)).verify_all()
     assert "abandoned-checkpoint-4-2" in caplog.text
+
+
+def test_a_resume_that_is_refused_renames_nothing(finished, tmp_path):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    model = model_of()
+    dsee_scale.load_adapter(model, run / "checkpoint-2")
+    trainer = trainer_of(model, run, DSEECallback(), max_steps=5)
+    trainer.optimizer = torch.optim.AdamW(dsee_scale.trainable_parameters(model))
+    trainer.lr_scheduler = torch.optim.lr_scheduler.ExponentialLR(trainer.optimizer, 0.9)
+    trainer.lr_scheduler.rule = abs  # no checkpoint can hold it
+    before = folders(run)
+    with pytest.raises(ConfigError, match="lr_scheduler ExponentialLR"):
+        trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert folders(run) == before
 
 
 def test_a_training_from_the_start_deletes_no_later_checkpoint_and_none_of_its_own_last(finished, tmp_path):
