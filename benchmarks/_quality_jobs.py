@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Job:
         evaluation: held-out examples.
         generation: arguments of `generate`.
         batch_size: rows of a step.
+        judged_by: held-out examples made of training rows, given their numbers; classification only.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Job:
     evaluation: EvaluationSet
     generation: dict[str, int]
     batch_size: int
+    judged_by: Callable[[Sequence[int]], EvaluationSet]
 
 
 def load_job(
@@ -77,14 +79,21 @@ def load_job(
     config = DataConfig(**common, **configs[name])  # type: ignore[arg-type]
     encoder, (train, held_out) = Encoder(tokenizer, config), load_rows(config)
     classified = config.task == "classification"
+    pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
     evaluation = EvaluationSet(
         answers=() if classified else encoder.evaluation_examples(held_out)[:num_eval],
         choices=encoder.choices(held_out) if classified else (),
         generations=encoder.generations(held_out, 60) if name == "e2e" else (),
-        pad_id=int(tokenizer.pad_token_id),  # type: ignore[arg-type]
+        pad_id=pad_id,
     )
-    generation = {"max_new_tokens": 64, "num_beams": 4, "no_repeat_ngram_size": 4}
-    return Job(name, encoder.training_examples(train), evaluation, generation, 16 if classified else 8)
+    return Job(
+        name,
+        encoder.training_examples(train),
+        evaluation,
+        generation={"max_new_tokens": 64, "num_beams": 4, "no_repeat_ngram_size": 4},
+        batch_size=16 if classified else 8,
+        judged_by=lambda rows: EvaluationSet(choices=encoder.choices(train.select(rows)), pad_id=pad_id),
+    )
 
 
 def split_meanings(source: Path, work: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,24 @@ class Lab:
             )
             tally += Tally(hypotheses=found, references=[item.references for item in wanted])
         return tally.metrics()
+
+    def judge_by_unseen(self, seed: int) -> None:
+        """From now on judge by the training rows that no row of this seed trained on or was calibrated with."""
+        size = self.job.batch_size
+        steps = self.args.steps + self.args.retune_steps
+        seen = {
+            *self._order(seed)[: steps * size],
+            *self._order(1000 + seed)[: 2 * self.args.num_calibration],
+        }
+        unseen = [row for row in range(len(self.job.train)) if row not in seen]
+        self.job = dataclasses.replace(self.job, evaluation=self.job.judged_by(unseen))
+
+    def _order(self, seed: int) -> list[int]:
+        """Rows as the first of `batches` come."""
+        order: list[int] = torch.randperm(
+            len(self.job.train), generator=torch.Generator().manual_seed(seed)
+        ).tolist()
+        return order
 
     def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
         """Training batches of a seed without end, the same for every row."""

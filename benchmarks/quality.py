@@ -5,7 +5,7 @@
     python benchmarks/quality.py --job e2e --files devset.csv
     python benchmarks/quality.py --job text --files train.txt test.txt
     python benchmarks/quality.py --cells benchmarks/quality_cells --plot docs/quality.png    # measures nothing
-    python benchmarks/quality.py --judge runs/sentiment/model                                 # exported ones alone
+    python benchmarks/quality.py --judge runs/sentiment/model [--unseen SEED]                 # exported ones alone
 
 Every row of a seed starts from the same weights and batches and gets as many steps in all as dense LoRA (PEFT), at
 most 1% of the parameters trained: rank 4 on all linear layers and the norms. The tuned start of a seed is shared.
@@ -85,6 +85,12 @@ def main() -> None:
     arguments.add_argument(
         "--judge", type=Path, nargs="+", metavar="FOLDER", help="judge these models by the job; no more"
     )
+    arguments.add_argument(
+        "--unseen",
+        type=int,
+        metavar="SEED",
+        help="with --judge, sentiment: judge by all training rows that no row of this seed has seen (about 5,200)",
+    )
     args = arguments.parse_args()
     if args.quick:
         args.steps, args.retune_steps, args.num_eval, args.num_calibration = 1, 1, 16, 16
@@ -104,6 +110,8 @@ def main() -> None:
         return
     lab, report = Lab(args), Report("quality", args.json)
     if args.judge:
+        if args.unseen is not None:
+            lab.judge_by_unseen(args.unseen)
         for folder in args.judge:
             for metric, value in judged(lab, folder)["exported"].items():
                 report.add(f"{args.job}: {folder}", metric, "", value)

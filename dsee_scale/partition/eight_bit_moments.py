@@ -10,6 +10,8 @@ from torch import Tensor
 from dsee_scale.errors import ConfigError
 
 BLOCK = 256
+MOMENTS = {"state1", "state2"}
+"""Their names in every optimizer of bitsandbytes, of 8 or 32 bits."""
 
 
 def is_eight_bit(state: dict[str, Any], key: str) -> bool:
@@ -73,7 +75,7 @@ def kept_moments(optimizer: Any) -> list[str]:
     """
     found: dict[str, None] = {}
     for tensor, state in optimizer.state.items():
-        for key in [key for key in ("state1", "state2") if state.get(key) is not None]:
+        for key in [key for key in sorted(MOMENTS) if state.get(key) is not None]:
             if state[key].shape != tensor.shape:
                 raise ConfigError(
                     f"{type(optimizer).__name__} keeps {key} of shape {tuple(state[key].shape)} for {tensor.numel()} "

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dsee_scale.errors import FormatError
 from dsee_scale.partition.eight_bit_moments import (
+    MOMENTS,
     is_bitsandbytes,
     is_eight_bit,
     kept_moments,
@@ -106,7 +107,7 @@ class OptimizerState:
         return list(dict.fromkeys(key for keeper in self._keepers for key in _moments(keeper)))
 
     def expect_moments(self, saved: Sequence[str], where: Path) -> None:
-        """Refuse moments that are not those of a bitsandbytes optimizer. Local. Others tell theirs at a step only.
+        """Refuse another optimizer's moments where one is bitsandbytes'. Local. Others tell theirs at a step only.
 
         Raises:
             FormatError: naming both.
@@ -114,9 +115,13 @@ class OptimizerState:
         """
         for stretch in self.stretches.values():
             make_state(stretch.optimizer, stretch.flat, stretch.group)
-        for keeper in filter(is_bitsandbytes, self._keepers):
-            kept = kept_moments(keeper)
-            if kept and set(kept) != set(saved):
+        for keeper in self._keepers:
+            if is_bitsandbytes(keeper):
+                kept = kept_moments(keeper)
+                differ = bool(kept) and set(kept) != set(saved)
+            else:
+                kept, differ = ["others"], bool(saved) and set(saved) <= MOMENTS
+            if differ:
                 raise FormatError(
                     f"{where}: the moments are {', '.join(saved)}, {type(keeper).__name__} has {', '.join(kept)}; "
                     "resume with the optimizer of the saved run, or call load_adapter alone to begin anew with this one"

@@ -180,9 +180,9 @@ def _base(recipe: Recipe, args: TrainingArguments, checkpoint: Path | None) -> M
         return recipe.model
     folder = Path(str(args.output_dir)) / BASE_FOLDER
     if not folder.is_dir():
-        raise FormatError(
-            f"{checkpoint} continues from re-fitted weights, and {folder} is missing; resume an older checkpoint"
-        )
+        beside = checkpoint.parent / BASE_FOLDER
+        advice = f"copy {beside} there" if beside.is_dir() else "resume an older checkpoint"
+        raise FormatError(f"{checkpoint} continues from re-fitted weights, and {folder} is missing; {advice}")
     open_folder(folder, (EXPORT,)).verify_all(rank=args.process_index, world_size=args.world_size)
     return dataclasses.replace(recipe.model, name=str(folder), revision=None)
 

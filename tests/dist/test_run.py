@@ -209,7 +209,11 @@ def test_a_refitted_run_writes_its_base_once_and_resumes_from_it(inputs, pools, 
     values = tiny_recipe(inputs, resumed, training__resume_from_checkpoint=True, **changes)
     found = pools(2).run(run_and_tell, values, timeout=LONG)
     assert found[0] == found[1] and "base is missing; resume an older checkpoint" in found[0][1]
+    values["training"]["resume_from_checkpoint"] = str(tmp_path / "run" / "checkpoint-8")
+    found = pools(2).run(run_and_tell, values, timeout=LONG)
+    assert found[0] == found[1] and f"copy {tmp_path / 'run' / 'base'} there" in found[0][1]
     shutil.copytree(tmp_path / "run" / "base", resumed / "base")
+    values["training"]["resume_from_checkpoint"] = True
     pools(2).run(run_recipe, values, timeout=LONG)
     assert losses(resumed) == losses(tmp_path / "run")
     files = [folder / "adapter" / "dsee_adapter.safetensors" for folder in (tmp_path / "run", resumed)]
