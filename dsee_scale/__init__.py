@@ -17,6 +17,7 @@ from dsee_scale.export.export import base_of as base_of
 from dsee_scale.export.export import export_model
 from dsee_scale.export.load import load_pretrained
 from dsee_scale.export.lora import export_lora as export_lora
+from dsee_scale.partition.master_weights import keep_masters as keep_masters
 from dsee_scale.passes.calibrate import Statistics as Statistics
 from dsee_scale.passes.calibrate import calibrate
 from dsee_scale.passes.inject_model import inject, trainable_parameters

@@ -13,6 +13,7 @@ from torch import nn
 from dsee_scale.distributed import communication_device
 from dsee_scale.errors import PartitionError, TargetError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
+from dsee_scale.partition.master_weights import MasterWeights
 from dsee_scale.partition.optimizer_state import OptimizerState, Stretch
 
 
@@ -157,7 +158,7 @@ def open_optimizer(model: nn.Module, optimizer: Any = None) -> OptimizerState:
         _reject_unknown(optimizer, named)
         kind = Zero3State if hasattr(optimizer, "fp32_partitioned_groups_flat") else FlatGroupsState
         return kind(optimizer, named, sizes, partition)
-    return _plain_state(named, sizes, optimizer)
+    return PlainState(named, sizes, _NoOptimizer() if optimizer is None else optimizer)
 
 
 def owned_by_deepspeed(param: nn.Parameter) -> bool:
@@ -199,16 +200,27 @@ def _reject_unknown(optimizer: Any, named: Mapping[str, nn.Parameter]) -> None:
         )
 
 
-def _plain_state(
-    named: Mapping[str, nn.Parameter], sizes: Mapping[str, int], optimizer: Any
-) -> OptimizerState:
-    keeper = optimizer if optimizer is not None else _NoOptimizer()
-    where = {id(param): index for index, group in enumerate(keeper.param_groups) for param in group["params"]}
-    stretches = {
-        name: Stretch(0, param.numel(), param, 0, keeper, where.get(id(param), 0))
-        for name, param in named.items()
-    }
-    return OptimizerState(stretches, sizes, [keeper], device=torch.device("cpu"))
+class PlainState(OptimizerState):
+    """A plain optimizer: whole parameters, or float32 masters of them."""
+
+    def __init__(self, named: Mapping[str, nn.Parameter], sizes: Mapping[str, int], keeper: Any) -> None:
+        self._keeper, masters = keeper, {}
+        if isinstance(keeper, MasterWeights):
+            keeper.take_over()
+            masters = keeper.masters
+        flats = {name: masters.get(param, param) for name, param in named.items()}
+        groups = enumerate(keeper.param_groups)
+        where = {id(param): index for index, group in groups for param in group["params"]}
+        stretches = {
+            name: Stretch(0, flat.numel(), flat, 0, keeper, where.get(id(flat), 0))
+            for name, flat in flats.items()
+        }
+        super().__init__(stretches, sizes, [keeper], device=torch.device("cpu"))
+
+    def refresh(self) -> None:
+        """Local. Masters to the parameters."""
+        if isinstance(self._keeper, MasterWeights):
+            self._keeper.give_back()
 
 
 class _NoOptimizer:

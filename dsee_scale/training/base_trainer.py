@@ -127,7 +127,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
                     "adapters are few, use adamw_torch"
                 )
             self.optimizer = optimizer_class([group for group in groups if group["params"]], **arguments)
-        return self.optimizer
+        return super().create_optimizer(model)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -41,6 +42,7 @@ from dsee_scale.checkpoint.training_state import (
 )
 from dsee_scale.checkpoint.unfinished import UnfinishedState
 from dsee_scale.errors import ConfigError
+from dsee_scale.partition.master_weights import keep_masters
 from dsee_scale.training.journal import to_jsonable
 from dsee_scale.training.scheduler_state import plain_scheduler, restore_scheduler, scheduler_record
 from dsee_scale.training.survival import check_trained_values, newest_first, set_aside_later, step_of
@@ -192,6 +194,13 @@ class AdapterCheckpoints(Base):
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / TRAINER_STATE_NAME).write_text(json.dumps(record["trainer"]))
             return super().train(folder, *args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The parent's, with float32 master weights of what is in half precision, as DeepSpeed's have anyway."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if not self.is_deepspeed_enabled and not optimizer.state:
+            keep_masters(optimizer, scaled=self.args.fp16)
+        return optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Collective. Write the adapter; the Trainer's own way writes the frozen base."""

@@ -124,8 +124,17 @@ def kept_environment() -> Iterator[None]:
 
 
 def model_dtype(recipe: Recipe, args: TrainingArguments) -> torch.dtype:
-    """How base weights are held."""
+    """How base weights are held.
+
+    Raises:
+        ConfigError: in float16 without DeepSpeed, where the Trainer would scale float16 gradients.
+    """
     named = recipe.model.dtype or ("bfloat16" if args.bf16 else "float16" if args.fp16 else "float32")
+    if args.fp16 and named == "float16" and args.deepspeed_plugin is None:
+        raise ConfigError(
+            "training.fp16 without DeepSpeed needs gradients in float32: pass --model.dtype float32 (products are in "
+            "float16 all the same), or bf16, or a DeepSpeed config, e.g. --deepspeed zero2_bf16"
+        )
     return getattr(torch, named)
 
 
