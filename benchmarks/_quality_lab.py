@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
+import dsee_scale
 from dsee_scale.data.encoding import collator
 from dsee_scale.evaluation.evaluate import Tally, evaluate, generate_texts
 from dsee_scale.passes.label_logits import label_loss, logits_at, predicting, select_logits
@@ -113,6 +114,7 @@ class Lab:
         module = getattr(module, "model", module) if hasattr(model, "peft_config") else module
         trained = [param for param in model.parameters() if param.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.args.rate, weight_decay=0.0)
+        dsee_scale.keep_masters(optimizer)
         if moments is not None:
             optimizer.load_state_dict(moments)
         total = self.args.steps + self.args.retune_steps

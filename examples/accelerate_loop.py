@@ -59,7 +59,10 @@ def make_optimizer(
     """AdamW; a placeholder where the DeepSpeed JSON names an optimizer, which Accelerate then asks for."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None or "optimizer" not in plugin.deepspeed_config:
-        return torch.optim.AdamW(params, lr=learning_rate)
+        optimizer = torch.optim.AdamW(params, lr=learning_rate)
+        if plugin is None:  # DeepSpeed keeps float32 master weights itself
+            dsee_scale.keep_masters(optimizer)
+        return optimizer
     settings = plugin.deepspeed_config["optimizer"]["params"]
     settings.update(betas=[0.9, 0.999], eps=1e-8)  # Accelerate fills in `auto` for lr and weight_decay alone
     plugin.deepspeed_config.pop("train_batch_size", None)  # DeepSpeed computes it
