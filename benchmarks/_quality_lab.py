@@ -37,7 +37,8 @@ class Lab:
     def settings(self) -> dict[str, Any]:
         """What a cell's numbers depend on beside its row and seed."""
         names = ("steps", "retune_steps", "rate", "num_calibration", "num_eval")
-        return {name: getattr(self.args, name) for name in names} | {"torch": torch.__version__.split("+")[0]}
+        values = {name: getattr(self.args, name) for name in names}
+        return values | {"torch": torch.__version__.split("+")[0], "masters": "float32"}
 
     def base(self) -> nn.Module:
         """The untuned model."""

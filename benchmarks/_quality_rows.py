@@ -49,6 +49,7 @@ OURS = {
     "ours, 50%": Ours([HALF]),
     "ours, 2:4": Ours([TWO_OF_FOUR]),
     "ours, 2:4, twice the calibration rows": Ours([TWO_OF_FOUR], calibration=2),
+    "ours, 50%, four times the calibration rows": Ours([HALF], calibration=4),
     "ours, 50%, pruned late": Ours([HALF], late=True),
     "ours, 2:4, pruned late": Ours([TWO_OF_FOUR], late=True),
     "ours, 60%": Ours([{"sparsity": 0.6, "block_steps": 64}]),
