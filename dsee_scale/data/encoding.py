@@ -89,11 +89,8 @@ class Encoder:
         classes = [str(key) for key in self.config.labels]
         examples = []
         for row in rows:
-            pairs = [self._split(row, answer) for answer in self.config.labels.values()]
+            prompt, answers = self._split(row, *self.config.labels.values())
             right = classes.index(str(row[self.config.label_column]))
-            # Tokenizers may merge a prompt's end into the answer; the shortest prompt is common to all.
-            prompt = min((p for p, _ in pairs), key=len)
-            answers = [(p + a)[len(prompt) :] for p, a in pairs]
             examples.append(Choice(prompt, answers, right))
         return examples
 
@@ -118,7 +115,8 @@ class Encoder:
         encoded = []
         for values in zip(*columns.values(), strict=True):
             row = dict(zip(names, values, strict=True))
-            encoded.append(self._split(row, self.answer_text(row)))
+            prompt, (answer,) = self._split(row, self.answer_text(row))
+            encoded.append((prompt, answer))
         return {
             "input_ids": [prompt + answer for prompt, answer in encoded],
             "labels": [[IGNORED] * len(prompt) + answer for prompt, answer in encoded],
@@ -146,17 +144,22 @@ class Encoder:
                 found.append([*self._ids(text, special=True), self.tokenizer.eos_token_id])
         return {"input_ids": found}
 
-    def _split(self, row: dict[str, Any], answer: str) -> tuple[list[int], list[int]]:
-        """Tokens of prompt and answer, at most `max_length` together; the prompt loses its beginning."""
-        prompt_text = (self.config.prompt or "").format(**row)
-        prompt = self._ids(prompt_text, special=True)
+    def _split(self, row: dict[str, Any], *answers: str) -> tuple[list[int], list[list[int]]]:
+        """Tokens of a prompt and of answers to it; the prompt loses its beginning where the longest answer needs room.
+
+        Prompt and longest answer have `max_length` tokens together at most.
+        """
+        text, size = (self.config.prompt or "").format(**row), self.config.max_length
+        prompt = self._ids(text, special=True)
+        found = [self._answer(text, prompt, answer)[: size - 1] for answer in answers]
+        return prompt[-(size - max(map(len, found))) :], found
+
+    def _answer(self, prompt_text: str, prompt: list[int], answer: str) -> list[int]:
+        """Tokens of an answer as it follows a prompt; by itself where the tokenizer merges it with the prompt's end."""
         whole = self._ids(prompt_text + answer, special=True)
         joined = whole[: len(prompt)] == prompt
         answer_ids = whole[len(prompt) :] if joined else self._ids(answer, special=False)
-        if self.config.task == "completion":
-            answer_ids = [*answer_ids, self.tokenizer.eos_token_id]
-        answer_ids = answer_ids[: self.config.max_length - 1]
-        return prompt[-(self.config.max_length - len(answer_ids)) :], answer_ids
+        return [*answer_ids, self.tokenizer.eos_token_id] if self.config.task == "completion" else answer_ids
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         """Tokens of a text. `special` adds what belongs before a text, never what belongs after it."""

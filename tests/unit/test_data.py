@@ -154,6 +154,16 @@ def test_long_prompts_lose_their_beginning_and_keep_the_answer(tmp_path, tokeniz
     assert example["labels"] == [IGNORED] * 5 + ids("good")
 
 
+def test_all_labels_of_a_long_row_are_judged_after_the_same_prompt(tmp_path, tokenizer):
+    path = write_csv(tmp_path / "a.csv", ["so so so so a good film,1", "not good,0"])
+    labels = {"0": " not so bad", "1": " good"}
+    config = classification(path, validation_file=path, max_length=6, labels=labels)
+    rows, _ = load_rows(config)
+    long, short = Encoder(tokenizer, config).choices(rows)
+    assert long.prompt == ids("film Sentiment :") and short.prompt == ids("good Sentiment :")
+    assert long.answers == short.answers == [ids("not so bad"), ids("good")]
+
+
 def test_completion_ends_with_the_end_of_text_token(tmp_path, tokenizer):
     path = write_csv(
         tmp_path / "a.csv", ["film,a good film", "film,so good", "bad,not good"], header="mr,ref"
