@@ -53,6 +53,7 @@ class Encoder:
             raise ConfigError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token")
         self.tokenizer = tokenizer
         self.config = config
+        self.num_appended = _num_appended(tokenizer)
 
     def training_examples(self, rows: Dataset) -> Dataset:
         """Columns `input_ids` and `labels`; labels are -100 where nothing is learned."""
@@ -141,7 +142,7 @@ class Encoder:
                 found.append(self._ids(text + separator, special=False))
             elif text.strip():
                 # A document begins as the tokenizer begins a text: Llama's with <s>.
-                found.append([*self._ids(text, special=True), self.tokenizer.eos_token_id])
+                found.append(self._ended(self._ids(text, special=True)))
         return {"input_ids": found}
 
     def _split(self, row: dict[str, Any], *answers: str) -> tuple[list[int], list[list[int]]]:
@@ -159,14 +160,24 @@ class Encoder:
         whole = self._ids(prompt_text + answer, special=True)
         joined = whole[: len(prompt)] == prompt
         answer_ids = whole[len(prompt) :] if joined else self._ids(answer, special=False)
-        return [*answer_ids, self.tokenizer.eos_token_id] if self.config.task == "completion" else answer_ids
+        return self._ended(answer_ids) if self.config.task == "completion" else answer_ids
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         """Tokens of a text. `special` adds what belongs before a text, never what belongs after it."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]  # type: ignore[assignment]
-        if special and ids and ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id):
-            ids = ids[:-1]
-        return ids
+        return ids[: len(ids) - self.num_appended] if special else ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """Tokens that end with the end-of-text token, once where the text itself ends with it."""
+        end = self.tokenizer.eos_token_id
+        return ids if ids[-1:] == [end] else [*ids, end]
+
+
+def _num_appended(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the tokenizer puts after every text by itself: one for T5's `</s>`, none for Llama."""
+    whole, bare = (list(tokenizer("a", add_special_tokens=s)["input_ids"]) for s in (True, False))  # type: ignore[arg-type]
+    starts = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
+    return len(whole) - starts[0] - len(bare) if starts else 0
 
 
 def pack(rows: Dataset, size: int) -> Iterator[dict[str, list[int]]]:

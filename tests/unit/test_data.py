@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dsee_scale.data.encoding import IGNORED, Encoder
@@ -18,8 +18,14 @@ WORDS = ["<pad>", "<eos>", "<unk>", "Review", "Sentiment", ":", "good", "bad", "
 
 @pytest.fixture(scope="module")
 def tokenizer():
+    return make_tokenizer()
+
+
+def make_tokenizer(form="$A"):
+    """One of whole words; `form` is what it makes of a text by itself, `$A <eos>` for one."""
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single=form, special_tokens=[("<eos>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
@@ -180,6 +186,23 @@ def test_completion_ends_with_the_end_of_text_token(tmp_path, tokenizer):
         (ids("film :"), ["a good film", "so good"]),
         (ids("bad :"), ["not good"]),
     ]
+
+
+@pytest.mark.parametrize("form", ["$A", "$A <eos>", "<eos> $A", "<eos> $A <eos>"])
+def test_an_end_of_text_token_is_the_tokenizers_only_where_the_text_has_none(tmp_path, form):
+    path = write_csv(tmp_path / "a.csv", ["film,a good film", "bad <eos>,so bad <eos>"], header="mr,ref")
+    config = DataConfig(
+        task="completion", train_file=path, validation_file=path, prompt="{mr}", completion=" {ref}"
+    )
+    encoder = Encoder(make_tokenizer(form), config)
+    rows, _ = load_rows(config)
+    first = ids("<eos>") if form.startswith("<eos>") else []
+    plain, marked = encoder.training_examples(rows)
+    assert plain["input_ids"] == [*first, *ids("film a good film <eos>")]
+    assert marked["input_ids"] == [*first, *ids("bad <eos> so bad <eos>")]
+    assert marked["labels"] == [IGNORED] * len([*first, 0, 0]) + ids("so bad <eos>")
+    prompts = [[*first, *ids("film")], [*first, *ids("bad <eos>")]]
+    assert [found.prompt for found in encoder.generations(rows, limit=2)] == prompts
 
 
 def test_plain_text_is_packed_into_full_blocks(tmp_path, tokenizer):
