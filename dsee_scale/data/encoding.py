@@ -18,6 +18,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 from dsee_scale.errors import ConfigError
 from dsee_scale.passes.label_logits import IGNORED
 from dsee_scale.recipe.sections import DataConfig
+from dsee_scale.version import __version__
 
 ROLE = "assistant"
 
@@ -54,6 +55,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.config = config
         self.num_appended = _num_appended(tokenizer)
+        # `datasets` keeps tokens by what an encoder holds, and doesn't see what the package's code does.
+        self.version = __version__
 
     def training_examples(self, rows: Dataset) -> Dataset:
         """Columns `input_ids` and `labels`; labels are -100 where nothing is learned."""

@@ -2,10 +2,12 @@
 
 import json
 
+import datasets
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from dsee_scale.data import encoding
 from dsee_scale.data.encoding import IGNORED, Encoder
 from dsee_scale.data.rows import load_rows, required_columns, template_columns
 from dsee_scale.errors import ConfigError
@@ -238,6 +240,24 @@ def test_blocks_do_not_depend_on_the_number_of_workers(tmp_path, tokenizer):
     assert found[0] == found[1]
     tokens = sum(len(ids(line + " <eos>")) for line in lines)
     assert len(found[0]) == tokens // 50 > 20
+
+
+@pytest.mark.parametrize("task", ["language_modelling", "completion"])
+def test_another_version_of_the_package_reads_no_tokens_of_this_one(tmp_path, tokenizer, monkeypatch, task):
+    path = tmp_path / "a.txt"
+    path.write_text(f"a good film {task}\n")
+    templates = {} if task == "language_modelling" else {"prompt": "{text}", "completion": " good"}
+    config = DataConfig(task=task, train_file=str(path), validation_file=str(path), **templates)
+
+    def cache_files():
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        examples = Encoder(tokenizer, config).training_examples(load_rows(config)[0])
+        return [entry["filename"] for entry in examples.cache_files]
+
+    here = cache_files()
+    assert here and cache_files() == here
+    monkeypatch.setattr(encoding, "__version__", "0.0.0")
+    assert not set(here) & set(cache_files())
 
 
 def test_a_text_of_one_token_gives_no_block(tmp_path, tokenizer):
