@@ -106,7 +106,7 @@ class Encoder:
             references.setdefault(text, []).append((self.config.completion or "").format(**row).strip())
         chosen = itertools.islice(references.items(), limit)
         room = self.config.max_length
-        return [Generation(self._ids(text, special=True)[-room:], found) for text, found in chosen]
+        return [Generation(self._prompt(text)[-room:], found) for text, found in chosen]
 
     def answer_text(self, row: dict[str, Any]) -> str:
         """What the model should say after a row's prompt."""
@@ -154,9 +154,14 @@ class Encoder:
         Prompt and longest answer have `max_length` tokens together at most.
         """
         text, size = (self.config.prompt or "").format(**row), self.config.max_length
-        prompt = self._ids(text, special=True)
+        prompt = self._prompt(text)
         found = [self._answer(text, prompt, answer)[: size - 1] for answer in answers]
         return prompt[-(size - max(map(len, found))) :], found
+
+    def _prompt(self, text: str) -> list[int]:
+        """Tokens of a prompt, at least one: an empty prompt is what begins texts, or else separates them."""
+        first = self.tokenizer.bos_token_id
+        return self._ids(text, special=True) or [self.tokenizer.eos_token_id if first is None else first]
 
     def _answer(self, prompt_text: str, prompt: list[int], answer: str) -> list[int]:
         """Tokens of an answer as it follows a prompt; by itself where the tokenizer merges it with the prompt's end."""

@@ -190,6 +190,25 @@ def test_completion_ends_with_the_end_of_text_token(tmp_path, tokenizer):
     ]
 
 
+@pytest.mark.parametrize("bos", [None, "<pad>"])
+def test_an_empty_prompt_is_the_token_that_begins_or_else_separates_texts(tmp_path, bos):
+    path = write_csv(tmp_path / "a.csv", ['"",good,1', '"",so bad,0'], header="text,ref,label")
+    words = make_tokenizer()
+    words.bos_token = bos
+    first = ids(bos or "<eos>")
+    chosen = Encoder(words, classification(path, validation_file=path, prompt="{text}"))
+    rows, _ = load_rows(chosen.config)
+    assert chosen.training_examples(rows)["input_ids"] == [[*first, *ids("good")], [*first, *ids("bad")]]
+    assert [choice.prompt for choice in chosen.choices(rows)] == [first, first]
+    told = DataConfig(
+        task="completion", train_file=path, validation_file=path, prompt="{text}", completion="{ref}"
+    )
+    encoder, (rows, _) = Encoder(words, told), load_rows(told)
+    assert encoder.training_examples(rows)[1]["input_ids"] == [*first, *ids("so bad <eos>")]
+    assert encoder.training_examples(rows)[1]["labels"] == [IGNORED, *ids("so bad <eos>")]
+    assert encoder.generations(rows, limit=1)[0].prompt == first
+
+
 @pytest.mark.parametrize("form", ["$A", "$A <eos>", "<eos> $A", "<eos> $A <eos>"])
 def test_an_end_of_text_token_is_the_tokenizers_only_where_the_text_has_none(tmp_path, form):
     path = write_csv(tmp_path / "a.csv", ["film,a good film", "bad <eos>,so bad <eos>"], header="mr,ref")
