@@ -245,12 +245,13 @@ def chat_example(
     if "generation" in _template(tokenizer) and "{% generation" in _template(tokenizer).replace("{%-", "{%"):
         found = _apply(tokenizer, messages, where, return_dict=True, return_assistant_tokens_mask=True)
         ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
+        mask[:1] = [0] * len(mask[:1])  # nothing predicts the first token
         return ids, [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)]
     ids = _ids(tokenizer, messages, where)
     labels = [IGNORED] * len(ids)
     for index, message in enumerate(messages):
         if message["role"] == ROLE:
-            before = _ids(tokenizer, messages[:index], where, add_generation_prompt=True)
+            before = _asking(tokenizer, messages[: index + 1], where)
             after = _ids(tokenizer, messages[: index + 1], where)
             if after[: len(before)] != before or ids[: len(after)] != after:
                 raise ConfigError(
@@ -261,6 +262,26 @@ def chat_example(
                 )
             labels[len(before) : len(after)] = ids[len(before) : len(after)]
     return ids, labels
+
+
+def _asking(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], where: str
+) -> list[int]:
+    """Tokens before the last message, the assistant's: the prompt that asks for it."""
+    if len(messages) > 1:
+        return _ids(tokenizer, messages[:-1], where, add_generation_prompt=True)
+    # No template renders an empty conversation: the end of the prompt is looked for in what comes out with the turn.
+    user = [{**messages[0], "role": "user"}]
+    end = _ids(tokenizer, user, where, add_generation_prompt=True)[len(_ids(tokenizer, user, where)) :]
+    found = _ids(tokenizer, messages, where)
+    stops = [stop for stop in range(len(end), len(found)) if found[:stop][-len(end) :] == end]
+    if not end or not stops:
+        raise ConfigError(
+            f"{where} begins with the assistant, and the chat template of {tokenizer.name_or_path!r} doesn't show "
+            "where such a turn begins; let the user begin, or mark turns in the template with "
+            "{% generation %} ... {% endgeneration %}"
+        )
+    return found[: stops[0]]
 
 
 def turns(ids: Sequence[int], labels: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -313,5 +334,5 @@ def _apply(
 
     try:
         return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=True, **options)
-    except TemplateError as error:
+    except (TemplateError, ValueError, IndexError) as error:
         raise ConfigError(f"{where}: the chat template refuses this conversation: {error}") from error
