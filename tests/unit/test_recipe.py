@@ -173,6 +173,26 @@ def test_command_line_words():
     assert parse_value("{a: 1}") == {"a": 1}
     assert parse_value(" {ref}") == " {ref}"
     assert parse_value("{mr} ||") == "{mr} ||"
+    assert parse_value("a: 1") == {"a": 1}
+    assert parse_value("generation: {max_new_tokens: 4}") == {"generation": {"max_new_tokens": 4}}
+    assert parse_value('"Review: {text}\\n"') == "Review: {text}\n"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "Review: {text}",
+        "Review: {text}\nSentiment:",
+        "{text}: ",
+        "Question: what is {text}?",
+        "### Text: {text}",
+        "A text\n{text}",
+        "Text # {text}",
+        "- {text}",
+    ],
+)
+def test_a_template_on_the_command_line_stays_as_it_is(recipe_file, template):
+    assert load_recipe(recipe_file, ["--data.prompt", template]).data.prompt == template
 
 
 def test_every_field_has_its_line_of_documentation():
