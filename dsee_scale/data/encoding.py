@@ -18,6 +18,7 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 from dsee_scale.errors import ConfigError
 from dsee_scale.passes.label_logits import IGNORED
 from dsee_scale.recipe.sections import DataConfig
+from dsee_scale.version import __version__
 
 ROLE = "assistant"
 
@@ -53,6 +54,9 @@ class Encoder:
             raise ConfigError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token")
         self.tokenizer = tokenizer
         self.config = config
+        self.num_appended = _num_appended(tokenizer)
+        # `datasets` keeps tokens by what an encoder holds, and doesn't see what the package's code does.
+        self.version = __version__
 
     def training_examples(self, rows: Dataset) -> Dataset:
         """Columns `input_ids` and `labels`; labels are -100 where nothing is learned."""
@@ -89,11 +93,8 @@ class Encoder:
         classes = [str(key) for key in self.config.labels]
         examples = []
         for row in rows:
-            pairs = [self._split(row, answer) for answer in self.config.labels.values()]
+            prompt, answers = self._split(row, *self.config.labels.values())
             right = classes.index(str(row[self.config.label_column]))
-            # Tokenizers may merge a prompt's end into the answer; the shortest prompt is common to all.
-            prompt = min((p for p, _ in pairs), key=len)
-            answers = [(p + a)[len(prompt) :] for p, a in pairs]
             examples.append(Choice(prompt, answers, right))
         return examples
 
@@ -105,7 +106,7 @@ class Encoder:
             references.setdefault(text, []).append((self.config.completion or "").format(**row).strip())
         chosen = itertools.islice(references.items(), limit)
         room = self.config.max_length
-        return [Generation(self._ids(text, special=True)[-room:], found) for text, found in chosen]
+        return [Generation(self._prompt(text)[-room:], found) for text, found in chosen]
 
     def answer_text(self, row: dict[str, Any]) -> str:
         """What the model should say after a row's prompt."""
@@ -118,7 +119,8 @@ class Encoder:
         encoded = []
         for values in zip(*columns.values(), strict=True):
             row = dict(zip(names, values, strict=True))
-            encoded.append(self._split(row, self.answer_text(row)))
+            prompt, (answer,) = self._split(row, self.answer_text(row))
+            encoded.append((prompt, answer))
         return {
             "input_ids": [prompt + answer for prompt, answer in encoded],
             "labels": [[IGNORED] * len(prompt) + answer for prompt, answer in encoded],
@@ -143,27 +145,47 @@ class Encoder:
                 found.append(self._ids(text + separator, special=False))
             elif text.strip():
                 # A document begins as the tokenizer begins a text: Llama's with <s>.
-                found.append([*self._ids(text, special=True), self.tokenizer.eos_token_id])
+                found.append(self._ended(self._ids(text, special=True)))
         return {"input_ids": found}
 
-    def _split(self, row: dict[str, Any], answer: str) -> tuple[list[int], list[int]]:
-        """Tokens of prompt and answer, at most `max_length` together; the prompt loses its beginning."""
-        prompt_text = (self.config.prompt or "").format(**row)
-        prompt = self._ids(prompt_text, special=True)
+    def _split(self, row: dict[str, Any], *answers: str) -> tuple[list[int], list[list[int]]]:
+        """Tokens of a prompt and of answers to it; the prompt loses its beginning where the longest answer needs room.
+
+        Prompt and longest answer have `max_length` tokens together at most.
+        """
+        text, size = (self.config.prompt or "").format(**row), self.config.max_length
+        prompt = self._prompt(text)
+        found = [self._answer(text, prompt, answer)[: size - 1] for answer in answers]
+        return prompt[-(size - max(map(len, found))) :], found
+
+    def _prompt(self, text: str) -> list[int]:
+        """Tokens of a prompt, at least one: an empty prompt is what begins texts, or else separates them."""
+        first = self.tokenizer.bos_token_id
+        return self._ids(text, special=True) or [self.tokenizer.eos_token_id if first is None else first]
+
+    def _answer(self, prompt_text: str, prompt: list[int], answer: str) -> list[int]:
+        """Tokens of an answer as it follows a prompt; by itself where the tokenizer merges it with the prompt's end."""
         whole = self._ids(prompt_text + answer, special=True)
         joined = whole[: len(prompt)] == prompt
         answer_ids = whole[len(prompt) :] if joined else self._ids(answer, special=False)
-        if self.config.task == "completion":
-            answer_ids = [*answer_ids, self.tokenizer.eos_token_id]
-        answer_ids = answer_ids[: self.config.max_length - 1]
-        return prompt[-(self.config.max_length - len(answer_ids)) :], answer_ids
+        return self._ended(answer_ids) if self.config.task == "completion" else answer_ids
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         """Tokens of a text. `special` adds what belongs before a text, never what belongs after it."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]  # type: ignore[assignment]
-        if special and ids and ids[-1] in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id):
-            ids = ids[:-1]
-        return ids
+        return ids[: len(ids) - self.num_appended] if special else ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """Tokens that end with the end-of-text token, once where the text itself ends with it."""
+        end = self.tokenizer.eos_token_id
+        return ids if ids[-1:] == [end] else [*ids, end]
+
+
+def _num_appended(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens that the tokenizer puts after every text by itself: one for T5's `</s>`, none for Llama."""
+    whole, bare = (list(tokenizer("a", add_special_tokens=s)["input_ids"]) for s in (True, False))  # type: ignore[arg-type]
+    starts = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
+    return len(whole) - starts[0] - len(bare) if starts else 0
 
 
 def pack(rows: Dataset, size: int) -> Iterator[dict[str, list[int]]]:
@@ -223,12 +245,13 @@ def chat_example(
     if "generation" in _template(tokenizer) and "{% generation" in _template(tokenizer).replace("{%-", "{%"):
         found = _apply(tokenizer, messages, where, return_dict=True, return_assistant_tokens_mask=True)
         ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
+        mask[:1] = [0] * len(mask[:1])  # nothing predicts the first token
         return ids, [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)]
     ids = _ids(tokenizer, messages, where)
     labels = [IGNORED] * len(ids)
     for index, message in enumerate(messages):
         if message["role"] == ROLE:
-            before = _ids(tokenizer, messages[:index], where, add_generation_prompt=True)
+            before = _asking(tokenizer, messages[: index + 1], where)
             after = _ids(tokenizer, messages[: index + 1], where)
             if after[: len(before)] != before or ids[: len(after)] != after:
                 raise ConfigError(
@@ -239,6 +262,26 @@ def chat_example(
                 )
             labels[len(before) : len(after)] = ids[len(before) : len(after)]
     return ids, labels
+
+
+def _asking(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], where: str
+) -> list[int]:
+    """Tokens before the last message, the assistant's: the prompt that asks for it."""
+    if len(messages) > 1:
+        return _ids(tokenizer, messages[:-1], where, add_generation_prompt=True)
+    # No template renders an empty conversation: the end of the prompt is looked for in what comes out with the turn.
+    user = [{**messages[0], "role": "user"}]
+    end = _ids(tokenizer, user, where, add_generation_prompt=True)[len(_ids(tokenizer, user, where)) :]
+    found = _ids(tokenizer, messages, where)
+    stops = [stop for stop in range(len(end), len(found)) if found[:stop][-len(end) :] == end]
+    if not end or not stops:
+        raise ConfigError(
+            f"{where} begins with the assistant, and the chat template of {tokenizer.name_or_path!r} doesn't show "
+            "where such a turn begins; let the user begin, or mark turns in the template with "
+            "{% generation %} ... {% endgeneration %}"
+        )
+    return found[: stops[0]]
 
 
 def turns(ids: Sequence[int], labels: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -291,5 +334,5 @@ def _apply(
 
     try:
         return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=True, **options)
-    except TemplateError as error:
+    except (TemplateError, ValueError, IndexError) as error:
         raise ConfigError(f"{where}: the chat template refuses this conversation: {error}") from error

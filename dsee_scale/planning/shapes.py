@@ -139,7 +139,7 @@ def shape_of_config(config: Any, name: str = "the model") -> ModelShape:
     """Sizes of the decoder that transformers makes of a config.
 
     Raises:
-        ConfigError: it makes none.
+        ConfigError: it makes none, or one without attention.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -153,7 +153,13 @@ def shape_of_config(config: Any, name: str = "the model") -> ModelShape:
             f"{name}: transformers makes no decoder of its config (model_type {config.model_type!r}: {reason}); "
             f"expected a decoder, {_others()}"
         ) from error
-    return _shape_of_model(model, config.get_text_config(), name)
+    text = config.get_text_config()
+    if not getattr(text, "num_attention_heads", None):
+        raise ConfigError(
+            f"{name}: its decoder (model_type {config.model_type!r}) has no attention heads, and the activations of "
+            f"such a one are not known here; expected a decoder with attention, {_others()}"
+        )
+    return _shape_of_model(model, text, name)
 
 
 def _shape_of_model(model: Any, config: Any, name: str) -> ModelShape:

@@ -11,7 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from dsee_scale.config import DSEEConfig, PruneConfig
 from dsee_scale.errors import ConfigError
-from dsee_scale.recipe.sections import EXTRA, ExportConfig
+from dsee_scale.recipe.sections import EXTRA, DataConfig, ExportConfig
 from dsee_scale.settings import nearest
 
 
@@ -32,6 +32,20 @@ def check_form(dsee: DSEEConfig, prunings: Sequence[PruneConfig], export: Export
             "recipe: export.adapter_format 'peft' writes a LoRA alone, without dsee.trained_modules; leave them out, "
             "or set export.delta to 'masked'"
         )
+
+
+def check_best_metric(metric: str | None, data: DataConfig) -> None:
+    """Refuse before training a `metric_for_best_model` that no evaluation of the task gives."""
+    known = ["loss", "perplexity"]
+    known += ["accuracy", "macro_f1"] if data.task == "classification" else []
+    known += ["bleu"] if data.generate_samples else []
+    if metric is None or metric.removeprefix("eval_") in known:
+        return
+    more = "; bleu needs data.generate_samples" if data.task == "completion" and "bleu" not in known else ""
+    raise ConfigError(
+        f"training.metric_for_best_model {metric!r} is no metric of task {data.task!r}; "
+        f"valid: {', '.join(known)}{more}"
+    )
 
 
 def check_deepspeed_config(config: Mapping[str, Any], args: TrainingArguments, source: str) -> None:

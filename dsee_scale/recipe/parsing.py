@@ -15,6 +15,8 @@ from dsee_scale.errors import ConfigError
 LONGEST_FILE = 1 << 20
 MOST_VALUES = 20_000
 """In a recipe, each `*alias` counted as all that it stands for."""
+TEMPLATE = re.compile(r"\{[A-Za-z_]\w*\}")
+"""A column's name in braces."""
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -100,8 +102,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def parse_value(text: str) -> Any:
     """One command-line word as the value that it would be in a recipe.
 
-    Spaces around text are kept, and a template such as `{mr}` (to YAML a mapping without values) stays text.
+    Spaces around text are kept, and a template such as `{mr}` (to YAML a mapping without values) stays text. So does
+    one within text, such as `Review: {mr}`, where YAML sees a mapping or a comment; not if it is quoted or in brackets.
     """
+    if TEMPLATE.search(text) and text.lstrip()[0] not in "{[\"'":
+        return text
     try:
         value = yaml.load(text, Loader=RecipeLoader)
     except ConfigError:

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from dsee_scale.config import DSEEConfig, PruneConfig
 from dsee_scale.errors import ConfigError
 from dsee_scale.pruning.schedule import GradualConfig
-from dsee_scale.recipe.checks import argument_problems, check_form, optimizer_problem
+from dsee_scale.recipe.checks import argument_problems, check_best_metric, check_form, optimizer_problem
 from dsee_scale.recipe.parsing import find_file, parse_command_line, read_yaml, set_nested
 from dsee_scale.recipe.sections import (
     SCHEDULES,
@@ -165,6 +165,7 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
             "recipe: retune comes after prune; add a prune section, or lengthen training instead"
         )
     check_form(recipe.dsee, recipe.prune, recipe.export)
+    check_best_metric(recipe.training.get("metric_for_best_model"), recipe.data)
     return recipe
 
 

@@ -90,7 +90,8 @@ class DataConfig(JsonConfig):
     separator: str | None = None
     """Text between rows of `language_modelling`; when absent the end-of-text token, each row a document."""
     prompt: str | None = None
-    """Template of the prompt, columns in braces: `"Review: {text}\\nSentiment:"`."""
+    """Template of the prompt, columns in braces: `"Review: {text}\\nSentiment:"`. An empty prompt is the
+    tokenizer's begin-of-text token, or its end-of-text token if it has none."""
     completion: str | None = None
     """Template of the text to learn, for `completion`: `" {ref}"`."""
     label_column: str = "label"

@@ -57,6 +57,26 @@ def test_only_the_assistants_turns_are_learned(plain_tokenizer, tmp_path, templa
     assert evaluated[1] == (expected, [IGNORED] * 16 + expected[16:])
 
 
+@pytest.mark.parametrize("template", [PLAIN, "Film . " + PLAIN, MARKED])
+def test_a_chat_may_begin_with_the_assistant(plain_tokenizer, tmp_path, template):  # noqa: F811
+    encode, rows = encoder(plain_tokenizer, tmp_path / "rows.jsonl", template, [TALK[1:]])
+    found = encode.training_examples(rows)[0]
+    text = "Sentiment : good . Review : so bad . Sentiment : not good ."
+    learned = "- - good . - - - - - - - not good ."
+    if template.startswith("Film"):
+        text, learned = f"<unk> . {text}", f"- - {learned}"
+    assert found["input_ids"] == words_to_ids(text)
+    assert [t for t in found["labels"] if t != IGNORED] == words_to_ids(learned.replace("- ", ""))
+    assert [t == IGNORED for t in found["labels"]] == [word == "-" for word in learned.split()]
+
+
+def test_a_chat_whose_first_tokens_are_the_assistants_learns_from_the_second(plain_tokenizer, tmp_path):  # noqa: F811
+    bare = "{% for m in messages %}{% generation %}{{ m.content }} {% endgeneration %}{% endfor %}"
+    encode, rows = encoder(plain_tokenizer, tmp_path / "rows.jsonl", bare, [TALK[3:]])
+    assert encode.training_examples(rows)[0]["labels"] == [IGNORED, *words_to_ids("good")]
+    assert encode.evaluation_examples(rows) == [(words_to_ids("not good"), [IGNORED, *words_to_ids("good")])]
+
+
 def test_a_long_chat_loses_its_end_and_is_left_out_if_nothing_to_learn_stays(plain_tokenizer, tmp_path):  # noqa: F811
     path = tmp_path / "rows.jsonl"
     encode, rows = encoder(plain_tokenizer, path, PLAIN, [TALK, TALK], max_length=8)
@@ -76,6 +96,16 @@ def test_a_long_chat_loses_its_end_and_is_left_out_if_nothing_to_learn_stays(pla
             "{{ raise_exception('roles must alternate') }}",
             TALK,
             "refuses this conversation: roles must alternate",
+        ),
+        (
+            PLAIN + "{{ '' if messages[0].content.index('film') }}",
+            TALK[2:],
+            "row 1 (counted from 0): the chat template re",
+        ),
+        (
+            PLAIN.partition("{% if add")[0],
+            TALK[1:],
+            "row 1 (counted from 0) begins with the assistant, and the chat",
         ),
     ],
 )

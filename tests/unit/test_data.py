@@ -2,10 +2,12 @@
 
 import json
 
+import datasets
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from dsee_scale.data import encoding
 from dsee_scale.data.encoding import IGNORED, Encoder
 from dsee_scale.data.rows import load_rows, required_columns, template_columns
 from dsee_scale.errors import ConfigError
@@ -18,8 +20,14 @@ WORDS = ["<pad>", "<eos>", "<unk>", "Review", "Sentiment", ":", "good", "bad", "
 
 @pytest.fixture(scope="module")
 def tokenizer():
+    return make_tokenizer()
+
+
+def make_tokenizer(form="$A"):
+    """One of whole words; `form` is what it makes of a text by itself, `$A <eos>` for one."""
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single=form, special_tokens=[("<eos>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
@@ -154,6 +162,16 @@ def test_long_prompts_lose_their_beginning_and_keep_the_answer(tmp_path, tokeniz
     assert example["labels"] == [IGNORED] * 5 + ids("good")
 
 
+def test_all_labels_of_a_long_row_are_judged_after_the_same_prompt(tmp_path, tokenizer):
+    path = write_csv(tmp_path / "a.csv", ["so so so so a good film,1", "not good,0"])
+    labels = {"0": " not so bad", "1": " good"}
+    config = classification(path, validation_file=path, max_length=6, labels=labels)
+    rows, _ = load_rows(config)
+    long, short = Encoder(tokenizer, config).choices(rows)
+    assert long.prompt == ids("film Sentiment :") and short.prompt == ids("good Sentiment :")
+    assert long.answers == short.answers == [ids("not so bad"), ids("good")]
+
+
 def test_completion_ends_with_the_end_of_text_token(tmp_path, tokenizer):
     path = write_csv(
         tmp_path / "a.csv", ["film,a good film", "film,so good", "bad,not good"], header="mr,ref"
@@ -170,6 +188,42 @@ def test_completion_ends_with_the_end_of_text_token(tmp_path, tokenizer):
         (ids("film :"), ["a good film", "so good"]),
         (ids("bad :"), ["not good"]),
     ]
+
+
+@pytest.mark.parametrize("bos", [None, "<pad>"])
+def test_an_empty_prompt_is_the_token_that_begins_or_else_separates_texts(tmp_path, bos):
+    path = write_csv(tmp_path / "a.csv", ['"",good,1', '"",so bad,0'], header="text,ref,label")
+    words = make_tokenizer()
+    words.bos_token = bos
+    first = ids(bos or "<eos>")
+    chosen = Encoder(words, classification(path, validation_file=path, prompt="{text}"))
+    rows, _ = load_rows(chosen.config)
+    assert chosen.training_examples(rows)["input_ids"] == [[*first, *ids("good")], [*first, *ids("bad")]]
+    assert [choice.prompt for choice in chosen.choices(rows)] == [first, first]
+    told = DataConfig(
+        task="completion", train_file=path, validation_file=path, prompt="{text}", completion="{ref}"
+    )
+    encoder, (rows, _) = Encoder(words, told), load_rows(told)
+    assert encoder.training_examples(rows)[1]["input_ids"] == [*first, *ids("so bad <eos>")]
+    assert encoder.training_examples(rows)[1]["labels"] == [IGNORED, *ids("so bad <eos>")]
+    assert encoder.generations(rows, limit=1)[0].prompt == first
+
+
+@pytest.mark.parametrize("form", ["$A", "$A <eos>", "<eos> $A", "<eos> $A <eos>"])
+def test_an_end_of_text_token_is_the_tokenizers_only_where_the_text_has_none(tmp_path, form):
+    path = write_csv(tmp_path / "a.csv", ["film,a good film", "bad <eos>,so bad <eos>"], header="mr,ref")
+    config = DataConfig(
+        task="completion", train_file=path, validation_file=path, prompt="{mr}", completion=" {ref}"
+    )
+    encoder = Encoder(make_tokenizer(form), config)
+    rows, _ = load_rows(config)
+    first = ids("<eos>") if form.startswith("<eos>") else []
+    plain, marked = encoder.training_examples(rows)
+    assert plain["input_ids"] == [*first, *ids("film a good film <eos>")]
+    assert marked["input_ids"] == [*first, *ids("bad <eos> so bad <eos>")]
+    assert marked["labels"] == [IGNORED] * len([*first, 0, 0]) + ids("so bad <eos>")
+    prompts = [[*first, *ids("film")], [*first, *ids("bad <eos>")]]
+    assert [found.prompt for found in encoder.generations(rows, limit=2)] == prompts
 
 
 def test_plain_text_is_packed_into_full_blocks(tmp_path, tokenizer):
@@ -205,6 +259,24 @@ def test_blocks_do_not_depend_on_the_number_of_workers(tmp_path, tokenizer):
     assert found[0] == found[1]
     tokens = sum(len(ids(line + " <eos>")) for line in lines)
     assert len(found[0]) == tokens // 50 > 20
+
+
+@pytest.mark.parametrize("task", ["language_modelling", "completion"])
+def test_another_version_of_the_package_reads_no_tokens_of_this_one(tmp_path, tokenizer, monkeypatch, task):
+    path = tmp_path / "a.txt"
+    path.write_text(f"a good film {task}\n")
+    templates = {} if task == "language_modelling" else {"prompt": "{text}", "completion": " good"}
+    config = DataConfig(task=task, train_file=str(path), validation_file=str(path), **templates)
+
+    def cache_files():
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        examples = Encoder(tokenizer, config).training_examples(load_rows(config)[0])
+        return [entry["filename"] for entry in examples.cache_files]
+
+    here = cache_files()
+    assert here and cache_files() == here
+    monkeypatch.setattr(encoding, "__version__", "0.0.0")
+    assert not set(here) & set(cache_files())
 
 
 def test_a_text_of_one_token_gives_no_block(tmp_path, tokenizer):

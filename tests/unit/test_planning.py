@@ -116,6 +116,15 @@ def test_what_cannot_be_planned_is_explained(words, message, tmp_path, capsys, m
         assert all(name in found for name in BUILT_IN)
 
 
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "rwkv"])
+def test_a_decoder_without_attention_is_refused(model_type):
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type, num_hidden_layers=2, vocab_size=50)
+    with pytest.raises(ConfigError, match=f"model_type '{model_type}'.* has no attention heads"):
+        shape_of_config(config)
+
+
 def test_experts_are_counted_and_what_is_no_decoder_is_refused():
     from transformers import MixtralConfig, T5Config
 

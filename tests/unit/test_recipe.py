@@ -107,6 +107,10 @@ def test_seed_is_the_trainers_and_others_need_their_section(recipe_file):
         ),
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "no form per phase"),
         (["--parallelism_config", "{sp_size: 2}"], "parallelism_config.*whole sequences"),
+        (
+            ["--metric_for_best_model", "eval_bleu"],
+            "metric_for_best_model 'eval_bleu'.*task 'classification'.*: loss, perplexity, accuracy, macro_f1$",
+        ),
         (["--auto_find_batch_size"], "auto_find_batch_size is not possible here"),
         (["--data.task", "completion"], "completion goes with task 'completion'"),
         (["--data.dataset", "some/hub"], "name exactly one of dataset"),
@@ -120,6 +124,22 @@ def test_seed_is_the_trainers_and_others_need_their_section(recipe_file):
 )
 def test_mistakes_are_named(recipe_file, words, message):
     with pytest.raises(ConfigError, match=message):
+        load_recipe(recipe_file, words)
+
+
+@pytest.mark.parametrize("name", ["loss", "eval_perplexity", "eval_accuracy", "macro_f1"])
+def test_the_metrics_of_a_task_may_choose_the_best_checkpoint(recipe_file, name):
+    recipe = load_recipe(recipe_file, ["--metric_for_best_model", name])
+    assert recipe.training["metric_for_best_model"] == name
+
+
+def test_bleu_may_choose_where_texts_are_generated(recipe_file):
+    words = ["--data.task", "completion", "--data.labels", "{}", "--data.completion", " {ref}"]
+    words += ["--metric_for_best_model", "bleu"]
+    assert load_recipe(recipe_file, [*words, "--data.generate_samples", "3"]).data.generate_samples == 3
+    with pytest.raises(
+        ConfigError, match=r"'bleu'.*valid: loss, perplexity; bleu needs data\.generate_samples"
+    ):
         load_recipe(recipe_file, words)
 
 
@@ -173,6 +193,26 @@ def test_command_line_words():
     assert parse_value("{a: 1}") == {"a": 1}
     assert parse_value(" {ref}") == " {ref}"
     assert parse_value("{mr} ||") == "{mr} ||"
+    assert parse_value("a: 1") == {"a": 1}
+    assert parse_value("generation: {max_new_tokens: 4}") == {"generation": {"max_new_tokens": 4}}
+    assert parse_value('"Review: {text}\\n"') == "Review: {text}\n"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "Review: {text}",
+        "Review: {text}\nSentiment:",
+        "{text}: ",
+        "Question: what is {text}?",
+        "### Text: {text}",
+        "A text\n{text}",
+        "Text # {text}",
+        "- {text}",
+    ],
+)
+def test_a_template_on_the_command_line_stays_as_it_is(recipe_file, template):
+    assert load_recipe(recipe_file, ["--data.prompt", template]).data.prompt == template
 
 
 def test_every_field_has_its_line_of_documentation():
