@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_utils import has_length
 
 from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.checkpoint.random_state import random_state, set_epoch, set_random_state
 from dsee_scale.config import SCORES, PruneConfig
 from dsee_scale.errors import ConfigError, RunError, TargetError
 from dsee_scale.export.export import BASE_FOLDER, save_base
@@ -135,7 +136,9 @@ class DSEECallback(GradientCallback):
         self._inputs.clear()
         self._watch_inputs()
         if started and self._hook is not None:
+            before = random_state()
             self._recall_inputs(started, train_dataloader)
+            set_random_state(before)
         self._prune_if_due(state)
 
     def on_step_end(
@@ -285,10 +288,7 @@ def _arguments(module: nn.Module) -> list[str]:
 def _of_epoch(loader: Any, epoch: int, first: int) -> Any:
     """A Trainer's batches of an epoch from the first one on, as `Trainer._run_epoch` orders them when it resumes."""
     part: Any = skip_first_batches(loader, first)  # one of its own: the Trainer's begins anew
-    sampler: Any = getattr(getattr(part, "batch_sampler", None), "batch_sampler", None)
-    for each in (part, sampler):
-        if hasattr(each, "set_epoch"):
-            each.set_epoch(epoch)
+    set_epoch(part, epoch)
     return part
 
 

@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     SaveStrategy,
@@ -31,7 +32,7 @@ from dsee_scale.checkpoint.adapter import save_adapter
 from dsee_scale.checkpoint.contents import check_output
 from dsee_scale.checkpoint.files import damaged
 from dsee_scale.checkpoint.folder import open_folder
-from dsee_scale.checkpoint.random_state import random_state, set_random_state
+from dsee_scale.checkpoint.random_state import SeededSampler, random_state, set_epoch, set_random_state
 from dsee_scale.checkpoint.training_state import (
     KIND,
     STATE_FILE,
@@ -58,6 +59,7 @@ ADAPTER_FOLDER = "adapter"
 
 
 PRIVATE = {
+    "_get_train_sampler": ("train_dataset",),
     "_load_best_model": (),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_rng_state": ("checkpoint",),
@@ -207,10 +209,12 @@ class AdapterCheckpoints(Base):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             assert self._checkpoint is not None
+            before = random_state()
             extra = load_training_state(
                 self.model_wrapped, self._checkpoint, optimizer=self._torch_optimizer()
             )
             self._random_state = random_state()
+            set_random_state(before)  # an epoch's order may be drawn from it, as at the start
             self._restore(extra)
             scheduler, where = plain_scheduler(self.lr_scheduler), str(self._checkpoint)
             restore_scheduler(scheduler, extra.get("lr_scheduler"), self.state.global_step, where)
@@ -235,7 +239,17 @@ class AdapterCheckpoints(Base):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
         super()._run_epoch(**kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The parent's; its order by length would hang on the global generator and on the rank's part of a batch."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler) and sampler.generator is None:
+            sampler.batch_size = self._global_batch
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return SeededSampler(sampler, seed)
+        return sampler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: adapters and masks were put into the raw model, the rest follows when it is prepared."""
