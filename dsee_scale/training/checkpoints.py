@@ -241,6 +241,9 @@ class AdapterCheckpoints(Base):
             return
         set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
         super()._run_epoch(**kwargs)
+        # A callback may have ended training after the last step was saved, and what follows reads checkpoints.
+        if self.control.should_training_stop or kwargs["epoch"] + 1 >= self.state.num_train_epochs:
+            self._finish_checkpoint()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The parent's; its order by length would hang on the global generator and on the rank's part of a batch."""

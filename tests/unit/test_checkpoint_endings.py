@@ -1,0 +1,43 @@
+"""What a checkpoint needs when training ends early, and what it brings back of the Trainer's callbacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+import dsee_scale
+from dsee_scale import DSEECallback
+from dsee_scale.checkpoint.folder import open_folder
+from tests.unit.test_trainer_callback import CONFIG, model_of, trainer_of
+
+
+class Stops(TrainerCallback):
+    """Ends the training with its first epoch, or its only epoch early."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = self.what == "training"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_epoch_stop = self.what == "epoch" and state.global_step == 4
+
+
+@pytest.mark.parametrize(("what", "epochs", "step"), [("training", 2, 6), ("epoch", 1, 4)])
+@pytest.mark.parametrize("best", [False, True], ids=["last", "best"])
+def test_a_checkpoint_of_the_step_that_training_ends_with_is_there(tmp_path, what, epochs, step, best):
+    model = model_of()
+    dsee_scale.inject(model, CONFIG)
+    settings: dict[str, Any] = dict(max_steps=-1, num_train_epochs=epochs, save_steps=step, save_total_limit=1)
+    if best:
+        settings |= dict(eval_strategy="steps", eval_steps=step, load_best_model_at_end=True)
+    trainer = trainer_of(model, tmp_path / "run", DSEECallback(), **settings)
+    trainer.add_callback(Stops(what))
+    trainer.train()
+    assert trainer.state.global_step == step
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [f"checkpoint-{step}"]
+    open_folder(tmp_path / "run" / f"checkpoint-{step}", ("training_state",)).verify_all()
