@@ -10,7 +10,6 @@ import dataclasses
 import inspect
 import json
 import logging
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
@@ -29,7 +29,6 @@ from transformers.trainer_utils import (
 
 from dsee_scale.adapters.state import model_state
 from dsee_scale.checkpoint.adapter import save_adapter
-from dsee_scale.checkpoint.contents import check_output
 from dsee_scale.checkpoint.files import damaged
 from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.checkpoint.random_state import SeededSampler, random_state, set_epoch, set_random_state
@@ -44,7 +43,7 @@ from dsee_scale.checkpoint.unfinished import UnfinishedState
 from dsee_scale.errors import ConfigError
 from dsee_scale.training.journal import to_jsonable
 from dsee_scale.training.scheduler_state import plain_scheduler, restore_scheduler, scheduler_record
-from dsee_scale.training.survival import check_trained_values, newest_first, set_aside_later, step_of
+from dsee_scale.training.survival import check_trained_values, delete_old_checkpoints, set_aside_later
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -126,28 +125,6 @@ def read_record(folder: Path) -> dict[str, Any]:
         if not isinstance(step, int) or not all(isinstance(each, dict) for each in done):
             raise ValueError("its record of the trainer or the journal is invalid")
     return extra
-
-
-def delete_old_checkpoints(
-    output: Path, limit: int | None, *, step: int, best: str = "", told: set[Path]
-) -> None:
-    """Delete a run's checkpoints beyond `limit`: the last one, of `step`, and the best one stay. Local.
-
-    So do those of later steps: another run left them. What can't be deleted is said once (`told` holds it) and tried
-    again at the next call. transformers' own way deletes any folder called `checkpoint-*`, with all that is in it.
-    """
-    found = [folder for folder in newest_first(output) if step_of(folder) <= step]
-    order = sorted(found, key=lambda folder: (folder != found[0], folder.name != best))
-    spared = max(limit or len(found), 2 if best in [folder.name for folder in found[1:]] else 1)
-    for folder in order[spared:]:
-        # Storage may refuse what is in use, on this rank alone: the others train on, and would wait for it.
-        try:
-            check_output(folder, KIND, overwrite=True)
-            shutil.rmtree(folder)
-        except (ConfigError, OSError) as error:
-            if folder not in told:
-                logger.warning("%s is kept in spite of save_total_limit: %s", folder, error)
-            told.add(folder)
 
 
 class AdapterCheckpoints(Base):
@@ -312,6 +289,8 @@ class AdapterCheckpoints(Base):
     def _record(self) -> dict[str, Any]:
         """What a checkpoint holds besides tensors."""
         config = model_state(self.module).config
+        callbacks: Any = self.state.stateful_callbacks  # a dict, whatever its type says
+        callbacks.update(self._callback_states())
         return to_jsonable(
             {
                 "trainer": dataclasses.asdict(self.state),
@@ -320,6 +299,14 @@ class AdapterCheckpoints(Base):
                 "dsee": None if config is None else config.to_dict(),
             }
         )
+
+    def _callback_states(self) -> dict[str, Any]:
+        """By class: the state of its one callback, or those of all in a list, as the parent reads them."""
+        states: dict[str, list[Any]] = {}
+        for each in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(each, ExportableState):
+                states.setdefault(type(each).__name__, []).append(each.state())
+        return {name: found if len(found) > 1 else found[0] for name, found in states.items()}
 
     def _check_record(self, record: dict[str, Any]) -> None:
         if record["global_batch"] != self._global_batch:

@@ -32,7 +32,9 @@ class Stops(TrainerCallback):
 def test_a_checkpoint_of_the_step_that_training_ends_with_is_there(tmp_path, what, epochs, step, best):
     model = model_of()
     dsee_scale.inject(model, CONFIG)
-    settings: dict[str, Any] = dict(max_steps=-1, num_train_epochs=epochs, save_steps=step, save_total_limit=1)
+    settings: dict[str, Any] = dict(
+        max_steps=-1, num_train_epochs=epochs, save_steps=step, save_total_limit=1
+    )
     if best:
         settings |= dict(eval_strategy="steps", eval_steps=step, load_best_model_at_end=True)
     trainer = trainer_of(model, tmp_path / "run", DSEECallback(), **settings)
@@ -41,3 +43,27 @@ def test_a_checkpoint_of_the_step_that_training_ends_with_is_there(tmp_path, wha
     assert trainer.state.global_step == step
     assert [path.name for path in (tmp_path / "run").iterdir()] == [f"checkpoint-{step}"]
     open_folder(tmp_path / "run" / f"checkpoint-{step}", ("training_state",)).verify_all()
+
+
+def test_callbacks_go_on_with_the_state_that_they_were_saved_in(tmp_path):
+    """Of two of one kind each with its own, and what one saw is no news after many checkpoints."""
+
+    def train(checkpoint: Path | None) -> Any:
+        model = model_of()
+        if checkpoint is None:
+            dsee_scale.inject(model, CONFIG)
+        else:
+            dsee_scale.load_adapter(model, checkpoint)
+        settings: dict[str, Any] = dict(eval_strategy="steps", eval_steps=1, save_steps=1, max_steps=8)
+        settings |= dict(load_best_model_at_end=True, restore_callback_states_from_checkpoint=True)
+        trainer = trainer_of(model, tmp_path / "run", DSEECallback(), **settings)
+        for patience in (3, 6):
+            trainer.add_callback(EarlyStoppingCallback(patience, early_stopping_threshold=9.0))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return trainer.state
+
+    straight = train(None)
+    assert straight.global_step == 4
+    saved = straight.stateful_callbacks["EarlyStoppingCallback"]
+    assert [each["attributes"]["early_stopping_patience_counter"] for each in saved] == [3, 3]
+    assert train(tmp_path / "run" / "checkpoint-3").global_step == 4
