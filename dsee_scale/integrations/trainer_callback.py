@@ -26,6 +26,7 @@ from dsee_scale.pruning.prune import prune
 from dsee_scale.pruning.schedule import CubicSchedule, schedule_problems
 from dsee_scale.training.base_trainer import GradientCallback, log_within_step
 from dsee_scale.training.checkpoints import AdapterCheckpoints
+from dsee_scale.training.timeline import PruneEvent
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class DSEECallback(GradientCallback):
     Its checkpoints hold adapters, masks and optimizer state, never a base weight, and `trainer.save_model` writes the
     adapter. To resume, load `base_of(checkpoint, published)` (a checkpoint saved after a re-fit goes on from
     `output_dir/base`, an earlier one does not), put `load_adapter(model, checkpoint)` where `inject` stands, and
-    `trainer.train(resume_from_checkpoint=checkpoint)`, on any number of ranks.
+    `trainer.train(resume_from_checkpoint=checkpoint)`, on any number of ranks. The callback must be one that would have
+    pruned until then as it was done; what is still to come may change.
 
     Pruning is collective. It comes after the optimizer step, before that step's checkpoint. What scores look at are
     the model's own last inputs in training, each rank's; those before the checkpoint a resumed training reads from its
@@ -107,6 +109,7 @@ class DSEECallback(GradientCallback):
                 "push_to_hub uploads whole models; leave it out, and upload what save_adapter or export_model wrote"
             )
         keep_checkpoints_small(trainer)
+        trainer.planned = self._planned
         self._trainer = trainer
 
     def on_train_begin(
@@ -124,7 +127,7 @@ class DSEECallback(GradientCallback):
                 "DSEECallback was added to a finished Trainer; give it as callbacks=[DSEECallback(...)]"
             )
         super().on_train_begin(args, state, control, model=model, **kwargs)
-        steps = self._planned(state.max_steps)
+        steps = [event.step for event in self._planned(state.max_steps)]
         if steps and steps[-1] >= state.max_steps:
             raise ConfigError(
                 f"the model is to be pruned at step {steps[-1]}, and training ends at step {state.max_steps}: "
@@ -158,22 +161,28 @@ class DSEECallback(GradientCallback):
                 "prune earlier, or train longer"
             )
 
-    def _planned(self, max_steps: int) -> list[int]:
+    def _planned(self, max_steps: int) -> list[PruneEvent]:
+        """All prunings, in order."""
         if isinstance(self.at, CubicSchedule):
             last = self.at.start_step + self.at.num_steps
-            return [step for step in range(self.at.start_step, last + 1) if self.at.due(step)]
-        if self.at is None:
-            return []
-        return [round(self.at * max_steps) if isinstance(self.at, float) else self.at]
+            steps = [step for step in range(self.at.start_step, last + 1) if self.at.due(step)]
+        elif self.at is None:
+            steps = []
+        else:
+            steps = [round(self.at * max_steps) if isinstance(self.at, float) else self.at]
+        return [PruneEvent(step=step, configs=tuple(self._configs(step))) for step in steps]
+
+    def _configs(self, step: int) -> list[PruneConfig]:
+        if isinstance(self.at, CubicSchedule):
+            return [self.at.config(self.configs[0], step)]
+        return self.configs
 
     def _prune_if_due(self, state: TrainerState) -> None:
         """Collective where it is due."""
         if not self._steps or state.global_step != self._steps[0]:
             return
         trainer, step = self._trainer, self._steps.pop(0)
-        configs = self.configs
-        if isinstance(self.at, CubicSchedule):
-            configs = [self.at.config(configs[0], step)]
+        configs = self._configs(step)
         report = prune(trainer.model_wrapped, configs, self._calibration() if self._wants_inputs() else None)
         self._watch_inputs()
         if any(config.refit for config in configs):

@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ from dsee_scale.errors import ConfigError
 from dsee_scale.training.journal import to_jsonable
 from dsee_scale.training.scheduler_state import plain_scheduler, restore_scheduler, scheduler_record
 from dsee_scale.training.survival import check_trained_values, delete_old_checkpoints, set_aside_later
+from dsee_scale.training.timeline import PruneEvent, check_planned
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -136,6 +138,8 @@ class AdapterCheckpoints(Base):
     _checkpoint: Path | None = None
     _unfinished: UnfinishedState | None = None
     _saved_step = -1
+    planned: Callable[[int], list[PruneEvent]] | None = None
+    """What a callback prunes in a training of so many steps; None where no callback does."""
     _kept: set[Path]  # what could not be deleted; set before it is used
     _random_state: dict[str, Tensor]  # set before it is used
 
@@ -193,6 +197,10 @@ class AdapterCheckpoints(Base):
             self._random_state = random_state()
             set_random_state(before)  # an epoch's order may be drawn from it, as at the start
             self._restore(extra)
+            if self.planned is not None:
+                saved, pruned = extra.get("planned"), bool(model_state(self.module).pruned)
+                step, where = self.state.global_step, str(self._checkpoint)
+                check_planned(self.planned(max_steps), saved, step, pruned=pruned, where=where)
             scheduler, where = plain_scheduler(self.lr_scheduler), str(self._checkpoint)
             restore_scheduler(scheduler, extra.get("lr_scheduler"), self.state.global_step, where)
         if self.args.save_strategy != SaveStrategy.NO:  # refused now rather than at the first checkpoint
@@ -291,8 +299,10 @@ class AdapterCheckpoints(Base):
         config = model_state(self.module).config
         callbacks: Any = self.state.stateful_callbacks  # a dict, whatever its type says
         callbacks.update(self._callback_states())
+        planned = None if self.planned is None else self.planned(self.state.max_steps)
         return to_jsonable(
             {
+                "planned": None if planned is None else [event.to_dict() for event in planned],
                 "trainer": dataclasses.asdict(self.state),
                 "global_batch": self._global_batch,
                 "lr_scheduler": scheduler_record(plain_scheduler(self.lr_scheduler)),
