@@ -46,7 +46,7 @@ class DSEECallback(GradientCallback):
     pruned until then as it was done; what is still to come may change.
 
     Pruning is collective. It comes after the optimizer step, before that step's checkpoint. What scores look at are
-    the model's own last inputs in training, each rank's; those before the checkpoint a resumed training reads from its
+    the model's own last inputs in training with their labels, each rank's; those before the checkpoint a resumed training reads from its
     data again (other ones where batches depend on more than seed, epoch and place, or the number of ranks is another;
     none of a stream).
     After a re-fit the new base is written to `output_dir/base`.
@@ -258,7 +258,10 @@ class DSEECallback(GradientCallback):
             )
 
     def _keep_batches(self, batches: Iterable[Any]) -> None:
-        known = _arguments(self._trainer.model)
+        trainer = self._trainer
+        known = _arguments(trainer.model)
+        if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+            known = [key for key in known if key != "labels"]  # such a Trainer gives the model none
         for batch in batches:
             self._keep(
                 {key: batch[key] for key in known if key in batch} if isinstance(batch, Mapping) else {}
@@ -270,13 +273,23 @@ class DSEECallback(GradientCallback):
             self._keep(dict(zip(_arguments(module), args, strict=False)) | kwargs)
 
     def _keep(self, inputs: Mapping[str, Any]) -> None:
-        kept = {
-            key: value.detach().to("cpu", copy=True)
-            for key, value in inputs.items()
-            if isinstance(value, Tensor) and key != "labels"
-        }
-        if "input_ids" in kept or "inputs_embeds" in kept:
-            self._inputs.append(kept)
+        ids, embeds, labels = (inputs.get(key) for key in ("input_ids", "inputs_embeds", "labels"))
+        if isinstance(ids, Tensor):
+            shape = ids.shape
+        elif isinstance(embeds, Tensor):
+            shape = embeds.shape[:-1]
+        else:
+            return
+        left_out = {"num_items_in_batch"}
+        if isinstance(labels, Tensor) and labels.shape not in (shape, shape[:1]):
+            left_out.add("labels")  # of a loss that no calibration knows
+        self._inputs.append(
+            {
+                key: value.detach().to("cpu", copy=True)
+                for key, value in inputs.items()
+                if isinstance(value, Tensor) and key not in left_out
+            }
+        )
 
 
 def keep_checkpoints_small(trainer: Trainer) -> None:
