@@ -46,9 +46,10 @@ class DSEECallback(GradientCallback):
     pruned until then as it was done; what is still to come may change.
 
     Pruning is collective. It comes after the optimizer step, before that step's checkpoint. What scores look at are
-    the model's own last inputs in training with their labels, each rank's; those before the checkpoint a resumed training reads from its
-    data again (other ones where batches depend on more than seed, epoch and place, or the number of ranks is another;
-    none of a stream).
+    the model's own last inputs in training, with their labels, each rank's; those before the checkpoint a resumed
+    training reads from its data again (other ones where batches depend on more than seed, epoch and place, or the
+    number of ranks is another; none of a stream). At step 0 they are the first batches of the data, which the
+    training sees again, but for a stream that gives its rows once: give another `at`, or `score="W"`, with one.
     After a re-fit the new base is written to `output_dir/base`.
     """
 
