@@ -179,7 +179,7 @@ class AdapterCheckpoints(Base):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Collective. Write the adapter; the Trainer's own way writes the frozen base."""
         folder = Path(output_dir or str(self.args.output_dir))
-        if folder == Path(str(self.args.output_dir)):
+        if folder.resolve() == Path(str(self.args.output_dir)).resolve():
             folder /= ADAPTER_FOLDER  # beside the checkpoints, which an overwrite would delete
         save_adapter(self.model_wrapped, folder, overwrite=True)
 

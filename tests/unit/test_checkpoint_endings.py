@@ -67,3 +67,15 @@ def test_callbacks_go_on_with_the_state_that_they_were_saved_in(tmp_path):
     saved = straight.stateful_callbacks["EarlyStoppingCallback"]
     assert [each["attributes"]["early_stopping_patience_counter"] for each in saved] == [3, 3]
     assert train(tmp_path / "run" / "checkpoint-3").global_step == 4
+
+
+def test_the_adapter_stands_beside_the_checkpoints_however_the_output_folder_is_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = model_of()
+    dsee_scale.inject(model, CONFIG)
+    trainer = trainer_of(model, Path("run"), DSEECallback(), max_steps=2)
+    trainer.train()
+    for name in (str(tmp_path / "run"), "run/", "../" + tmp_path.name + "/run"):
+        trainer.save_model(name)
+        open_folder(tmp_path / "run" / "adapter", ("adapter",)).verify_all()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "checkpoint-2"]
