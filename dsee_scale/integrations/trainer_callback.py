@@ -22,6 +22,7 @@ from dsee_scale.checkpoint.random_state import random_state, set_epoch, set_rand
 from dsee_scale.config import SCORES, PruneConfig
 from dsee_scale.errors import ConfigError, RunError, TargetError
 from dsee_scale.export.export import BASE_FOLDER, save_base
+from dsee_scale.partition import open_partition
 from dsee_scale.pruning.prune import prune
 from dsee_scale.pruning.schedule import CubicSchedule, schedule_problems
 from dsee_scale.training.base_trainer import GradientCallback, log_within_step
@@ -127,6 +128,7 @@ class DSEECallback(GradientCallback):
             raise ConfigError(
                 "DSEECallback was added to a finished Trainer; give it as callbacks=[DSEECallback(...)]"
             )
+        open_partition(self._trainer.model_wrapped)  # refuses what is split in a way that no pass knows
         super().on_train_begin(args, state, control, model=model, **kwargs)
         steps = [event.step for event in self._planned(state.max_steps)]
         if steps and steps[-1] >= state.max_steps:
