@@ -18,13 +18,16 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_utils import has_length
 
 from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.checkpoint.random_state import random_state, set_epoch, set_random_state
 from dsee_scale.config import SCORES, PruneConfig
 from dsee_scale.errors import ConfigError, RunError, TargetError
 from dsee_scale.export.export import BASE_FOLDER, save_base
+from dsee_scale.partition import open_partition
 from dsee_scale.pruning.prune import prune
 from dsee_scale.pruning.schedule import CubicSchedule, schedule_problems
 from dsee_scale.training.base_trainer import GradientCallback, log_within_step
 from dsee_scale.training.checkpoints import AdapterCheckpoints
+from dsee_scale.training.timeline import PruneEvent
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +43,14 @@ class DSEECallback(GradientCallback):
     Its checkpoints hold adapters, masks and optimizer state, never a base weight, and `trainer.save_model` writes the
     adapter. To resume, load `base_of(checkpoint, published)` (a checkpoint saved after a re-fit goes on from
     `output_dir/base`, an earlier one does not), put `load_adapter(model, checkpoint)` where `inject` stands, and
-    `trainer.train(resume_from_checkpoint=checkpoint)`, on any number of ranks.
+    `trainer.train(resume_from_checkpoint=checkpoint)`, on any number of ranks. The callback must be one that would have
+    pruned until then as it was done; what is still to come may change.
 
     Pruning is collective. It comes after the optimizer step, before that step's checkpoint. What scores look at are
-    the model's own last inputs in training, each rank's; those before the checkpoint a resumed training reads from its
-    data again (other ones where batches depend on more than seed, epoch and place, or the number of ranks is another;
-    none of a stream).
+    the model's own last inputs in training, with their labels, each rank's; those before the checkpoint a resumed
+    training reads from its data again (other ones where batches depend on more than seed, epoch and place, or the
+    number of ranks is another; none of a stream). At step 0 they are the first batches of the data, which the
+    training sees again, but for a stream that gives its rows once: give another `at`, or `score="W"`, with one.
     After a re-fit the new base is written to `output_dir/base`.
     """
 
@@ -106,6 +111,7 @@ class DSEECallback(GradientCallback):
                 "push_to_hub uploads whole models; leave it out, and upload what save_adapter or export_model wrote"
             )
         keep_checkpoints_small(trainer)
+        trainer.planned = self._planned
         self._trainer = trainer
 
     def on_train_begin(
@@ -122,8 +128,9 @@ class DSEECallback(GradientCallback):
             raise ConfigError(
                 "DSEECallback was added to a finished Trainer; give it as callbacks=[DSEECallback(...)]"
             )
+        open_partition(self._trainer.model_wrapped)  # refuses what is split in a way that no pass knows
         super().on_train_begin(args, state, control, model=model, **kwargs)
-        steps = self._planned(state.max_steps)
+        steps = [event.step for event in self._planned(state.max_steps)]
         if steps and steps[-1] >= state.max_steps:
             raise ConfigError(
                 f"the model is to be pruned at step {steps[-1]}, and training ends at step {state.max_steps}: "
@@ -135,7 +142,9 @@ class DSEECallback(GradientCallback):
         self._inputs.clear()
         self._watch_inputs()
         if started and self._hook is not None:
+            before = random_state()
             self._recall_inputs(started, train_dataloader)
+            set_random_state(before)
         self._prune_if_due(state)
 
     def on_step_end(
@@ -155,22 +164,28 @@ class DSEECallback(GradientCallback):
                 "prune earlier, or train longer"
             )
 
-    def _planned(self, max_steps: int) -> list[int]:
+    def _planned(self, max_steps: int) -> list[PruneEvent]:
+        """All prunings, in order."""
         if isinstance(self.at, CubicSchedule):
             last = self.at.start_step + self.at.num_steps
-            return [step for step in range(self.at.start_step, last + 1) if self.at.due(step)]
-        if self.at is None:
-            return []
-        return [round(self.at * max_steps) if isinstance(self.at, float) else self.at]
+            steps = [step for step in range(self.at.start_step, last + 1) if self.at.due(step)]
+        elif self.at is None:
+            steps = []
+        else:
+            steps = [round(self.at * max_steps) if isinstance(self.at, float) else self.at]
+        return [PruneEvent(step=step, configs=tuple(self._configs(step))) for step in steps]
+
+    def _configs(self, step: int) -> list[PruneConfig]:
+        if isinstance(self.at, CubicSchedule):
+            return [self.at.config(self.configs[0], step)]
+        return self.configs
 
     def _prune_if_due(self, state: TrainerState) -> None:
         """Collective where it is due."""
         if not self._steps or state.global_step != self._steps[0]:
             return
         trainer, step = self._trainer, self._steps.pop(0)
-        configs = self.configs
-        if isinstance(self.at, CubicSchedule):
-            configs = [self.at.config(configs[0], step)]
+        configs = self._configs(step)
         report = prune(trainer.model_wrapped, configs, self._calibration() if self._wants_inputs() else None)
         self._watch_inputs()
         if any(config.refit for config in configs):
@@ -246,7 +261,10 @@ class DSEECallback(GradientCallback):
             )
 
     def _keep_batches(self, batches: Iterable[Any]) -> None:
-        known = _arguments(self._trainer.model)
+        trainer = self._trainer
+        known = _arguments(trainer.model)
+        if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+            known = [key for key in known if key != "labels"]  # such a Trainer gives the model none
         for batch in batches:
             self._keep(
                 {key: batch[key] for key in known if key in batch} if isinstance(batch, Mapping) else {}
@@ -258,13 +276,23 @@ class DSEECallback(GradientCallback):
             self._keep(dict(zip(_arguments(module), args, strict=False)) | kwargs)
 
     def _keep(self, inputs: Mapping[str, Any]) -> None:
-        kept = {
-            key: value.detach().to("cpu", copy=True)
-            for key, value in inputs.items()
-            if isinstance(value, Tensor) and key != "labels"
-        }
-        if "input_ids" in kept or "inputs_embeds" in kept:
-            self._inputs.append(kept)
+        ids, embeds, labels = (inputs.get(key) for key in ("input_ids", "inputs_embeds", "labels"))
+        if isinstance(ids, Tensor):
+            shape = ids.shape
+        elif isinstance(embeds, Tensor):
+            shape = embeds.shape[:-1]
+        else:
+            return
+        left_out = {"num_items_in_batch"}
+        if isinstance(labels, Tensor) and labels.shape not in (shape, shape[:1]):
+            left_out.add("labels")  # of a loss that no calibration knows
+        self._inputs.append(
+            {
+                key: value.detach().to("cpu", copy=True)
+                for key, value in inputs.items()
+                if isinstance(value, Tensor) and key not in left_out
+            }
+        )
 
 
 def keep_checkpoints_small(trainer: Trainer) -> None:
@@ -285,10 +313,7 @@ def _arguments(module: nn.Module) -> list[str]:
 def _of_epoch(loader: Any, epoch: int, first: int) -> Any:
     """A Trainer's batches of an epoch from the first one on, as `Trainer._run_epoch` orders them when it resumes."""
     part: Any = skip_first_batches(loader, first)  # one of its own: the Trainer's begins anew
-    sampler: Any = getattr(getattr(part, "batch_sampler", None), "batch_sampler", None)
-    for each in (part, sampler):
-        if hasattr(each, "set_epoch"):
-            each.set_epoch(epoch)
+    set_epoch(part, epoch)
     return part
 
 

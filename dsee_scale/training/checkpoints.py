@@ -10,8 +10,8 @@ import dataclasses
 import inspect
 import json
 import logging
-import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     SaveStrategy,
@@ -29,10 +31,9 @@ from transformers.trainer_utils import (
 
 from dsee_scale.adapters.state import model_state
 from dsee_scale.checkpoint.adapter import save_adapter
-from dsee_scale.checkpoint.contents import check_output
 from dsee_scale.checkpoint.files import damaged
 from dsee_scale.checkpoint.folder import open_folder
-from dsee_scale.checkpoint.random_state import random_state, set_random_state
+from dsee_scale.checkpoint.random_state import SeededSampler, random_state, set_epoch, set_random_state
 from dsee_scale.checkpoint.training_state import (
     KIND,
     STATE_FILE,
@@ -45,7 +46,8 @@ from dsee_scale.errors import ConfigError
 from dsee_scale.partition.master_weights import keep_masters
 from dsee_scale.training.journal import to_jsonable
 from dsee_scale.training.scheduler_state import plain_scheduler, restore_scheduler, scheduler_record
-from dsee_scale.training.survival import check_trained_values, newest_first, set_aside_later, step_of
+from dsee_scale.training.survival import check_trained_values, delete_old_checkpoints, set_aside_later
+from dsee_scale.training.timeline import PruneEvent, check_planned
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -60,6 +62,7 @@ ADAPTER_FOLDER = "adapter"
 
 
 PRIVATE = {
+    "_get_train_sampler": ("train_dataset",),
     "_load_best_model": (),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_rng_state": ("checkpoint",),
@@ -128,28 +131,6 @@ def read_record(folder: Path) -> dict[str, Any]:
     return extra
 
 
-def delete_old_checkpoints(
-    output: Path, limit: int | None, *, step: int, best: str = "", told: set[Path]
-) -> None:
-    """Delete a run's checkpoints beyond `limit`: the last one, of `step`, and the best one stay. Local.
-
-    So do those of later steps: another run left them. What can't be deleted is said once (`told` holds it) and tried
-    again at the next call. transformers' own way deletes any folder called `checkpoint-*`, with all that is in it.
-    """
-    found = [folder for folder in newest_first(output) if step_of(folder) <= step]
-    order = sorted(found, key=lambda folder: (folder != found[0], folder.name != best))
-    spared = max(limit or len(found), 2 if best in [folder.name for folder in found[1:]] else 1)
-    for folder in order[spared:]:
-        # Storage may refuse what is in use, on this rank alone: the others train on, and would wait for it.
-        try:
-            check_output(folder, KIND, overwrite=True)
-            shutil.rmtree(folder)
-        except (ConfigError, OSError) as error:
-            if folder not in told:
-                logger.warning("%s is kept in spite of save_total_limit: %s", folder, error)
-            told.add(folder)
-
-
 class AdapterCheckpoints(Base):
     """Stands before a Trainer: a checkpoint holds adapters, optimizer state and mask bits, is complete or not there,
     and can be resumed on another number of processes.
@@ -159,6 +140,8 @@ class AdapterCheckpoints(Base):
     _checkpoint: Path | None = None
     _unfinished: UnfinishedState | None = None
     _saved_step = -1
+    planned: Callable[[int], list[PruneEvent]] | None = None
+    """What a callback prunes in a training of so many steps; None where no callback does."""
     _kept: set[Path]  # what could not be deleted; set before it is used
     _random_state: dict[str, Tensor]  # set before it is used
 
@@ -205,7 +188,7 @@ class AdapterCheckpoints(Base):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Collective. Write the adapter; the Trainer's own way writes the frozen base."""
         folder = Path(output_dir or str(self.args.output_dir))
-        if folder == Path(str(self.args.output_dir)):
+        if folder.resolve() == Path(str(self.args.output_dir)).resolve():
             folder /= ADAPTER_FOLDER  # beside the checkpoints, which an overwrite would delete
         save_adapter(self.model_wrapped, folder, overwrite=True)
 
@@ -216,11 +199,17 @@ class AdapterCheckpoints(Base):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             assert self._checkpoint is not None
+            before = random_state()
             extra = load_training_state(
                 self.model_wrapped, self._checkpoint, optimizer=self._torch_optimizer()
             )
             self._random_state = random_state()
+            set_random_state(before)  # an epoch's order may be drawn from it, as at the start
             self._restore(extra)
+            if self.planned is not None:
+                saved, pruned = extra.get("planned"), bool(model_state(self.module).pruned)
+                step, where = self.state.global_step, str(self._checkpoint)
+                check_planned(self.planned(max_steps), saved, step, pruned=pruned, where=where)
             scheduler, where = plain_scheduler(self.lr_scheduler), str(self._checkpoint)
             restore_scheduler(scheduler, extra.get("lr_scheduler"), self.state.global_step, where)
         if self.args.save_strategy != SaveStrategy.NO:  # refused now rather than at the first checkpoint
@@ -244,7 +233,20 @@ class AdapterCheckpoints(Base):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        set_epoch(kwargs["train_dataloader"], kwargs["epoch"])
         super()._run_epoch(**kwargs)
+        # A callback may have ended training after the last step was saved, and what follows reads checkpoints.
+        if self.control.should_training_stop or kwargs["epoch"] + 1 >= self.state.num_train_epochs:
+            self._finish_checkpoint()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The parent's; its order by length would hang on the global generator and on the rank's part of a batch."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler) and sampler.generator is None:
+            sampler.batch_size = self._global_batch
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return SeededSampler(sampler, seed)
+        return sampler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: adapters and masks were put into the raw model, the rest follows when it is prepared."""
@@ -304,14 +306,26 @@ class AdapterCheckpoints(Base):
     def _record(self) -> dict[str, Any]:
         """What a checkpoint holds besides tensors."""
         config = model_state(self.module).config
+        callbacks: Any = self.state.stateful_callbacks  # a dict, whatever its type says
+        callbacks.update(self._callback_states())
+        planned = None if self.planned is None else self.planned(self.state.max_steps)
         return to_jsonable(
             {
+                "planned": None if planned is None else [event.to_dict() for event in planned],
                 "trainer": dataclasses.asdict(self.state),
                 "global_batch": self._global_batch,
                 "lr_scheduler": scheduler_record(plain_scheduler(self.lr_scheduler)),
                 "dsee": None if config is None else config.to_dict(),
             }
         )
+
+    def _callback_states(self) -> dict[str, Any]:
+        """By class: the state of its one callback, or those of all in a list, as the parent reads them."""
+        states: dict[str, list[Any]] = {}
+        for each in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(each, ExportableState):
+                states.setdefault(type(each).__name__, []).append(each.state())
+        return {name: found if len(found) > 1 else found[0] for name, found in states.items()}
 
     def _check_record(self, record: dict[str, Any]) -> None:
         if record["global_batch"] != self._global_batch:

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import logging
 import re
+import shutil
 import signal
 import threading
 import time
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from dsee_scale.checkpoint.contents import check_output
 from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.checkpoint.training_state import KIND
 from dsee_scale.distributed import (
@@ -312,6 +314,28 @@ def set_aside_later(output: Path, step: int, resumed: Path) -> None:
                 step,
                 resumed,
             )
+
+
+def delete_old_checkpoints(
+    output: Path, limit: int | None, *, step: int, best: str = "", told: set[Path]
+) -> None:
+    """Delete a run's checkpoints beyond `limit`: the last one, of `step`, and the best one stay. Local.
+
+    So do those of later steps: another run left them. What can't be deleted is said once (`told` holds it) and tried
+    again at the next call. transformers' own way deletes any folder called `checkpoint-*`, with all that is in it.
+    """
+    found = [folder for folder in newest_first(output) if step_of(folder) <= step]
+    order = sorted(found, key=lambda folder: (folder != found[0], folder.name != best))
+    spared = max(limit or len(found), 2 if best in [folder.name for folder in found[1:]] else 1)
+    for folder in order[spared:]:
+        # Storage may refuse what is in use, on this rank alone: the others train on, and would wait for it.
+        try:
+            check_output(folder, KIND, overwrite=True)
+            shutil.rmtree(folder)
+        except (ConfigError, OSError) as error:
+            if folder not in told:
+                logger.warning("%s is kept in spite of save_total_limit: %s", folder, error)
+            told.add(folder)
 
 
 def verify_share(folder: Path) -> None:

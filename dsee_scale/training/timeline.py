@@ -149,6 +149,41 @@ class Timeline:
             )
 
 
+def check_planned(
+    planned: Sequence[PruneEvent],
+    saved: Sequence[Mapping[str, Any]] | None,
+    step: int,
+    *,
+    pruned: bool,
+    where: str,
+) -> None:
+    """Refuse a plan by which a checkpoint's model would have been pruned otherwise. Local.
+
+    Args:
+        planned: all prunings of the training that resumes.
+        saved: those of the one that saved, as `PruneEvent.to_dict` gives them; None of checkpoints that don't tell.
+        step: the checkpoint's; the pruning at that step is in it.
+        pruned: whether its model is pruned.
+        where: names the checkpoint.
+
+    Raises:
+        ConfigError: see above. Prunings after the step may change.
+    """
+    due = [event.to_dict() for event in planned if event.step <= step]
+    if saved is None:
+        wrong, other = bool(planned) and pruned != bool(due), ""
+        was = "at a step that it does not tell" if pruned else "never"
+    else:
+        done = [event for event in saved if event["step"] <= step]
+        wrong, was, other = done != due, _at_steps(done), _otherwise(done, due)
+    if wrong:
+        raise ConfigError(
+            f"{where} is at step {step} and was pruned {was}; by this DSEECallback it would have been pruned "
+            f"{_at_steps(due)}{other}. Resume with the prune, at and max_steps that it was made with (if the "
+            "training's length has changed: at as a whole step), or an earlier checkpoint"
+        )
+
+
 def _at_steps(events: Sequence[Mapping[str, Any]]) -> str:
     steps = [str(event.get("step")) for event in events]
     return f"at step {', '.join(steps)}" if steps else "never"

@@ -254,7 +254,7 @@ def test_a_restart_on_another_host_waits_on_all_ranks_until_the_lost_one_is_know
 
 def train_where_a_folder_stays(base: str, output: str) -> list[str]:
     """A stock Trainer that keeps one checkpoint; the storage lets rank 0 delete the first at the third try alone."""
-    from dsee_scale.training import checkpoints
+    from dsee_scale.training import survival
     from dsee_scale.training.setup import kept_environment, make_arguments
 
     tries, said = [], logging.handlers.BufferingHandler(100)
@@ -269,8 +269,8 @@ def train_where_a_folder_stays(base: str, output: str) -> list[str]:
         output_dir=output, max_steps=4, save_steps=1, save_total_limit=1, per_device_train_batch_size=2
     )
     settings |= dict(report_to="none", disable_tqdm=True, deepspeed="zero3_cpu")
-    checkpoints.logger.addHandler(said)
-    checkpoints.shutil = SimpleNamespace(rmtree=busy)  # type: ignore[assignment]
+    survival.logger.addHandler(said)
+    survival.shutil = SimpleNamespace(rmtree=busy)  # type: ignore[assignment]
     try:
         with kept_environment():
             args = make_arguments(settings)
@@ -279,8 +279,8 @@ def train_where_a_folder_stays(base: str, output: str) -> list[str]:
             rows = [{"input_ids": row, "labels": row} for row in token_batch(batch=16, length=10)]
             Trainer(model, args, train_dataset=rows, callbacks=[DSEECallback()]).train()
     finally:
-        checkpoints.shutil = shutil  # type: ignore[assignment]
-        checkpoints.logger.removeHandler(said)
+        survival.shutil = shutil  # type: ignore[assignment]
+        survival.logger.removeHandler(said)
     return [record.getMessage() for record in said.buffer]
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 import dsee_scale
-from dsee_scale import DSEEConfig, PruneConfig
+from dsee_scale import DSEECallback, DSEEConfig, PruneConfig
 from dsee_scale.config import DecompositionConfig
 from dsee_scale.partition import open_partition, zero3
-from tests.models import build, llama_config, partition, zero3_config
+from tests.models import build, llama_config, partition, token_batch, zero3_config
 
 
 def refused_storage(attribute: str, call: str) -> str:
@@ -208,3 +209,31 @@ def trained_behind_an_engine(stage: int) -> str:
 @pytest.mark.parametrize("stage", [1, 3])
 def test_weights_that_an_engine_trains_are_refused_on_its_raw_module(pools, stage):
     assert all("is being trained" in text for text in pools(2).run(trained_behind_an_engine, stage))
+
+
+def trained_under_fsdp(output: str) -> tuple[str, int]:
+    """What a stock Trainer says to a model that FSDP2 splits, and the step that it says it at."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    class Ready(Trainer):
+        def _wrap_model(self, model, *args, **kwargs):
+            """The model is split already."""
+            return model
+
+    model = build(llama_config(tie_word_embeddings=False))
+    dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=3))
+    fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+    rows = [{"input_ids": row, "labels": row} for row in token_batch(batch=8)]
+    args = TrainingArguments(output, max_steps=3, save_strategy="no", report_to="none", disable_tqdm=True)
+    trainer = Ready(model, args, train_dataset=rows, callbacks=[DSEECallback(PruneConfig(score="W"), 2)])
+    with pytest.raises(dsee_scale.PartitionError) as caught:
+        trainer.train()
+    return str(caught.value), trainer.state.global_step
+
+
+def test_a_trainer_refuses_fsdp_before_its_first_step(pools, tmp_path):
+    (text, step), other = pools(2).run(trained_under_fsdp, str(tmp_path))
+    assert (text, step) == other
+    assert "FSDP" in text and "ZeRO-3" in text
+    assert step == 0
