@@ -99,8 +99,9 @@ def capture(
     """
     calls: list[Call] = []
     finite = True
+    broken: str | None = None
     for batch, counts in in_step(unwrap(model), batches, partition):
-        watch = _Capture(blocks, storage, check=not calls)
+        watch = _Capture(blocks, storage)
         try:
             with around(batch, counts):
                 run_model(model, batch, partition)
@@ -110,13 +111,15 @@ def capture(
         finite &= not counts or _finite(watch.last, token_mask(batch))
         if watch.broken is None and len(watch.arguments) != len(blocks):
             watch.broken = blocks[len(watch.arguments)][0]
-        if watch.broken is not None:
-            raise TargetError(
-                f"{watch.broken} does not simply continue from the block before it, so the model can't be re-fitted "
-                "block after block; set refit=False. Nothing was removed"
-            )
+        broken = broken or watch.broken
     # Before the first block is written: what comes later would leave the model half pruned.
-    partition.raise_first(None if finite else CalibrationError(NOT_FINITE))
+    error: Exception | None = None if finite else CalibrationError(NOT_FINITE)
+    if broken is not None:
+        error = TargetError(
+            f"{broken} does not simply continue from the block before it, so the model can't be re-fitted "
+            "block after block; set refit=False. Nothing was removed"
+        )
+    partition.raise_first(error)
     return calls
 
 
@@ -131,13 +134,13 @@ def _finite(output: Tensor | None, mask: Tensor | None) -> bool:
 class _Capture:
     """Hooks that note how the blocks are called in one forward pass."""
 
-    def __init__(self, blocks: Sequence[tuple[str, nn.Module]], storage: torch.device, check: bool) -> None:
+    def __init__(self, blocks: Sequence[tuple[str, nn.Module]], storage: torch.device) -> None:
         self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.keywords: list[bool] = []
         self.hidden = torch.empty(0)
         self.broken: str | None = None
         self._names = [name for name, _ in blocks]
-        self._check, self._storage = check, storage
+        self._storage = storage
         self._stored: dict[int, tuple[Tensor, Tensor]] = {}
         self.last: Tensor | None = None
         self._handles = []
@@ -157,7 +160,7 @@ class _Capture:
         if not self.arguments:
             # A block may add to its input in place.
             self.hidden = hidden.detach().to(self._storage, copy=True)
-        elif self._check and (self.last is None or not _same(hidden, self.last)):
+        elif self.last is None or not _same(hidden, self.last):
             self.broken = self.broken or self._names[index]
         # A cache holds what the captured pass put there; some models pass it by position.
         further = tuple(None if _is_cache(each) else each for each in args[1:])
@@ -187,7 +190,9 @@ def _is_cache(value: Any) -> bool:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    return one is other or (
+        one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    )
 
 
 def run_block(
