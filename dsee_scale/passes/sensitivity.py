@@ -92,10 +92,9 @@ def output_gradients(
         frozen(module),
         no_leaf_gradients(model),
         graph_from(blocks[0][1]),
+        _checkpointing([block for _, block in blocks]),
         _watching(layers, sums, blocks[0][1]) as watch,
     ):
-        for _, block in blocks:
-            block.training = True  # the block alone: what is checkpointed in training is checkpointed here
         for batch, counts in tqdm(
             in_step(module, batches, partition),
             desc="sensitivity",
@@ -260,6 +259,33 @@ def _watching(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _checkpointing(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """What is checkpointed in training is checkpointed here: the block alone trains, without the dropout it may call.
+
+    Its rate is a number of the block or of its config.
+    """
+    own = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
+    holders = {id(each): each for block in own for each in (block, getattr(block, "config", None))}
+    rates = [
+        (each, name, rate)
+        for each in holders.values()
+        for name, rate in getattr(each, "__dict__", {}).items()
+        if "drop" in name and isinstance(rate, float)
+    ]
+    try:
+        for each, name, _ in rates:
+            setattr(each, name, 0.0)
+        for block in own:
+            block.training = True
+        yield
+    finally:
+        for block in own:
+            block.training = False
+        for each, name, rate in rates:
+            setattr(each, name, rate)
 
 
 @contextlib.contextmanager
