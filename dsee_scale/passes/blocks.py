@@ -178,8 +178,7 @@ class _Capture:
     def _watched(self, read: Callable[[], None], value: Any) -> Any:
         """An argument; one that an earlier block returned beside its output tells when this one reads it."""
         if isinstance(value, Tensor):
-            made = isinstance(value, _Watched) or any(each() is value for each in self._beside)
-            return _Watched.of(value, read) if made else value
+            return _Watched.of(value, read) if self._is_made(value) else value
         if type(value) in (tuple, list):
             return type(value)(self._watched(read, each) for each in value)
         return value
@@ -209,13 +208,27 @@ class _Capture:
         self.last = first_tensor(output)
         for each in output[1:] if isinstance(output, (tuple, list)) else ():
             made = each if isinstance(each, (tuple, list)) else (each,)
-            # What a block was called with and hands through is none that it made.
-            new = [one for one in made if isinstance(one, Tensor) and id(one) not in self._stored]
-            self._beside += map(weakref.ref, new)
+            self._beside += [
+                weakref.ref(one) for one in made if isinstance(one, Tensor) and self._is_new(one)
+            ]
+
+    def _is_made(self, value: Tensor) -> bool:
+        """Whether an earlier block returned it; DeepSpeed's hooks hand on the same entries as another tensor."""
+        alive = [each for made in self._beside if (each := made()) is not None]
+        return isinstance(value, _Watched) or any(_same_place(each, value) for each in alive)
+
+    def _is_new(self, value: Tensor) -> bool:
+        """Whether it is none that a block was called with and hands through."""
+        return self._is_made(value) or not any(_same_place(each, value) for each, _ in self._stored.values())
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def _same_place(one: Tensor, other: Tensor) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():
+        return one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
 class _Watched(Tensor):
