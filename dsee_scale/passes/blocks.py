@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from dsee_scale.passes.batches import (
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 _SINGLE = "hidden_states"
+NO_SUCCESSOR = "does not simply continue from the block before it"
+READS_BESIDE = "reads what an earlier block made beside its output, such as shared keys and values"
 
 
 @dataclass
@@ -94,13 +97,14 @@ def capture(
         around: a context for each batch's forward pass, given the batch and whether it counts.
 
     Raises:
-        TargetError: a block does not simply go on from the one before it.
+        TargetError: a block does not simply go on from the one before it, or reads what one made beside its output.
         CalibrationError: a rank without batches, a batch that is no input, or activations that are not finite.
     """
     calls: list[Call] = []
     finite = True
+    broken: str | None = None
     for batch, counts in in_step(unwrap(model), batches, partition):
-        watch = _Capture(blocks, storage, check=not calls)
+        watch = _Capture(blocks, storage)
         try:
             with around(batch, counts):
                 run_model(model, batch, partition)
@@ -109,14 +113,15 @@ def capture(
         calls.append(Call(batch, counts, watch.hidden, watch.arguments, watch.keywords))
         finite &= not counts or _finite(watch.last, token_mask(batch))
         if watch.broken is None and len(watch.arguments) != len(blocks):
-            watch.broken = blocks[len(watch.arguments)][0]
-        if watch.broken is not None:
-            raise TargetError(
-                f"{watch.broken} does not simply continue from the block before it, so the model can't be re-fitted "
-                "block after block; set refit=False. Nothing was removed"
-            )
+            watch.broken = f"{blocks[len(watch.arguments)][0]} {NO_SUCCESSOR}"
+        broken = broken or watch.broken
     # Before the first block is written: what comes later would leave the model half pruned.
-    partition.raise_first(None if finite else CalibrationError(NOT_FINITE))
+    error: Exception | None = None if finite else CalibrationError(NOT_FINITE)
+    if broken is not None:
+        error = TargetError(
+            f"{broken}, so the model can't be re-fitted block after block; set refit=False. Nothing was removed"
+        )
+    partition.raise_first(error)
     return calls
 
 
@@ -131,14 +136,16 @@ def _finite(output: Tensor | None, mask: Tensor | None) -> bool:
 class _Capture:
     """Hooks that note how the blocks are called in one forward pass."""
 
-    def __init__(self, blocks: Sequence[tuple[str, nn.Module]], storage: torch.device, check: bool) -> None:
+    def __init__(self, blocks: Sequence[tuple[str, nn.Module]], storage: torch.device) -> None:
         self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.keywords: list[bool] = []
         self.hidden = torch.empty(0)
         self.broken: str | None = None
         self._names = [name for name, _ in blocks]
-        self._check, self._storage = check, storage
+        self._storage = storage
         self._stored: dict[int, tuple[Tensor, Tensor]] = {}
+        self._beside: list[weakref.ref[Tensor]] = []
+        self._contents: dict[int, tuple[Any, dict[Any, Any]]] = {}
         self.last: Tensor | None = None
         self._handles = []
         for index, (_, block) in enumerate(blocks):
@@ -146,9 +153,9 @@ class _Capture:
             self._handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
             self._handles.append(block.register_forward_hook(self._after))
 
-    def _before(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _before(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if index != len(self.arguments):  # one that is used twice, left out, or called out of turn
-            self.broken = self.broken or self._names[index]
+            self._break(index, NO_SUCCESSOR)
         rest = {key: None if key in CACHES else value for key, value in kwargs.items()}
         if "use_cache" in rest:
             rest["use_cache"] = False
@@ -157,28 +164,103 @@ class _Capture:
         if not self.arguments:
             # A block may add to its input in place.
             self.hidden = hidden.detach().to(self._storage, copy=True)
-        elif self._check and (self.last is None or not _same(hidden, self.last)):
-            self.broken = self.broken or self._names[index]
+        elif self.last is None or not _same(hidden, self.last):
+            self._break(index, NO_SUCCESSOR)
         # A cache holds what the captured pass put there; some models pass it by position.
         further = tuple(None if _is_cache(each) else each for each in args[1:])
+        if any([self._has_changed(each) for each in (*further, *rest.values())]):
+            self._break(index, READS_BESIDE)
         self.arguments.append((self._kept(further), self._kept(rest)))
         self.keywords.append(by_keyword)
+        watched = functools.partial(self._watched, lambda: self._break(index, READS_BESIDE))
+        return (*args[:1], *map(watched, args[1:])), {key: watched(each) for key, each in kwargs.items()}
+
+    def _watched(self, read: Callable[[], None], value: Any) -> Any:
+        """An argument; one that an earlier block returned beside its output tells when this one reads it."""
+        if isinstance(value, Tensor):
+            return _Watched.of(value, read) if self._is_made(value) else value
+        if type(value) in (tuple, list):
+            return type(value)(self._watched(read, each) for each in value)
+        return value
 
     def _kept(self, value: Any) -> Any:
         """Tensors in storage; those that all blocks share, such as masks, once."""
         if isinstance(value, Tensor):
+            value = value.plain if isinstance(value, _Watched) else value
             if id(value) not in self._stored:
                 # The original is held on to, so that no other one gets its id.
                 self._stored[id(value)] = (value, value.to(self._storage))
             return self._stored[id(value)][1]
         return map_tensors(self._kept, value)
 
+    def _break(self, index: int, reason: str) -> None:
+        self.broken = self.broken or f"{self._names[index]} {reason}"
+
+    def _has_changed(self, value: Any) -> bool:
+        """Whether a mapping that blocks share holds something else than when one was called with it before."""
+        if not isinstance(value, Mapping):
+            return False
+        now = dict(value)
+        _, before = self._contents.setdefault(id(value), (value, now))  # held on to, as in `_kept`
+        return before.keys() != now.keys() or any(before[key] is not now[key] for key in now)
+
     def _after(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self.last = first_tensor(output)
+        for each in output[1:] if isinstance(output, (tuple, list)) else ():
+            made = each if isinstance(each, (tuple, list)) else (each,)
+            self._beside += [
+                weakref.ref(one) for one in made if isinstance(one, Tensor) and self._is_new(one)
+            ]
+
+    def _is_made(self, value: Tensor) -> bool:
+        """Whether an earlier block returned it; DeepSpeed's hooks hand on the same entries as another tensor."""
+        alive = [each for made in self._beside if (each := made()) is not None]
+        return isinstance(value, _Watched) or any(_same_place(each, value) for each in alive)
+
+    def _is_new(self, value: Tensor) -> bool:
+        """Whether it is none that a block was called with and hands through."""
+        return self._is_made(value) or not any(_same_place(each, value) for each, _ in self._stored.values())
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def _same_place(one: Tensor, other: Tensor) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():
+        return one.data_ptr() == other.data_ptr() and one.shape == other.shape
+
+
+class _Watched(Tensor):
+    """A tensor that tells when something is computed from it."""
+
+    plain: Tensor
+    read: Callable[[], None]
+
+    @staticmethod
+    def of(value: Tensor, read: Callable[[], None]) -> _Watched:
+        """The same entries."""
+        plain = value.plain if isinstance(value, _Watched) else value
+        found = plain.as_subclass(_Watched)
+        found.plain, found.read = plain, read
+        return found
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What a tensor would do; its shape, type and the like say nothing about its entries."""
+        name = func.__self__.__name__ if func.__name__ == "__get__" else ""
+        if name not in ("shape", "ndim", "dtype", "device", "requires_grad", "grad_fn", "is_cuda"):
+            _tell_read([*args, *(kwargs or {}).values()])
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+def _tell_read(values: Sequence[Any]) -> None:
+    for each in values:
+        if isinstance(each, _Watched):
+            each.read()
+        elif isinstance(each, (tuple, list)):
+            _tell_read(each)
 
 
 def _is_cache(value: Any) -> bool:
@@ -187,7 +269,9 @@ def _is_cache(value: Any) -> bool:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    return one is other or (
+        one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    )
 
 
 def run_block(

@@ -289,7 +289,7 @@ class Watch:
             sums.add(values, None if self._mask is None else self._mask.reshape(-1))
 
     def _counted(self, x: Tensor) -> Tensor:
-        """(T, I), the tokens that count."""
+        """(T, I), the tokens that count; all that there are where the mask is of another length."""
         flat, mask = x.reshape(-1, x.shape[-1]), self._mask
         if mask is None or mask.numel() != flat.shape[0]:
             return flat

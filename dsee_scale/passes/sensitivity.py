@@ -31,7 +31,7 @@ class Sensitivity:
         outputs: module name -> (O,) float32, each output's mean over tokens, the same on every rank.
         tokens: module name -> for each of this rank's batches that count, (T,) float32 on the CPU: each token's sum
             over outputs, as a multiple of the mean over all ranks' tokens. Without layers that a batch misses or runs
-            through twice.
+            through twice, or that see some of its tokens alone, as an expert does.
     """
 
     outputs: dict[str, Tensor]
@@ -92,10 +92,9 @@ def output_gradients(
         frozen(module),
         no_leaf_gradients(model),
         graph_from(blocks[0][1]),
-        _watching(layers, sums) as watch,
+        _checkpointing([block for _, block in blocks]),
+        _watching(layers, sums, blocks[0][1]) as watch,
     ):
-        for _, block in blocks:
-            block.training = True  # the block alone: what is checkpointed in training is checkpointed here
         for batch, counts in tqdm(
             in_step(module, batches, partition),
             desc="sensitivity",
@@ -108,7 +107,7 @@ def output_gradients(
             with torch.enable_grad(), together(partition):
                 _loss(module, to_device(labelled, device)).backward()
             if counts:
-                tokens += int(watch.seen)
+                tokens += watch.seen
                 by_token = {n: [*each, watch.once[n]] for n, each in by_token.items() if n in watch.once}
     means = _means(sums, tokens, partition)
     totals = {name: float(means[name].sum()) for name in by_token}
@@ -193,32 +192,45 @@ class _Watch:
     Attributes:
         mask: (B, T) tokens that count, None for all.
         counts: whether this batch counts on this rank.
-        seen: tokens of this batch that counted.
-        once: module name -> (T,), each of these tokens' squared gradients in all outputs, of layers that ran once.
+        total: B * T.
+        once: module name -> (T,), the squared gradients in all outputs of each token that counts, of layers that ran
+            once and on all tokens. Which ones an expert sees changes as earlier layers are pruned.
     """
 
     def __init__(self) -> None:
         self.mask: Tensor | None = None
         self.counts = True
-        self.seen = 0
+        self.total = 0
         self.once: dict[str, Tensor] = {}
-        self.twice: set[str] = set()
+        self.other: set[str] = set()
 
     def begin(self, mask: Tensor | None, counts: bool) -> None:
         """The next batch."""
-        self.mask, self.counts, self.once, self.twice = mask, counts, {}, set()
+        self.mask, self.counts, self.once, self.other = mask, counts, {}, set()
 
-    def add(self, name: str, token_squares: Tensor) -> None:
+    def enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Before the first block."""
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        self.total = hidden.shape[:-1].numel()
+
+    @property
+    def seen(self) -> int:
+        """Tokens of this batch that count."""
+        return self.total if self.mask is None or self.mask.numel() != self.total else int(self.mask.sum())
+
+    def add(self, name: str, token_squares: Tensor, *, all_tokens: bool) -> None:
         """One run of a layer."""
-        if name in self.once:
-            self.twice.add(name)
-            del self.once[name]
-        elif name not in self.twice:
+        if name in self.once or not all_tokens:
+            self.other.add(name)
+            self.once.pop(name, None)
+        elif name not in self.other:
             self.once[name] = token_squares.cpu()
 
 
 @contextlib.contextmanager
-def _watching(layers: Mapping[str, nn.Module], sums: Mapping[str, Tensor]) -> Iterator[_Watch]:
+def _watching(
+    layers: Mapping[str, nn.Module], sums: Mapping[str, Tensor], first: nn.Module
+) -> Iterator[_Watch]:
     """Hooks that add up each output's squared gradients."""
     watch = _Watch()
 
@@ -226,12 +238,12 @@ def _watching(layers: Mapping[str, nn.Module], sums: Mapping[str, Tensor]) -> It
         if not watch.counts:
             return
         flat = gradient.reshape(-1, gradient.shape[-1])
+        all_tokens = len(flat) == watch.total
         if watch.mask is not None and watch.mask.numel() == len(flat):
             flat = flat[watch.mask.reshape(-1).to(flat.device)]
-        watch.seen = len(flat)
         squares = flat.float().square()
         sums[name].add_(squares.sum(0, dtype=torch.float64).cpu())
-        watch.add(name, squares.sum(1))
+        watch.add(name, squares.sum(1), all_tokens=all_tokens)
 
     def hook(name: str) -> Callable[..., None]:
         def after(_: nn.Module, __: Any, output: Tensor) -> None:
@@ -241,11 +253,39 @@ def _watching(layers: Mapping[str, nn.Module], sums: Mapping[str, Tensor]) -> It
         return after
 
     handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    handles.append(first.register_forward_pre_hook(watch.enter, with_kwargs=True))
     try:
         yield watch
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _checkpointing(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """What is checkpointed in training is checkpointed here: the block alone trains, without the dropout it may call.
+
+    Its rate is a number of the block or of its config.
+    """
+    own = [block for block in blocks if getattr(block, "gradient_checkpointing", False)]
+    holders = {id(each): each for block in own for each in (block, getattr(block, "config", None))}
+    rates = [
+        (each, name, rate)
+        for each in holders.values()
+        for name, rate in getattr(each, "__dict__", {}).items()
+        if "drop" in name and isinstance(rate, float)
+    ]
+    try:
+        for each, name, _ in rates:
+            setattr(each, name, 0.0)
+        for block in own:
+            block.training = True
+        yield
+    finally:
+        for block in own:
+            block.training = False
+        for each, name, rate in rates:
+            setattr(each, name, rate)
 
 
 @contextlib.contextmanager

@@ -149,10 +149,16 @@ def _histograms(
     removed: Mapping[str, Tensor],
     partition: Partition,
 ) -> Tensor:
-    """Collective. (members, NUM_BINS): how the scores of each matrix are spread, without the inputs that are gone."""
+    """Collective. (members, NUM_BINS): how the scores of each matrix are spread, without the inputs that are gone.
+
+    What no token reached, as an expert that is a module, scores lowest.
+    """
     histograms = torch.zeros(len(pool.members), NUM_BINS, dtype=torch.int64, device=partition.device)
     for histogram, member in zip(histograms, pool.members, strict=True):
-        ranking = dataclasses.replace(rankings[member.name], outputs=outputs[member.name])
+        ranking, norms = rankings[member.name], rankings[member.name].norms
+        if norms is None:  # no token reached it
+            norms = torch.zeros(member.num_inputs)
+        ranking = dataclasses.replace(ranking, norms=norms, outputs=outputs[member.name])
         shard = member.shard(partition)
         for _, keys, _ in ranked_blocks(shard.data, shard.start, ranking):
             count_keys_(histogram, keys)

@@ -13,13 +13,13 @@ import torch.distributed as dist
 import dsee_scale
 from dsee_scale import PruneConfig, Statistics
 from dsee_scale.adapters.linear import adapted_layers
-from dsee_scale.errors import CalibrationError, PartitionError
+from dsee_scale.errors import CalibrationError, PartitionError, TargetError
 from dsee_scale.partition import unwrap
 from dsee_scale.partition.zero3 import Zero3Partition
 from dsee_scale.pruning.refit import block, matrix, pieces
 from tests.dist.test_inject_prune import engine_for, train, whole_weights
 from tests.models import zero3_config
-from tests.unit.test_calibrate import batches, make
+from tests.unit.test_calibrate import Adding, batches, make
 from tests.unit.test_pieces import make_small
 
 ROWS = PruneConfig(sparsity=0.4, refit=False)
@@ -309,3 +309,20 @@ def losses_after(calibrate: bool) -> list[float]:
 
 def test_calibrating_a_live_engine_leaves_training_as_it_was(pools):
     assert pools(2).run(losses_after, True) == pools(2).run(losses_after, False)
+
+
+def on_one_rank_alone() -> str:
+    """A batch of rank 1 gives a later block something else than the block before it did."""
+    torch.manual_seed(0)
+    model = Adding(in_place=False).requires_grad_(False)
+    data = [{"x": torch.randn(4, 8)} for _ in range(2)]
+    if dist.get_rank() == 1:
+        data[1]["feature"] = torch.ones(8)
+    with pytest.raises(TargetError) as caught:
+        dsee_scale.prune(model, PruneConfig(sparsity=0.5), data)
+    return str(caught.value)
+
+
+def test_blocks_that_one_rank_finds_broken_are_refused_on_every_rank(pools):
+    one, two = pools(2).run(on_one_rank_alone)
+    assert one == two and "blocks.1 does not simply continue" in one

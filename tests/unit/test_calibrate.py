@@ -393,6 +393,26 @@ def test_blocks_that_are_used_otherwise_than_once_in_turn_are_refused(order):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+class Adding(Toy):
+    """As vision models whose features join again after the first blocks, in batches that have some."""
+
+    def forward(self, x: torch.Tensor, feature: torch.Tensor | None = None) -> torch.Tensor:
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index == 0 and feature is not None:
+                x = x + feature
+        return x
+
+
+def test_every_batch_is_asked_whether_blocks_follow_each_other():
+    model = Adding(in_place=False).requires_grad_(False)
+    before = [param.clone() for param in model.parameters()]
+    data = [{"x": torch.randn(4, 8)}, {"x": torch.randn(4, 8), "feature": torch.ones(8)}]
+    with pytest.raises(TargetError, match=r"blocks.1 does not simply continue from the block before it"):
+        dsee_scale.prune(model, PruneConfig(), data)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("lone", ["mapping", "tensor"])
 def test_one_batch_in_place_of_a_list_is_named(lone):
     batch = batches()[0]

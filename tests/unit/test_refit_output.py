@@ -16,7 +16,7 @@ from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.errors import ConfigError
 from dsee_scale.passes.pools import block_linears
 from dsee_scale.pruning.refit import sweep
-from tests.models import build, moe_config
+from tests.models import build, llama_config, moe_config
 from tests.unit.test_calibrate import batches, effective, make
 
 STEPS = 12
@@ -111,6 +111,23 @@ def test_the_steps_are_adams_on_the_blocks_output() -> None:
         mine, reference = effective(layer) * (layer.weight != 0), layers[name].weight.detach()
         moved = (reference - weights[name] * kept[name]).norm()
         assert moved > 0 and (mine - reference).norm() < 1e-3 * moved, name
+
+
+def test_gradients_that_float16_cannot_hold_end_no_pruning_half_way() -> None:
+    """One channel of the residual is very large, as in Llama's at the first token."""
+    model, data = build(llama_config(num_hidden_layers=3), torch.float16).requires_grad_(False), batches(2)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if param.dim() == 2:
+                nn.init.normal_(param, std=0.1)
+            if name.endswith("layers.1.mlp.down_proj.weight"):
+                param[5] *= 3000
+    tuned, swept = block_outputs(model, data, -1), copy.deepcopy(model)
+    dsee_scale.prune(swept, HALF, data)
+    dsee_scale.prune(model, dataclasses.replace(HALF, block_steps=40), data)
+    assert all(bool(param.isfinite().all()) for param in model.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), swept.parameters(), strict=True))
+    assert error(model, tuned, data) < error(swept, tuned, data)
 
 
 def test_it_goes_with_refit_alone() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import FalconConfig, OPTConfig
 
 import dsee_scale
 from dsee_scale import PruneConfig
@@ -18,6 +19,7 @@ from dsee_scale.passes.pools import block_linears
 from dsee_scale.passes.sensitivity import Sensitivity, has_loss, output_gradients
 from dsee_scale.pruning import sensitivity_shares
 from dsee_scale.pruning.refit import pieces
+from tests.models import build
 from tests.unit.test_calibrate import batches, make
 
 
@@ -84,6 +86,34 @@ def test_gradients_are_autograds_and_leave_no_trace(family, checkpointing):
     assert [param.requires_grad for param in model.parameters()] == wanted and any(wanted)
     assert all(param.grad is None for param in model.parameters())
     assert all(each.training for each in model.modules())
+
+
+def settings(model: torch.nn.Module) -> list:
+    """Of its config, and each module's rate and mode."""
+    modules = [(getattr(each, "dropout", None), each.training) for each in model.modules()]
+    return [model.config.to_dict(), *modules]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_blocks_that_call_dropout_themselves_run_without_it(checkpointing):
+    """OPT's hold the rate, Falcon's config does."""
+    sizes = dict(vocab_size=97, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    configs = [
+        OPTConfig(**sizes, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=64, dropout=0.5),
+        FalconConfig(**sizes, hidden_dropout=0.5, attention_dropout=0.5),
+    ]
+    for config in configs:
+        model = build(config).requires_grad_(False)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        before = settings(model)
+        values = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            values.append(found(model, labelled()))
+        for name, value in values[0].outputs.items():
+            assert torch.equal(value, values[1].outputs[name]), (type(model).__name__, name)
+        assert settings(model) == before
 
 
 HALF_GROUPS = PruneConfig(pattern="2:4", modules=("*attn*",))

@@ -116,8 +116,8 @@ def collect_grams(
 
 
 def add_gram_(gram_II: Tensor, x_TI: Tensor, weight_T: Tensor | None = None) -> None:
-    """gram += X^T diag(weight) X, all in float32."""
-    if weight_T is not None:
+    """gram += X^T diag(weight) X, all in float32; weights of other tokens, as at an expert, are left out."""
+    if weight_T is not None and len(weight_T) == len(x_TI):
         x_TI = x_TI * weight_T.to(x_TI.device).sqrt()[:, None]  # one factor on both sides keeps it symmetric
     gram_II.addmm_(x_TI.t(), x_TI)
 

@@ -3,13 +3,14 @@
 The sweep solves each matrix for itself, on inputs that earlier prunings have changed. Here all linear layers of a block
 move together, so that its output meets the tuned model's at that place (as in EBFT, Guo et al., arXiv 2402.12419).
 Every rank has the block's linear layers whole for the time, in float32 with Adam's moments, and each step takes one
-batch from every rank.
+batch from every rank. In float16 a step whose gradients overflow is taken again with a smaller error.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.matrices import Matrix
+from dsee_scale.algorithms.score import all_finite
 from dsee_scale.config import PruneConfig
 from dsee_scale.partition import Partition, unwrap
 from dsee_scale.partition.engine_state import no_leaf_gradients
@@ -33,6 +35,8 @@ WARMUP = 5
 BETAS = (0.9, 0.99)
 EPSILON = 1e-16
 """Small enough that the scale of gradients makes no difference."""
+LEAST_FACTOR = 2.0**-24
+"""How far the error is scaled down for float16's gradients before a step is left out."""
 TO_LOWER = "block_steps to 0"
 """Where memory ends here."""
 
@@ -60,12 +64,16 @@ class _Layer:
         """Root mean square of what was kept."""
         return float((self.weight.detach().square().sum() / self.kept.sum().clamp(min=1)).sqrt())
 
-    def sum_gradient_(self, partition: Partition) -> None:
-        """Collective. The gradient of all ranks' tokens; none for what was pruned, which Adam then leaves at zero."""
+    def sum_gradient_(self, factor: float, partition: Partition) -> bool:
+        """Collective. The gradient of all ranks' tokens; none for what was pruned, which Adam then leaves at zero.
+
+        Returns whether it is finite, alike on all ranks. `factor` is what the error was multiplied by.
+        """
         found = self.weight.grad
         if found is None:  # no token of this rank went through
             found = torch.zeros_like(self.weight)
-        self.weight.grad = partition.sum_over_ranks(found).mul_(self.kept)
+        self.weight.grad = partition.sum_over_ranks(found).mul_(self.kept).div_(factor)
+        return all_finite(self.weight.grad)
 
     def whole(self) -> Tensor:
         """V, zero where it was pruned and nowhere else."""
@@ -132,15 +140,32 @@ def meet_outputs_(
         _trained(layers),
         held(block, config.block_steps, config, partition),
     ):
+        factor = 1.0
         for number in _order(len(calls), config.block_steps, seed=index):
-            _error(block, index, calls[number], module, partition).backward()
-            for layer in layers.values():
-                layer.sum_gradient_(partition)
+            error = functools.partial(_error, block, index, calls[number], module, partition)
+            factor = _find_gradients(layers.values(), error, factor, partition) or factor
             with refitting_work(partition, config, TO_LOWER):
                 optimizer.step()
             schedule.step()
             optimizer.zero_grad()
     weights |= {name: each.whole() for name, each in layers.items() if owners[name] == partition.rank}
+
+
+def _find_gradients(
+    layers: Collection[_Layer], error: Callable[[], Tensor], factor: float, partition: Partition
+) -> float:
+    """Collective. The layers' gradients of the error; no gradient where they are not finite, however it is scaled.
+
+    Returns the factor that took it into float16's range, at most the given one, alike on all ranks; 0 for none.
+    """
+    while factor >= LEAST_FACTOR:
+        (error() * factor).backward()
+        if all([layer.sum_gradient_(factor, partition) for layer in layers]):
+            return factor
+        for layer in layers:
+            layer.weight.grad = None
+        factor /= 2
+    return 0.0
 
 
 def _whole_layers(

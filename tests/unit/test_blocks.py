@@ -1,0 +1,73 @@
+"""Blocks that hand on more than their output: what earlier ones make would be the unpruned model's in a re-fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import dsee_scale
+from dsee_scale import PruneConfig
+from dsee_scale.errors import TargetError
+from tests.models import build, token_batch
+
+pytestmark = pytest.mark.unit
+WORDS = r"layers\.\d reads what an earlier block made beside its output.*set refit=False"
+
+
+def refused(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    before = [param.clone() for param in model.parameters()]
+    with pytest.raises(TargetError, match=WORDS):
+        dsee_scale.prune(model, PruneConfig(sparsity=0.5), [batch])
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4TextConfig"), reason="an older transformers")
+def test_keys_and_values_that_later_blocks_share_are_refused():
+    sizes = dict(vocab_size=97, vocab_size_per_layer_input=97, hidden_size=16, hidden_size_per_layer_input=8)
+    sizes |= dict(intermediate_size=24, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1)
+    sizes |= dict(head_dim=8, global_head_dim=8, sliding_window=4, max_position_embeddings=64, pad_token_id=0)
+    sizes |= dict(layer_types=["sliding_attention", "full_attention"] * 2)
+    batch = {"input_ids": token_batch()}
+    sharing, apart = (
+        build(transformers.Gemma4TextConfig(num_kv_shared_layers=number, **sizes)).requires_grad_(False)
+        for number in (2, 0)
+    )
+    refused(sharing, batch)
+    assert dsee_scale.prune(apart, PruneConfig(sparsity=0.5), [batch]).sparsity == pytest.approx(
+        0.5, abs=1e-3
+    )
+
+
+class Block(nn.Module):
+    def __init__(self, reads: bool) -> None:
+        super().__init__()
+        self.lin, self.route, self.reads = nn.Linear(8, 8), nn.Linear(8, 8), reads
+
+    def forward(self, x: Tensor, route: Tensor | None, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = self.route(x)
+        if self.reads and route is not None:
+            found = found + route
+        return x + self.lin(found) + bias, found, bias
+
+
+class Chained(nn.Module):
+    """Every block is handed the last one's route, and may read it; all hand the bias through."""
+
+    def __init__(self, reads: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(reads) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        route, bias = None, torch.ones(8)
+        for block in self.layers:
+            x, route, bias = block(x, route, bias)
+        return x
+
+
+def test_a_second_output_that_the_next_block_reads_is_refused_and_one_that_none_reads_is_not():
+    batch = {"x": torch.randn(40, 8, generator=torch.Generator().manual_seed(0))}
+    refused(Chained(reads=True).requires_grad_(False), batch)
+    model = Chained(reads=False).requires_grad_(False)
+    assert dsee_scale.prune(model, PruneConfig(sparsity=0.5), [batch]).sparsity == pytest.approx(0.5)
