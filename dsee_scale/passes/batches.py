@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,8 +48,30 @@ def reject_encoder_decoder(module: nn.Module) -> None:
         )
 
 
+def named(module: nn.Module, batch: Any) -> Any:
+    """A batch as keyword arguments: a tuple's members by the names that the model's forward gives them. Local.
+
+    So a mask is found, whichever way it is passed. A tensor is a tuple of one. What has no names stays as it is.
+    """
+    if isinstance(batch, Tensor):
+        batch = (batch,)
+    if isinstance(batch, (tuple, list)):
+        names = _positional(module)
+        if len(batch) > len(names):
+            return batch
+        batch = dict(zip(names, batch, strict=False))
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
+def _positional(module: nn.Module) -> list[str]:
+    """The parameters of the model's forward that may be passed by position or by name."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [each.name for each in itertools.takewhile(lambda each: each.kind is either, parameters)]
+
+
 def problem(module: nn.Module, batch: Any, partition: Partition) -> CalibrationError | None:
-    """Why a batch is no input of the model, as far as that can be told without running it; None if it may be. Local."""
+    """Why a batch, `named`, is no input of the model, as far as that can be told without running it. Local."""
     found = _problem(module, batch, partition)
     if found is None:
         return None
@@ -59,13 +82,14 @@ def problem(module: nn.Module, batch: Any, partition: Partition) -> CalibrationE
 
 def _problem(module: nn.Module, batch: Any, partition: Partition) -> str | None:
     signature = inspect.signature(module.forward).parameters
+    kinds = {each.kind for each in signature.values()}
     if isinstance(batch, (tuple, list)):
-        return None
+        if kinds & {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL}:
+            return None
+        return f"{type(module).__name__} takes {len(_positional(module))} values, found {len(batch)}"
     if not isinstance(batch, Mapping):
-        if not isinstance(batch, Tensor):
-            return f"expected a mapping, a tuple or a tensor of token ids, found {type(batch).__name__}"
-        batch = {next(iter(signature)): batch}
-    takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in signature.values())
+        return f"expected a mapping, a tuple or a tensor of token ids, found {type(batch).__name__}"
+    takes_all = inspect.Parameter.VAR_KEYWORD in kinds
     unknown = [str(key) for key in batch if key != "labels" and key not in signature]
     if unknown and not takes_all:
         return f"{type(module).__name__} takes no {', '.join(unknown)}"
@@ -188,7 +212,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def in_step(module: nn.Module, batches: Batches, partition: Partition) -> Iterator[tuple[Any, bool]]:
-    """Collective. Each rank's batches, as many rounds as the rank with most has; (batch, whether it counts).
+    """Collective. Each rank's batches, `named`, as many rounds as the rank with most has; (batch, whether it counts).
 
     A rank that has run out repeats its last one without counting it: under ZeRO-3 the others wait for its weights.
 
@@ -201,6 +225,7 @@ def in_step(module: nn.Module, batches: Batches, partition: Partition) -> Iterat
         batch = wrong = None
         try:
             batch = next(left, None)
+            batch = None if batch is None else named(module, batch)
             wrong = None if batch is None else problem(module, batch, partition)
         except Exception as error:
             wrong = CalibrationError(f"a calibration batch cannot be read: {type(error).__name__}: {error}")
@@ -221,7 +246,7 @@ def run_model(model: nn.Module, batch: Any, partition: Partition, *, short_logit
 
     Args:
         model: what the pass was given.
-        batch: on any device; its labels are left out.
+        batch: as `in_step` gives it, on any device; its labels are left out.
         partition: port to the weights.
         short_logits: compute those of one token alone, since nobody reads them: over a large vocabulary they cost as
             much as several blocks.
@@ -238,8 +263,6 @@ def run_model(model: nn.Module, batch: Any, partition: Partition, *, short_logit
         if isinstance(batch, (tuple, list)):
             model(*batch, **({"use_cache": False} if "use_cache" in known else {}))
             return
-        if not isinstance(batch, Mapping):
-            batch = {known[0]: batch}
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         inputs |= {"use_cache": False} if "use_cache" in known else {}
         ids = inputs.get("input_ids")

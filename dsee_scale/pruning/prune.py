@@ -17,7 +17,7 @@ from dsee_scale.config import SCORES, PruneConfig
 from dsee_scale.distributed import raise_on_all_ranks, show_progress
 from dsee_scale.errors import CalibrationError, ConfigError
 from dsee_scale.partition import Partition, open_partition, unwrap
-from dsee_scale.passes.batches import Batches, reject_lone_batch, reject_uncounted
+from dsee_scale.passes.batches import Batches, named, reject_lone_batch, reject_uncounted
 from dsee_scale.passes.calibrate import Statistics, calibrate
 from dsee_scale.passes.coverage import Coverage
 from dsee_scale.passes.fingerprint import fingerprint
@@ -147,7 +147,7 @@ def prune(
     if calibration is not None and not isinstance(calibration, Statistics):
         reject_lone_batch(calibration)
         with raise_on_all_ranks(open_partition(module), what="reading the calibration batches"):
-            calibration = list(calibration)
+            calibration = [named(module, batch) for batch in calibration]
     _reject_uncalibrated(configs, calibration)
     if len(configs) > 1:
         _check_all(model, configs)

@@ -22,7 +22,7 @@ import dsee_scale
 from dsee_scale import PruneConfig
 from dsee_scale.errors import CalibrationError, TargetError
 from dsee_scale.partition import open_partition
-from dsee_scale.passes.batches import _malloc_trim, problem
+from dsee_scale.passes.batches import _malloc_trim, named, problem
 from dsee_scale.passes.blocks import capture, find_blocks
 from dsee_scale.passes.pools import block_linears
 from tests.models import build, llama_config, token_batch
@@ -89,6 +89,37 @@ def test_what_only_some_models_take_is_told_before_it_runs():
     for name in ("position_ids", "token_type_ids"):
         found = str(problem(models["bert"], {"input_ids": long, name: torch.full((1, 16), 99)}, port))
         assert f"{name} go from 99 to 99" in found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_tuples_count_as_the_mappings_that_they_stand_for(family):
+    """GPT-2 takes a cache between the token ids and the mask."""
+    mappings = batches(2)
+    between = () if family == "llama" else (None,)
+    tuples = [(each["input_ids"], *between, each["attention_mask"]) for each in mappings]
+    assert (
+        dsee_scale.calibrate(make(family), tuples).tokens
+        == dsee_scale.calibrate(make(family), mappings).tokens
+    )
+    for config in (PruneConfig(sparsity=0.4), PruneConfig(sparsity=0.4, refit=False)):
+        models = make(family), make(family)
+        for model, data in zip(models, (tuples, mappings), strict=True):
+            dsee_scale.prune(model, config, data)
+        one, other = (model.state_dict() for model in models)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_tuple_of_more_than_the_model_takes_is_refused_and_nameless_values_stay():
+    class Nameless(torch.nn.Linear):
+        def forward(self, *args):
+            return super().forward(*args)
+
+    linear, nameless = torch.nn.Linear(2, 2), Nameless(2, 2)
+    assert named(linear, torch.ones(2)).keys() == {"input"}
+    both = (torch.ones(2), torch.ones(2))
+    assert problem(linear, named(linear, both), open_partition(linear)) is not None
+    assert named(nameless, both) is both
+    assert problem(nameless, both, open_partition(nameless)) is None
 
 
 def test_a_loader_that_fails_is_a_calibration_error():
