@@ -211,6 +211,22 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             each.training = training
 
 
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Run a model without torch.compile's code, which skips hooks that are younger than it. Local."""
+    if not any(_is_compiled(each) for each in model.modules()):  # importing the compiler takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether it is compiled by `compile()`, by torch.compile as a whole, or by its forward alone."""
+    by_call = getattr(module, "_compiled_call_impl", None) is not None
+    return by_call or hasattr(module, "_orig_mod") or hasattr(module.forward, "_torchdynamo_orig_callable")
+
+
 def in_step(module: nn.Module, batches: Batches, partition: Partition) -> Iterator[tuple[Any, bool]]:
     """Collective. Each rank's batches, `named`, as many rounds as the rank with most has; (batch, whether it counts).
 
