@@ -283,7 +283,7 @@ def apply_cut_(
 
 
 def count_keys_(histogram_B: Tensor, keys: Tensor) -> None:
-    """Add the keys of some entries (see `score.keys`) to a matrix's (NUM_BINS,) int64 histogram; key 0 alone to bin 0."""
+    """Add keys (see `score.keys`) to a matrix's (NUM_BINS,) int64 histogram; those of zeros alone to bin 0."""
     bins = torch.maximum(keys >> KEY_SHIFT, keys.clamp_max(1))
     histogram_B += torch.bincount(bins.flatten(), minlength=NUM_BINS).to(histogram_B.device)
 

@@ -30,6 +30,7 @@ NOT_FINITE = (
     "weights. Nothing was changed"
 )
 Batches = Iterable[Any]
+NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32)
 POSITIONS = ("wpe", "position_embeddings", "embed_positions")
 """Names of embeddings of positions: GPT-2's, BERT's and RoBERTa's, OPT's."""
 
@@ -52,6 +53,7 @@ def named(module: nn.Module, batch: Any) -> Any:
     """A batch as keyword arguments: a tuple's members by the names that the model's forward gives them. Local.
 
     So a mask is found, whichever way it is passed. A tensor is a tuple of one. What has no names stays as it is.
+    Integer labels become int64, which losses take; `logits_to_keep` is left out, since the passes choose it themselves.
     """
     if isinstance(batch, Tensor):
         batch = (batch,)
@@ -60,7 +62,13 @@ def named(module: nn.Module, batch: Any) -> Any:
         if len(batch) > len(names):
             return batch
         batch = dict(zip(names, batch, strict=False))
-    return dict(batch) if isinstance(batch, Mapping) else batch
+    if not isinstance(batch, Mapping):
+        return batch
+    found = {key: value for key, value in batch.items() if key != "logits_to_keep"}
+    labels = found.get("labels")
+    if isinstance(labels, Tensor) and labels.dtype in NARROW:
+        found["labels"] = labels.long()
+    return found
 
 
 def _positional(module: nn.Module) -> list[str]:
@@ -111,14 +119,14 @@ def _ids_problem(module: nn.Module, batch: Mapping[str, Any], partition: Partiti
     low, high = (int(edge) for edge in torch.aminmax(ids))
     if words is not None and not 0 <= low <= high < words:
         return f"input_ids go from {low} to {high}, and the model knows 0 to {words - 1}"
-    positions = _learned_positions(module)
-    if positions is not None and ids.shape[1] > positions:
-        return f"input_ids are {ids.shape[1]} tokens long, and the model has positions for {positions}"
+    tokens, positions = _learned_positions(module)
+    at_most = tokens if batch.get("position_ids") is None else positions
+    if at_most is not None and ids.shape[1] > at_most:
+        return f"input_ids are {ids.shape[1]} tokens long, and the model has positions for {at_most}"
     types = getattr(getattr(module, "config", None), "type_vocab_size", None)
-    beside = (("position_ids", positions), ("token_type_ids", types))
-    return next(
-        filter(None, (_beside_problem(name, batch.get(name), ids, limit) for name, limit in beside)), None
-    )
+    limits = {"position_ids": positions, "token_type_ids": types}
+    wrong = (_beside_problem(name, batch.get(name), ids, limit) for name, limit in limits.items())
+    return next(filter(None, wrong), None)
 
 
 def _beside_problem(name: str, found: Any, ids: Tensor, limit: int | None) -> str | None:
@@ -133,24 +141,31 @@ def _beside_problem(name: str, found: Any, ids: Tensor, limit: int | None) -> st
     return None
 
 
-def _learned_positions(module: nn.Module) -> int | None:
-    """Tokens that a model with learned positions takes at most."""
+def _learned_positions(module: nn.Module) -> tuple[int | None, int | None]:
+    """Tokens that a model with learned positions takes at most, and how many positions may be named to it."""
+    words = _word_embedding(module)
+    beside = {name.rpartition(".")[0] for name, each in module.named_modules() if each is words}
     for name, each in module.named_modules():
-        if isinstance(each, nn.Embedding) and name.rpartition(".")[2] in POSITIONS:
+        outer, _, own = name.rpartition(".")
+        # Those of an encoder of pictures or of sound count no tokens of text.
+        if isinstance(each, nn.Embedding) and own in POSITIONS and (words is None or outer in beside):
             unused = 0 if each.padding_idx is None else each.padding_idx + 1
-            return each.num_embeddings - int(getattr(each, "offset", unused))
-    return None
+            count, offset = each.num_embeddings, getattr(each, "offset", None)
+            return (count - unused, count) if offset is None else (count - int(offset), count - int(offset))
+    return None, None
 
 
-def _vocabulary(module: Any, partition: Partition) -> int | None:
+def _word_embedding(module: Any) -> nn.Embedding | None:
     try:
         embedding = module.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    if not isinstance(embedding, nn.Embedding):
-        return None
-    weight: Any = embedding.weight
-    return int(partition.shape(weight)[0])
+    return embedding if isinstance(embedding, nn.Embedding) else None
+
+
+def _vocabulary(module: nn.Module, partition: Partition) -> int | None:
+    embedding: Any = _word_embedding(module)
+    return None if embedding is None else int(partition.shape(embedding.weight)[0])
 
 
 @contextlib.contextmanager
@@ -214,10 +229,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Run a model without torch.compile's code, which skips hooks that are younger than it. Local."""
-    if not any(_is_compiled(each) for each in model.modules()):  # importing the compiler takes seconds
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
+    compiled = any(map(_is_compiled, model.modules()))  # importing the compiler takes seconds
+    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
         yield
 
 
