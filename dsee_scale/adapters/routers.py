@@ -30,6 +30,11 @@ class MaskedRouter:
         everyone = logits.new_full((*logits.shape[:-1], self.dsee_experts), float("-inf"))
         return everyone.index_copy(-1, self.dsee_kept, logits), gates, self.dsee_kept[chosen]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle through the base class: the subclass is made at run time and has no import name."""
+        state = super().__reduce_ex__(protocol)[2:]
+        return (_blank, (self.dsee_base,), *state)
+
     def _smaller(self) -> nn.Module:
         """The router of the experts that are left, on views of this one's tensors."""
         module: Any = self
@@ -48,6 +53,15 @@ def _by_expert(value: Tensor | None, experts: int) -> bool:
     return value is not None and value.dim() > 0 and value.shape[0] == experts
 
 
+def _masked_class(stock: type[nn.Module]) -> type[nn.Module]:
+    return type(stock.__name__, (MaskedRouter, stock), {"dsee_base": stock})
+
+
+def _blank(stock: type[nn.Module]) -> nn.Module:
+    masked = _masked_class(stock)
+    return masked.__new__(masked)
+
+
 def mask_router(router: Any, gone: Tensor) -> None:
     """Never choose some experts again. Local.
 
@@ -57,8 +71,7 @@ def mask_router(router: Any, gone: Tensor) -> None:
     """
     kept = (~gone).nonzero().flatten().to(next(router.parameters()).device)
     if not isinstance(router, MaskedRouter):
-        stock = type(router)
-        router.__class__ = type(stock.__name__, (MaskedRouter, stock), {"dsee_base": stock})
+        router.__class__ = _masked_class(type(router))
     router.dsee_experts = len(gone)
     router.register_buffer("dsee_kept", kept, persistent=False)
 

@@ -283,24 +283,29 @@ def apply_cut_(
 
 
 def count_keys_(histogram_B: Tensor, keys: Tensor) -> None:
-    """Add the keys of some entries (see `score.keys`) to a matrix's (NUM_BINS,) int64 histogram."""
-    histogram_B += torch.bincount(keys.flatten() >> KEY_SHIFT, minlength=NUM_BINS).to(histogram_B.device)
+    """Add keys (see `score.keys`) to a matrix's (NUM_BINS,) int64 histogram; those of zeros alone to bin 0."""
+    bins = torch.maximum(keys >> KEY_SHIFT, keys.clamp_max(1))
+    histogram_B += torch.bincount(bins.flatten(), minlength=NUM_BINS).to(histogram_B.device)
 
 
 def deal_removals(histograms_MB: Tensor, num_remove: int) -> list[int]:
-    """Entries that each matrix loses.
+    """Entries that each matrix loses, by one threshold for all but no farther from the common share than SWAY.
+
+    Where the zeros of some matrices leave no room for the least share of the others, there is no least share.
 
     Args:
         histograms_MB: (M, NUM_BINS) int64; bin 0 holds the entries that are zero already, which always go.
         num_remove: how many go in all, at most the number of entries.
 
     Returns:
-        M numbers that sum to `num_remove`, unless more entries are zero already.
+        M numbers that sum to `num_remove`; where at least as many entries are zero already, exactly those.
     """
     counts = histograms_MB.cpu().numpy()
     numel = counts.sum(1)
     share = num_remove / max(1, numel.sum())
     least = np.maximum(np.floor((1 - SWAY) * share * numel), counts[:, 0])
+    if least.sum() > num_remove:
+        least = counts[:, 0]
     most = np.maximum(np.ceil((1 - (1 - SWAY) * (1 - share)) * numel), least)
     below = np.concatenate([np.zeros((len(counts), 1)), counts.cumsum(1)], axis=1)
 

@@ -42,6 +42,11 @@ def zero_problems(config: Mapping[str, Any]) -> list[str]:
         found = each() if callable(each) else []
         named = [f"zero_optimization.{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in found]
         return named or [f"zero_optimization: {error}"]
+    if zero.get("zero_quantized_weights") is True:
+        return [
+            "zero_optimization.zero_quantized_weights is true, expected false: small weights that stay would be "
+            "gathered as zeros, and a pruned model would be trained under another mask than its export; turn it off"
+        ]
     return []
 
 

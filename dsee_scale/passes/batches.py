@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ NOT_FINITE = (
     "weights. Nothing was changed"
 )
 Batches = Iterable[Any]
+NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32)
 POSITIONS = ("wpe", "position_embeddings", "embed_positions")
 """Names of embeddings of positions: GPT-2's, BERT's and RoBERTa's, OPT's."""
 
@@ -47,8 +49,37 @@ def reject_encoder_decoder(module: nn.Module) -> None:
         )
 
 
+def named(module: nn.Module, batch: Any) -> Any:
+    """A batch as keyword arguments: a tuple's members by the names that the model's forward gives them. Local.
+
+    So a mask is found, whichever way it is passed. A tensor is a tuple of one. What has no names stays as it is.
+    Integer labels become int64, which losses take; `logits_to_keep` is left out, since the passes choose it themselves.
+    """
+    if isinstance(batch, Tensor):
+        batch = (batch,)
+    if isinstance(batch, (tuple, list)):
+        names = _positional(module)
+        if len(batch) > len(names):
+            return batch
+        batch = dict(zip(names, batch, strict=False))
+    if not isinstance(batch, Mapping):
+        return batch
+    found = {key: value for key, value in batch.items() if key != "logits_to_keep"}
+    labels = found.get("labels")
+    if isinstance(labels, Tensor) and labels.dtype in NARROW:
+        found["labels"] = labels.long()
+    return found
+
+
+def _positional(module: nn.Module) -> list[str]:
+    """The parameters of the model's forward that may be passed by position or by name."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return [each.name for each in itertools.takewhile(lambda each: each.kind is either, parameters)]
+
+
 def problem(module: nn.Module, batch: Any, partition: Partition) -> CalibrationError | None:
-    """Why a batch is no input of the model, as far as that can be told without running it; None if it may be. Local."""
+    """Why a batch, `named`, is no input of the model, as far as that can be told without running it. Local."""
     found = _problem(module, batch, partition)
     if found is None:
         return None
@@ -59,13 +90,14 @@ def problem(module: nn.Module, batch: Any, partition: Partition) -> CalibrationE
 
 def _problem(module: nn.Module, batch: Any, partition: Partition) -> str | None:
     signature = inspect.signature(module.forward).parameters
+    kinds = {each.kind for each in signature.values()}
     if isinstance(batch, (tuple, list)):
-        return None
+        if kinds & {inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL}:
+            return None
+        return f"{type(module).__name__} takes {len(_positional(module))} values, found {len(batch)}"
     if not isinstance(batch, Mapping):
-        if not isinstance(batch, Tensor):
-            return f"expected a mapping, a tuple or a tensor of token ids, found {type(batch).__name__}"
-        batch = {next(iter(signature)): batch}
-    takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in signature.values())
+        return f"expected a mapping, a tuple or a tensor of token ids, found {type(batch).__name__}"
+    takes_all = inspect.Parameter.VAR_KEYWORD in kinds
     unknown = [str(key) for key in batch if key != "labels" and key not in signature]
     if unknown and not takes_all:
         return f"{type(module).__name__} takes no {', '.join(unknown)}"
@@ -87,14 +119,14 @@ def _ids_problem(module: nn.Module, batch: Mapping[str, Any], partition: Partiti
     low, high = (int(edge) for edge in torch.aminmax(ids))
     if words is not None and not 0 <= low <= high < words:
         return f"input_ids go from {low} to {high}, and the model knows 0 to {words - 1}"
-    positions = _learned_positions(module)
-    if positions is not None and ids.shape[1] > positions:
-        return f"input_ids are {ids.shape[1]} tokens long, and the model has positions for {positions}"
+    tokens, positions = _learned_positions(module)
+    at_most = tokens if batch.get("position_ids") is None else positions
+    if at_most is not None and ids.shape[1] > at_most:
+        return f"input_ids are {ids.shape[1]} tokens long, and the model has positions for {at_most}"
     types = getattr(getattr(module, "config", None), "type_vocab_size", None)
-    beside = (("position_ids", positions), ("token_type_ids", types))
-    return next(
-        filter(None, (_beside_problem(name, batch.get(name), ids, limit) for name, limit in beside)), None
-    )
+    limits = {"position_ids": positions, "token_type_ids": types}
+    wrong = (_beside_problem(name, batch.get(name), ids, limit) for name, limit in limits.items())
+    return next(filter(None, wrong), None)
 
 
 def _beside_problem(name: str, found: Any, ids: Tensor, limit: int | None) -> str | None:
@@ -109,24 +141,31 @@ def _beside_problem(name: str, found: Any, ids: Tensor, limit: int | None) -> st
     return None
 
 
-def _learned_positions(module: nn.Module) -> int | None:
-    """Tokens that a model with learned positions takes at most."""
+def _learned_positions(module: nn.Module) -> tuple[int | None, int | None]:
+    """Tokens that a model with learned positions takes at most, and how many positions may be named to it."""
+    words = _word_embedding(module)
+    beside = {name.rpartition(".")[0] for name, each in module.named_modules() if each is words}
     for name, each in module.named_modules():
-        if isinstance(each, nn.Embedding) and name.rpartition(".")[2] in POSITIONS:
+        outer, _, own = name.rpartition(".")
+        # Those of an encoder of pictures or of sound count no tokens of text.
+        if isinstance(each, nn.Embedding) and own in POSITIONS and (words is None or outer in beside):
             unused = 0 if each.padding_idx is None else each.padding_idx + 1
-            return each.num_embeddings - int(getattr(each, "offset", unused))
-    return None
+            count, offset = each.num_embeddings, getattr(each, "offset", None)
+            return (count - unused, count) if offset is None else (count - int(offset), count - int(offset))
+    return None, None
 
 
-def _vocabulary(module: Any, partition: Partition) -> int | None:
+def _word_embedding(module: Any) -> nn.Embedding | None:
     try:
         embedding = module.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
-    if not isinstance(embedding, nn.Embedding):
-        return None
-    weight: Any = embedding.weight
-    return int(partition.shape(weight)[0])
+    return embedding if isinstance(embedding, nn.Embedding) else None
+
+
+def _vocabulary(module: nn.Module, partition: Partition) -> int | None:
+    embedding: Any = _word_embedding(module)
+    return None if embedding is None else int(partition.shape(embedding.weight)[0])
 
 
 @contextlib.contextmanager
@@ -187,8 +226,22 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             each.training = training
 
 
+@contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Run a model without torch.compile's code, which skips hooks that are younger than it. Local."""
+    compiled = any(map(_is_compiled, model.modules()))  # importing the compiler takes seconds
+    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+        yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether it is compiled by `compile()`, by torch.compile as a whole, or by its forward alone."""
+    by_call = getattr(module, "_compiled_call_impl", None) is not None
+    return by_call or hasattr(module, "_orig_mod") or hasattr(module.forward, "_torchdynamo_orig_callable")
+
+
 def in_step(module: nn.Module, batches: Batches, partition: Partition) -> Iterator[tuple[Any, bool]]:
-    """Collective. Each rank's batches, as many rounds as the rank with most has; (batch, whether it counts).
+    """Collective. Each rank's batches, `named`, as many rounds as the rank with most has; (batch, whether it counts).
 
     A rank that has run out repeats its last one without counting it: under ZeRO-3 the others wait for its weights.
 
@@ -201,6 +254,7 @@ def in_step(module: nn.Module, batches: Batches, partition: Partition) -> Iterat
         batch = wrong = None
         try:
             batch = next(left, None)
+            batch = None if batch is None else named(module, batch)
             wrong = None if batch is None else problem(module, batch, partition)
         except Exception as error:
             wrong = CalibrationError(f"a calibration batch cannot be read: {type(error).__name__}: {error}")
@@ -221,7 +275,7 @@ def run_model(model: nn.Module, batch: Any, partition: Partition, *, short_logit
 
     Args:
         model: what the pass was given.
-        batch: on any device; its labels are left out.
+        batch: as `in_step` gives it, on any device; its labels are left out.
         partition: port to the weights.
         short_logits: compute those of one token alone, since nobody reads them: over a large vocabulary they cost as
             much as several blocks.
@@ -238,8 +292,6 @@ def run_model(model: nn.Module, batch: Any, partition: Partition, *, short_logit
         if isinstance(batch, (tuple, list)):
             model(*batch, **({"use_cache": False} if "use_cache" in known else {}))
             return
-        if not isinstance(batch, Mapping):
-            batch = {known[0]: batch}
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         inputs |= {"use_cache": False} if "use_cache" in known else {}
         ids = inputs.get("input_ids")

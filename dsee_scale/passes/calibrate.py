@@ -34,6 +34,7 @@ from dsee_scale.passes.batches import (
     reject_lone_batch,
     run_model,
     token_mask,
+    uncompiled,
 )
 from dsee_scale.passes.fingerprint import fingerprint
 from dsee_scale.passes.pools import block_matrices
@@ -175,12 +176,13 @@ def calibrate(
         TargetError: an encoder with a decoder.
     """
     reject_lone_batch(batches)
+    model = getattr(model, "_orig_mod", model)
     module = unwrap(model)
     reject_encoder_decoder(module)
     partition = open_partition(module)
     layers, experts = _layers(module, modules, partition)
     sums = InputSquares()
-    with evaluating(module), watching(layers, sums.take, experts) as watch:
+    with uncompiled(model), evaluating(module), watching(layers, sums.take, experts) as watch:
         for batch, counts in tqdm(
             in_step(module, batches, partition),
             desc="calibrate",

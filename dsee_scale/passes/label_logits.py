@@ -85,7 +85,7 @@ def label_loss(
         A scalar; zero, with a graph, if there is no label.
     """
     wanted = predicting(labels)
-    targets = labels[:, 1:][wanted[:, :-1]]
+    targets = labels[:, 1:][wanted[:, :-1]].long()
     chosen = select_logits(logits, wanted)
     total = functional.cross_entropy(chosen, targets, reduction="sum", label_smoothing=smoothing)
     count = targets.numel() if num_items is None else num_items

@@ -17,7 +17,7 @@ from dsee_scale.config import SCORES, PruneConfig
 from dsee_scale.distributed import raise_on_all_ranks, show_progress
 from dsee_scale.errors import CalibrationError, ConfigError
 from dsee_scale.partition import Partition, open_partition, unwrap
-from dsee_scale.passes.batches import Batches, reject_lone_batch, reject_uncounted
+from dsee_scale.passes.batches import Batches, named, reject_lone_batch, reject_uncounted, uncompiled
 from dsee_scale.passes.calibrate import Statistics, calibrate
 from dsee_scale.passes.coverage import Coverage
 from dsee_scale.passes.fingerprint import fingerprint
@@ -138,7 +138,7 @@ def prune(
         CalibrationError: calibration data that are missing, empty, not finite, or statistics of another state.
         PartitionError: weights stored where an edit would not last (NVMe, quantised by DeepSpeed).
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile would compile the model anew with every hook
+    model = getattr(model, "_orig_mod", model)
     module = unwrap(model)
     reject_broken(module)
     configs = [config] if isinstance(config, PruneConfig) else list(config)
@@ -147,15 +147,16 @@ def prune(
     if calibration is not None and not isinstance(calibration, Statistics):
         reject_lone_batch(calibration)
         with raise_on_all_ranks(open_partition(module), what="reading the calibration batches"):
-            calibration = list(calibration)
+            calibration = [named(module, batch) for batch in calibration]
     _reject_uncalibrated(configs, calibration)
     if len(configs) > 1:
         _check_all(model, configs)
         if isinstance(calibration, list) and any(SCORES[each.score].activations for each in configs):
             reject_uncounted(calibration, open_partition(module))
-    report = _prune_once(model, configs[0], calibration, progress)
-    for further in configs[1:]:
-        report = report.followed_by(_prune_once(model, further, calibration, progress))
+    with uncompiled(model):
+        report = _prune_once(model, configs[0], calibration, progress)
+        for further in configs[1:]:
+            report = report.followed_by(_prune_once(model, further, calibration, progress))
     note_contents(module, open_partition(module))
     return report
 

@@ -144,6 +144,10 @@ def test_a_flag_that_makes_no_sense(recipe, refused, words, message):
         (b"{}", "zero_optimization is None, expected a section"),
         (b'{"zero_optimization": {"stage": 0}}', "stage is 0, expected one of 1, 2, 3"),
         (b'{"zero_optimization": {"stage": 9}}', "stage is 9, expected one of 1, 2, 3"),
+        (
+            b'{"zero_optimization": {"stage": 3, "zero_quantized_weights": true}}',
+            "zero_quantized_weights is true, expected false",
+        ),
         (b'{"zero_optimization": {"stage": 3, "stge": 1}}', "stge"),
         (b'{"zero_optimization": {"stage": 3, "reduce_bucket_size": -1}}', "reduce_bucket_size"),
         (

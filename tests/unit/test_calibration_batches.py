@@ -10,10 +10,13 @@ import torch
 from torch.utils._pytree import tree_leaves
 from transformers import (
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     GPT2Config,
     OPTConfig,
     OPTForCausalLM,
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
     RobertaConfig,
     RobertaModel,
 )
@@ -22,7 +25,7 @@ import dsee_scale
 from dsee_scale import PruneConfig
 from dsee_scale.errors import CalibrationError, TargetError
 from dsee_scale.partition import open_partition
-from dsee_scale.passes.batches import _malloc_trim, problem
+from dsee_scale.passes.batches import _malloc_trim, named, problem
 from dsee_scale.passes.blocks import capture, find_blocks
 from dsee_scale.passes.pools import block_linears
 from tests.models import build, llama_config, token_batch
@@ -89,6 +92,83 @@ def test_what_only_some_models_take_is_told_before_it_runs():
     for name in ("position_ids", "token_type_ids"):
         found = str(problem(models["bert"], {"input_ids": long, name: torch.full((1, 16), 99)}, port))
         assert f"{name} go from 99 to 99" in found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_tuples_count_as_the_mappings_that_they_stand_for(family):
+    """GPT-2 takes a cache between the token ids and the mask."""
+    mappings = batches(2)
+    between = () if family == "llama" else (None,)
+    tuples = [(each["input_ids"], *between, each["attention_mask"]) for each in mappings]
+    assert (
+        dsee_scale.calibrate(make(family), tuples).tokens
+        == dsee_scale.calibrate(make(family), mappings).tokens
+    )
+    for config in (PruneConfig(sparsity=0.4), PruneConfig(sparsity=0.4, refit=False)):
+        models = make(family), make(family)
+        for model, data in zip(models, (tuples, mappings), strict=True):
+            dsee_scale.prune(model, config, data)
+        one, other = (model.state_dict() for model in models)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_tuple_of_more_than_the_model_takes_is_refused_and_nameless_values_stay():
+    class Nameless(torch.nn.Linear):
+        def forward(self, *args):
+            return super().forward(*args)
+
+    linear, nameless = torch.nn.Linear(2, 2), Nameless(2, 2)
+    assert named(linear, torch.ones(2)).keys() == {"input"}
+    both = (torch.ones(2), torch.ones(2))
+    assert problem(linear, named(linear, both), open_partition(linear)) is not None
+    assert named(nameless, both) is both
+    assert problem(nameless, both, open_partition(nameless)) is None
+
+
+def test_int32_and_a_number_of_logits_change_nothing_of_what_is_removed():
+    """A re-fit's loss needs int64 labels, and the logits of every label."""
+    plain = batches(2)
+    ids = [{key: value.int() for key, value in each.items()} for each in plain]
+    kept = [{**each, "logits_to_keep": 1} for each in plain]
+    labelled = [{**each, "labels": each["input_ids"].int()} for each in plain]
+    expected = [{**each, "labels": each["input_ids"]} for each in plain]
+    for data, wanted in ((ids, plain), (kept, plain), (labelled, expected)):
+        states = []
+        for one in (data, wanted):
+            model = make("llama")
+            dsee_scale.prune(model, PruneConfig(sparsity=0.4), one)
+            states.append(model.state_dict())
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_int32_labels_of_classes_are_taken():
+    sizes = dict(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=97
+    )
+    config = BertConfig(max_position_embeddings=16, **sizes)
+    model = BertForSequenceClassification(config).requires_grad_(False)
+    dsee_scale.prune(model, PruneConfig(), [{"input_ids": IDS, "labels": torch.zeros(2, dtype=torch.int32)}])
+
+
+def test_explicit_positions_go_as_far_as_their_embedding_and_an_encoder_of_sound_sets_no_limit():
+    sizes = dict(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=97
+    )
+    roberta = RobertaModel(RobertaConfig(max_position_embeddings=18, pad_token_id=1, **sizes))
+    port, ids = open_partition(roberta), torch.arange(2, 18)[None]
+    positions = torch.arange(2, 18)[None]
+    roberta(input_ids=ids, position_ids=positions)
+    assert problem(roberta, {"input_ids": ids, "position_ids": positions}, port) is None
+    assert "go from 3 to 18" in str(problem(roberta, {"input_ids": ids, "position_ids": positions + 1}, port))
+
+    sound = dict(d_model=8, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=8)
+    config = Qwen2AudioConfig(
+        audio_config=dict(num_mel_bins=8, max_source_positions=8, **sound),
+        text_config=dict(model_type="qwen2", num_key_value_heads=2, **sizes),
+        audio_token_index=90,
+    )
+    audio = Qwen2AudioForConditionalGeneration(config)
+    assert problem(audio, {"input_ids": ids}, open_partition(audio)) is None
 
 
 def test_a_loader_that_fails_is_a_calibration_error():

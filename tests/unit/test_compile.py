@@ -43,6 +43,45 @@ def losses(name: str, wrap: Any, dtype: torch.dtype) -> list[float]:
     return found
 
 
+def compile_whole(model: torch.nn.Module) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def compile_in_place(model: torch.nn.Module) -> Any:
+    model.compile(backend="eager")
+    return model
+
+
+def compile_a_layer(model: Any) -> Any:
+    model.model.layers[0].compile(backend="eager")
+    return model
+
+
+def compile_a_forward(model: Any) -> Any:
+    layer = model.model.layers[0]
+    layer.forward = torch.compile(layer.forward, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("wrap", [compile_whole, compile_in_place, compile_a_layer, compile_a_forward])
+def test_a_model_that_has_run_compiled_is_pruned_as_one_that_is_not(wrap):
+    """Its code was made before the hooks of the calibration."""
+    torch.compiler.reset()
+    data = [{"input_ids": token_batch()}]
+    plain = [build(llama_config()) for _ in range(2)]
+    called = [wrap(build(llama_config())) for _ in range(2)]
+    for config, other, model in zip((PruneConfig(), PruneConfig(refit=False)), plain, called, strict=True):
+        model.eval()
+        with torch.no_grad():
+            model(**data[0], use_cache=False)
+        assert dsee_scale.calibrate(model, data).tokens == dsee_scale.calibrate(other, data).tokens
+        for each in (model, other):
+            dsee_scale.prune(each, config, data)
+        pairs = zip(getattr(model, "_orig_mod", model).parameters(), other.parameters(), strict=True)
+        assert all(torch.equal(one, two) for one, two in pairs)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("llama", torch.float32), ("gpt2", torch.bfloat16)])
 def test_a_compiled_model_trains_and_is_pruned_alike(name, dtype):
     torch.compiler.reset()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -291,6 +293,17 @@ def test_a_model_without_some_experts_is_a_stock_model_with_the_same_logits(mode
     assert {len(module.down_proj) for module in expert_modules(stock).values()} == {3}
     with torch.no_grad():
         torch.testing.assert_close(stock(ids).logits, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_copies_and_pickles_of_a_model_without_some_experts_choose_the_same(model_type):
+    model = build(moe_config(model_type, experts=6)).eval()
+    dsee_scale.prune(model, PruneConfig(pattern="experts", num_per_layer=2, score="random"))
+    tokens = batches_of(1)[0]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(tokens).logits, model(tokens).logits)
+        dsee_scale.prune(twin, PruneConfig(pattern="experts", num_per_layer=3, score="random"))
+        assert twin(tokens).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])

@@ -259,6 +259,28 @@ def test_no_matrix_loses_nearly_all_or_nothing_and_zeros_always_go():
     assert deal_removals(gone, 1500)[2] >= 900
 
 
+def test_zeros_count_into_what_goes_even_where_no_room_is_left_for_a_least_share():
+    held = torch.zeros(2, NUM_BINS, dtype=torch.int64)
+    held[0, 0], held[0, 2000] = 900, 100
+    held[1, 0], held[1, 2000:2009] = 100, 100
+    assert deal_removals(held, 1100) == [900, 200]
+    assert deal_removals(held, 1001) == [900, 101]
+    for fewer in (0, 600, 1000):
+        assert deal_removals(held, fewer) == [900, 100]
+
+
+def test_what_no_input_reaches_goes_first_and_only_as_far_as_asked():
+    """Entries of inputs that are always zero score 0 and are not zero."""
+    scores, weights = torch.ones(2, 1000), torch.ones(2, 1000)
+    scores[0, :600], weights[1, :100] = 0.0, 0.0
+    held = torch.zeros(2, NUM_BINS, dtype=torch.int64)
+    for row, score, weight in zip(held, scores, weights, strict=True):
+        count_keys_(row, keys(score, weight))
+    assert held[:, 0].tolist() == [0, 100]
+    assert deal_removals(held, 400) == [300, 100]
+    assert deal_removals(held, 1000) == [692, 308]
+
+
 def test_a_model_that_returns_no_more_than_a_tuple_is_refused_and_untouched():
     model = make("llama")
     forward, before = model.forward, {name: param.clone() for name, param in model.named_parameters()}
