@@ -207,10 +207,17 @@ def test_labels_that_do_not_fit_are_refused_before_anything_runs(labels, words):
 
 def test_without_a_loss_every_matrix_loses_the_same_share_and_a_warning_says_so(caplog):
     one, two, data = make("llama"), make("llama"), batches(3)
-    tuples = [(batch["input_ids"], batch["attention_mask"]) for batch in data]
-    dsee_scale.prune(one, PruneConfig(), tuples)
+    embed = one.get_input_embeddings()
+    embedded = [
+        {
+            "inputs_embeds": embed(batch["input_ids"]).detach(),
+            "attention_mask": batch["attention_mask"],
+        }
+        for batch in data
+    ]
+    dsee_scale.prune(one, PruneConfig(), embedded)
     assert "have no labels" in caplog.text
-    dsee_scale.prune(two, PruneConfig(scope="matrix"), tuples)
+    dsee_scale.prune(two, PruneConfig(scope="matrix"), embedded)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
