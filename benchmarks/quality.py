@@ -89,12 +89,13 @@ def main() -> None:
         "--unseen",
         type=int,
         metavar="SEED",
-        help="with --judge, sentiment: judge by all training rows that no row of this seed has seen (about 5,200)",
+        help="with --judge, sentiment: judge by all training rows that no row of this seed has seen (about 5,400)",
     )
     args = arguments.parse_args()
     if args.quick:
         args.steps, args.retune_steps, args.num_eval, args.num_calibration = 1, 1, 16, 16
-        args.rows, args.output = ["dense LoRA", "ours, 50%"], args.output + "-quick"
+        args.rows = ["dense LoRA", "ours, 50%, without block steps"]
+        args.output += "-quick"
     args.cells = args.cells or Path(args.output) / "cells"
     if args.plot:
         print_tables(args.cells)

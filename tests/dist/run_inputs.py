@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainerCallback
 
+import dsee_scale
+from dsee_scale import DSEEConfig
 from tests.models import build, llama_config
 
 SUBJECTS = ["film", "plot", "cast", "score", "scene", "end"]
@@ -117,3 +122,29 @@ def zero_share(folder: Path) -> tuple[int, int]:
         tensors |= load_file(path)
     blocks = [t for name, t in tensors.items() if ".layers." in name and t.ndim == 2]
     return sum(int((t == 0).sum()) for t in blocks), sum(t.numel() for t in blocks)
+
+
+@contextlib.contextmanager
+def stock_trainer(
+    base: str,
+    checkpoint: str | None,
+    config: DSEEConfig,
+    rows: Any,
+    callback: TrainerCallback,
+    collate: Any = None,
+    **settings: Any,
+) -> Iterator[Trainer]:
+    """On a pool's rank: a stock Trainer under ZeRO-3 with one callback; adapters are new, or a checkpoint's."""
+    from dsee_scale.training.setup import kept_environment, make_arguments
+
+    try:
+        with kept_environment():
+            args = make_arguments(dict(report_to="none", disable_tqdm=True, deepspeed="zero3_cpu") | settings)
+            model = AutoModelForCausalLM.from_pretrained(base)
+            if checkpoint is None:
+                dsee_scale.inject(model, config)
+            else:
+                dsee_scale.load_adapter(model, checkpoint)
+            yield Trainer(model, args, collate, train_dataset=rows, callbacks=[callback])
+    finally:
+        gc.collect()

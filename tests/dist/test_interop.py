@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM
 
 import dsee_scale
 from dsee_scale import DSEECallback, PruneConfig, adapters_disabled
 from dsee_scale.export.lora import export_lora
 from dsee_scale.partition import unwrap
-from tests.dist.run_inputs import tiny_recipe
+from tests.dist.run_inputs import stock_trainer, tiny_recipe
 from tests.dist.test_inject_prune import engine_for, make, whole_weights
 from tests.dist.test_run import run_recipe
 from tests.models import build, llama_config, partition, token_batch, zero3_config
@@ -114,28 +113,14 @@ def test_a_recipe_may_end_in_a_lora_on_its_pruned_base(inputs, pools, tmp_path):
 
 def trained(base: str, output: str, batch: int, checkpoint: str | None) -> dict[str, Any]:
     """A stock Trainer on a pool's rank."""
-    from dsee_scale.training.setup import kept_environment, make_arguments
-
     ids = torch.arange(48 * 10).view(48, 10) * 7 % 97
     rows = [{"input_ids": row, "labels": row} for row in ids]
     settings = dict(output_dir=output, max_steps=6, save_steps=2, logging_steps=1, learning_rate=1e-2, seed=3)
-    settings |= dict(
-        report_to="none", disable_tqdm=True, deepspeed="zero3_cpu", per_device_train_batch_size=batch
-    )
-    try:
-        with kept_environment():
-            args = make_arguments(settings)
-            model = AutoModelForCausalLM.from_pretrained(base)
-            if checkpoint is None:
-                dsee_scale.inject(model, CONFIG)
-            else:
-                dsee_scale.load_adapter(model, checkpoint)
-            trainer = Trainer(model, args, train_dataset=rows, callbacks=[DSEECallback(PruneConfig(), 3)])
-            trainer.train(resume_from_checkpoint=checkpoint)
-            history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-            return {"losses": history, "weights": whole_weights(unwrap(trainer.model_wrapped))}
-    finally:
-        gc.collect()
+    settings |= dict(per_device_train_batch_size=batch)
+    with stock_trainer(base, checkpoint, CONFIG, rows, DSEECallback(PruneConfig(), 3), **settings) as trainer:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return {"losses": history, "weights": whole_weights(unwrap(trainer.model_wrapped))}
 
 
 def test_a_stock_trainer_prunes_on_two_ranks_with_exact_zeros_and_resumes_on_one(pools, tmp_path):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, Trainer
 
-import dsee_scale
 from dsee_scale import DSEECallback
-from tests.dist.test_interop import CONFIG
+from tests.dist.run_inputs import stock_trainer
 from tests.models import build, llama_config
+from tests.unit.test_trainer_callback import CONFIG
 
 
 def padded(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -23,33 +21,19 @@ def padded(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
 
 def seen_rows(base: str, output: str, strategy: str, batch: int, checkpoint: str | None) -> list[list[int]]:
     """The rows of each step of this rank: six steps an epoch, ten in all."""
-    from dsee_scale.training.setup import kept_environment, make_arguments
-
     rows = [{"input_ids": [number] * (4 + number % 7)} for number in range(24)]
     settings = dict(output_dir=output, max_steps=10, save_steps=4, seed=3, train_sampling_strategy=strategy)
-    settings |= dict(
-        report_to="none", disable_tqdm=True, deepspeed="zero3_cpu", per_device_train_batch_size=batch
-    )
-    try:
-        with kept_environment():
-            args = make_arguments(settings)
-            model = AutoModelForCausalLM.from_pretrained(base)
-            if checkpoint is None:
-                dsee_scale.inject(model, CONFIG)
-            else:
-                dsee_scale.load_adapter(model, checkpoint)
-            trainer = Trainer(model, args, padded, train_dataset=rows, callbacks=[DSEECallback()])
-            seen, step = [], trainer.training_step
+    settings |= dict(per_device_train_batch_size=batch)
+    with stock_trainer(base, checkpoint, CONFIG, rows, DSEECallback(), padded, **settings) as trainer:
+        seen, step = [], trainer.training_step
 
-            def noting(module, inputs, *others, **kwargs):
-                seen.append(inputs["input_ids"][:, 0].tolist())
-                return step(module, inputs, *others, **kwargs)
+        def noting(module, inputs, *others, **kwargs):
+            seen.append(inputs["input_ids"][:, 0].tolist())
+            return step(module, inputs, *others, **kwargs)
 
-            trainer.training_step = noting  # type: ignore[method-assign]
-            trainer.train(resume_from_checkpoint=checkpoint)
-            return seen
-    finally:
-        gc.collect()
+        trainer.training_step = noting  # type: ignore[method-assign]
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return seen
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from dsee_scale.errors import ConfigError
-from dsee_scale.training.setup import LOCAL_RANKS, RunArguments, make_arguments
+from dsee_scale.training.setup import LOCAL_RANKS, RunArguments, make_arguments, model_dtype
 
 
 def test_one_process_trains_on_one_gpu(tmp_path: Path) -> None:
@@ -29,3 +31,15 @@ def test_deepspeed_without_a_launcher_says_so(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: with_gpu)
     with pytest.raises(ConfigError, match="needs a launcher"):
         make_arguments({"output_dir": str(tmp_path), "deepspeed": "zero3_bf16"})
+
+
+@pytest.mark.parametrize(("dtype", "engine"), [(None, None), ("float32", None), (None, object())])
+def test_float16_weights_need_deepspeed(dtype: str | None, engine: object) -> None:
+    """The Trainer scales gradients there, and those of float16 parameters it refuses at its first step."""
+    recipe: Any = SimpleNamespace(model=SimpleNamespace(dtype=dtype))
+    args: Any = SimpleNamespace(fp16=True, bf16=False, deepspeed_plugin=engine)
+    if dtype or engine:
+        assert model_dtype(recipe, args) == (torch.float32 if dtype else torch.float16)
+        return
+    with pytest.raises(ConfigError, match=r"training.fp16 without DeepSpeed .* --model.dtype float32"):
+        model_dtype(recipe, args)
