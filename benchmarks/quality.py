@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dsee_scale.recipe.parsing import cache_folder
 
@@ -56,6 +57,15 @@ def cell(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     partial.write_text(json.dumps(found, indent=1))
     partial.rename(path)
     return found
+
+
+def shortened(model: str, folder: Path, blocks: int = 4) -> str:
+    """A folder with a model's first blocks alone."""
+    AutoModelForCausalLM.from_pretrained(model, num_hidden_layers=blocks, dtype="auto").save_pretrained(
+        folder
+    )
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return str(folder)
 
 
 def main() -> None:
@@ -94,7 +104,7 @@ def main() -> None:
     args = arguments.parse_args()
     if args.quick:
         args.steps, args.retune_steps, args.num_eval, args.num_calibration = 1, 1, 16, 16
-        args.rows = ["dense LoRA", "ours, 50%, without block steps"]
+        args.rows = ["dense LoRA", "ours, 50%"]
         args.output += "-quick"
     args.cells = args.cells or Path(args.output) / "cells"
     if args.plot:
@@ -109,6 +119,8 @@ def main() -> None:
     if not Path(args.model).is_dir():
         print(f"quality: {args.model} is missing; run python examples/demo/demo_inputs.py", file=sys.stderr)
         return
+    if args.quick:
+        args.model = shortened(args.model, Path(args.output) / "shortened")
     lab, report = Lab(args), Report("quality", args.json)
     if args.judge:
         if args.unseen is not None:
