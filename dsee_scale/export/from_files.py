@@ -195,6 +195,10 @@ class StoredModel:
         for name, shape in self.record.trained.items():
             if name not in self._keys:
                 files[last].append(Entry(name, (TensorSpec(name, self._dtype, shape),)))
+        if (
+            len(files) == 1
+        ):  # without an index, which some bases have of one file too, only this name is looked for
+            files = {WEIGHTS_FILE: files[last]}
         return ExportPlan(files)
 
 
@@ -208,12 +212,12 @@ def _dtype(name: Any, where: str) -> torch.dtype:
 
 
 def base_files(folder: Path) -> list[Path]:
-    """A model folder's safetensors files, by its index where it has one.
+    """A model folder's safetensors files: the one that transformers looks for first, else those of the index.
 
     Raises:
         FormatError: there are none, or one is missing.
     """
-    if (folder / INDEX_FILE).is_file():
+    if not (folder / WEIGHTS_FILE).is_file() and (folder / INDEX_FILE).is_file():
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict):
             raise FormatError(f"{folder / INDEX_FILE} is damaged: it has no weight_map; use another copy")
