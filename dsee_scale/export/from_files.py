@@ -37,7 +37,13 @@ from dsee_scale.errors import FormatError
 from dsee_scale.export.plan import Entry, ExportPlan
 from dsee_scale.export.report import INDEX_FILE, ExportReport
 from dsee_scale.export.report import KIND as EXPORT
-from dsee_scale.export.structure import Structure, find_structure, recorded_model, smaller_config
+from dsee_scale.export.structure import (
+    Structure,
+    find_structure,
+    is_recorded,
+    recorded_model,
+    smaller_config,
+)
 from dsee_scale.export.writer import WITHOUT_UPDATE, DeltaForm, check_delta, write_model
 from dsee_scale.partition import open_partition
 from dsee_scale.partition.quantized import as_stored, format_name, holds_numbers
@@ -109,6 +115,7 @@ class StoredModel:
         self._keys = _base_keys(self.record, self._weights, base)
         self._adapter, self._masks = open_adapter(stored, self.record), open_masks(stored)
         self._dtype = _dtype(self.record.base.get("dtype", "float32"), self._where)
+        self._left_out = _old_copies(self.record, self._weights, self._keys, self._where)
         self.structure, self.config, self.reason = self._smaller() if cut else (None, None, None)
         self.plan = self._plan()
         quantization = self.record.base.get("quantization") if cut else None
@@ -185,7 +192,7 @@ class StoredModel:
         """The base's files in the tuned model's dtype, and parameters that only the tuned model has."""
         names = {key: name for name, key in self._keys.items()}
         files: dict[str, list[Entry]] = {path.name: [] for path in self._weights.paths}
-        for key in self._weights.names():
+        for key in (key for key in self._weights.names() if key not in self._left_out):
             spec, name = self._weights.spec(key), names.get(key, key)
             shape = self.record.trained.get(name, spec.shape)
             shape = self.structure.shape(name, shape) if self.structure else shape
@@ -195,11 +202,12 @@ class StoredModel:
         for name, shape in self.record.trained.items():
             if name not in self._keys:
                 files[last].append(Entry(name, (TensorSpec(name, self._dtype, shape),)))
+        written = {file: entries for file, entries in files.items() if entries}
         if (
-            len(files) == 1
-        ):  # without an index, which some bases have of one file too, only this name is looked for
-            files = {WEIGHTS_FILE: files[last]}
-        return ExportPlan(files)
+            len(written) == 1
+        ):  # some bases have an index of one file: without it this name alone is looked for
+            return ExportPlan({WEIGHTS_FILE: next(iter(written.values()))})
+        return ExportPlan(written)
 
 
 def _dtype(name: Any, where: str) -> torch.dtype:
@@ -269,12 +277,43 @@ def _base_key(reader: TensorReader, name: str, base: Path) -> str:
 
 
 def _trained_keys(reader: TensorReader, record: AdapterRecord, keys: dict[str, str]) -> dict[str, str]:
-    """Names in files of parameters trained in full, where the base has them: as the other weights are named."""
-    name, key = next(iter(keys.items()), ("", ""))
-    extra = name.removesuffix(key)  # the model says `transformer.h.0`, the files `h.0`
-    lacking = key.removesuffix(name)  # the files say `model.h.0`, the model `h.0`
-    named = {trained: lacking + trained.removeprefix(extra) for trained in record.trained}
+    """Names in files of parameters trained in full, where the base has them."""
+    named = {trained: _key_like(trained, keys) for trained in record.trained}
     return {trained: key for trained, key in named.items() if key in reader}
+
+
+def _key_like(name: str, keys: Mapping[str, str]) -> str:
+    """A parameter's name in the base's files, if they name it as they do the weights whose names are known."""
+    known, key = next(iter(keys.items()), ("", ""))
+    extra = known.removesuffix(key)  # the model says `transformer.h.0`, the files `h.0`
+    lacking = key.removesuffix(known)  # the files say `model.h.0`, the model `h.0`
+    return lacking + name.removeprefix(extra)
+
+
+def _old_copies(record: AdapterRecord, reader: TensorReader, keys: Mapping[str, str], where: str) -> set[str]:
+    """Names in files of weights that the model ties to one that was trained in full, which some bases hold twice.
+
+    transformers ties what the files hold twice only where both are equal: the others are weights of their own.
+    """
+    found = set()
+    for name, others in _tied_to(record, where).items():
+        own = keys.get(name)
+        for key in (_key_like(other, keys) for other in others):
+            if key in reader and (own is None or torch.equal(reader.read(own), reader.read(key))):
+                found.add(key)
+    return found
+
+
+def _tied_to(record: AdapterRecord, where: str) -> dict[str, list[str]]:
+    """Parameters trained in full: the other names that a model of transformers' own has for each."""
+    if not record.trained or not is_recorded(record.base):
+        return {}
+    model = recorded_model(record.base, record.pruned, where)
+    sharing: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        sharing.setdefault(id(param), []).append(name)
+    groups = [(set(names) & set(record.trained), names) for names in sharing.values()]
+    return {next(iter(own)): [n for n in names if n not in own] for own, names in groups if len(own) == 1}
 
 
 def _check_config(record: AdapterRecord, base: Path, where: str) -> None:

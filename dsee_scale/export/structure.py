@@ -194,6 +194,13 @@ def _cuts(layer: UnitLayer, gone: Tensor, shape_of: ShapeOf) -> Iterator[tuple[s
             yield f"{layer.router_name}.{name}", Cut(0, (~gone).nonzero().flatten())
 
 
+def is_recorded(identity: Mapping[str, Any]) -> bool:
+    """Whether a saved record says enough of a model, of a class that transformers knows. Local."""
+    import transformers
+
+    return bool(identity.get("full_config")) and hasattr(transformers, str(identity.get("class")))
+
+
 def recorded_model(
     identity: Mapping[str, Any], pruned: Mapping[str, dict[str, Any]], where: str
 ) -> nn.Module:
@@ -209,8 +216,7 @@ def recorded_model(
     """
     import transformers
 
-    stock: Any = getattr(transformers, str(identity.get("class")), None)
-    if stock is None or not identity.get("full_config"):
+    if not is_recorded(identity):
         raise FormatError(
             f"{where} holds no config of a class that transformers knows ({identity.get('class')}), so what "
             "was removed cannot be cut out; load the base, load_adapter, and export_model, or use "
@@ -218,6 +224,7 @@ def recorded_model(
         )
     reject_endless(identity["full_config"], where)
     with damaged(where), torch.device("meta"):
+        stock = getattr(transformers, str(identity["class"]))
         model = stock(stock.config_class.from_dict(dict(identity["full_config"])))
     model_state(model).pruned.update(pruned)
     return model

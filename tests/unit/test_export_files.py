@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -56,6 +57,45 @@ def test_of_a_whole_file_and_an_index_the_one_that_transformers_loads_is_read(tm
     build(llama_config(), seed=2).save_pretrained(tmp_path / "base")
     assert (tmp_path / "base" / INDEX_FILE).is_file()
     model = adapted(tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter")
+    export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_copy_of_a_trained_tied_weight_is_not_written_as_it_was(tmp_path, alone):
+    build(llama_config()).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    if alone:
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    move_into_parts(
+        tmp_path / "base",
+        {"model-00001-of-00002.safetensors": ["lm_head.weight"], "model-00002-of-00002.safetensors": []},
+    )
+    model = adapted(tmp_path / "base", trained_modules=("embed_tokens",))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with torch.no_grad():
+        model.lm_head.weight += torch.randn(
+            model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
+        )
+    save_adapter(model, tmp_path / "adapter")
+    report = export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    assert [*report.files] == ["model.safetensors"]
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
+def test_a_head_that_was_loaded_untied_stays_beside_trained_embeddings(tmp_path):
+    build(llama_config()).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] * 2}, file, {"format": "pt"})
+    model = adapted(tmp_path / "base", trained_modules=("embed_tokens",))
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 1
     save_adapter(model, tmp_path / "adapter")
     export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
