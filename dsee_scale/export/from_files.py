@@ -34,7 +34,7 @@ from dsee_scale.checkpoint.record import (
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
-from dsee_scale.export.plan import Entry, ExportPlan
+from dsee_scale.export.plan import Entry, ExportPlan, loaded_dtypes
 from dsee_scale.export.report import INDEX_FILE, ExportReport
 from dsee_scale.export.report import KIND as EXPORT
 from dsee_scale.export.structure import (
@@ -115,7 +115,9 @@ class StoredModel:
         self._keys = _base_keys(self.record, self._weights, base)
         self._adapter, self._masks = open_adapter(stored, self.record), open_masks(stored)
         self._dtype = _dtype(self.record.base.get("dtype", "float32"), self._where)
-        self._left_out = _old_copies(self.record, self._weights, self._keys, self._where)
+        model = recorded_model(self.record.base, {}, self._where) if is_recorded(self.record.base) else None
+        self._left_out = _old_copies(self.record, self._weights, self._keys, model)
+        self._loaded_as = loaded_dtypes(model or nn.Module(), self._dtype)
         self.structure, self.config, self.reason = self._smaller() if cut else (None, None, None)
         self.plan = self._plan()
         quantization = self.record.base.get("quantization") if cut else None
@@ -189,14 +191,15 @@ class StoredModel:
         return structure, config and json.loads(config.to_json_string()), reason
 
     def _plan(self) -> ExportPlan:
-        """The base's files in the tuned model's dtype, and parameters that only the tuned model has."""
-        names = {key: name for name, key in self._keys.items()}
+        """The base's files in the tuned model's dtypes, and parameters that only the tuned model has."""
+        names, (name_of, key_of) = {key: name for name, key in self._keys.items()}, _prefixes(self._keys)
         files: dict[str, list[Entry]] = {path.name: [] for path in self._weights.paths}
         for key in (key for key in self._weights.names() if key not in self._left_out):
             spec, name = self._weights.spec(key), names.get(key, key)
             shape = self.record.trained.get(name, spec.shape)
             shape = self.structure.shape(name, shape) if self.structure else shape
-            dtype = self._dtype if spec.dtype.is_floating_point else spec.dtype
+            loaded_as = self._loaded_as(_renamed(key, name_of, key_of))
+            dtype = loaded_as if spec.dtype.is_floating_point else spec.dtype
             files[self._weights.where(key).name].append(Entry(name, (TensorSpec(key, dtype, shape),)))
         last = next(reversed(files))
         for name, shape in self.record.trained.items():
@@ -278,37 +281,46 @@ def _base_key(reader: TensorReader, name: str, base: Path) -> str:
 
 def _trained_keys(reader: TensorReader, record: AdapterRecord, keys: dict[str, str]) -> dict[str, str]:
     """Names in files of parameters trained in full, where the base has them."""
-    named = {trained: _key_like(trained, keys) for trained in record.trained}
+    name_of, key_of = _prefixes(keys)
+    named = {trained: _renamed(trained, key_of, name_of) for trained in record.trained}
     return {trained: key for trained, key in named.items() if key in reader}
 
 
-def _key_like(name: str, keys: Mapping[str, str]) -> str:
-    """A parameter's name in the base's files, if they name it as they do the weights whose names are known."""
-    known, key = next(iter(keys.items()), ("", ""))
-    extra = known.removesuffix(key)  # the model says `transformer.h.0`, the files `h.0`
-    lacking = key.removesuffix(known)  # the files say `model.h.0`, the model `h.0`
-    return lacking + name.removeprefix(extra)
+def _prefixes(keys: Mapping[str, str]) -> tuple[str, str]:
+    """What the model's names and the files' begin with where they differ, as one of each says.
+
+    The model says `transformer.h.0`, the files `h.0`; or the files say `model.h.0`, the model `h.0`.
+    """
+    name, key = next(iter(keys.items()), ("", ""))
+    return name.removesuffix(key), key.removesuffix(name)
 
 
-def _old_copies(record: AdapterRecord, reader: TensorReader, keys: Mapping[str, str], where: str) -> set[str]:
+def _renamed(name: str, new: str, old: str) -> str:
+    """A name with another beginning."""
+    return new + name.removeprefix(old)
+
+
+def _old_copies(
+    record: AdapterRecord, reader: TensorReader, keys: Mapping[str, str], model: nn.Module | None
+) -> set[str]:
     """Names in files of weights that the model ties to one that was trained in full, which some bases hold twice.
 
     transformers ties what the files hold twice only where both are equal: the others are weights of their own.
     """
+    name_of, key_of = _prefixes(keys)
     found = set()
-    for name, others in _tied_to(record, where).items():
+    for name, others in _tied_to(record, model).items():
         own = keys.get(name)
-        for key in (_key_like(other, keys) for other in others):
+        for key in (_renamed(other, key_of, name_of) for other in others):
             if key in reader and (own is None or torch.equal(reader.read(own), reader.read(key))):
                 found.add(key)
     return found
 
 
-def _tied_to(record: AdapterRecord, where: str) -> dict[str, list[str]]:
-    """Parameters trained in full: the other names that a model of transformers' own has for each."""
-    if not record.trained or not is_recorded(record.base):
+def _tied_to(record: AdapterRecord, model: nn.Module | None) -> dict[str, list[str]]:
+    """Parameters trained in full: the other names that the model has for each."""
+    if model is None:
         return {}
-    model = recorded_model(record.base, record.pruned, where)
     sharing: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         sharing.setdefault(id(param), []).append(name)

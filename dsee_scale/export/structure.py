@@ -7,6 +7,7 @@ where its config can say so. Otherwise the folder keeps the sizes of the origina
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -204,7 +205,7 @@ def is_recorded(identity: Mapping[str, Any]) -> bool:
 def recorded_model(
     identity: Mapping[str, Any], pruned: Mapping[str, dict[str, Any]], where: str
 ) -> nn.Module:
-    """The architecture that a saved record describes, without weights, with its prunings noted on it. Local.
+    """The architecture that a saved record describes, without weights, in its dtype, with its prunings noted. Local.
 
     Args:
         identity: `base_model` of the record.
@@ -223,11 +224,23 @@ def recorded_model(
             "delta 'separate'"
         )
     reject_endless(identity["full_config"], where)
-    with damaged(where), torch.device("meta"):
+    dtype = getattr(torch, str(identity.get("dtype", "float32")), None)
+    with damaged(where), torch.device("meta"), _made_in(dtype):
         stock = getattr(transformers, str(identity["class"]))
         model = stock(stock.config_class.from_dict(dict(identity["full_config"])))
     model_state(model).pruned.update(pruned)
     return model
+
+
+@contextlib.contextmanager
+def _made_in(dtype: Any) -> Iterator[None]:
+    """New parameters are of this dtype, unless a model says otherwise."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def smaller_config(model: Any, structure: Structure, shape_of: ShapeOf) -> tuple[Any | None, str | None]:

@@ -14,7 +14,7 @@ from dsee_scale import DSEEConfig
 from dsee_scale.checkpoint.adapter import save_adapter
 from dsee_scale.export.from_files import export_files
 from dsee_scale.export.report import INDEX_FILE
-from tests.models import build, llama_config, token_batch
+from tests.models import build, llama_config, moe_config, token_batch
 
 
 def adapted(base, **settings):
@@ -99,3 +99,19 @@ def test_a_head_that_was_loaded_untied_stays_beside_trained_embeddings(tmp_path)
     save_adapter(model, tmp_path / "adapter")
     export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_half_precision_model_keeps_in_float32_is_written_in_float32(tmp_path, dtype):
+    base = build(moe_config("deepseek_v3"), dtype)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    bias = base.get_buffer(name)
+    bias.data = torch.rand(bias.shape, generator=torch.Generator().manual_seed(0))
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(tmp_path / "base")
+    assert torch.equal(model.get_buffer(name), bias)
+    save_adapter(model, tmp_path / "adapter")
+    export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(found[name], bias)
+    assert {found[key].dtype for key in found if key != name} == {dtype}
