@@ -172,16 +172,16 @@ class LiveModel:
             vars(config).pop(REFIT, None)  # with the update put in it is another model
             if not self.cut and refit_mark(module) is not None:
                 setattr(config, REFIT, refit_mark(module))
+            if module.is_remote_code():
+                from transformers.dynamic_module_utils import custom_object_save
+
+                custom_object_save(module, str(folder), config=config)  # which it names in the config
             config.save_pretrained(folder)
             if module.can_generate():
                 # Its own `save_pretrained` refuses settings that loading only warns of, once any of them has changed.
                 module.generation_config.to_json_file(
                     folder / "generation_config.json", keys_to_pop=["compile_config"]
                 )
-            if module.is_remote_code():
-                from transformers.dynamic_module_utils import custom_object_save
-
-                custom_object_save(module, str(folder), config=config)
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, folder)
 
