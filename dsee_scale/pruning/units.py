@@ -245,7 +245,7 @@ def _layer_budget(layer: UnitLayer, config: PruneConfig) -> int:
                 f"{layer.unit_size} heads share one; expected a multiple of {layer.unit_size}"
             )
     else:
-        num_units = _rounded(config.sparsity or 0.0, run, layer) * layer.groups
+        num_units = _rounded(config, run, layer) * layer.groups
     if num_units % layer.groups:
         raise ConfigError(
             f"{layer.name} chooses among {layer.groups} groups of {run} experts, which must stay equal, and "
@@ -269,7 +269,7 @@ def _reason(layer: UnitLayer, least: int) -> str:
 def _overall_budget(layers: list[UnitLayer], config: PruneConfig) -> int:
     """Units that go of all layers together."""
     total = sum(layer.num_units for layer in layers)
-    num_units = _rounded(config.sparsity or 0.0, total, layers[0])
+    num_units = _rounded(config, total, layers[0])
     most = sum(max(0, layer.num_units - _floor(layer, config)) for layer in layers)
     if num_units > most:
         raise ConfigError(
@@ -280,14 +280,15 @@ def _overall_budget(layers: list[UnitLayer], config: PruneConfig) -> int:
     return num_units
 
 
-def _rounded(sparsity: float, num_units: int, layer: UnitLayer) -> int:
-    found = round(sparsity * num_units)
-    if sparsity and not found:
+def _rounded(config: PruneConfig, num_units: int, layer: UnitLayer) -> int:
+    """Units that go; of a schedule's first cuts that may be none, but not of all of them."""
+    sparsity = config.final_sparsity or config.sparsity or 0.0
+    if sparsity and not round(sparsity * num_units):
         raise ConfigError(
             f"sparsity {sparsity} of {num_units} units ({layer.unit_size} {layer.kind} each) rounds to none; "
             "raise it, or set num_per_layer"
         )
-    return found
+    return round((config.sparsity or 0.0) * num_units)
 
 
 def _floor(layer: UnitLayer, config: PruneConfig) -> int:
