@@ -20,7 +20,7 @@ from dsee_scale.adapters.targets import Target, find_modules, find_targets
 from dsee_scale.algorithms.decompose import Support
 from dsee_scale.algorithms.score import all_finite
 from dsee_scale.config import DSEEConfig
-from dsee_scale.distributed import raise_on_all_ranks
+from dsee_scale.distributed import log_rank0, raise_on_all_ranks
 from dsee_scale.errors import TargetError
 from dsee_scale.partition import Partition, is_engine, keep_experts_together, open_partition, unwrap
 from dsee_scale.partition.quantized import compute_dtype, holds_numbers, prepare_quantised, quantised_kind
@@ -133,6 +133,7 @@ def apply_adapters(
         let_gradients_through(model.get_submodule(name))
     model_state(model).config = config
     set_trainable(model, trained_modules)
+    _warn_of_random_weights(model)
     if _checkpoints_activations(model):
         # With every input frozen, reentrant checkpointing would cut the graph before the first adapter.
         model.enable_input_require_grads()  # type: ignore[operator]
@@ -181,6 +182,21 @@ def set_trainable(model: nn.Module, trained_modules: list[str]) -> None:
         for param in modules[name].parameters():
             if param.is_floating_point():
                 param.requires_grad_(True)
+
+
+def _warn_of_random_weights(model: nn.Module) -> None:
+    """Name frozen weights that `from_pretrained` found in no file: the next load makes others. Local."""
+    marks = {name: hasattr(param, "_is_hf_initialized") for name, param in model.named_parameters()}
+    frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
+    names = [name for name, loaded in marks.items() if name in frozen and not loaded]
+    if names and any(marks.values()):
+        log_rank0(
+            logger,
+            "%s and %d more were in no file that the model was loaded from: they stay at their random values, and no "
+            "adapter file will hold them. Train them in full (trained_modules), or load a base that has them",
+            names[0],
+            len(names) - 1,
+        )
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
