@@ -24,7 +24,7 @@ from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import FormatError, TargetError
 from dsee_scale.export.plan import Entry, plan_export, reverted, saved_state
 from dsee_scale.export.report import ExportReport
-from dsee_scale.export.structure import find_structure, smaller_config
+from dsee_scale.export.structure import as_loaded, find_structure, smaller_config
 from dsee_scale.export.writer import (
     WITHOUT_UPDATE,
     DeltaForm,
@@ -118,7 +118,7 @@ class LiveModel:
         self.pruned: Mapping[str, Mapping[str, Any]] = model_state(module).pruned
         self.tuned = model_state(module).config
         self.base_id: str | None = getattr(getattr(module, "config", None), "_name_or_path", None) or None
-        self.structure = find_structure(module, partition.shape) if cut else None
+        self.structure = find_structure(module, partition.shape) if cut else as_loaded(module)
         smaller, self.reason = None, None
         if self.structure is not None:
             smaller, self.reason = smaller_config(module, self.structure, partition.shape)

@@ -34,16 +34,11 @@ from dsee_scale.checkpoint.record import (
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
+from dsee_scale.export.load import is_recorded, recorded_model
 from dsee_scale.export.plan import Entry, ExportPlan, loaded_dtypes
 from dsee_scale.export.report import INDEX_FILE, ExportReport
 from dsee_scale.export.report import KIND as EXPORT
-from dsee_scale.export.structure import (
-    Structure,
-    find_structure,
-    is_recorded,
-    recorded_model,
-    smaller_config,
-)
+from dsee_scale.export.structure import Structure, as_loaded, find_structure, smaller_config
 from dsee_scale.export.writer import WITHOUT_UPDATE, DeltaForm, check_delta, write_model
 from dsee_scale.partition import open_partition
 from dsee_scale.partition.quantized import as_stored, format_name, holds_numbers
@@ -115,10 +110,10 @@ class StoredModel:
         self._keys = _base_keys(self.record, self._weights, base)
         self._adapter, self._masks = open_adapter(stored, self.record), open_masks(stored)
         self._dtype = _dtype(self.record.base.get("dtype", "float32"), self._where)
-        model = recorded_model(self.record.base, {}, self._where) if is_recorded(self.record.base) else None
+        model = self._recorded_model()
         self._left_out = _old_copies(self.record, self._weights, self._keys, model)
         self._loaded_as = loaded_dtypes(model or nn.Module(), self._dtype)
-        self.structure, self.config, self.reason = self._smaller() if cut else (None, None, None)
+        self.structure, self.config, self.reason = _smaller(model, cut)
         self.plan = self._plan()
         quantization = self.record.base.get("quantization") if cut else None
         self.base = f"unquantised, while {format_name(quantization)} was trained on" if quantization else None
@@ -180,15 +175,12 @@ class StoredModel:
         spec = self.record.modules[name]
         return Delta(spec, *read_layer(self._adapter, name, spec))
 
-    def _smaller(self) -> tuple[Structure | None, dict[str, Any] | None, str | None]:
-        """What is cut out, the config that says so, and why there is none, from the record alone."""
-        if not any(kind in info for info in self.pruned.values() for kind in UNIT_PATTERNS):
-            return None, None, None
-        model = recorded_model(self.record.base, self.record.pruned, self._where)
-        structure = find_structure(model, lambda param: param.shape)
-        assert structure is not None
-        config, reason = smaller_config(model, structure, lambda param: param.shape)
-        return structure, config and json.loads(config.to_json_string()), reason
+    def _recorded_model(self) -> nn.Module | None:
+        """The tuned model without weights; None where transformers has no such class and nothing is to be cut out."""
+        units = self.cut and any(kind in info for info in self.pruned.values() for kind in UNIT_PATTERNS)
+        if not units and not is_recorded(self.record.base):
+            return None
+        return recorded_model(self.record.base, self.record.pruned, self._where)
 
     def _plan(self) -> ExportPlan:
         """The base's files in the tuned model's dtypes, and parameters that only the tuned model has."""
@@ -211,6 +203,19 @@ class StoredModel:
         ):  # some bases have an index of one file: without it this name alone is looked for
             return ExportPlan({WEIGHTS_FILE: next(iter(written.values()))})
         return ExportPlan(written)
+
+
+def _smaller(
+    model: nn.Module | None, cut: bool
+) -> tuple[Structure | None, dict[str, Any] | None, str | None]:
+    """What is cut out, the config that says so, and why there is none, from the record alone."""
+    if model is None:
+        return None, None, None
+    structure = find_structure(model, lambda param: param.shape) if cut else as_loaded(model)
+    if structure is None:
+        return None, None, None
+    config, reason = smaller_config(model, structure, lambda param: param.shape)
+    return structure, config and json.loads(config.to_json_string()), reason
 
 
 def _dtype(name: Any, where: str) -> torch.dtype:
