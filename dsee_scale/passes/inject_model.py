@@ -97,6 +97,7 @@ def inject(model: nn.Module, config: DSEEConfig, *, progress: bool | None = None
     reject_untrainable(model, targets, trained)
     supports = decompose_model(targets, config, partition, progress=progress)
     apply_adapters(model, config, targets, supports, trained, partition)
+    warn_of_random_weights(model)
     report = _report(model, targets, partition, time.perf_counter() - started)
     if partition.rank == 0:
         logger.info("%s", report)
@@ -133,7 +134,6 @@ def apply_adapters(
         let_gradients_through(model.get_submodule(name))
     model_state(model).config = config
     set_trainable(model, trained_modules)
-    _warn_of_random_weights(model)
     if _checkpoints_activations(model):
         # With every input frozen, reentrant checkpointing would cut the graph before the first adapter.
         model.enable_input_require_grads()  # type: ignore[operator]
@@ -184,7 +184,7 @@ def set_trainable(model: nn.Module, trained_modules: list[str]) -> None:
                 param.requires_grad_(True)
 
 
-def _warn_of_random_weights(model: nn.Module) -> None:
+def warn_of_random_weights(model: nn.Module) -> None:
     """Name frozen weights that `from_pretrained` found in no file: the next load makes others. Local."""
     marks = {name: hasattr(param, "_is_hf_initialized") for name, param in model.named_parameters()}
     frozen = {name for name, param in model.named_parameters() if not param.requires_grad}

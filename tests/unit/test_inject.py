@@ -281,6 +281,9 @@ def test_a_frozen_head_that_was_in_no_file_is_named(tmp_path, caplog):
     dsee_scale.load_adapter(make(), tmp_path / "adapter")
     assert "score.weight and 0 more" in caplog.text
     caplog.clear()
+    frozen.score.requires_grad_(True)
+    dsee_scale.save_adapter(frozen, tmp_path / "with_head")
+    dsee_scale.load_adapter(make(), tmp_path / "with_head")
     dsee_scale.inject(make(), DSEEConfig(rank=2, num_sparse=3, trained_modules=("score",)))
     dsee_scale.inject(build(llama_config()), DSEEConfig(rank=2, num_sparse=3))
     assert "no adapter file" not in caplog.text
