@@ -201,10 +201,10 @@ def resize_blocks(model: nn.Module, blocks: Mapping[str, BlockSizes], where: str
             "the folder was put together from different models"
         )
     for name, sizes in blocks.items():
-        if family.experts:
-            _resize_experts(found[name], name, family.experts, sizes)
-        else:
+        if family.experts is None:
             _resize_neurons(found[name], name, family, sizes)
+        elif sizes.experts is not None or sizes.neurons is not None:  # a dense block among others has neither
+            _resize_experts(found[name], name, family.experts, sizes)
         if sizes.heads is not None:
             _resize_heads(found[name], name, family, sizes)
     model_state(model).blocks = Structure(dict(blocks), dict(blocks), {}, 0).to_dict()["blocks"]

@@ -471,3 +471,14 @@ def test_adapted_experts_are_scored_with_their_updates_and_cut_with_them(model_t
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     with torch.no_grad():
         torch.testing.assert_close(small(batch).logits, model(batch).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_heads_of_a_model_whose_first_blocks_are_dense_load_again(tmp_path):
+    model = build(moe_config("glm4_moe", moe_intermediate_size=16))
+    units = [PruneConfig(pattern="heads", num_per_layer=2), PruneConfig(pattern="neurons", num_per_layer=4)]
+    dsee_scale.prune(model, units, batches_of(2))
+    assert export_model(model, tmp_path / "small").loads_with == "dsee_scale.load_pretrained"
+    small, ids = dsee_scale.load_pretrained(tmp_path / "small"), token_batch(length=24)
+    assert small.model.layers[0].self_attn.q_proj.out_features == 16
+    with torch.no_grad():
+        torch.testing.assert_close(small(ids).logits, model(ids).logits, atol=1e-6, rtol=1e-5)
