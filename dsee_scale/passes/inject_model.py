@@ -185,18 +185,42 @@ def set_trainable(model: nn.Module, trained_modules: list[str]) -> None:
 
 
 def warn_of_random_weights(model: nn.Module) -> None:
-    """Name frozen weights that `from_pretrained` found in no file: the next load makes others. Local."""
-    marks = {name: hasattr(param, "_is_hf_initialized") for name, param in model.named_parameters()}
-    frozen = {name for name, param in model.named_parameters() if not param.requires_grad}
-    names = [name for name, loaded in marks.items() if name in frozen and not loaded]
-    if names and any(marks.values()):
+    """Name frozen weights with values that the next load of the base makes anew. Local."""
+    params = dict(model.named_parameters())
+    marks = {name: hasattr(param, "_is_hf_initialized") for name, param in params.items()}
+    unknown = {name for name, loaded in marks.items() if not loaded} if any(marks.values()) else set()
+    resized = _resized_embeddings(model)
+    names = [
+        name
+        for name, param in params.items()
+        if not param.requires_grad and (name in unknown or id(param) in resized)
+    ]
+    if names:
         log_rank0(
             logger,
-            "%s and %d more were in no file that the model was loaded from: they stay at their random values, and no "
-            "adapter file will hold them. Train them in full (trained_modules), or load a base that has them",
+            "%s and %d more hold random values, which were in no file that the model was loaded from: they stay "
+            "frozen, and no adapter file will hold them. Train them in full (trained_modules), or save the model as "
+            "it is (save_pretrained) and load that as the base",
             names[0],
             len(names) - 1,
         )
+
+
+def _resized_embeddings(model: Any) -> set[int]:
+    """Ids of the embeddings' weights where the vocabulary is not that of the folder or hub id they came from."""
+    from transformers import PretrainedConfig
+
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "_name_or_path", None):
+        return set()
+    try:
+        published = PretrainedConfig.get_config_dict(config._name_or_path, local_files_only=True)[0]
+        if published["vocab_size"] == config.vocab_size:
+            return set()
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except Exception:  # moved since, or of a class that says none of this
+        return set()
+    return {id(end.weight) for end in ends if end is not None}
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

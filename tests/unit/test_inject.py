@@ -287,3 +287,26 @@ def test_a_frozen_head_that_was_in_no_file_is_named(tmp_path, caplog):
     dsee_scale.inject(make(), DSEEConfig(rank=2, num_sparse=3, trained_modules=("score",)))
     dsee_scale.inject(build(llama_config()), DSEEConfig(rank=2, num_sparse=3))
     assert "no adapter file" not in caplog.text
+
+
+def test_frozen_rows_of_a_resized_vocabulary_are_named(tmp_path, caplog):
+    build(llama_config(tie_word_embeddings=False)).save_pretrained(tmp_path / "base")
+
+    def adapted(**settings):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(101)
+        caplog.clear()
+        dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=3, **settings))
+        return model
+
+    adapted(trained_modules=("embed_tokens", "lm_head"))
+    assert "no adapter file" not in caplog.text
+    adapted(trained_modules=("embed_tokens",))
+    assert "lm_head.weight and 0 more" in caplog.text
+    model = adapted()
+    assert "model.embed_tokens.weight and 1 more" in caplog.text
+    dsee_scale.export_model(model, tmp_path / "resized", delta="none")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "resized")
+    caplog.clear()
+    dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=3))
+    assert "no adapter file" not in caplog.text
