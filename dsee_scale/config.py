@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 from dsee_scale.settings import JsonConfig, at_least, fraction, regex_problems, tuple_of_str
 
@@ -216,6 +216,9 @@ class PruneConfig(JsonConfig):
     mask_update: bool = True
     """Whether the updates of pruned matrices are then trained under the mask, as in the masked export; False leaves
     them unmasked, for a sparse base that is served with a separate adapter."""
+
+    final_sparsity: ClassVar[float | None] = None
+    """Of one cut of a schedule, the sparsity at its end: the cuts before may be too small to remove anything."""
 
     def __post_init__(self) -> None:
         self.convert("modules", tuple_of_str)

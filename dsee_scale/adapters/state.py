@@ -45,6 +45,8 @@ class ModelState:
             weights are their mask; no other copy of a mask exists.
         prunings: how often masks have changed.
         masks: where they were last saved, maybe before they changed; None for nowhere.
+        blocks: sizes of the blocks of a model that no config describes, as `load_pretrained` read them: block ->
+            heads, neurons and the like; None for any other model.
         broken: why this model must not be used any more, None for a sound one.
     """
 
@@ -52,6 +54,7 @@ class ModelState:
     pruned: dict[str, dict[str, Any]] = field(default_factory=dict)
     prunings: int = 0
     masks: MaskFiles | None = None
+    blocks: Mapping[str, Mapping[str, int]] | None = None
     broken: str | None = None
 
 

@@ -54,7 +54,7 @@ from dsee_scale.errors import ConfigError, DSEEError, FormatError, TargetError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.quantized import prepare_quantised
 from dsee_scale.passes.fingerprint import as_text
-from dsee_scale.passes.inject_model import apply_adapters, reject_untrainable
+from dsee_scale.passes.inject_model import apply_adapters, reject_untrainable, warn_of_random_weights
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -288,6 +288,7 @@ def _attach(
     params = dict(model.named_parameters())
     for name in record.trained:
         params[name].requires_grad_(True)
+    warn_of_random_weights(model)
 
 
 def _set_values(partition: Partition, model: nn.Module, record: AdapterRecord, tensors: TensorReader) -> None:

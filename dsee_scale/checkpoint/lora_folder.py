@@ -21,7 +21,7 @@ from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import DSEEError, FormatError
 from dsee_scale.partition import Partition
 from dsee_scale.passes.decompose_model import decompose_model
-from dsee_scale.passes.inject_model import apply_adapters
+from dsee_scale.passes.inject_model import apply_adapters, warn_of_random_weights
 from dsee_scale.settings import regex_problems
 
 CONFIG_NAME = "adapter_config.json"
@@ -142,6 +142,7 @@ def load_lora(
     supports = decompose_model(targets, config, partition)
     with raise_on_all_ranks(partition):
         apply_adapters(model, config, targets, supports, [], partition)
+        warn_of_random_weights(model)
     layers: dict[str, Any] = adapted_layers(model)
     for name, (saved_a, saved_b) in values.items():
         flat = partition.gather([layers[name].dsee_flat])[0]

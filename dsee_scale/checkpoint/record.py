@@ -233,7 +233,8 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
     """Id, class, dtype, and the lasting part of the config with its SHA-256 (None for a model without one).
 
     `full_config` is the config as transformers would write it unquantised, for an export that has no model at
-    hand; `quantization` is how the base was quantised, None for not at all; `refit` is its `refit_mark`.
+    hand; `quantization` is how the base was quantised, None for not at all; `refit` is its `refit_mark`; `blocks` is
+    `ModelState.blocks`.
     """
     config = getattr(model, "config", None)
     values = lasting_config(config.to_dict()) if hasattr(config, "to_dict") else None  # type: ignore[union-attr]
@@ -251,6 +252,7 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
         "full_config": full or None,
         "quantization": quantization,
         "refit": refit_mark(model),
+        "blocks": model_state(model).blocks,
     }
 
 

@@ -24,7 +24,7 @@ from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import FormatError, TargetError
 from dsee_scale.export.plan import Entry, plan_export, reverted, saved_state
 from dsee_scale.export.report import ExportReport
-from dsee_scale.export.structure import find_structure, smaller_config
+from dsee_scale.export.structure import as_loaded, find_structure, smaller_config
 from dsee_scale.export.writer import (
     WITHOUT_UPDATE,
     DeltaForm,
@@ -118,7 +118,7 @@ class LiveModel:
         self.pruned: Mapping[str, Mapping[str, Any]] = model_state(module).pruned
         self.tuned = model_state(module).config
         self.base_id: str | None = getattr(getattr(module, "config", None), "_name_or_path", None) or None
-        self.structure = find_structure(module, partition.shape) if cut else None
+        self.structure = find_structure(module, partition.shape) if cut else as_loaded(module)
         smaller, self.reason = None, None
         if self.structure is not None:
             smaller, self.reason = smaller_config(module, self.structure, partition.shape)
@@ -172,16 +172,16 @@ class LiveModel:
             vars(config).pop(REFIT, None)  # with the update put in it is another model
             if not self.cut and refit_mark(module) is not None:
                 setattr(config, REFIT, refit_mark(module))
+            if module.is_remote_code():
+                from transformers.dynamic_module_utils import custom_object_save
+
+                custom_object_save(module, str(folder), config=config)  # which it names in the config
             config.save_pretrained(folder)
             if module.can_generate():
                 # Its own `save_pretrained` refuses settings that loading only warns of, once any of them has changed.
                 module.generation_config.to_json_file(
                     folder / "generation_config.json", keys_to_pop=["compile_config"]
                 )
-            if module.is_remote_code():
-                from transformers.dynamic_module_utils import custom_object_save
-
-                custom_object_save(module, str(folder), config=config)
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, folder)
 

@@ -24,9 +24,10 @@ from dsee_scale.checkpoint.training_state import STATE_FILE
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
 from dsee_scale.export.from_files import base_files
+from dsee_scale.export.load import recorded_model
 from dsee_scale.export.report import KIND as EXPORT
 from dsee_scale.export.report import REPORT_FILE, patterns_of
-from dsee_scale.export.structure import find_structure, recorded_model
+from dsee_scale.export.structure import find_structure
 
 EXPERTS = ".experts."
 """In the name of what belongs to routed experts, together in one tensor or apart."""

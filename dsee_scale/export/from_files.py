@@ -34,10 +34,11 @@ from dsee_scale.checkpoint.record import (
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
-from dsee_scale.export.plan import Entry, ExportPlan
+from dsee_scale.export.load import is_recorded, recorded_model
+from dsee_scale.export.plan import Entry, ExportPlan, loaded_dtypes
 from dsee_scale.export.report import INDEX_FILE, ExportReport
 from dsee_scale.export.report import KIND as EXPORT
-from dsee_scale.export.structure import Structure, find_structure, recorded_model, smaller_config
+from dsee_scale.export.structure import Structure, as_loaded, find_structure, smaller_config
 from dsee_scale.export.writer import WITHOUT_UPDATE, DeltaForm, check_delta, write_model
 from dsee_scale.partition import open_partition
 from dsee_scale.partition.quantized import as_stored, format_name, holds_numbers
@@ -109,7 +110,10 @@ class StoredModel:
         self._keys = _base_keys(self.record, self._weights, base)
         self._adapter, self._masks = open_adapter(stored, self.record), open_masks(stored)
         self._dtype = _dtype(self.record.base.get("dtype", "float32"), self._where)
-        self.structure, self.config, self.reason = self._smaller() if cut else (None, None, None)
+        model = self._recorded_model()
+        self._left_out = _old_copies(self.record, self._weights, self._keys, model)
+        self._loaded_as = loaded_dtypes(model or nn.Module(), self._dtype)
+        self.structure, self.config, self.reason = _smaller(model, cut)
         self.plan = self._plan()
         quantization = self.record.base.get("quantization") if cut else None
         self.base = f"unquantised, while {format_name(quantization)} was trained on" if quantization else None
@@ -171,31 +175,47 @@ class StoredModel:
         spec = self.record.modules[name]
         return Delta(spec, *read_layer(self._adapter, name, spec))
 
-    def _smaller(self) -> tuple[Structure | None, dict[str, Any] | None, str | None]:
-        """What is cut out, the config that says so, and why there is none, from the record alone."""
-        if not any(kind in info for info in self.pruned.values() for kind in UNIT_PATTERNS):
-            return None, None, None
-        model = recorded_model(self.record.base, self.record.pruned, self._where)
-        structure = find_structure(model, lambda param: param.shape)
-        assert structure is not None
-        config, reason = smaller_config(model, structure, lambda param: param.shape)
-        return structure, config and json.loads(config.to_json_string()), reason
+    def _recorded_model(self) -> nn.Module | None:
+        """The tuned model without weights; None where transformers has no such class and nothing is to be cut out."""
+        units = self.cut and any(kind in info for info in self.pruned.values() for kind in UNIT_PATTERNS)
+        if not units and not is_recorded(self.record.base):
+            return None
+        return recorded_model(self.record.base, self.record.pruned, self._where)
 
     def _plan(self) -> ExportPlan:
-        """The base's files in the tuned model's dtype, and parameters that only the tuned model has."""
-        names = {key: name for name, key in self._keys.items()}
+        """The base's files in the tuned model's dtypes, and parameters that only the tuned model has."""
+        names, (name_of, key_of) = {key: name for name, key in self._keys.items()}, _prefixes(self._keys)
         files: dict[str, list[Entry]] = {path.name: [] for path in self._weights.paths}
-        for key in self._weights.names():
+        for key in (key for key in self._weights.names() if key not in self._left_out):
             spec, name = self._weights.spec(key), names.get(key, key)
             shape = self.record.trained.get(name, spec.shape)
             shape = self.structure.shape(name, shape) if self.structure else shape
-            dtype = self._dtype if spec.dtype.is_floating_point else spec.dtype
+            loaded_as = self._loaded_as(_renamed(key, name_of, key_of))
+            dtype = loaded_as if spec.dtype.is_floating_point else spec.dtype
             files[self._weights.where(key).name].append(Entry(name, (TensorSpec(key, dtype, shape),)))
         last = next(reversed(files))
         for name, shape in self.record.trained.items():
             if name not in self._keys:
                 files[last].append(Entry(name, (TensorSpec(name, self._dtype, shape),)))
-        return ExportPlan(files)
+        written = {file: entries for file, entries in files.items() if entries}
+        if (
+            len(written) == 1
+        ):  # some bases have an index of one file: without it this name alone is looked for
+            return ExportPlan({WEIGHTS_FILE: next(iter(written.values()))})
+        return ExportPlan(written)
+
+
+def _smaller(
+    model: nn.Module | None, cut: bool
+) -> tuple[Structure | None, dict[str, Any] | None, str | None]:
+    """What is cut out, the config that says so, and why there is none, from the record alone."""
+    if model is None:
+        return None, None, None
+    structure = find_structure(model, lambda param: param.shape) if cut else as_loaded(model)
+    if structure is None:
+        return None, None, None
+    config, reason = smaller_config(model, structure, lambda param: param.shape)
+    return structure, config and json.loads(config.to_json_string()), reason
 
 
 def _dtype(name: Any, where: str) -> torch.dtype:
@@ -208,12 +228,12 @@ def _dtype(name: Any, where: str) -> torch.dtype:
 
 
 def base_files(folder: Path) -> list[Path]:
-    """A model folder's safetensors files, by its index where it has one.
+    """A model folder's safetensors files: the one that transformers looks for first, else those of the index.
 
     Raises:
         FormatError: there are none, or one is missing.
     """
-    if (folder / INDEX_FILE).is_file():
+    if not (folder / WEIGHTS_FILE).is_file() and (folder / INDEX_FILE).is_file():
         weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict):
             raise FormatError(f"{folder / INDEX_FILE} is damaged: it has no weight_map; use another copy")
@@ -265,12 +285,52 @@ def _base_key(reader: TensorReader, name: str, base: Path) -> str:
 
 
 def _trained_keys(reader: TensorReader, record: AdapterRecord, keys: dict[str, str]) -> dict[str, str]:
-    """Names in files of parameters trained in full, where the base has them: as the other weights are named."""
-    name, key = next(iter(keys.items()), ("", ""))
-    extra = name.removesuffix(key)  # the model says `transformer.h.0`, the files `h.0`
-    lacking = key.removesuffix(name)  # the files say `model.h.0`, the model `h.0`
-    named = {trained: lacking + trained.removeprefix(extra) for trained in record.trained}
+    """Names in files of parameters trained in full, where the base has them."""
+    name_of, key_of = _prefixes(keys)
+    named = {trained: _renamed(trained, key_of, name_of) for trained in record.trained}
     return {trained: key for trained, key in named.items() if key in reader}
+
+
+def _prefixes(keys: Mapping[str, str]) -> tuple[str, str]:
+    """What the model's names and the files' begin with where they differ, as one of each says.
+
+    The model says `transformer.h.0`, the files `h.0`; or the files say `model.h.0`, the model `h.0`.
+    """
+    name, key = next(iter(keys.items()), ("", ""))
+    return name.removesuffix(key), key.removesuffix(name)
+
+
+def _renamed(name: str, new: str, old: str) -> str:
+    """A name with another beginning."""
+    return new + name.removeprefix(old)
+
+
+def _old_copies(
+    record: AdapterRecord, reader: TensorReader, keys: Mapping[str, str], model: nn.Module | None
+) -> set[str]:
+    """Names in files of weights that the model ties to one that was trained in full, which some bases hold twice.
+
+    transformers ties what the files hold twice only where both are equal: the others are weights of their own.
+    """
+    name_of, key_of = _prefixes(keys)
+    found = set()
+    for name, others in _tied_to(record, model).items():
+        own = keys.get(name)
+        for key in (_renamed(other, key_of, name_of) for other in others):
+            if key in reader and (own is None or torch.equal(reader.read(own), reader.read(key))):
+                found.add(key)
+    return found
+
+
+def _tied_to(record: AdapterRecord, model: nn.Module | None) -> dict[str, list[str]]:
+    """Parameters trained in full: the other names that the model has for each."""
+    if model is None:
+        return {}
+    sharing: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        sharing.setdefault(id(param), []).append(name)
+    groups = [(set(names) & set(record.trained), names) for names in sharing.values()]
+    return {next(iter(own)): [n for n in names if n not in own] for own, names in groups if len(own) == 1}
 
 
 def _check_config(record: AdapterRecord, base: Path, where: str) -> None:

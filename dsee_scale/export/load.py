@@ -1,8 +1,12 @@
-"""Load any exported folder, those included that stock transformers cannot: unequal layers."""
+"""Load any exported folder, those included that stock transformers cannot: unequal layers.
+
+Also the architecture alone that a record describes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +16,16 @@ from torch import Tensor, nn
 from dsee_scale.adapters.families import Experts, Family, family_of, find_blocks, inner
 from dsee_scale.adapters.matrices import expert_layout
 from dsee_scale.adapters.routers import router_tensors
+from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.patterns import groups_hold
 from dsee_scale.algorithms.score import all_finite
 from dsee_scale.checkpoint.files import damaged, read_json
 from dsee_scale.checkpoint.folder import FORMAT_VERSION, open_if_saved
 from dsee_scale.errors import FormatError, TargetError
 from dsee_scale.export.report import KIND
-from dsee_scale.export.structure import STRUCTURE_FILE, BlockSizes
+from dsee_scale.export.structure import STRUCTURE_FILE, BlockSizes, Structure
 from dsee_scale.passes.pools import block_linears
-from dsee_scale.pretrained import read_config
+from dsee_scale.pretrained import read_config, reject_endless
 
 
 def load_pretrained(
@@ -182,7 +187,7 @@ def read_structure(values: Mapping[str, Any], where: str) -> dict[str, BlockSize
 
 
 def resize_blocks(model: nn.Module, blocks: Mapping[str, BlockSizes], where: str) -> None:
-    """Give a freshly made model the sizes of its files; the values of the weights are not kept. Local.
+    """Give a freshly made model the sizes of its files, and note them; values of weights are not kept. Local.
 
     Raises:
         FormatError: the blocks are not those of this model.
@@ -196,12 +201,13 @@ def resize_blocks(model: nn.Module, blocks: Mapping[str, BlockSizes], where: str
             "the folder was put together from different models"
         )
     for name, sizes in blocks.items():
-        if family.experts:
-            _resize_experts(found[name], name, family.experts, sizes)
-        else:
+        if family.experts is None:
             _resize_neurons(found[name], name, family, sizes)
+        elif sizes.experts is not None or sizes.neurons is not None:  # a dense block among others has neither
+            _resize_experts(found[name], name, family.experts, sizes)
         if sizes.heads is not None:
             _resize_heads(found[name], name, family, sizes)
+    model_state(model).blocks = Structure(dict(blocks), dict(blocks), {}, 0).to_dict()["blocks"]
 
 
 def _resize_heads(block: nn.Module, name: str, family: Family, sizes: BlockSizes) -> None:
@@ -270,3 +276,54 @@ def _set_size(module: Any, *, outputs: int | None = None, inputs: int | None = N
 
 def _like(param: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter:
     return nn.Parameter(param.new_empty(shape), requires_grad=param.requires_grad)
+
+
+def is_recorded(identity: Mapping[str, Any]) -> bool:
+    """Whether a saved record says enough of a model, of a class that transformers knows. Local."""
+    import transformers
+
+    return bool(identity.get("full_config")) and hasattr(transformers, str(identity.get("class")))
+
+
+def recorded_model(
+    identity: Mapping[str, Any], pruned: Mapping[str, dict[str, Any]], where: str
+) -> nn.Module:
+    """The architecture that a saved record describes, without weights, in its dtype, with its prunings noted. Local.
+
+    Args:
+        identity: `base_model` of the record.
+        pruned: how each weight was pruned.
+        where: file, for errors.
+
+    Raises:
+        FormatError: the record does not say enough, or transformers does not know the class.
+    """
+    import transformers
+
+    if not is_recorded(identity):
+        raise FormatError(
+            f"{where} holds no config of a class that transformers knows ({identity.get('class')}), so what "
+            "was removed cannot be cut out; load the base, load_adapter, and export_model, or use "
+            "delta 'separate'"
+        )
+    reject_endless(identity["full_config"], where)
+    dtype = getattr(torch, str(identity.get("dtype", "float32")), None)
+    with damaged(where), torch.device("meta"), _made_in(dtype):
+        stock = getattr(transformers, str(identity["class"]))
+        model = stock(stock.config_class.from_dict(dict(identity["full_config"])))
+        if identity.get("blocks"):
+            values = {"version": FORMAT_VERSION, "blocks": identity["blocks"]}
+            resize_blocks(model, read_structure(values, where), where)
+    model_state(model).pruned.update(pruned)
+    return model
+
+
+@contextlib.contextmanager
+def _made_in(dtype: Any) -> Iterator[None]:
+    """New parameters are of this dtype, unless a model says otherwise."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

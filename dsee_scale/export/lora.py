@@ -112,7 +112,7 @@ def export_lora(
     Raises:
         TargetError: no module is adapted.
         ConfigError: what was trained is no LoRA on frozen weights: the update was trained under the mask, modules
-            were trained in full, or the update would bring removed units back.
+            were trained in full, experts were removed, or the update would bring removed units back.
     """
     module, partition = unwrap(model), open_partition(model)
     reject_broken(module)
@@ -282,6 +282,11 @@ def reject_unlike_lora(source: AdapterSource) -> None:
         raise ConfigError(
             f"{experts[0]} and {len(experts) - 1} more are adapters on experts, which servers do not load beside their "
             "base; expected linear layers alone: use export_model, which merges them"
+        )
+    if any("experts" in how for how in source.pruned.values()):
+        raise ConfigError(
+            "experts were removed from this model, and the base of a LoRA has all of them, which stock routers would "
+            "still choose: use export_model, which writes the smaller model with the update put in"
         )
     under = [
         n for n, spec in source.specs.items() if source.pruned.get(weight_name(n, spec), {}).get(MASK_UPDATE)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
 
+from dsee_scale.algorithms.score import HALF_DTYPES
 from dsee_scale.checkpoint.record import is_adapter_key
 from dsee_scale.checkpoint.tensors import TensorSpec
 from dsee_scale.errors import ConfigError
@@ -125,6 +127,29 @@ def saved_state(model: nn.Module) -> dict[str, Tensor]:
         tied = [name for name in names if name in declared]
         dropped.update(tied[1:] if len(tied) == len(names) else tied)
     return {name: value for name, value in state.items() if name not in dropped}
+
+
+def loaded_dtypes(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """In which dtype `from_pretrained` holds each of a model's floating-point tensors, by its name. Local.
+
+    Some classes keep a few in float32, as the bias by which a router chooses experts: rounded, it would choose others.
+
+    Args:
+        model: made in that dtype; its weights are not read.
+        dtype: of the other tensors.
+    """
+    kept: list[str] = []
+    if dtype in HALF_DTYPES:
+        kept += getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    if dtype == torch.float16:
+        kept += getattr(model, "_keep_in_fp32_modules", None) or ()
+    wide = re.compile("|".join(part.replace("*", ".*") for part in kept)) if kept else None
+    own = {name: tensor.dtype for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+
+    def of(name: str) -> torch.dtype:
+        return torch.float32 if wide and wide.search(name) else own.get(name, dtype)
+
+    return of
 
 
 def _owner(name: str) -> str:

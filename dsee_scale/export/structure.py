@@ -23,12 +23,9 @@ from dsee_scale.adapters.removed_units import removed_units
 from dsee_scale.adapters.routers import router_tensors
 from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.units import UnitLayer, find_units
-from dsee_scale.checkpoint.files import damaged
 from dsee_scale.checkpoint.folder import FORMAT_VERSION
 from dsee_scale.checkpoint.record import is_adapter_key
 from dsee_scale.config import UNIT_PATTERNS
-from dsee_scale.errors import FormatError
-from dsee_scale.pretrained import reject_endless
 
 STRUCTURE_FILE = "dsee_structure.json"
 
@@ -129,17 +126,18 @@ class Structure:
 
 
 def find_structure(model: nn.Module, shape_of: ShapeOf) -> Structure | None:
-    """What the record of a model's prunings leaves of it; None where nothing whole was removed. Local.
+    """What the record of a model's prunings leaves of it; `as_loaded` where nothing whole was removed. Local.
 
     Raises:
         FormatError: the record does not fit the model.
     """
     recorded = {key for prune_info in model_state(model).pruned.values() for key in prune_info}
     if recorded.isdisjoint(UNIT_PATTERNS):
-        return None
+        return as_loaded(model)
     cuts: dict[str, list[Cut]] = {}
-    left: dict[str, dict[str, int]] = {}
-    whole: dict[str, dict[str, int]] = {}
+    blocks = model_state(model).blocks or {}
+    left: dict[str, dict[str, int]] = {name: dict(sizes) for name, sizes in blocks.items()}
+    whole: dict[str, dict[str, int]] = {name: dict(sizes) for name, sizes in blocks.items()}
     described = family_of(model).experts is None
     for kind in UNIT_PATTERNS:  # experts last: the cuts before it count them all
         if kind not in recorded and not (described and kind in ("heads", "neurons")):
@@ -164,6 +162,15 @@ def find_structure(model: nn.Module, shape_of: ShapeOf) -> Structure | None:
         cuts,
         num_removed,
     )
+
+
+def as_loaded(model: nn.Module) -> Structure | None:
+    """The blocks of a model that `load_pretrained` gave other sizes than its config says; None for any other. Local."""
+    blocks = model_state(model).blocks
+    if blocks is None:
+        return None
+    sizes = {name: BlockSizes(**sizes) for name, sizes in blocks.items()}
+    return Structure(sizes, sizes, {}, 0)
 
 
 def _sizes(layer: UnitLayer, num_units: int) -> dict[str, int]:
@@ -192,35 +199,6 @@ def _cuts(layer: UnitLayer, gone: Tensor, shape_of: ShapeOf) -> Iterator[tuple[s
     if layer.router is not None:
         for name in router_tensors(layer.router, layer.num_units, shape_of):
             yield f"{layer.router_name}.{name}", Cut(0, (~gone).nonzero().flatten())
-
-
-def recorded_model(
-    identity: Mapping[str, Any], pruned: Mapping[str, dict[str, Any]], where: str
-) -> nn.Module:
-    """The architecture that a saved record describes, without weights, with its prunings noted on it. Local.
-
-    Args:
-        identity: `base_model` of the record.
-        pruned: how each weight was pruned.
-        where: file, for errors.
-
-    Raises:
-        FormatError: the record does not say enough, or transformers does not know the class.
-    """
-    import transformers
-
-    stock: Any = getattr(transformers, str(identity.get("class")), None)
-    if stock is None or not identity.get("full_config"):
-        raise FormatError(
-            f"{where} holds no config of a class that transformers knows ({identity.get('class')}), so what "
-            "was removed cannot be cut out; load the base, load_adapter, and export_model, or use "
-            "delta 'separate'"
-        )
-    reject_endless(identity["full_config"], where)
-    with damaged(where), torch.device("meta"):
-        model = stock(stock.config_class.from_dict(dict(identity["full_config"])))
-    model_state(model).pruned.update(pruned)
-    return model
 
 
 def smaller_config(model: Any, structure: Structure, shape_of: ShapeOf) -> tuple[Any | None, str | None]:

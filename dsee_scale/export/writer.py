@@ -199,7 +199,7 @@ class _Writer:
             num_zero=sum(zeros.values()),
             num_parameters=sum(numel.values()),
             seconds=time.perf_counter() - started,
-            structure=source.structure.summary() if source.structure else None,
+            structure=source.structure.summary() if source.structure and source.structure.cuts else None,
             num_removed=source.structure.num_removed if source.structure else 0,
             loads_with=LOADER if source.reason else "transformers",
             reason=source.reason,

@@ -20,7 +20,7 @@ from dsee_scale.adapters.targets import Target, find_modules, find_targets
 from dsee_scale.algorithms.decompose import Support
 from dsee_scale.algorithms.score import all_finite
 from dsee_scale.config import DSEEConfig
-from dsee_scale.distributed import raise_on_all_ranks
+from dsee_scale.distributed import log_rank0, raise_on_all_ranks
 from dsee_scale.errors import TargetError
 from dsee_scale.partition import Partition, is_engine, keep_experts_together, open_partition, unwrap
 from dsee_scale.partition.quantized import compute_dtype, holds_numbers, prepare_quantised, quantised_kind
@@ -97,6 +97,7 @@ def inject(model: nn.Module, config: DSEEConfig, *, progress: bool | None = None
     reject_untrainable(model, targets, trained)
     supports = decompose_model(targets, config, partition, progress=progress)
     apply_adapters(model, config, targets, supports, trained, partition)
+    warn_of_random_weights(model)
     report = _report(model, targets, partition, time.perf_counter() - started)
     if partition.rank == 0:
         logger.info("%s", report)
@@ -181,6 +182,45 @@ def set_trainable(model: nn.Module, trained_modules: list[str]) -> None:
         for param in modules[name].parameters():
             if param.is_floating_point():
                 param.requires_grad_(True)
+
+
+def warn_of_random_weights(model: nn.Module) -> None:
+    """Name frozen weights with values that the next load of the base makes anew. Local."""
+    params = dict(model.named_parameters())
+    marks = {name: hasattr(param, "_is_hf_initialized") for name, param in params.items()}
+    unknown = {name for name, loaded in marks.items() if not loaded} if any(marks.values()) else set()
+    resized = _resized_embeddings(model)
+    names = [
+        name
+        for name, param in params.items()
+        if not param.requires_grad and (name in unknown or id(param) in resized)
+    ]
+    if names:
+        log_rank0(
+            logger,
+            "%s and %d more hold random values, which were in no file that the model was loaded from: they stay "
+            "frozen, and no adapter file will hold them. Train them in full (trained_modules), or save the model as "
+            "it is (save_pretrained) and load that as the base",
+            names[0],
+            len(names) - 1,
+        )
+
+
+def _resized_embeddings(model: Any) -> set[int]:
+    """Ids of the embeddings' weights where the vocabulary is not that of the folder or hub id they came from."""
+    from transformers import PretrainedConfig
+
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "_name_or_path", None):
+        return set()
+    try:
+        published = PretrainedConfig.get_config_dict(config._name_or_path, local_files_only=True)[0]
+        if published["vocab_size"] == config.vocab_size:
+            return set()
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except Exception:  # moved since, or of a class that says none of this
+        return set()
+    return {id(end.weight) for end in ends if end is not None}
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -80,7 +80,9 @@ class CubicSchedule(GradualConfig):
         sparsity = self.sparsity(step)
         share = sparsity / self.final_sparsity if self.final_sparsity else 0.0
         pools = tuple(dataclasses.replace(pool, sparsity=pool.sparsity * share) for pool in config.pools)
-        return dataclasses.replace(config, sparsity=None if pools else sparsity, pools=pools)
+        cut = dataclasses.replace(config, sparsity=None if pools else sparsity, pools=pools)
+        object.__setattr__(cut, "final_sparsity", self.final_sparsity)
+        return cut
 
 
 def schedule_problems(configs: Sequence[PruneConfig]) -> list[str]:

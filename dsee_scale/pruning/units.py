@@ -9,6 +9,7 @@ forward or backward, so nothing has to be put back after a restart.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from dsee_scale.pruning.zero_lines import Lines, check_reachable, zero_lines
 Counts = dict[str, tuple[int, int]]
 _FIRST = -(2**62)
 """Score of a unit that is gone already: it goes first, so that removing more is cumulative."""
+ALIGNMENT = 16
+"""Bytes."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ def plan_units(
         _reject_shared_a(layer)
         _reject_shifted_groups(module, layer)
         _reject_unequal(layer, config)
+        _reject_unaligned(layer, config)
     overall = config.num_per_layer is None and config.scope == "global"
     return UnitPlan(
         layers=layers,
@@ -245,7 +249,7 @@ def _layer_budget(layer: UnitLayer, config: PruneConfig) -> int:
                 f"{layer.unit_size} heads share one; expected a multiple of {layer.unit_size}"
             )
     else:
-        num_units = _rounded(config.sparsity or 0.0, run, layer) * layer.groups
+        num_units = _rounded(config, run, layer) * layer.groups
     if num_units % layer.groups:
         raise ConfigError(
             f"{layer.name} chooses among {layer.groups} groups of {run} experts, which must stay equal, and "
@@ -269,7 +273,7 @@ def _reason(layer: UnitLayer, least: int) -> str:
 def _overall_budget(layers: list[UnitLayer], config: PruneConfig) -> int:
     """Units that go of all layers together."""
     total = sum(layer.num_units for layer in layers)
-    num_units = _rounded(config.sparsity or 0.0, total, layers[0])
+    num_units = _rounded(config, total, layers[0])
     most = sum(max(0, layer.num_units - _floor(layer, config)) for layer in layers)
     if num_units > most:
         raise ConfigError(
@@ -280,14 +284,15 @@ def _overall_budget(layers: list[UnitLayer], config: PruneConfig) -> int:
     return num_units
 
 
-def _rounded(sparsity: float, num_units: int, layer: UnitLayer) -> int:
-    found = round(sparsity * num_units)
-    if sparsity and not found:
+def _rounded(config: PruneConfig, num_units: int, layer: UnitLayer) -> int:
+    """Units that go; of a schedule's first cuts that may be none, but not of all of them."""
+    sparsity = config.final_sparsity or config.sparsity or 0.0
+    if sparsity and not round(sparsity * num_units):
         raise ConfigError(
             f"sparsity {sparsity} of {num_units} units ({layer.unit_size} {layer.kind} each) rounds to none; "
             "raise it, or set num_per_layer"
         )
-    return found
+    return round((config.sparsity or 0.0) * num_units)
 
 
 def _floor(layer: UnitLayer, config: PruneConfig) -> int:
@@ -302,4 +307,23 @@ def _reject_unequal(layer: UnitLayer, config: PruneConfig) -> None:
         raise ConfigError(
             f"scope 'global' would leave the {what} of {layer.name} with unequal numbers of {layer.kind}, which no "
             "tensor can hold; set scope='matrix', or num_per_layer"
+        )
+
+
+def _reject_unaligned(layer: UnitLayer, config: PruneConfig) -> None:
+    """Grouped products, by which stock transformers runs experts, need rows of a multiple of 16 bytes."""
+    matrix = layer.parts[0].matrix
+    if layer.kind != "neurons" or matrix.expert is None:
+        return
+    end = config
+    if config.final_sparsity is not None:
+        end = dataclasses.replace(config, sparsity=config.final_sparsity)
+    run, multiple = layer.num_units // layer.groups, ALIGNMENT // matrix.param.element_size()
+    left = run - _layer_budget(layer, end) // layer.groups
+    if run % multiple == 0 and left % multiple:
+        near = {run - left // multiple * multiple, run - -(-left // multiple) * multiple} - {0, run}
+        raise ConfigError(
+            f"this leaves {left} neurons in each expert of {layer.name}, with which stock transformers cannot run "
+            f"the exported model: its grouped products need rows of a multiple of {ALIGNMENT} bytes. Leave a multiple "
+            f"of {multiple}" + "".join(f", num_per_layer={number}" for number in sorted(near))
         )

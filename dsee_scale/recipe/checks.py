@@ -27,6 +27,11 @@ def check_form(dsee: DSEEConfig, prunings: Sequence[PruneConfig], export: Export
             f"recipe: export.{form} writes W * M + D, and pruned "
             "matrices are trained as (W + D) * M; set export.delta to 'masked', or prune.mask_update to false"
         )
+    if peft and any(config.pattern == "experts" for config in prunings):
+        raise ConfigError(
+            "recipe: the base of adapter_format 'peft' has all experts, removed ones too, which stock routers would "
+            "still choose; set export.delta to 'masked', which writes the smaller model"
+        )
     if peft and dsee.trained_modules:
         raise ConfigError(
             "recipe: export.adapter_format 'peft' writes a LoRA alone, without dsee.trained_modules; leave them out, "

@@ -367,6 +367,21 @@ def test_gradients_reach_what_is_left_and_a_removed_expert_stays_zero():
         assert sum(bool((one == 0).all()) for one in layer.mlp.experts.down_proj) == 2
 
 
+@pytest.mark.parametrize("dtype, multiple, number", [(torch.float32, 4, 10), (torch.bfloat16, 8, 20)])
+def test_a_number_of_neurons_that_stock_transformers_could_not_run_is_refused(dtype, multiple, number):
+    model = build(moe_config("qwen3_moe", moe_intermediate_size=40), dtype)
+    before = [param.clone() for param in model.parameters()]
+    for how in (dict(num_per_layer=number), dict(sparsity=number / 40, scope="matrix")):
+        with pytest.raises(ConfigError, match=f"leaves {40 - number} neurons .* a multiple of {multiple}"):
+            dsee_scale.prune(model, PruneConfig(pattern="neurons", score="W", **how))
+    assert all(map(torch.equal, model.parameters(), before))
+    schedule = dsee_scale.CubicSchedule(final_sparsity=0.4, start_step=0, num_steps=3)
+    for step in range(4):  # what a cut before the last one leaves is never exported
+        cut = schedule.config(PruneConfig(pattern="neurons", score="W", scope="matrix"), step)
+        report = dsee_scale.prune(model, cut)
+    assert set(report.units.values()) == {(5 * 16, 5 * 40)}
+
+
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
 def test_every_expert_loses_its_own_neurons(model_type, tmp_path):
     model = build(moe_config(model_type))
@@ -456,3 +471,14 @@ def test_adapted_experts_are_scored_with_their_updates_and_cut_with_them(model_t
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     with torch.no_grad():
         torch.testing.assert_close(small(batch).logits, model(batch).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_heads_of_a_model_whose_first_blocks_are_dense_load_again(tmp_path):
+    model = build(moe_config("glm4_moe", moe_intermediate_size=16))
+    units = [PruneConfig(pattern="heads", num_per_layer=2), PruneConfig(pattern="neurons", num_per_layer=4)]
+    dsee_scale.prune(model, units, batches_of(2))
+    assert export_model(model, tmp_path / "small").loads_with == "dsee_scale.load_pretrained"
+    small, ids = dsee_scale.load_pretrained(tmp_path / "small"), token_batch(length=24)
+    assert small.model.layers[0].self_attn.q_proj.out_features == 16
+    with torch.no_grad():
+        torch.testing.assert_close(small(ids).logits, model(ids).logits, atol=1e-6, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
     MixtralConfig,
     PretrainedConfig,
     Qwen2Config,
+    dynamic_module_utils,
 )
 
 import dsee_scale
@@ -228,6 +230,34 @@ class Tokenizer:
 def test_the_tokenizer_is_saved_along_and_listed(tmp_path):
     export_model(tuned(llama_config()), tmp_path / "out", tokenizer=Tokenizer())
     assert "tokenizer.json" in json.loads((tmp_path / "out" / "dsee_manifest.json").read_text())["files"]
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+
+OwnConfig.register_for_auto_class()
+OwnForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+"""
+
+
+def test_a_model_with_code_of_its_own_is_found_by_its_export(tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "modeling_own.py").write_text(OWN_CODE)
+    own = importlib.import_module("modeling_own")
+    values = {key: value for key, value in llama_config().to_dict().items() if key != "model_type"}
+    model = own.OwnForCausalLM(own.OwnConfig(**values)).eval()
+    dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=3))
+    export_model(model, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(loaded).__name__ == "OwnForCausalLM"
+    assert torch.equal(loaded(token_batch()).logits, model(token_batch()).logits)
 
 
 def test_a_generation_config_that_was_published_invalid_is_written_as_training_left_it(tmp_path):

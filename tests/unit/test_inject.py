@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib
 import math
 
@@ -11,7 +12,13 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
 from transformers.pytorch_utils import Conv1D
 
 import dsee_scale
@@ -261,3 +268,45 @@ def test_the_mixers_that_bypass_their_layers_exist_in_transformers():
         module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
         found |= set(vars(module)) & BYPASSED.keys()
     assert found >= {name for name in BYPASSED if name.endswith("Mixer")}
+
+
+def test_a_frozen_head_that_was_in_no_file_is_named(tmp_path, caplog):
+    build(llama_config(pad_token_id=0)).save_pretrained(tmp_path / "base")
+    make = functools.partial(AutoModelForSequenceClassification.from_pretrained, tmp_path / "base")
+    frozen = make()
+    dsee_scale.inject(frozen, DSEEConfig(rank=2, num_sparse=3))
+    assert "score.weight and 0 more" in caplog.text and "trained_modules" in caplog.text
+    dsee_scale.save_adapter(frozen, tmp_path / "adapter")
+    caplog.clear()
+    dsee_scale.load_adapter(make(), tmp_path / "adapter")
+    assert "score.weight and 0 more" in caplog.text
+    caplog.clear()
+    frozen.score.requires_grad_(True)
+    dsee_scale.save_adapter(frozen, tmp_path / "with_head")
+    dsee_scale.load_adapter(make(), tmp_path / "with_head")
+    dsee_scale.inject(make(), DSEEConfig(rank=2, num_sparse=3, trained_modules=("score",)))
+    dsee_scale.inject(build(llama_config()), DSEEConfig(rank=2, num_sparse=3))
+    assert "no adapter file" not in caplog.text
+
+
+def test_frozen_rows_of_a_resized_vocabulary_are_named(tmp_path, caplog):
+    build(llama_config(tie_word_embeddings=False)).save_pretrained(tmp_path / "base")
+
+    def adapted(**settings):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(101)
+        caplog.clear()
+        dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=3, **settings))
+        return model
+
+    adapted(trained_modules=("embed_tokens", "lm_head"))
+    assert "no adapter file" not in caplog.text
+    adapted(trained_modules=("embed_tokens",))
+    assert "lm_head.weight and 0 more" in caplog.text
+    model = adapted()
+    assert "model.embed_tokens.weight and 1 more" in caplog.text
+    dsee_scale.export_model(model, tmp_path / "resized", delta="none")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "resized")
+    caplog.clear()
+    dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=3))
+    assert "no adapter file" not in caplog.text

@@ -20,7 +20,7 @@ from dsee_scale.checkpoint.adapter import save_adapter
 from dsee_scale.cli import main
 from dsee_scale.errors import ConfigError, FormatError, TargetError
 from dsee_scale.export.lora import LoraReport, export_lora, export_lora_files
-from tests.models import build, gpt2_config, llama_config, token_batch
+from tests.models import build, gpt2_config, llama_config, moe_config, token_batch
 from tests.unit.test_export import SIZES, dense_update
 
 CASES = {
@@ -168,6 +168,20 @@ def test_units_that_would_come_back_are_refused(tmp_path):
     with_update(model)
     with pytest.raises(ConfigError, match="bring them back"):
         export_lora(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_removed_experts_that_the_base_would_still_choose_are_refused(tmp_path):
+    model = build(moe_config("qwen3_moe"))
+    dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=3))
+    dsee_scale.prune(model, PruneConfig(pattern="experts", num_per_layer=1, score="random"))
+    save_adapter(model, tmp_path / "adapter")
+    for export in (
+        lambda: export_lora(model, tmp_path / "out"),
+        lambda: export_lora_files(tmp_path / "adapter", tmp_path / "out"),
+    ):
+        with pytest.raises(ConfigError, match=r"experts were removed.*export_model"):
+            export()
     assert not (tmp_path / "out").exists()
 
 

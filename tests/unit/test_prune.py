@@ -214,3 +214,18 @@ def test_cubic_schedule(step, expected):
     assert schedule.sparsity(step) == pytest.approx(expected)
     with pytest.raises(ConfigError, match="pattern 'heads' here removes a fixed number"):
         schedule.config(PruneConfig(pattern="heads", num_per_layer=1), step)
+
+
+@pytest.mark.parametrize("scope", ["matrix", "global"])
+def test_the_first_cuts_of_a_schedule_may_be_too_small_for_a_head(scope):
+    config = PruneConfig(pattern="heads", score="W", scope=scope)
+    model = build(llama_config(num_key_value_heads=5))
+    schedule = dsee_scale.CubicSchedule(final_sparsity=0.4, start_step=0, num_steps=20)
+    gone = [
+        sum(heads for heads, _ in dsee_scale.prune(model, schedule.config(config, step)).units.values())
+        for step in range(21)
+    ]
+    assert gone[:2] == [0, 0 if scope == "matrix" else 1] and gone[-1] == 4 and gone == sorted(gone)
+    never = dsee_scale.CubicSchedule(final_sparsity=0.04, start_step=0, num_steps=10)
+    with pytest.raises(ConfigError, match=r"sparsity 0\.04 of \d+ units .* rounds to none"):
+        dsee_scale.prune(build(llama_config(num_key_value_heads=5)), never.config(config, 0))

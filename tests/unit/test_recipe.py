@@ -105,6 +105,17 @@ def test_seed_is_the_trainers_and_others_need_their_section(recipe_file):
             ["--export.adapter_format", "peft", "--export.delta", "separate"],
             r"adapter_format 'peft' writes W \* M \+ D.*prune.mask_update to false",
         ),
+        (
+            [
+                "--export.adapter_format",
+                "peft",
+                "--export.delta",
+                "separate",
+                "--prune",
+                "{pattern: experts}",
+            ],
+            "base of adapter_format 'peft' has all experts.*export.delta to 'masked'",
+        ),
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "no form per phase"),
         (["--parallelism_config", "{sp_size: 2}"], "parallelism_config.*whole sequences"),
         (

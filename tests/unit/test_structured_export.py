@@ -20,10 +20,12 @@ from dsee_scale.adapters.units import find_units
 from dsee_scale.cli import main
 from dsee_scale.errors import FormatError, TargetError
 from dsee_scale.export.export import export_model
+from dsee_scale.export.from_files import export_files
 from dsee_scale.export.structure import STRUCTURE_FILE
 from dsee_scale.partition import open_partition
 from tests.models import build, llama_config
 from tests.unit.test_adapter_files import refresh_manifest
+from tests.unit.test_lora_export import with_update
 from tests.unit.test_patterns import GROUPED, MODELS, adapted, output
 
 STOCK = {
@@ -45,6 +47,16 @@ def smaller(family: str, *kinds: str, scope: str = "matrix") -> nn.Module:
     model = adapted(family)
     for kind in kinds:
         dsee_scale.prune(model, PruneConfig(pattern=kind, sparsity=0.4, scope=scope, score="W"))
+    return model
+
+
+def unequal(family: str, *kinds: str) -> nn.Module:
+    model = adapted(family)
+    for kind in kinds:  # far smaller in the first block, so that a common budget takes it all from there
+        for part in find_units(model, kind, lambda p: p.shape)[0].parts:
+            part.module.weight.data.mul_(1e-2)
+    for kind in kinds:
+        dsee_scale.prune(model, PruneConfig(pattern=kind, sparsity=0.34, score="W"))
     return model
 
 
@@ -77,12 +89,7 @@ def test_equal_layers_become_a_smaller_model_with_the_same_logits(tmp_path, fami
 @pytest.mark.parametrize("kinds", [("heads",), ("neurons",), ("heads", "neurons")])
 @pytest.mark.parametrize("family", list(MODELS))
 def test_unequal_layers_load_through_load_pretrained(tmp_path, family, kinds):
-    model = adapted(family)
-    for kind in kinds:  # far smaller in the first block, so that a common budget takes it all from there
-        for part in find_units(model, kind, lambda p: p.shape)[0].parts:
-            part.module.weight.data.mul_(1e-2)
-    for kind in kinds:
-        dsee_scale.prune(model, PruneConfig(pattern=kind, sparsity=0.34, score="W"))
+    model = unequal(family, *kinds)
     report = export_model(model, tmp_path / "out")
     assert report.loads_with == "dsee_scale.load_pretrained"
     loaded = dsee_scale.load_pretrained(tmp_path / "out")
@@ -168,6 +175,34 @@ def test_a_smaller_model_trains_and_is_pruned_again(tmp_path):
     loaded = dsee_scale.load_pretrained(tmp_path / "one")
     assert loaded.transformer.h[0].attn.num_heads == 1
     torch.testing.assert_close(output(loaded), output(model.eval()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_a_model_that_no_config_describes_is_written_with_its_sizes_again(tmp_path, family):
+    export_model(unequal(family, "heads", "neurons"), tmp_path / "small")
+    model = dsee_scale.load_pretrained(tmp_path / "small")
+    dsee_scale.inject(model, MODELS[family][1])
+    with_update(model)
+    dsee_scale.prune(model, PruneConfig(score="W", mask_update=False))
+    report = export_model(model, tmp_path / "live", delta="dense")
+    assert report.loads_with == "dsee_scale.load_pretrained" and report.structure is None
+    dsee_scale.save_adapter(model, tmp_path / "adapter")
+    export_files(tmp_path / "adapter", tmp_path / "small", tmp_path / "files", delta="dense")
+    for folder in ("live", "files"):
+        loaded = dsee_scale.load_pretrained(tmp_path / folder)
+        torch.testing.assert_close(output(loaded), output(model), atol=1e-5, rtol=1e-5)
+    export_model(model, tmp_path / "base", delta="none")
+    base = dsee_scale.load_pretrained(tmp_path / "base")
+    dsee_scale.load_adapter(base, tmp_path / "adapter")
+    torch.testing.assert_close(output(base), output(model), atol=1e-5, rtol=1e-5)
+    dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=3, score="W"))
+    export_model(model, tmp_path / "smaller", delta="dense")
+    dsee_scale.save_adapter(model, tmp_path / "adapter2")
+    export_files(tmp_path / "adapter2", tmp_path / "small", tmp_path / "smaller2", delta="dense")
+    for folder in ("smaller", "smaller2"):
+        loaded = dsee_scale.load_pretrained(tmp_path / folder)
+        torch.testing.assert_close(output(loaded), output(model), atol=1e-5, rtol=1e-5)
+    assert main(["inspect", str(tmp_path / "adapter2")]) == 0
 
 
 def test_generation_with_a_cache_works_after_heads_are_gone(tmp_path):

@@ -1,0 +1,117 @@
+"""Bases as they are published: how their files are cut, what they hold twice, and what they hold in float32."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import dsee_scale
+from dsee_scale import DSEEConfig
+from dsee_scale.checkpoint.adapter import save_adapter
+from dsee_scale.export.from_files import export_files
+from dsee_scale.export.report import INDEX_FILE
+from tests.models import build, llama_config, moe_config, token_batch
+
+
+def adapted(base, **settings):
+    """The model of a folder with adapters, saved beside it."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=3, target_modules=("o_proj",), **settings))
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(token_batch()).logits
+
+
+def move_into_parts(folder, parts):
+    """Cut a model's file into parts that an index names: file -> names in it; the last one holds the others."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    *named, last = parts
+    files = {file: parts[file] for file in named}
+    files[last] = [name for name in tensors if not any(name in names for names in files.values())]
+    for file, names in files.items():
+        save_file({name: tensors[name] for name in names}, folder / file, {"format": "pt"})
+    where = {name: file for file, names in files.items() for name in names}
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def test_a_single_file_that_an_index_names_is_written_where_transformers_looks(tmp_path):
+    build(llama_config()).save_pretrained(tmp_path / "base")
+    move_into_parts(tmp_path / "base", {"model-00001-of-00001.safetensors": []})
+    model = adapted(tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter")
+    export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
+def test_of_a_whole_file_and_an_index_the_one_that_transformers_loads_is_read(tmp_path):
+    build(llama_config(), seed=1).save_pretrained(tmp_path / "base")
+    move_into_parts(tmp_path / "base", {"model-00001-of-00001.safetensors": []})
+    build(llama_config(), seed=2).save_pretrained(tmp_path / "base")
+    assert (tmp_path / "base" / INDEX_FILE).is_file()
+    model = adapted(tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter")
+    export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_copy_of_a_trained_tied_weight_is_not_written_as_it_was(tmp_path, alone):
+    build(llama_config()).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    if alone:
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    move_into_parts(
+        tmp_path / "base",
+        {"model-00001-of-00002.safetensors": ["lm_head.weight"], "model-00002-of-00002.safetensors": []},
+    )
+    model = adapted(tmp_path / "base", trained_modules=("embed_tokens",))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    with torch.no_grad():
+        model.lm_head.weight += torch.randn(
+            model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
+        )
+    save_adapter(model, tmp_path / "adapter")
+    report = export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    assert [*report.files] == ["model.safetensors"]
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
+def test_a_head_that_was_loaded_untied_stays_beside_trained_embeddings(tmp_path):
+    build(llama_config()).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] * 2}, file, {"format": "pt"})
+    model = adapted(tmp_path / "base", trained_modules=("embed_tokens",))
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 1
+    save_adapter(model, tmp_path / "adapter")
+    export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_half_precision_model_keeps_in_float32_is_written_in_float32(tmp_path, dtype):
+    base = build(moe_config("deepseek_v3"), dtype)
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    bias = base.get_buffer(name)
+    bias.data = torch.rand(bias.shape, generator=torch.Generator().manual_seed(0))
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(tmp_path / "base")
+    assert torch.equal(model.get_buffer(name), bias)
+    save_adapter(model, tmp_path / "adapter")
+    export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(found[name], bias)
+    assert {found[key].dtype for key in found if key != name} == {dtype}
