@@ -100,8 +100,9 @@ def test_twenty_random_kills_of_a_rank_cost_nothing_but_time(inputs, tmp_path):
 
 
 def test_sigterm_to_one_rank_saves_on_all_and_leaves_with_a_code_of_its_own(inputs, undisturbed, tmp_path):
+    """It comes twice where a whole group gets it and the launcher passes it on."""
     recipe = write_recipe(inputs, tmp_path)
-    codes = launch(recipe, fault=Fault("step", 5, signal=signal.SIGTERM))
+    codes = launch(recipe, fault=Fault("step", 5, signal=signal.SIGTERM, times=2))
     assert codes == [RELAUNCH, RELAUNCH], logs(recipe)
     saved = max(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
     assert saved >= 5
