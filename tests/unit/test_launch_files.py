@@ -36,6 +36,7 @@ def recorded(tmp_path):
     folder.mkdir()
     recorder = f"#!{sys.executable}\nimport json, os, sys\n"
     recorder += "json.dump([os.path.basename(sys.argv[0]), *sys.argv[1:]], open(os.environ['RECORD'], 'w'))\n"
+    recorder += "json.dump(dict(os.environ), open(os.environ['RECORD'] + '.env', 'w'))\n"
     recorder += "print(4711 if '-c' in sys.argv else '')\n"
     for name in LAUNCHERS:
         (folder / name).write_text(recorder)
@@ -138,6 +139,15 @@ def test_slurm_meets_at_a_port_of_the_first_machine(recorded):
     words = recorded("slurm.sh")
     assert after(words, "--rdzv_endpoint") == "a1:4711"
     assert [after(words, flag) for flag in ("--nnodes", "--rdzv_id")] == ["4", "77"]
+
+
+def test_slurm_gives_ranks_the_time_that_it_warns_them_ahead_and_whole_machines(recorded, tmp_path):
+    """torchrun kills them 30 s after it passed SIGTERM on, and Slurm gives a task one core, if not told otherwise."""
+    recorded("slurm.sh")
+    asked = re.findall(r"^#SBATCH --(\S+)", (ROOT / "launch" / "slurm.sh").read_text(), re.M)
+    ahead = next(int(words.partition("@")[2]) for words in asked if words.startswith("signal="))
+    given = int(json.loads((tmp_path / "words.json.env").read_text())["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    assert ahead - 20 < given < ahead and {"exclusive", "mem=0"} <= set(asked)
 
 
 @pytest.mark.parametrize(
