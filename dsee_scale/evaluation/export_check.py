@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 import tempfile
@@ -142,10 +143,13 @@ class StockCheck:
             return False
         return True
 
-    def answer(self) -> dict[str, Any]:
-        """What it found, once it has ended."""
+    def answer(self) -> dict[str, Any] | None:
+        """What it found, once it has ended; None, and a warning, where it ran out of memory."""
         if self._process.returncode:
             said = self._errors.read_text(encoding="utf-8", errors="replace")
+            if self._process.returncode == -signal.SIGKILL or "OutOfMemoryError" in said:
+                logger.warning("%s was not checked: the check ran out of memory", self._folder)
+                return None
             tail = "\n".join(said.strip().splitlines()[-5:])
             raise FormatError(f"{self._folder} does not load in stock transformers:\n{tail}")
         return json.loads(self._answer.read_text(encoding="utf-8"))
