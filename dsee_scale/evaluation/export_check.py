@@ -16,16 +16,13 @@ import torch
 from torch import nn
 
 from dsee_scale.data.encoding import IGNORED
-from dsee_scale.distributed import from_rank0, log_rank0, max_over_ranks, raise_on_all_ranks, rank
+from dsee_scale.distributed import from_rank0, log_rank0, meet_until, raise_on_all_ranks, rank
 from dsee_scale.errors import FormatError
 from dsee_scale.evaluation import stock_check
 from dsee_scale.evaluation.evaluate import EvaluationSet, Tally, add_choices
 from dsee_scale.evaluation.stock_check import LOGIT_ROWS
 
 logger = logging.getLogger(__name__)
-
-MEETING = 5.0
-"""Seconds after which the ranks meet anew while a check runs."""
 
 
 def check_export(
@@ -90,8 +87,7 @@ def _ask(request: dict[str, Any], device: torch.device, what: str) -> dict[str, 
     with raise_on_all_ranks(what=what):
         check = None if rank() else StockCheck(request)
     try:
-        while max_over_ranks(int(check is not None and not check.ended(MEETING)), device=device)[0]:
-            pass
+        meet_until(None if check is None else check.ended, device=device)
         with raise_on_all_ranks(what=what):
             return None if check is None else check.answer()
     finally:

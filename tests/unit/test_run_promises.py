@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from dsee_scale import distributed
 from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.errors import ConfigError, DSEEError, FormatError, RunError, RunStoppedError
 from dsee_scale.evaluation import export_check, stock_check
@@ -380,9 +381,9 @@ def test_a_check_of_the_export_loses_nothing_however_it_ends(inputs, tmp_path, m
         assert (tmp_path / "run" / name).exists()
 
     met = []
-    real = export_check.max_over_ranks
-    monkeypatch.setattr(export_check, "MEETING", 0.2)
-    monkeypatch.setattr(export_check, "max_over_ranks", lambda *a, **k: met.append(a) or real(*a, **k))
+    real = distributed.max_over_ranks
+    monkeypatch.setattr(distributed, "MEETING", 0.2)
+    monkeypatch.setattr(distributed, "max_over_ranks", lambda *a, **k: met.append(a) or real(*a, **k))
     program.write_text(f"import time\ntime.sleep(1)\n{original}")
     values["training"]["resume_from_checkpoint"] = True
     launch(values)
