@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dsee_scale.errors import ConfigError, DSEEError, RunStoppedError
+from dsee_scale.sigterm import expect_it_again
 from dsee_scale.version import __version__
 
 RELAUNCH = 75  # EX_TEMPFAIL: it failed for now, the same command may be tried again
@@ -110,7 +111,7 @@ def _stop_on_sigterm() -> None:
     """From now on SIGTERM ends the run with the code for a relaunch; while it trains, after a checkpoint."""
 
     def stop(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        expect_it_again()
         raise RunStoppedError(
             "stopped by SIGTERM outside training: only the work since the last checkpoint is lost; "
             "relaunch with --resume auto"

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -170,6 +170,21 @@ def max_over_ranks(*flags: int, device: torch.device) -> list[int]:
     values = torch.tensor(flags, dtype=torch.int32, device=communication_device(None, device))
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values.tolist()
+
+
+MEETING = 5.0
+"""Seconds after which the ranks meet anew while they wait for one of them."""
+
+
+def meet_until(ended: Callable[[float], bool] | None, *, device: torch.device) -> None:
+    """Collective. Wait for what one rank has begun, however long it takes: in one collective the others would give up.
+
+    Args:
+        ended: there, whether it is over, after waiting so many seconds at most; None elsewhere.
+        device: see `max_over_ranks`.
+    """
+    while max_over_ranks(int(ended is not None and not ended(MEETING)), device=device)[0]:
+        pass
 
 
 def log_rank0(logger: logging.Logger, text: str, *values: object, level: int = logging.WARNING) -> None:

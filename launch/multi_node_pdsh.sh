@@ -10,10 +10,17 @@ hostfile=${HOSTFILE:-$(dirname "$0")/hostfile}
 # Free on this machine; the first machine of the hostfile is meant to be this one.
 port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
-command=(deepspeed --hostfile "$hostfile" --launcher pdsh --no_local_rank --master_port "$port")
+command=(deepspeed --hostfile "$hostfile" --launcher pdsh --force_multi --no_local_rank --master_port "$port")
 if [[ -n ${MASTER_ADDR:-} ]]; then
   command+=(--master_addr "$MASTER_ADDR")
 fi
-command+=("$@")
+# DeepSpeed makes one line of the words, with --force_multi for one machine too; pdsh fills in its %h and the like, and
+# a shell there expands it: bash or zsh.
+quote='import os, re, sys
+for word in map(os.fsencode, sys.argv[1:]):
+    bare = re.fullmatch(rb"[\w./:=,@+-]+", word)
+    print(word.decode() if bare else "$\x27%s\x27" % "".join(f"\\x{byte:02x}" for byte in word))'
+mapfile -t words < <(python -c "$quote" "$@")
+command+=("${words[@]}")
 echo "+ ${command[*]@Q}" >&2
 exec "${command[@]}"

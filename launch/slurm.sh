@@ -5,6 +5,8 @@
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --signal=TERM@120
 #SBATCH --output=%x-%j.log
 set -euo pipefail
@@ -16,6 +18,8 @@ free_port='import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockn
 port=${MASTER_PORT:-$(srun --nodes 1 --ntasks 1 --nodelist "$first" python -c "$free_port")}
 cores=${SLURM_CPUS_ON_NODE:-$(nproc)}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
+# Seconds that torchrun leaves its ranks to save, within those of --signal; an older PyTorch always 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}
 
 command=(srun --kill-on-bad-exit=1 torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node "$processes"
   --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$first:$port" "$@")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,16 +16,13 @@ import torch
 from torch import nn
 
 from dsee_scale.data.encoding import IGNORED
-from dsee_scale.distributed import from_rank0, log_rank0, max_over_ranks, raise_on_all_ranks, rank
+from dsee_scale.distributed import from_rank0, log_rank0, meet_until, raise_on_all_ranks, rank
 from dsee_scale.errors import FormatError
 from dsee_scale.evaluation import stock_check
 from dsee_scale.evaluation.evaluate import EvaluationSet, Tally, add_choices
 from dsee_scale.evaluation.stock_check import LOGIT_ROWS
 
 logger = logging.getLogger(__name__)
-
-MEETING = 5.0
-"""Seconds after which the ranks meet anew while a check runs."""
 
 
 def check_export(
@@ -89,8 +87,7 @@ def _ask(request: dict[str, Any], device: torch.device, what: str) -> dict[str, 
     with raise_on_all_ranks(what=what):
         check = None if rank() else StockCheck(request)
     try:
-        while max_over_ranks(int(check is not None and not check.ended(MEETING)), device=device)[0]:
-            pass
+        meet_until(None if check is None else check.ended, device=device)
         with raise_on_all_ranks(what=what):
             return None if check is None else check.answer()
     finally:
@@ -142,10 +139,13 @@ class StockCheck:
             return False
         return True
 
-    def answer(self) -> dict[str, Any]:
-        """What it found, once it has ended."""
+    def answer(self) -> dict[str, Any] | None:
+        """What it found, once it has ended; None, and a warning, where it ran out of memory."""
         if self._process.returncode:
             said = self._errors.read_text(encoding="utf-8", errors="replace")
+            if self._process.returncode == -signal.SIGKILL or "OutOfMemoryError" in said:
+                logger.warning("%s was not checked: the check ran out of memory", self._folder)
+                return None
             tail = "\n".join(said.strip().splitlines()[-5:])
             raise FormatError(f"{self._folder} does not load in stock transformers:\n{tail}")
         return json.loads(self._answer.read_text(encoding="utf-8"))

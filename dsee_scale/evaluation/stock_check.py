@@ -15,32 +15,57 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LOGIT_ROWS = 4
+MOST_LOGITS = 2**27
+"""Entries of the logits of a batch at most, unless one row alone has more."""
+POSITIONS = 20
+"""Positions whose logits are taken to float32 together."""
 
 
 def answer_nll(model, rows, device):
     """Negative log-likelihood of each answer of each row; right padding, full logits, no tricks."""
     if all(len(answer) == 1 for row in rows for answer in row["answers"]):
-        log_p = forward(model, [row["prompt"] for row in rows], device)
+        logits = forward(model, [row["prompt"] for row in rows], device)
+        last = [log_softmax(logits[index, len(row["prompt"]) - 1]) for index, row in enumerate(rows)]
         return [
-            [-log_p[index, len(row["prompt"]) - 1, answer[0]].item() for answer in row["answers"]]
-            for index, row in enumerate(rows)
+            [-log_p[answer[0]].item() for answer in row["answers"]]
+            for log_p, row in zip(last, rows, strict=True)
         ]
     return [[sequence_nll(model, row["prompt"], answer, device) for answer in row["answers"]] for row in rows]
 
 
 def sequence_nll(model, prompt, answer, device):
     """Negative log-likelihood of an answer after a prompt of at least one token."""
-    log_p = forward(model, [prompt + answer], device)[0, len(prompt) - 1 : -1]
-    return -log_p.gather(1, torch.tensor(answer, device=log_p.device)[:, None]).sum().item()
+    logits = forward(model, [prompt + answer], device)[0, len(prompt) - 1 : -1]
+    targets = torch.tensor(answer, device=logits.device)[:, None]
+    parts = zip(logits.split(POSITIONS), targets.split(POSITIONS), strict=True)
+    return -sum(log_softmax(part).gather(1, wanted).double().sum().item() for part, wanted in parts)
+
+
+def log_softmax(logits):
+    """Log-probabilities in float32."""
+    return logits.float().log_softmax(dim=-1)
 
 
 def forward(model, sequences, device):
-    """Log-probabilities (rows, longest, vocabulary) in float32."""
+    """Logits (rows, longest, vocabulary)."""
     width = max(len(ids) for ids in sequences)
     ids = torch.tensor([row + [0] * (width - len(row)) for row in sequences], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in sequences], device=device)
     with torch.no_grad():
-        return model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(dim=-1)
+        return model(input_ids=ids, attention_mask=mask).logits
+
+
+def batches(rows, size, vocabulary):
+    """Indices of rows of similar length, so many that neither they nor their logits are too many."""
+    chosen = []
+    for index in sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"])):
+        logits = (len(chosen) + 1) * len(rows[index]["prompt"]) * vocabulary
+        if chosen and (len(chosen) == size or logits > MOST_LOGITS):
+            yield chosen
+            chosen = []
+        chosen.append(index)
+    if chosen:
+        yield chosen
 
 
 def main(request_path, answer_path):
@@ -53,10 +78,8 @@ def main(request_path, answer_path):
     dtype = getattr(torch, request["dtype"])
     model = AutoModelForCausalLM.from_pretrained(request["folder"], dtype=dtype, **trust)
     model = model.to(request["device"]).eval()
-    order = sorted(range(len(request["rows"])), key=lambda i: len(request["rows"][i]["prompt"]))
-    nll = [None] * len(order)
-    for start in range(0, len(order), request["batch_size"]):
-        chosen = order[start : start + request["batch_size"]]
+    nll = [None] * len(request["rows"])
+    for chosen in batches(request["rows"], request["batch_size"], model.config.get_text_config().vocab_size):
         values = answer_nll(model, [request["rows"][i] for i in chosen], request["device"])
         for index, value in zip(chosen, values, strict=True):
             nll[index] = value

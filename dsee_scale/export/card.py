@@ -14,12 +14,8 @@ from dsee_scale.export.report import ExportReport, patterns_of
 
 CARD_FILE = "README.md"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-FORMS = {
-    "masked": "(W + D) * M: the update is in the weights, and the removed ones are zero",
-    "dense": "W * M + D: the update is in the weights",
-    "separate": "W * M, with the adapter D in `adapter/`",
-    "none": "W * M, the frozen base that adapters belong to",
-}
+CAUSAL = ("ForCausalLM", "LMHeadModel")
+"""How classes end that `AutoModelForCausalLM` finds."""
 
 
 def export_card(
@@ -28,6 +24,7 @@ def export_card(
     base: str | None,
     tuned: DSEEConfig | None,
     pruned: Mapping[str, Mapping[str, Any]],
+    model_class: str | None = None,
     notes: str = "",
 ) -> str:
     """The card of an exported model, with the metadata that the hub reads.
@@ -37,15 +34,18 @@ def export_card(
         base: hub id or folder of the base model; of a folder the card tells the name alone.
         tuned: settings of the adapters, None where there were none.
         pruned: how each weight was pruned.
+        model_class: of the model, in transformers.
         notes: further Markdown, such as what was measured.
     """
     stock = report.loads_with == "transformers"
     title = Path(report.folder).name
-    loads = _stock_lines(title) if stock else _own_lines(repr(title))
+    loads = _stock_lines(title, model_class) if stock else _own_lines(repr(title))
+    tuned = tuned if report.delta != "none" else None
     sections = [
         f"# {title}",
-        f"{_based_on(base)}, by [dsee_scale](https://arxiv.org/abs/2111.00160): {FORMS[report.delta]}.",
-        *(_trained(tuned) if report.delta != "none" else []),
+        f"{_done(tuned, pruned)}{_based_on(base)}, by [dsee_scale](https://arxiv.org/abs/2111.00160): "
+        f"{_form(report.delta, tuned, pruned)}.",
+        *_trained(tuned),
         *_removed(report, pruned),
         "## How to load it",
         f"```python\n{loads}\n```",
@@ -58,7 +58,15 @@ def export_card(
     return _card(data, sections)
 
 
-def lora_card(title: str, *, base: str | None, tuned: DSEEConfig | None, rank: int, scope: str) -> str:
+def lora_card(
+    title: str,
+    *,
+    base: str | None,
+    tuned: DSEEConfig | None,
+    rank: int,
+    scope: str,
+    model_class: str | None = None,
+) -> str:
     """The card of a LoRA folder.
 
     Args:
@@ -67,12 +75,14 @@ def lora_card(title: str, *, base: str | None, tuned: DSEEConfig | None, rank: i
         tuned: settings of the adapters.
         rank: largest rank in the files.
         scope: what a server must be told, one line.
+        model_class: of the base, in transformers.
     """
     beside = base is not None and Path(base).name == "base" and Path(base).parent.name == title
     where = f"{title}/base" if beside else Path(base or "BASE").name if not is_hub_id(base) else base
+    loader = _loader(model_class)
     loads = (
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained({str(where)!r})\n"
+        f"from peft import PeftModel\nfrom transformers import {loader}\n\n"
+        f"base = {loader}.from_pretrained({str(where)!r})\n"
         f"model = PeftModel.from_pretrained(base, {title!r})"
     )
     sections = [
@@ -87,17 +97,19 @@ def lora_card(title: str, *, base: str | None, tuned: DSEEConfig | None, rank: i
     return _card(_data(base, "peft", ["lora"]), sections)
 
 
-def adapter_card(title: str, *, base: str | None) -> str:
+def adapter_card(title: str, *, base: str | None, model_class: str | None = None) -> str:
     """The card of an adapter in this package's own format.
 
     Args:
         title: its repository.
         base: hub id of the frozen weights, where it is known.
+        model_class: of the base, in transformers.
     """
+    loader = _loader(model_class)
     loads = (
         "import dsee_scale\nfrom huggingface_hub import snapshot_download\n"
-        "from transformers import AutoModelForCausalLM\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({base or 'BASE'!r})\n"
+        f"from transformers import {loader}\n\n"
+        f"model = {loader}.from_pretrained({base or 'BASE'!r})\n"
         f"dsee_scale.load_adapter(model, snapshot_download({title!r}))"
     )
     sections = [
@@ -144,10 +156,27 @@ def is_hub_id(base: str | None) -> bool:
     return base is not None and HUB_ID.fullmatch(base) is not None and not Path(base).exists()
 
 
+def _done(tuned: DSEEConfig | None, pruned: Mapping[str, Any]) -> str:
+    words = [*(["tuned"] if tuned else []), *(["pruned"] if pruned else [])]
+    return " and ".join(words or ["saved"]).capitalize()
+
+
 def _based_on(base: str | None) -> str:
-    if base is None:
-        return "Tuned and pruned"
-    return f"Tuned and pruned from {base if is_hub_id(base) else Path(base).name}"
+    return "" if base is None else f" from {base if is_hub_id(base) else Path(base).name}"
+
+
+def _form(delta: str, tuned: DSEEConfig | None, pruned: Mapping[str, Any]) -> str:
+    """What stands in the files, as a formula and in words."""
+    kept = "W * M" if pruned else "W"
+    if delta == "none":
+        return f"{kept}, the frozen base that adapters belong to"
+    if tuned is None:
+        return f"{kept}, without an update"
+    if delta == "separate":
+        return f"{kept}, with the adapter D in `adapter/`"
+    if delta == "masked" and pruned:
+        return "(W + D) * M: the update is in the weights, and the removed ones are zero"
+    return f"{kept} + D: the update is in the weights"
 
 
 def _trained(tuned: DSEEConfig | None) -> list[str]:
@@ -197,11 +226,17 @@ def _limits(pruned: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{zeros}The base model's licence and limits hold for this model too; measure it on your own task."
 
 
-def _stock_lines(title: str) -> str:
-    return (
-        "from transformers import AutoModelForCausalLM\n\n"
-        f"model = AutoModelForCausalLM.from_pretrained({title!r})"
-    )
+def _stock_lines(title: str, model_class: str | None) -> str:
+    loader = _loader(model_class)
+    return f"from transformers import {loader}\n\nmodel = {loader}.from_pretrained({title!r})"
+
+
+def _loader(model_class: str | None) -> str:
+    """What loads a model of this class: itself, where it is no causal decoder and transformers has it."""
+    import transformers
+
+    own = model_class is not None and not model_class.endswith(CAUSAL) and hasattr(transformers, model_class)
+    return str(model_class) if own else "AutoModelForCausalLM"
 
 
 def _own_lines(folder: str) -> str:

@@ -13,7 +13,7 @@ from dsee_scale.checkpoint.adapter_file import KIND as ADAPTER
 from dsee_scale.checkpoint.files import MANIFEST, read_json
 from dsee_scale.checkpoint.folder import StoredFolder, open_folder
 from dsee_scale.checkpoint.lora_folder import CONFIG_NAME as LORA_CONFIG
-from dsee_scale.checkpoint.record import CONFIG_FILE
+from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord
 from dsee_scale.errors import ConfigError, DSEEError
 from dsee_scale.export.card import CARD_FILE, adapter_card, is_hub_id, moved_card
 from dsee_scale.export.export import BASE_FOLDER
@@ -82,7 +82,8 @@ def _files(stored: StoredFolder, repo: str, base: str | None) -> dict[str, str |
     if (stored.path / CARD_FILE).is_file():
         card = moved_card((stored.path / CARD_FILE).read_text(encoding="utf-8"), title, repo, base)
     else:
-        card = adapter_card(repo, base=base or _named_base(stored))
+        named = AdapterRecord.read(stored).base.get("class") if stored.kind == ADAPTER else None
+        card = adapter_card(repo, base=base or _named_base(stored), model_class=named)
     changed[CARD_FILE] = card.encode()
     files |= changed
     manifest = read_json(stored.path / MANIFEST)

@@ -252,7 +252,14 @@ def write_lora(plan: LoraPlan, new: NewFolder, base: str | None) -> LoraReport:
             error = caught
     served = next((rank for rank in SERVED_RANKS if rank >= plan.rank), None)
     report = LoraReport(str(new.folder), base, plan.ranks, plan.rank, served, sum(s.nbytes for s in specs))
-    card = lora_card(new.folder.name, base=base, tuned=source.config, rank=plan.rank, scope=report.serving)
+    card = lora_card(
+        new.folder.name,
+        base=base,
+        tuned=source.config,
+        rank=plan.rank,
+        scope=report.serving,
+        model_class=source.base.get("class"),
+    )
     with raise_on_all_ranks(partition):
         if error is not None:
             raise error

@@ -16,6 +16,7 @@ from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.delta import Delta, Form, merged_weight
 from dsee_scale.algorithms.score import all_finite
 from dsee_scale.checkpoint.adapter_file import KIND as ADAPTER_KIND
+from dsee_scale.checkpoint.files import read_json
 from dsee_scale.checkpoint.folder import NewFolder, new_folder
 from dsee_scale.checkpoint.tensors import TensorWriter
 from dsee_scale.config import UNIT_PATTERNS, DSEEConfig
@@ -116,13 +117,24 @@ def write_model(
                     new.write_json(INDEX_FILE, source.plan.index())
                 new.write_json(REPORT_FILE, report.to_dict())
                 card = export_card(
-                    report, base=source.base_id, tuned=source.tuned, pruned=source.pruned, notes=notes
+                    report,
+                    base=source.base_id,
+                    tuned=source.tuned,
+                    pruned=source.pruned,
+                    model_class=_class_of(new.partial / "config.json"),
+                    notes=notes,
                 )
                 (new.partial / CARD_FILE).write_text(card, encoding="utf-8")
                 for name, content in (pictures or {}).items():
                     (new.partial / name).write_bytes(content)
                 new.adopt()
     return report
+
+
+def _class_of(config: Path) -> str | None:
+    """The model's class, where a config was written. Local."""
+    named = read_json(config).get("architectures") if config.is_file() else None
+    return str(named[0]) if named else None
 
 
 class _Writer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from dsee_scale.config import PruneConfig
 from dsee_scale.planning.plan import GIB, RESERVED, Memory, Plan, make_plan
 
 
@@ -123,7 +124,12 @@ def _enough_gpus(plan: Plan, gpu_memory: float) -> int | None:
 
 
 def _notes(plan: Plan) -> list[str]:
-    found = []
+    gram = _gib(PruneConfig.gram_memory_mib * 2**20)
+    found = [
+        f"prune is without a re-fit, which is the default: that takes up to {gram} "
+        "(prune.gram_memory_mib) more, a block's weights and its inputs for all calibration batches, and before that a "
+        "training step's memory (docs/memory.md)."
+    ]
     if plan.setting.quantize:
         found.append(
             "A quantised base is loaded whole on every GPU, before it is partitioned: more GPUs do not make that "

@@ -14,6 +14,7 @@ from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.partition import unwrap
+from dsee_scale.sigterm import shelter_workers
 from dsee_scale.training.checkpoints import AdapterCheckpoints
 from dsee_scale.training.journal import Journal, to_jsonable
 from dsee_scale.training.survival import RunWatch
@@ -143,6 +144,12 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def get_train_dataloader(self) -> Any:
+        """The parent's, whose workers outlive a SIGTERM until the rank has saved."""
+        loader: Any = super().get_train_dataloader()
+        shelter_workers(loader)
+        return loader
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The parent's step; whether the loss is a number is looked at once per optimizer step."""

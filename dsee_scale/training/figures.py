@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from dsee_scale.errors import ConfigError
@@ -70,12 +71,8 @@ def _quality_figure(phases: list[tuple[str, float]]) -> Any:
 
 
 def sparsity_map(matrices: dict[str, list[int]]) -> str:
-    """Fraction of zeros of every pruned matrix: one row per kind, one column per block."""
-    cells: dict[str, dict[int, float]] = {}
-    for name, (zeros, entries) in matrices.items():
-        block = re.search(r"\.(\d+)\.", name)
-        kind = name.rsplit(".", 1)[-1]
-        cells.setdefault(kind, {})[int(block.group(1)) if block else 0] = zeros / entries
+    """Fraction of zeros of every kind of pruned matrix, one row each, in every block, one column each."""
+    cells = zero_shares(matrices)
     if not cells:
         return ""
     columns = sorted({index for row in cells.values() for index in row})
@@ -95,6 +92,32 @@ def sparsity_map(matrices: dict[str, list[int]]) -> str:
         spine.set_visible(False)
     axis.tick_params(length=0)
     return _svg(figure, (), "Share of zeros in each matrix")
+
+
+def zero_shares(matrices: dict[str, list[int]]) -> dict[str, dict[int, float]]:
+    """Kind of matrix -> block -> fraction of zeros, experts of a block together.
+
+    A kind is the last part of a name; where it stands twice in a block (GPT-2's `attn.c_proj` and `mlp.c_proj`), the
+    last two, or as many as it takes.
+    """
+    counts: dict[tuple[str, ...], dict[int, list[int]]] = {}
+    for name, (zeros, entries) in matrices.items():
+        block = re.search(r"\.(\d+)\.", name)
+        within = tuple(part for part in name[block.end() if block else 0 :].split(".") if not part.isdigit())
+        found = counts.setdefault(within, {}).setdefault(int(block.group(1)) if block else 0, [0, 0])
+        found[0] += zeros
+        found[1] += entries
+    shares: dict[str, dict[int, float]] = {}
+    for within, blocks in counts.items():
+        parts = next(
+            n for n in range(1, len(within) + 1) if _is_alone(within[-n:], counts) or n == len(within)
+        )
+        shares[".".join(within[-parts:])] = {index: zeros / all_ for index, (zeros, all_) in blocks.items()}
+    return shares
+
+
+def _is_alone(ending: tuple[str, ...], names: Iterable[tuple[str, ...]]) -> bool:
+    return sum(name[-len(ending) :] == ending for name in names) == 1
 
 
 def size_bars(sizes: dict[str, int]) -> str:

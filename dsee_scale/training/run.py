@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from datasets import Dataset
 from transformers import TrainingArguments, set_seed
@@ -16,7 +18,7 @@ from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.checkpoint.record import AdapterRecord
 from dsee_scale.checkpoint.training_state import KIND
 from dsee_scale.data.encoding import Encoder, collator
-from dsee_scale.distributed import raise_on_all_ranks, rank
+from dsee_scale.distributed import meet_until, raise_on_all_ranks, rank
 from dsee_scale.errors import ConfigError, FormatError
 from dsee_scale.evaluation.evaluate import EvaluationSet, load_examples
 from dsee_scale.evaluation.export_check import check_export
@@ -101,7 +103,7 @@ def _run(recipe: Recipe, args: TrainingArguments, journal: Journal) -> Path:
         _export(recipe, recipe.export, trainer, output / MODEL_FOLDER)
         _write_numbers(output, trainer)
         if recipe.export.push_to_hub is not None:
-            _push(output / MODEL_FOLDER, recipe.export.push_to_hub)
+            _push(output / MODEL_FOLDER, recipe.export.push_to_hub, args.device)
     return output
 
 
@@ -253,11 +255,15 @@ def _export(recipe: Recipe, config: ExportConfig, trainer: DSEETrainer, folder: 
         )
 
 
-def _push(folder: Path, repo: str) -> None:
-    """Collective. Rank 0 uploads what was exported and checked; the others wait, `ddp_timeout` at most."""
+def _push(folder: Path, repo: str, device: torch.device) -> None:
+    """Collective. Rank 0 uploads what was exported and checked; the others wait, however long it takes."""
+    upload: Future[str] | None = None
+    if not rank():
+        upload = ThreadPoolExecutor(1).submit(push_to_hub, folder, repo)
+    meet_until(None if upload is None else lambda seconds: bool(wait([upload], seconds).done), device=device)
     with raise_on_all_ranks(what=f"pushing {folder}"):
-        if not rank():
-            logger.warning("pushed %s: %s", folder, push_to_hub(folder, repo))
+        if upload is not None:
+            logger.warning("pushed %s: %s", folder, upload.result())
 
 
 def _sizes(output: Path) -> dict[str, int]:

@@ -144,6 +144,8 @@ def _reject_two_configs(values: dict[str, Any]) -> bool:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return named is not None
     brought = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if brought.lower() != "none":
+        _check_zero(brought)
     values.pop("deepspeed", None)
     if named is not None and brought.lower() == "none":
         raise ConfigError(

@@ -190,8 +190,8 @@ def locked(output: Path) -> Iterator[None]:
 class _Watch:
     """Whether a lock can be taken. Local, on rank 0.
 
-    A process of this machine is alive or not. One of another machine shows by its next sign of life that it is, by none
-    for SILENCE that it is gone.
+    A process of this machine is alive or not. One of another machine or container shows by its next sign of life that
+    it is, by none for SILENCE that it is gone.
     """
 
     def __init__(self, path: Path) -> None:
@@ -207,7 +207,7 @@ class _Watch:
         holder = read_holder(self._path)
         if holder is None:
             return True
-        if holder.get("host") == socket.gethostname() and isinstance(holder.get("pid"), int):
+        if _sees(holder) and isinstance(holder.get("pid"), int):
             if _is_alive(holder):
                 raise _held(self._path, holder)
             return True
@@ -264,7 +264,24 @@ def read_holder(path: Path) -> dict[str, Any] | None:
 
 
 def _self() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start(os.getpid())}
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "start": process_start(os.getpid())}
+    return own | {"machine": _machine()}
+
+
+def _machine() -> str:
+    """A mark that processes share which see each other: those of one container, whatever its host is called."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _sees(holder: Mapping[str, Any]) -> bool:
+    """Whether this process would see a lock's holder; those of older versions give the host's name alone."""
+    own = _machine()
+    if own and holder.get("machine"):
+        return bool(holder["machine"] == own)
+    return bool(holder.get("host") == socket.gethostname())
 
 
 def process_start(pid: int) -> str:

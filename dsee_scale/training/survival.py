@@ -39,6 +39,7 @@ from dsee_scale.distributed import (
 from dsee_scale.errors import ConfigError, DSEEError, FormatError, RunError, RunStoppedError
 from dsee_scale.partition import open_partition, unwrap
 from dsee_scale.recipe.recipe import Recipe
+from dsee_scale.sigterm import expect_it_again
 from dsee_scale.training.journal import Journal
 from dsee_scale.training.start import check_fresh
 
@@ -73,7 +74,7 @@ class RunWatch(TrainerCallback):
 
     @contextlib.contextmanager
     def obeying_sigterm(self) -> Iterator[None]:
-        """Within the block SIGTERM means: save after the step, and leave. A second one ends at once."""
+        """Within the block SIGTERM means: save after the step, and leave. One long after the first ends at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -81,7 +82,8 @@ class RunWatch(TrainerCallback):
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            if not self.stopping:  # else a launcher may still pass it on
+                signal.signal(signal.SIGTERM, before)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -120,7 +122,7 @@ class RunWatch(TrainerCallback):
 
     def _note_signal(self, number: int, frame: Any) -> None:
         self._told_to_stop = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        expect_it_again()
 
 
 @torch.no_grad()

@@ -46,6 +46,7 @@ def main(words: list[str]) -> None:
         compute_metrics=compute_metrics(metric_of(data.task, regression=False), regression=False),
         data_collator=DataCollatorWithPadding(tokenizer),
     )
+    trainer.model_accepts_loss_kwargs = False  # as in `paper.glue.run`
     trainer.train()
     metrics = trainer.evaluate()
     metrics["trained_in_updates"] = sum(

@@ -196,6 +196,8 @@ def _trainer(
         data_collator=collator,
         callbacks=[Progress(journal)],
     )
+    # The model's loss is a mean over the batch, which the Trainer divides by the accumulated batches.
+    trainer.model_accepts_loss_kwargs = False
     return trainer, rows
 
 

@@ -52,8 +52,6 @@ class GlueTrainer(AdapterTrainer):
     def __init__(self, *, args: TrainingArguments, train_dataset: Any = None, **kwargs: Any) -> None:
         timeline = _one_phase(args, len(train_dataset) if train_dataset is not None else 0)
         super().__init__(timeline=timeline, args=args, train_dataset=train_dataset, **kwargs)
-        # The model's loss is a mean over the batch, which the Trainer divides by the accumulated batches.
-        self.model_accepts_loss_kwargs = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Collective. The adapter, the head and the masks; no base weight."""

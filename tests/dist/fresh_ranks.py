@@ -33,13 +33,14 @@ PLACES = {
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A signal that one rank gets a moment after it has entered a function for the n-th time."""
+    """A signal that one rank gets a moment after it has entered a function for the n-th time, once or more often."""
 
     place: str
     call: int
     delay: float = 0.0
     rank: int = 1
     signal: int = signal.SIGKILL
+    times: int = 1
 
     def install(self) -> None:
         """Local. From now on the function counts its calls."""
@@ -54,10 +55,15 @@ class Fault:
             nonlocal calls
             calls += 1
             if calls == self.call:
-                threading.Timer(self.delay, os.kill, (os.getpid(), self.signal)).start()
+                threading.Timer(self.delay, self._send).start()
             return original(*args, **kwargs)
 
         setattr(owner, last, counted)
+
+    def _send(self) -> None:
+        for _ in range(self.times):
+            os.kill(os.getpid(), self.signal)
+            time.sleep(0.02)
 
 
 def launch(

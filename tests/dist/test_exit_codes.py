@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from dsee_scale import distributed
 from dsee_scale.errors import ConfigError
 from dsee_scale.export.export import export_model
+from dsee_scale.training import run as training
+from dsee_scale.training.survival import limited_waiting
 from tests.dist.fresh_ranks import Fault, launch, logs
 from tests.dist.test_faults import RELAUNCH, write_recipe
 from tests.models import build, llama_config
@@ -85,3 +89,31 @@ def test_a_disk_that_fills_up_while_the_tokenizer_is_saved_is_one_error_and_leav
     found = pools(2).run(exported_on_a_full_disk, str(tmp_path / "out"))
     assert found[0] == found[1] and "writing config and tokenizer failed" in found[0]
     assert "File too large" in found[0] and not list(tmp_path.iterdir())
+
+
+def push_slowly(refused: bool) -> str:
+    """An upload that takes longer than a collective may wait; what each rank is told."""
+
+    def push(folder: Path, repo: str) -> str:
+        time.sleep(3)
+        if refused:
+            raise ConfigError("the hub refuses")
+        return "an address"
+
+    before, training.push_to_hub = training.push_to_hub, push
+    often, distributed.MEETING = distributed.MEETING, 0.2
+    try:
+        with limited_waiting(1.5):
+            training._push(Path("out"), "me/out", torch.device("cpu"))
+        return "pushed"
+    except ConfigError as error:
+        return str(error)
+    finally:
+        training.push_to_hub, distributed.MEETING = before, often
+        with limited_waiting(1800):  # the pool's own
+            pass
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_an_upload_may_take_longer_than_the_ranks_may_wait_for_each_other(pools, refused):
+    assert pools(2).run(push_slowly, refused) == ["the hub refuses" if refused else "pushed"] * 2

@@ -6,6 +6,7 @@ kills at as many random moments (the same ones each time) as it says.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging.handlers
@@ -14,6 +15,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,8 +102,9 @@ def test_twenty_random_kills_of_a_rank_cost_nothing_but_time(inputs, tmp_path):
 
 
 def test_sigterm_to_one_rank_saves_on_all_and_leaves_with_a_code_of_its_own(inputs, undisturbed, tmp_path):
+    """It comes twice where a whole group gets it and the launcher passes it on."""
     recipe = write_recipe(inputs, tmp_path)
-    codes = launch(recipe, fault=Fault("step", 5, signal=signal.SIGTERM))
+    codes = launch(recipe, fault=Fault("step", 5, signal=signal.SIGTERM, times=2))
     assert codes == [RELAUNCH, RELAUNCH], logs(recipe)
     saved = max(int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*"))
     assert saved >= 5
@@ -118,6 +121,31 @@ def test_a_rank_that_hangs_is_named_with_the_phase_once_the_timeout_is_over(inpu
     said = Path(f"{recipe}.log.0").read_text()
     assert "rank 0 lost another rank during 'retune, step" in said
     assert "ddp_timeout (10 s)" in said
+
+
+@dataclasses.dataclass(frozen=True)
+class ToTheGroup(Fault):
+    """What torchrun does: the rank's process group gets the signal, its data loader's workers too."""
+
+    def install(self) -> None:
+        os.setpgid(0, 0)
+        super().install()
+
+    def _send(self) -> None:
+        # From a stranger: workers take their parent's SIGTERM as their regular end.
+        subprocess.run(["kill", f"-{int(self.signal)}", "--", f"-{os.getpid()}"], start_new_session=True)
+
+
+def test_sigterm_leaves_the_data_loaders_workers_at_work_until_the_step_is_saved(inputs, tmp_path):
+    recipe = write_recipe(
+        inputs,
+        tmp_path,
+        training__dataloader_num_workers=1,
+        training__dataloader_multiprocessing_context="fork",
+    )
+    codes = launch(recipe, fault=ToTheGroup("step", 2, signal=signal.SIGTERM))
+    assert codes == [RELAUNCH, RELAUNCH], logs(recipe)
+    assert "saved at step" in Path(f"{recipe}.log.1").read_text()
 
 
 class FailsInside(Fault):

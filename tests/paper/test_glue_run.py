@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 
@@ -159,6 +160,22 @@ def test_lora_alone_and_all_weights(inputs, tmp_path):
     found = run(folder / "bert", tmp_path / "full", *data, flags=flags)
     assert found["trained_in_full"] > ADAPTED_ENTRIES + OTHER_ENTRIES and found["eval_accuracy"] > 0.9
     assert accuracy_in_stock(tmp_path / "full") == found["eval_accuracy"]
+
+
+@pytest.mark.parametrize("adapters", [[], ["--apply_lora"]])
+def test_accumulated_batches_give_the_gradient_of_one_large_batch(adapters, inputs, tmp_path):
+    """A classifier's loss is its batch's mean, though its forward takes the Trainer's number of items."""
+    folder, data = inputs
+    steps = (
+        "--do_train --max_steps 2 --save_strategy no --report_to none --disable_tqdm True --logging_steps 1"
+    )
+    for size, count in ((8, 1), (2, 4)):
+        more = ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(count)]
+        more += ["--train_sampling_strategy", "sequential", *adapters]
+        run(folder / "bert", tmp_path / str(count), *data, *more, flags=steps)
+    found = [json.loads((tmp_path / count / "trainer_state.json").read_text()) for count in ("1", "4")]
+    first, second = ([entry["grad_norm"] for entry in state["log_history"][:2]] for state in found)
+    assert second == pytest.approx(first, rel=1e-3)
 
 
 def test_mixed_precision_keeps_float32_weights_without_deepspeed(inputs, tmp_path):

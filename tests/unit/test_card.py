@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import AutoModelForSequenceClassification, BertConfig
 
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.checkpoint.adapter import save_adapter
+from dsee_scale.checkpoint.adapter_file import KIND as ADAPTER
+from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.export.export import export_model
 from dsee_scale.export.from_files import export_files
+from dsee_scale.export.hub import _files
 from dsee_scale.export.lora import export_lora
 from tests.models import build, llama_config
 from tests.unit.test_export import tuned
@@ -50,6 +54,40 @@ def test_from_files_it_replaces_the_bases_card_and_names_no_folder_of_this_machi
         assert "What was removed" not in card.text
     assert "--max-lora-rank" in card.text and "PeftModel.from_pretrained(base, 'lora')" in card.text
     export_lora(model, tmp_path / "lora", overwrite=True)
+
+
+def test_it_names_the_class_of_what_is_no_causal_decoder(tmp_path):
+    config = BertConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+    model = AutoModelForSequenceClassification.from_config(config)
+    settings = {"rank": 2, "num_sparse": 3, "support": "random", "target_modules": ("query", "value")}
+    dsee_scale.inject(model, DSEEConfig(**settings))
+    model.config._name_or_path = "someone/bert"
+    export_model(model, tmp_path / "out")
+    export_lora(model, tmp_path / "lora")
+    save_adapter(model, tmp_path / "adapter")
+    files = _files(open_folder(tmp_path / "adapter", (ADAPTER,)), "me/adapter", None)
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("out", "lora")]
+    for card in (*cards, files["README.md"].decode()):
+        assert "import BertForSequenceClassification\n" in card and "AutoModel" not in card
+        assert "= BertForSequenceClassification.from_pretrained(" in card
+
+
+def test_it_says_tuned_and_pruned_of_what_was(tmp_path):
+    plain, tuned_alone = build(llama_config()), tuned(llama_config(), sparsity=0)
+    pruned_alone = build(llama_config())
+    dsee_scale.prune(pruned_alone, PruneConfig(sparsity=0.5, score="W", refit=False))
+    expected = (
+        (plain, "none", "Saved, by", "W, the frozen base"),
+        (tuned_alone, "masked", "Tuned, by", "W + D: the update"),
+        (tuned_alone, "none", "Saved, by", "W, the frozen base"),
+        (pruned_alone, "masked", "Pruned, by", "W * M"),
+        (tuned(llama_config()), "masked", "Tuned and pruned, by", "(W + D) * M: the update"),
+        (tuned(llama_config()), "none", "Pruned, by", "W * M, the frozen base"),
+    )
+    for index, (model, delta, what, form) in enumerate(expected):
+        export_model(model, tmp_path / str(index), delta=delta)
+        text = (tmp_path / str(index) / "README.md").read_text()
+        assert what in text and f"): {form}" in text, (delta, what, text)
 
 
 @pytest.mark.parametrize("uneven", [False, True])

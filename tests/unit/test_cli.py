@@ -244,3 +244,27 @@ def test_help_and_version_need_no_heavy_import(tmp_path):
     code += "try: main(['export', '--help'])\nfinally: print(sys.modules.keys())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--base FOLDER" in run.stdout and "'transformers'" not in run.stdout
+
+
+SIGNALLED = """
+import os, signal, time
+from dsee_scale import sigterm
+from dsee_scale.cli import _stop_on_sigterm
+from dsee_scale.errors import RunStoppedError
+
+_stop_on_sigterm()
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+except RunStoppedError:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("cleaned up", flush=True)
+sigterm.PASSED_ON = 0
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(5)
+"""
+
+
+def test_a_sigterm_that_is_passed_on_lets_a_run_clean_up_and_a_later_one_ends_it():
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "cleaned up\n"), done.stderr

@@ -17,6 +17,7 @@ PACKAGE = Path(dsee_scale.__file__).parent
 ORDER = [
     "version",
     "errors",
+    "sigterm",
     "settings",
     "config",
     "pretrained",

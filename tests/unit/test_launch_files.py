@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -35,6 +36,7 @@ def recorded(tmp_path):
     folder.mkdir()
     recorder = f"#!{sys.executable}\nimport json, os, sys\n"
     recorder += "json.dump([os.path.basename(sys.argv[0]), *sys.argv[1:]], open(os.environ['RECORD'], 'w'))\n"
+    recorder += "json.dump(dict(os.environ), open(os.environ['RECORD'] + '.env', 'w'))\n"
     recorder += "print(4711 if '-c' in sys.argv else '')\n"
     for name in LAUNCHERS:
         (folder / name).write_text(recorder)
@@ -78,9 +80,38 @@ def test_script_is_short_strict_and_executable(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 
-@pytest.mark.parametrize("script", sorted(NEEDED))
+@pytest.mark.parametrize("script", sorted(NEEDED.keys() - {"multi_node_pdsh.sh"}))
 def test_script_hands_every_word_on_unchanged(recorded, script):
     assert recorded(script)[-len(WORDS) :] == WORDS
+
+
+@pytest.mark.parametrize("module", [[], ["--module"]])
+def test_every_word_arrives_unchanged_behind_pdsh_and_the_other_machines_shell(recorded, module):
+    """DeepSpeed makes one line of them, in which it quotes words with blanks alone; pdsh fills in %h, %u and %n."""
+    from deepspeed.launcher.multinode_runner import PDSHRunner
+    from deepspeed.launcher.runner import parse_args
+
+    hard = [
+        r".*\.(q|v)_proj",
+        "[k_proj,v_proj]",
+        "{a: 1}",
+        "it's",
+        "100%n",
+        "grün & blau; *",
+        "",
+        "a\nb",
+        "-x=1 2",
+    ]
+    given = [*module, *WORDS, *hard]
+    args = parse_args(recorded("multi_node_pdsh.sh", given)[1:])
+    assert (args.launcher, args.force_multi, args.module) == ("pdsh", True, bool(module))
+    line = " ".join([args.user_script, *PDSHRunner(args, "").user_arguments])
+    assert "%" not in line and args.user_script == WORDS[0]
+    show = [sys.executable, "-c", "import json, sys; print(json.dumps(sys.argv[1:]))"]
+    for shell in ("bash", "zsh"):
+        if shutil.which(shell):
+            said = subprocess.run([shell, "-c", f"{shlex.join(show)} {line}"], capture_output=True, text=True)
+            assert json.loads(said.stdout) == [*WORDS, *hard], said.stderr
 
 
 @pytest.mark.parametrize("script", ["single_node.sh", "multi_node_pdsh.sh", "torchrun.sh"])
@@ -108,6 +139,15 @@ def test_slurm_meets_at_a_port_of_the_first_machine(recorded):
     words = recorded("slurm.sh")
     assert after(words, "--rdzv_endpoint") == "a1:4711"
     assert [after(words, flag) for flag in ("--nnodes", "--rdzv_id")] == ["4", "77"]
+
+
+def test_slurm_gives_ranks_the_time_that_it_warns_them_ahead_and_whole_machines(recorded, tmp_path):
+    """torchrun kills them 30 s after it passed SIGTERM on, and Slurm gives a task one core, if not told otherwise."""
+    recorded("slurm.sh")
+    asked = re.findall(r"^#SBATCH --(\S+)", (ROOT / "launch" / "slurm.sh").read_text(), re.M)
+    ahead = next(int(words.partition("@")[2]) for words in asked if words.startswith("signal="))
+    given = int(json.loads((tmp_path / "words.json.env").read_text())["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    assert ahead - 20 < given < ahead and {"exclusive", "mem=0"} <= set(asked)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import dsee_scale
+from dsee_scale import PruneConfig
 from dsee_scale.adapters.kernels import lowrank_sparse
 from dsee_scale.adapters.kernels.factors import MOST_ENTRIES
 from dsee_scale.cli import main
@@ -95,6 +96,16 @@ def test_the_command_prints_every_phase_and_advice(capsys):
         main(["plan", "--model", "llama-2-7b", "--gpus", "8", "--gpu-memory", "80", "--quantize", "nf4"]) == 0
     )
     assert "So does bf16 without offload: choose that" in capsys.readouterr().out
+
+
+def test_a_plan_says_what_it_leaves_out_of_the_default_pruning(capsys):
+    words = ["plan", "--model", "llama-3-8b", "--gpus", "8", "--gpu-memory", "80"]
+    assert main(words) == 0
+    found = capsys.readouterr().out
+    assert PruneConfig(sparsity=0.5).refit and "prune is without a re-fit, which is the default" in found
+    assert f"up to {PruneConfig(sparsity=0.5).gram_memory_mib / 1024:.1f} GiB" in found
+    assert main([*words, "--json"]) == 0
+    assert any("re-fit" in note for note in json.loads(capsys.readouterr().out)["advice"])
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dsee_scale.training.journal import Journal, to_jsonable
+from dsee_scale.passes.pools import block_matrices
+from dsee_scale.training.figures import sparsity_map, zero_shares
+from dsee_scale.training.journal import Journal, count_zeros, to_jsonable
 from dsee_scale.training.report import card_notes, headline_metric, summary_table, write_metrics, write_report
+from tests.models import build, gpt2_config, moe_config
 
 pytestmark = pytest.mark.unit
 
@@ -203,3 +206,34 @@ def test_a_resumed_run_keeps_earlier_phases_and_adds_times():
     assert second.seconds["train"] == 31.0
     second.add_phase("tuned", quality={}, sparsity=0.0)
     assert [phase["phase"] for phase in second.phases] == ["before", "pruned", "retuned", "tuned"]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "kinds"),
+    [
+        ("gpt2", gpt2_config(), {"c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"}),
+        (
+            "experts",
+            moe_config("qwen3_moe"),
+            {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"},
+        ),
+    ],
+)
+def test_the_map_of_zeros_shows_every_matrix(name, config, kinds):
+    """Also where a block has two of a name, or many experts."""
+    model = build(config)
+    for index, matrix in enumerate(block_matrices(model, lambda param: param.shape).values()):
+        matrix.param.data.view(-1)[matrix.offset :][:index] = 0
+    counted = count_zeros(model)
+    shares = zero_shares(counted)
+    assert kinds == set(shares) and all(len(blocks) == 2 for blocks in shares.values())
+    if name == "gpt2":
+        for block in range(2):
+            for part in ("attn", "mlp"):
+                zeros, entries = counted[f"transformer.h.{block}.{part}.c_proj"]
+                assert shares[f"{part}.c_proj"][block] == zeros / entries
+    else:
+        of_block = [counts for key, counts in counted.items() if ".1.mlp.experts" in key and "down" in key]
+        assert len(of_block) > 1
+        assert shares["down_proj"][1] == sum(z for z, _ in of_block) / sum(n for _, n in of_block)
+    assert "mlp.c_proj" in sparsity_map(counted) or name == "experts"

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from dsee_scale import distributed
 from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.errors import ConfigError, DSEEError, FormatError, RunError, RunStoppedError
 from dsee_scale.evaluation import export_check, stock_check
@@ -331,6 +333,20 @@ def test_a_run_on_another_machine_is_told_from_a_dead_one_by_its_next_sign_of_li
     assert "process 1 on elsewhere" in caplog.text and "waiting" in caplog.text
 
 
+def test_a_run_in_another_container_of_the_same_name_is_not_taken_for_dead(inputs, tmp_path, monkeypatch):
+    """With the host's network a container has the host's name, and no container sees another one's processes."""
+    lock = tmp_path / "run" / start.LOCK_FILE
+    lock.parent.mkdir()
+    holder = {"host": socket.gethostname(), "pid": 2**30, "start": "x", "machine": "its own", "since": "noon"}
+    lock.write_text(json.dumps(holder))
+    monkeypatch.setattr(start, "LOOK", 0.05)
+    beat = threading.Timer(1, os.utime, (lock,))
+    beat.start()
+    assert f"process {2**30} on {socket.gethostname()}" in refusal(plain(inputs, tmp_path / "run"))
+    beat.join()
+    assert lock.exists()
+
+
 def test_a_failed_start_does_not_block_its_retry_and_what_is_anothers_does(inputs, tmp_path, monkeypatch):
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -365,9 +381,9 @@ def test_a_check_of_the_export_loses_nothing_however_it_ends(inputs, tmp_path, m
         assert (tmp_path / "run" / name).exists()
 
     met = []
-    real = export_check.max_over_ranks
-    monkeypatch.setattr(export_check, "MEETING", 0.2)
-    monkeypatch.setattr(export_check, "max_over_ranks", lambda *a, **k: met.append(a) or real(*a, **k))
+    real = distributed.max_over_ranks
+    monkeypatch.setattr(distributed, "MEETING", 0.2)
+    monkeypatch.setattr(distributed, "max_over_ranks", lambda *a, **k: met.append(a) or real(*a, **k))
     program.write_text(f"import time\ntime.sleep(1)\n{original}")
     values["training"]["resume_from_checkpoint"] = True
     launch(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,28 @@ def test_deepspeed_without_a_launcher_says_so(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: with_gpu)
     with pytest.raises(ConfigError, match="needs a launcher"):
         make_arguments({"output_dir": str(tmp_path), "deepspeed": "zero3_bf16"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
+            "zero_quantized_weights is true",
+        ),
+        ({"gradient_acumulation_steps": 4}, "did you mean 'gradient_accumulation_steps'"),
+    ],
+)
+def test_a_config_that_accelerate_brings_is_looked_at_like_the_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"zero_optimization": {"stage": 3}, **change}))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(config))
+    with pytest.raises(ConfigError, match=message) as caught:
+        make_arguments({"output_dir": str(tmp_path)})
+    assert str(config) in str(caught.value)
 
 
 @pytest.mark.parametrize(("dtype", "engine"), [(None, None), ("float32", None), (None, object())])
