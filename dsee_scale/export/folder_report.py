@@ -23,8 +23,8 @@ from dsee_scale.checkpoint.training_state import KIND as TRAINING_STATE
 from dsee_scale.checkpoint.training_state import STATE_FILE
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
-from dsee_scale.export.from_files import base_files
 from dsee_scale.export.load import recorded_model
+from dsee_scale.export.plan import base_files
 from dsee_scale.export.report import KIND as EXPORT
 from dsee_scale.export.report import REPORT_FILE, patterns_of
 from dsee_scale.export.structure import find_structure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
@@ -35,9 +36,16 @@ from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
 from dsee_scale.export.load import is_recorded, recorded_model
-from dsee_scale.export.plan import Entry, ExportPlan, loaded_dtypes
-from dsee_scale.export.report import INDEX_FILE, ExportReport
+from dsee_scale.export.plan import (
+    WEIGHTS_FILE,
+    Entry,
+    ExportPlan,
+    base_files,
+    loaded_dtypes,
+    stored_names,
+)
 from dsee_scale.export.report import KIND as EXPORT
+from dsee_scale.export.report import ExportReport
 from dsee_scale.export.structure import Structure, as_loaded, find_structure, smaller_config
 from dsee_scale.export.writer import WITHOUT_UPDATE, DeltaForm, check_delta, write_model
 from dsee_scale.partition import open_partition
@@ -45,7 +53,8 @@ from dsee_scale.partition.quantized import as_stored, format_name, holds_numbers
 from dsee_scale.passes.fingerprint import as_text, rounded_sum
 from dsee_scale.pretrained import read_config
 
-WEIGHTS_FILE = "model.safetensors"
+OLDER = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+"""What older files of BERT and its like call otherwise."""
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 
 
@@ -107,10 +116,10 @@ class StoredModel:
         if saved is not None:
             saved.verify_all()
         _check_config(self.record, base, self._where)
-        self._keys = _base_keys(self.record, self._weights, base)
+        model = self._recorded_model()
+        self._keys = _base_keys(self.record, self._weights, base, model)
         self._adapter, self._masks = open_adapter(stored, self.record), open_masks(stored)
         self._dtype = _dtype(self.record.base.get("dtype", "float32"), self._where)
-        model = self._recorded_model()
         self._left_out = _old_copies(self.record, self._weights, self._keys, model)
         self._loaded_as = loaded_dtypes(model or nn.Module(), self._dtype)
         self.structure, self.config, self.reason = _smaller(model, cut)
@@ -227,34 +236,9 @@ def _dtype(name: Any, where: str) -> torch.dtype:
     return found
 
 
-def base_files(folder: Path) -> list[Path]:
-    """A model folder's safetensors files: the one that transformers looks for first, else those of the index.
-
-    Raises:
-        FormatError: there are none, or one is missing.
-    """
-    if not (folder / WEIGHTS_FILE).is_file() and (folder / INDEX_FILE).is_file():
-        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise FormatError(f"{folder / INDEX_FILE} is damaged: it has no weight_map; use another copy")
-        names = sorted(set(map(str, weight_map.values())))
-    else:
-        names = [WEIGHTS_FILE]
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise FormatError(
-            f"{folder / INDEX_FILE} names {outside[0]!r}, expected names of files in its folder"
-        )
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing or not names:
-        raise FormatError(
-            f"{folder} holds no {missing[0] if missing else WEIGHTS_FILE}; expected a model folder with safetensors "
-            "weights (load the model with transformers and call save_pretrained to convert it)"
-        )
-    return [folder / name for name in names]
-
-
-def _base_keys(record: AdapterRecord, reader: TensorReader, base: Path) -> dict[str, str]:
+def _base_keys(
+    record: AdapterRecord, reader: TensorReader, base: Path, model: nn.Module | None
+) -> dict[str, str]:
     """Names in the model -> names in the base's files, for weights that the adapter changes; shapes are checked."""
     shapes = {name: tuple(info["shape"]) for name, info in record.pruned.items()}
     for name, module in record.modules.items():
@@ -268,7 +252,8 @@ def _base_keys(record: AdapterRecord, reader: TensorReader, base: Path) -> dict[
         if not holds_numbers(reader.spec(keys[name]).dtype):
             where = reader.where(keys[name])
             raise FormatError(f"{where}: {keys[name]} is quantised; give an unquantised base")
-    return keys | _trained_keys(reader, record, keys)
+    trained = {name: _trained_key(reader, name, keys, model, base) for name in record.trained}
+    return keys | {name: key for name, key in trained.items() if key is not None}
 
 
 def _base_key(reader: TensorReader, name: str, base: Path) -> str:
@@ -276,19 +261,33 @@ def _base_key(reader: TensorReader, name: str, base: Path) -> str:
     found = [key for key in reader.names() if key.endswith("." + name) or name.endswith("." + key)]
     found = [name] if name in reader else found
     if len(found) != 1:
-        raise FormatError(
-            f"{base}: {name} is {'ambiguous' if found else 'missing'} in the base's weight files, which name or lay "
-            "out their tensors otherwise than the model; load the base with transformers, then load_adapter and "
-            "export_model"
-        )
+        raise _otherwise(base, name, "ambiguous" if found else "missing")
     return found[0]
 
 
-def _trained_keys(reader: TensorReader, record: AdapterRecord, keys: dict[str, str]) -> dict[str, str]:
-    """Names in files of parameters trained in full, where the base has them."""
+def _otherwise(base: Path, name: str, what: str) -> FormatError:
+    return FormatError(
+        f"{base}: {name} is {what} in the base's weight files, which name or lay out their tensors otherwise than the "
+        "model; load the base with transformers, then load_adapter and export_model"
+    )
+
+
+def _trained_key(
+    reader: TensorReader, name: str, keys: Mapping[str, str], model: nn.Module | None, base: Path
+) -> str | None:
+    """The name in files of a parameter trained in full; None where the base has none."""
     name_of, key_of = _prefixes(keys)
-    named = {trained: _renamed(trained, key_of, name_of) for trained in record.trained}
-    return {trained: key for trained, key in named.items() if key in reader}
+    own = _renamed(name, key_of, name_of)
+    if own in reader:
+        return own
+    stored = stored_names(model, name) if model is not None else None
+    older = re.sub(r"LayerNorm\.(weight|bias)$", lambda found: OLDER[found[0]], own)
+    found = [
+        key for key in [older, *(_renamed(each, key_of, name_of) for each in stored or ())] if key in reader
+    ]
+    if len(found) > 1 or (stored is None and model is not None):
+        raise _otherwise(base, name, "laid out otherwise" if stored is None else "in several pieces")
+    return found[0] if found else None
 
 
 def _prefixes(keys: Mapping[str, str]) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,16 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
 
 from dsee_scale.algorithms.score import HALF_DTYPES
+from dsee_scale.checkpoint.files import read_json
 from dsee_scale.checkpoint.record import is_adapter_key
 from dsee_scale.checkpoint.tensors import TensorSpec
-from dsee_scale.errors import ConfigError
+from dsee_scale.errors import ConfigError, FormatError
+from dsee_scale.export.report import INDEX_FILE
 from dsee_scale.export.structure import Structure
 from dsee_scale.partition import Partition
 from dsee_scale.partition.quantized import quantised_layers
+
+WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -183,9 +188,49 @@ def reverted(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     return revert_weight_conversion(model, dict(state))  # type: ignore[arg-type]
 
 
+def stored_names(model: nn.Module, name: str) -> list[str] | None:
+    """Under which names transformers stores a parameter; None where it is laid out otherwise there. Local."""
+    param = dict(model.named_parameters(remove_duplicate=False)).get(name)
+    if param is None:
+        return [name]
+    try:
+        stored = reverted(model, {name: param.detach()})
+    except Exception:  # each conversion that lacks a tensor fails in its own way
+        return None
+    whole = len(stored) > 1 or all(tensor.shape == param.shape for tensor in stored.values())
+    return list(stored) if whole else None
+
+
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _specs(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in tensors.items())
+
+
+def base_files(folder: Path) -> list[Path]:
+    """A model folder's safetensors files: the one that transformers looks for first, else those of the index.
+
+    Raises:
+        FormatError: there are none, or one is missing.
+    """
+    if not (folder / WEIGHTS_FILE).is_file() and (folder / INDEX_FILE).is_file():
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise FormatError(f"{folder / INDEX_FILE} is damaged: it has no weight_map; use another copy")
+        names = sorted(set(map(str, weight_map.values())))
+    else:
+        names = [WEIGHTS_FILE]
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise FormatError(
+            f"{folder / INDEX_FILE} names {outside[0]!r}, expected names of files in its folder"
+        )
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
+        raise FormatError(
+            f"{folder} holds no {missing[0] if missing else WEIGHTS_FILE}; expected a model folder with safetensors "
+            "weights (load the model with transformers and call save_pretrained to convert it)"
+        )
+    return [folder / name for name in names]

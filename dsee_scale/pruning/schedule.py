@@ -72,6 +72,8 @@ class CubicSchedule(GradualConfig):
     def config(self, config: PruneConfig, step: int) -> PruneConfig:
         """`config` with this step's sparsity; pools keep their proportion to the final one.
 
+        Early cuts that are too small for a head, a neuron or an expert remove nothing.
+
         Raises:
             ConfigError: the pattern removes a fixed number.
         """

@@ -21,7 +21,7 @@ from dsee_scale.checkpoint.tensors import TensorReader
 from dsee_scale.distributed import from_rank0, raise_on_all_ranks, rank
 from dsee_scale.errors import ConfigError, DSEEError
 from dsee_scale.export.export import BASE_FOLDER, LiveModel, reject_unknown_quantisation
-from dsee_scale.export.from_files import WEIGHTS_FILE, base_files
+from dsee_scale.export.plan import WEIGHTS_FILE, base_files
 from dsee_scale.export.report import INDEX_FILE
 from dsee_scale.export.report import KIND as EXPORT
 from dsee_scale.export.writer import WITHOUT_UPDATE

@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, GPTNeoXConfig
 
 import dsee_scale
 from dsee_scale import DSEEConfig
 from dsee_scale.checkpoint.adapter import save_adapter
+from dsee_scale.errors import FormatError
 from dsee_scale.export.from_files import export_files
 from dsee_scale.export.report import INDEX_FILE
 from tests.models import build, llama_config, moe_config, token_batch
@@ -115,3 +116,58 @@ def test_what_a_half_precision_model_keeps_in_float32_is_written_in_float32(tmp_
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(found[name], bias)
     assert {found[key].dtype for key in found if key != name} == {dtype}
+
+
+NEOX = GPTNeoXConfig(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+)
+BERT = BertConfig(
+    vocab_size=97, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4
+)
+RENAMED = {  # what the files call otherwise than the model: adapted, trained in full, as the files call that
+    "head": (NEOX, ("attention.dense",), ("lm_head",), "embed_out.weight"),
+    "router": (moe_config("mixtral"), ("o_proj",), ("mlp.gate",), ".1.block_sparse_moe.gate.weight"),
+    "norm": (BERT, ("query",), ("LayerNorm",), "attention.output.LayerNorm.gamma"),
+}
+
+
+@pytest.mark.parametrize("case", list(RENAMED))
+def test_what_was_trained_replaces_what_the_base_calls_otherwise(tmp_path, case):
+    config, targets, trained, key = RENAMED[case]
+    auto = AutoModelForMaskedLM if case == "norm" else AutoModelForCausalLM
+    auto.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    if case == "norm":  # as BERT was published
+        file = tmp_path / "base" / "model.safetensors"
+        tensors = {
+            name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+                "LayerNorm.bias", "LayerNorm.beta"
+            ): each
+            for name, each in load_file(file).items()
+        }
+        save_file(tensors, file, {"format": "pt"})
+    model = auto.from_pretrained(tmp_path / "base")
+    settings = DSEEConfig(rank=2, num_sparse=3, target_modules=targets, trained_modules=trained)
+    dsee_scale.inject(model, settings)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if param.requires_grad and "dsee" not in name:
+                param += torch.randn(param.shape, generator=torch.Generator().manual_seed(0))
+    save_adapter(model, tmp_path / "adapter")
+    export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert found == load_file(tmp_path / "base" / "model.safetensors").keys()
+    assert any(name.endswith(key) for name in found)
+    assert torch.equal(logits(auto.from_pretrained(tmp_path / "out")), logits(model))
+
+
+def test_experts_that_were_trained_in_full_and_are_stored_apart_are_refused(tmp_path):
+    build(moe_config("qwen3_moe")).save_pretrained(tmp_path / "base")
+    model = adapted(tmp_path / "base", trained_modules=("mlp.experts",))
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(FormatError, match=r"experts\.\w+ is .* in the base's weight files.*load_adapter"):
+        export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
