@@ -57,7 +57,7 @@ def forward(model, sequences, device):
 
 def batches(rows, size, vocabulary):
     """Indices of rows of similar length, so many that neither they nor their logits are too many."""
-    chosen = []
+    chosen: list[int] = []
     for index in sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"])):
         logits = (len(chosen) + 1) * len(rows[index]["prompt"]) * vocabulary
         if chosen and (len(chosen) == size or logits > MOST_LOGITS):
