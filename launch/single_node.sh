@@ -9,6 +9,8 @@ processes=${NUM_PROCESSES:-$((gpus ? gpus : 2))}
 port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
 if ((gpus)) && [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+  [[ $CUDA_VISIBLE_DEVICES =~ ^[0-9,]+$ ]] || { echo "DeepSpeed's launcher takes numbers alone in CUDA_VISIBLE_DEVICES," \
+    "found $CUDA_VISIBLE_DEVICES: use launch/torchrun.sh" >&2; exit 2; }
   # With --num_gpus DeepSpeed would drop CUDA_VISIBLE_DEVICES and start at GPU 0.
   where=(--include "localhost:$(cut -d, -f"1-$processes" <<<"$CUDA_VISIBLE_DEVICES")")
 else

@@ -168,7 +168,11 @@ def _shape_of_model(model: Any, config: Any, name: str) -> ModelShape:
     heads = int(config.num_attention_heads)
     head = getattr(config, "head_dim", None) or config.hidden_size // heads
     sizes = [math.prod(one) for group in matrices.values() for one in group]
-    width = max(max(one) for group in matrices.values() for one in group)
+    # What leads back to the residual stream has the inputs; on the way there gate and up may be one matrix.
+    back = [
+        inputs for group in matrices.values() for outputs, inputs in group if outputs == config.hidden_size
+    ]
+    width = max(back or [max(one) for group in matrices.values() for one in group])
     chosen = 0
     if experts:  # of each pair of tensors the smaller one leads back to the residual stream
         down = min(experts, key=lambda p: p.numel())

@@ -181,7 +181,7 @@ def _phase_cells(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             *(_value(phase["quality"].get(name)) for name in names),
             f"{100 * phase['sparsity']:.2f}%",
             _seconds(phase.get("seconds")),
-            ", ".join(f"{size / 2**30:.2f} GiB" for size in sorted(set(phase["peak_memory_bytes"]))),
+            _gibibytes(phase["peak_memory_bytes"]),
         ]
         for phase in phases
     ]
@@ -223,6 +223,12 @@ def _value(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _gibibytes(sizes: Sequence[int]) -> str:
+    """The smallest and the largest of all ranks, one where they look alike."""
+    ends = dict.fromkeys(f"{size / 2**30:.2f}" for size in (min(sizes), max(sizes)))
+    return f"{' to '.join(ends)} GiB"
 
 
 def _seconds(value: float | None) -> str:

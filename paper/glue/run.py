@@ -245,10 +245,11 @@ def _predict(trainer: Trainer, rows: dict[str, Dataset], data: GlueData, output:
     """Collective. One file for each test set, in the repository's format."""
     for part in (name for name in rows if name.startswith("test")):
         logits = trainer.predict(rows[part], metric_key_prefix="predict").predictions
-        name = f"{data.task}-mm" if part.endswith("_mm") else str(data.task)
-        if trainer.is_world_process_zero():
-            names: Any = trainer.model.config.id2label  # type: ignore[union-attr]
-            write_predictions(output / f"predict_results_{name}.txt", logits, data.regression, names)
+        path = output / f"predict_results_{data.task}{'-mm' if part.endswith('_mm') else ''}.txt"
+        with raise_on_all_ranks(what=f"writing {path}"):
+            if trainer.is_world_process_zero():
+                names: Any = trainer.model.config.id2label  # type: ignore[union-attr]
+                write_predictions(path, logits, data.regression, names)
 
 
 def write_predictions(path: Path, logits: Any, regression: bool, names: dict[int, str]) -> None:
@@ -263,8 +264,10 @@ def write_predictions(path: Path, logits: Any, regression: bool, names: dict[int
 
 
 def _report(trainer: Trainer, split: str, metrics: dict[str, Any]) -> None:
-    trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, metrics)
+    """Collective. Rank 0 logs and writes them."""
+    with raise_on_all_ranks(what=f"writing the results of {split}"):
+        trainer.log_metrics(split, metrics)
+        trainer.save_metrics(split, metrics)
 
 
 def dtype_of(args: TrainingArguments) -> torch.dtype:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from dsee_scale.errors import RunStoppedError
+from dsee_scale.errors import ConfigError, RunStoppedError
 from paper.glue.arguments import parse_flags
 from paper.glue.run import _checkpoint, run_glue
 from tests.dist.pool import free_port
@@ -89,6 +89,22 @@ def test_a_rank_that_is_lost_is_noticed_and_the_error_names_the_phase(pools, inp
         pools(2).stop()  # its process groups are broken
     assert "rank 0 lost another rank during 'training, step 1'" in said[0]
     assert "ddp_timeout (4 s); the same command without --overwrite_output_dir goes on" in said[0]
+
+
+def predict_into(folder: str, words: list[str]) -> str:
+    flags = f"--model_name_or_path {folder}/bert --output_dir {folder}/full --do_predict --ddp_timeout 20"
+    try:
+        run_glue(parse_flags([*flags.split(), *words]))
+    except ConfigError as error:
+        return str(error)
+    return "no error"
+
+
+def test_predictions_that_cannot_be_written_are_one_error_on_all_ranks(pools, inputs):
+    folder, words = inputs
+    (folder / "full" / "predict_results_sst2.txt.part").mkdir(parents=True)
+    found = pools(2).run(predict_into, str(folder), words)
+    assert found[0] == found[1] and "predict_results_sst2.txt failed: IsADirectoryError" in found[0]
 
 
 def chosen(folders: list[str]) -> str:

@@ -129,6 +129,20 @@ def test_scripts_start_the_asked_number_of_processes(recorded):
     assert after(recorded("slurm.sh"), "--nproc_per_node") == "3"
 
 
+@pytest.mark.parametrize("visible", ["GPU-8f1e,GPU-9a3c", "MIG-4b"])
+def test_gpus_by_uuid_which_deepspeeds_launcher_cannot_read_are_refused_with_the_way_out(tmp_path, visible):
+    (tmp_path / "python").write_text("#!/bin/sh\necho 2\n")
+    (tmp_path / "deepspeed").write_text("#!/bin/sh\necho started\n")
+    for path in tmp_path.iterdir():
+        path.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": visible}
+    command = [ROOT / "launch" / "single_node.sh", "x.py"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "started" not in done.stdout and "launch/torchrun.sh" in done.stderr
+    done = subprocess.run(command, env={**env, "CUDA_VISIBLE_DEVICES": "3,1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "'localhost:3,1'" in done.stderr
+
+
 def test_torchrun_on_several_machines_names_the_first_one(recorded):
     words = recorded("torchrun.sh", NNODES="4", NODE_RANK="2", MASTER_ADDR="10.0.0.1")
     assert [after(words, flag) for flag in ("--nnodes", "--node_rank")] == ["4", "2"]

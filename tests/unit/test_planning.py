@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import dsee_scale
 from dsee_scale import PruneConfig
@@ -127,10 +128,14 @@ def test_what_cannot_be_planned_is_explained(words, message, tmp_path, capsys, m
         assert all(name in found for name in BUILT_IN)
 
 
+@pytest.mark.parametrize("model_type", ["phi3", "glm4", "llama", "gpt_neox"])
+def test_gate_and_up_in_one_matrix_are_not_counted_twice(model_type):
+    config = AutoConfig.for_model(model_type, num_hidden_layers=2, vocab_size=50, pad_token_id=0)
+    assert shape_of_config(config).width == config.intermediate_size
+
+
 @pytest.mark.parametrize("model_type", ["mamba", "mamba2", "rwkv"])
 def test_a_decoder_without_attention_is_refused(model_type):
-    from transformers import AutoConfig
-
     config = AutoConfig.for_model(model_type, num_hidden_layers=2, vocab_size=50)
     with pytest.raises(ConfigError, match=f"model_type '{model_type}'.* has no attention heads"):
         shape_of_config(config)

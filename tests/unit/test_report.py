@@ -9,7 +9,14 @@ import pytest
 from dsee_scale.passes.pools import block_matrices
 from dsee_scale.training.figures import sparsity_map, zero_shares
 from dsee_scale.training.journal import Journal, count_zeros, to_jsonable
-from dsee_scale.training.report import card_notes, headline_metric, summary_table, write_metrics, write_report
+from dsee_scale.training.report import (
+    card_notes,
+    headline_metric,
+    phase_table,
+    summary_table,
+    write_metrics,
+    write_report,
+)
 from tests.models import build, gpt2_config, moe_config
 
 pytestmark = pytest.mark.unit
@@ -237,3 +244,13 @@ def test_the_map_of_zeros_shows_every_matrix(name, config, kinds):
         assert len(of_block) > 1
         assert shares["down_proj"][1] == sum(z for z, _ in of_block) / sum(n for _, n in of_block)
     assert "mlp.c_proj" in sparsity_map(counted) or name == "experts"
+
+
+def test_the_memory_of_many_ranks_is_one_range():
+    many = journal().to_dict()
+    for phase in many["phases"]:
+        phase["peak_memory_bytes"] = [2**30 + rank * 2**24 for rank in range(64)]
+    few = journal().to_dict()
+    few["phases"][0]["peak_memory_bytes"] = [2**30, 2**30 + 1]
+    assert phase_table(many).count("1.00 to 1.98 GiB") == 4
+    assert "| 1.00 GiB " in phase_table(few) and "1.00 to 2.00 GiB" in phase_table(few)
