@@ -207,9 +207,8 @@ class StoredModel:
             if name not in self._keys:
                 files[last].append(Entry(name, (TensorSpec(name, self._dtype, shape),)))
         written = {file: entries for file, entries in files.items() if entries}
-        if (
-            len(written) == 1
-        ):  # some bases have an index of one file: without it this name alone is looked for
+        # A base may have an index of one file; without an index this name alone is looked for.
+        if len(written) == 1:
             return ExportPlan({WEIGHTS_FILE: next(iter(written.values()))})
         return ExportPlan(written)
 
