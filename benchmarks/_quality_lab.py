@@ -38,7 +38,8 @@ class Lab:
         """What a cell's numbers depend on beside its row and seed."""
         names = ("steps", "retune_steps", "rate", "num_calibration", "num_eval")
         values = {name: getattr(self.args, name) for name in names}
-        return values | {"torch": torch.__version__.split("+")[0], "masters": "float32"}
+        values |= {"torch": torch.__version__.split("+")[0], "masters": "float32"}
+        return values | {"norms": "trained" if self.args.trained_norms else "frozen"}
 
     def base(self) -> nn.Module:
         """The untuned model."""

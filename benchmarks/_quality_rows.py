@@ -83,7 +83,7 @@ def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
         alpha=ALPHA,
         num_sparse=how.num_sparse,
         target_modules=LINEARS,
-        trained_modules=("*norm",),
+        trained_modules=("*norm",) if lab.args.trained_norms else (),
         seed=seed,
     )
     tuned = lab.output / "tuned" / f"N={how.num_sparse}, {steps} steps, seed {seed}"
@@ -154,7 +154,7 @@ def _peft(lab: Lab, model: nn.Module, row: str, seed: int, *, masked: bool) -> d
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(LINEARS))
     tuned = get_peft_model(model, lora)  # type: ignore[arg-type]
     for name, param in tuned.named_parameters():
-        param.requires_grad_(param.requires_grad or "norm" in name)
+        param.requires_grad_(param.requires_grad or (lab.args.trained_norms and "norm" in name))
     share = trained_share(tuned)
     lab.train(tuned, lab.batches(seed), lab.args.steps + lab.args.retune_steps)
     found: dict[str, Any] = {"retuned": lab.quality(tuned.base_model.model), "trained_share": share}

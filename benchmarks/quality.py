@@ -8,7 +8,7 @@
     python benchmarks/quality.py --judge runs/sentiment/model [--unseen SEED]                 # exported ones alone
 
 Every row of a seed starts from the same weights and batches and gets as many steps in all as dense LoRA (PEFT), at
-most 1% of the parameters trained: rank 4 on all linear layers and the norms. The tuned start of a seed is shared.
+most 1% of the parameters trained: rank 4 on all linear layers. The tuned start of a seed is shared.
 Each finished cell is kept in --cells, so the script may be stopped and goes on; those that the docs' tables are of are
 in benchmarks/quality_cells. With --plot it draws what is there and prints its tables.
 Exported models are judged in stock transformers, zeros are counted in their files. One process, any device.
@@ -80,6 +80,9 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=30, help="of tune")
     arguments.add_argument("--retune_steps", type=int, default=60)
     arguments.add_argument("--rate", type=float, help="highest learning rate; default: the job's")
+    arguments.add_argument(
+        "--trained_norms", action="store_true", help="train the norms besides the adapters, in every row"
+    )
     arguments.add_argument(
         "--num_calibration", type=int, help="training rows that a pruning looks at; default: the job's"
     )
