@@ -1,4 +1,4 @@
-"""The part of a model hub's HTTP API that an upload speaks to, on this machine, with faults on request."""
+"""The part of a model hub's HTTP API that a push speaks to, on this machine, with faults on request."""
 
 from __future__ import annotations
 
@@ -98,6 +98,9 @@ def running_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             address = f"http://127.0.0.1:{self.server.server_address[1]}"
             path = self.path.partition("?")[0]
+            if "/resolve/" in path:
+                self._send_file(path)
+                return
             if not path.startswith("/blobs/") and self.headers.get("Authorization") != "Bearer secret":
                 status, value = 401, {"error": "who are you?"}
             else:
@@ -109,14 +112,28 @@ def running_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
             self.end_headers()
             self.wfile.write(content)
 
-        do_GET = do_POST = do_PUT = handle_any  # noqa: N815 (the names that its parent calls)
+        def _send_file(self, path: str) -> None:
+            repo, _, place = path.strip("/").partition("/resolve/")
+            content = hub.repos[repo][place.partition("/")[2]]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", place.partition("/")[0])
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_GET = do_POST = do_PUT = do_HEAD = handle_any  # noqa: N815 (the names that its parent calls)
 
         def log_message(self, *_: object) -> None:
             """Nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "secret")

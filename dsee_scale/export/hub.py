@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsee_scale.checkpoint.adapter_file import KIND as ADAPTER
 from dsee_scale.checkpoint.files import MANIFEST, read_json
@@ -20,9 +20,10 @@ from dsee_scale.export.export import BASE_FOLDER
 from dsee_scale.export.lora import KIND as LORA
 from dsee_scale.export.report import KIND as EXPORT
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
 KINDS = (EXPORT, LORA, ADAPTER)
-OURS = re.compile(r"(.*/)?(dsee_[^/]*|[^/]*\.safetensors|[^/]*\.safetensors\.index\.json)")
-"""What an earlier push left and a new one replaces."""
 
 
 def push_to_hub(
@@ -61,7 +62,8 @@ def push_to_hub(
         info = api.model_info(repo)
         there = {file.rfilename for file in info.siblings or ()}
         _reject_foreign(repo, there)
-        gone = sorted(name for name in there - files.keys() if OURS.fullmatch(name))
+        earlier = _earlier_files(api, repo, info.sha) if MANIFEST in there else set()
+        gone = sorted((earlier & there) - files.keys())
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
         operations += [CommitOperationDelete(name) for name in gone]
         message = f"{stored.kind} by dsee_scale"
@@ -138,6 +140,13 @@ def _reject_foreign(repo: str, there: set[str]) -> None:
         raise ConfigError(
             f"{repo} holds files that dsee_scale did not push ({', '.join(foreign[:3])}); choose another repository"
         )
+
+
+def _earlier_files(api: HfApi, repo: str, commit: str | None) -> set[str]:
+    """Names of what an earlier push left there, by its manifest; others in the repository aren't ours to delete."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = read_json(Path(api.hf_hub_download(repo, MANIFEST, revision=commit, cache_dir=folder)))
+    return set(found.get("files", ()))
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

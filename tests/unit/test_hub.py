@@ -55,15 +55,19 @@ def test_an_export_is_one_commit_that_loads_and_replaces_what_was_pushed_before(
 ):
     hub.repos["me/tuned"] = {
         ".gitattributes": b"",
-        "dsee_manifest.json": b"{}",
+        "dsee_manifest.json": b'{"files": {"model-00007-of-00009.safetensors": {}, "config.json": {}, "old.json": {}}}',
         "model-00007-of-00009.safetensors": b"old",
+        "config.json": b"old",
+        "old.json": b"old",
         "notes.txt": b"mine",
+        "onnx/model.safetensors": b"mine",
     }
     assert main(["push", str(folders / "model"), "me/tuned"]) == 0
     assert "/me/tuned/commit/" in capsys.readouterr().out
-    assert hub.commits == {"me/tuned": 1}
-    assert "model-00007-of-00009.safetensors" not in hub.repos["me/tuned"]
-    assert hub.repos["me/tuned"]["notes.txt"] == b"mine"
+    assert not {"model-00007-of-00009.safetensors", "old.json"} & hub.repos["me/tuned"].keys()
+    assert hub.repos["me/tuned"]["notes.txt"] == hub.repos["me/tuned"]["onnx/model.safetensors"] == b"mine"
+    assert main(["push", str(folders / "model"), "me/tuned"]) == 0
+    assert hub.repos["me/tuned"]["onnx/model.safetensors"] == b"mine"
     there = pulled(hub, "me/tuned", tmp_path / "there")
     open_folder(there, ("export",)).verify_all()
     ids = token_batch()
