@@ -23,6 +23,7 @@ from dsee_scale.config import SCORES, PruneConfig
 from dsee_scale.errors import ConfigError, RunError, TargetError
 from dsee_scale.export.export import BASE_FOLDER, save_base
 from dsee_scale.partition import open_partition
+from dsee_scale.pruning.checks import check_in_order
 from dsee_scale.pruning.prune import prune
 from dsee_scale.pruning.schedule import CubicSchedule, schedule_problems
 from dsee_scale.training.base_trainer import GradientCallback, log_within_step
@@ -123,14 +124,15 @@ class DSEECallback(GradientCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Fix the steps; prune at once where the training is to begin with it."""
+        """Fix the steps, refuse what can't be pruned then; prune at once where the training is to begin with it."""
         if self._trainer is None:
             raise ConfigError(
                 "DSEECallback was added to a finished Trainer; give it as callbacks=[DSEECallback(...)]"
             )
         open_partition(self._trainer.model_wrapped)  # refuses what is split in a way that no pass knows
         super().on_train_begin(args, state, control, model=model, **kwargs)
-        steps = [event.step for event in self._planned(state.max_steps)]
+        events = self._planned(state.max_steps)
+        steps = [event.step for event in events]
         if steps and steps[-1] >= state.max_steps:
             raise ConfigError(
                 f"the model is to be pruned at step {steps[-1]}, and training ends at step {state.max_steps}: "
@@ -139,6 +141,8 @@ class DSEECallback(GradientCallback):
         started = state.global_step
         # A checkpoint of a step holds what was removed at it.
         self._steps = [step for step in steps if step > started or step == started == 0]
+        for event in events[len(events) - len(self._steps) :]:
+            check_in_order(self._trainer.model, event.configs)
         self._inputs.clear()
         self._watch_inputs()
         if started and self._hook is not None:

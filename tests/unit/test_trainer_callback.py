@@ -331,6 +331,14 @@ def test_what_makes_no_sense_is_refused(tmp_path):
     dsee_scale.inject(model, CONFIG)
     with pytest.raises(ConfigError, match="so that it is retuned"):
         trainer_of(model, tmp_path, DSEECallback(PruneConfig(score="W"), 6)).train()
+    for impossible, words in (
+        (dict(modules=("absent",)), "absent"),
+        (dict(pattern="heads", num_per_layer=9), "heads"),
+    ):
+        late = trainer_of(model, tmp_path, DSEECallback(PruneConfig(score="W", **impossible), 3))
+        with pytest.raises((ConfigError, TargetError), match=words):
+            late.train()
+        assert late.state.global_step == 0
     late = trainer_of(model, tmp_path, DSEECallback())
     late.add_callback(DSEECallback(PruneConfig(score="W"), 3))
     with pytest.raises(ConfigError, match="finished Trainer"):
