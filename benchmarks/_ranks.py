@@ -50,18 +50,15 @@ def launch(
                 "MALLOC_TRIM_THRESHOLD_": "0",
                 "MALLOC_PERTURB_": "1",
             }
-        running = [
-            subprocess.Popen(
-                command,
-                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-            )
-            for rank in range(processes)
-        ]
-        errors = [process.communicate()[1] for process in running]
-        if any(process.returncode for process in running):
-            raise SystemExit("\n".join(error.decode()[-2000:] for error in errors))
+        running, errors = [], [Path(f"{folder}/errors.{rank}") for rank in range(processes)]
+        for rank, path in enumerate(errors):
+            with path.open("wb") as file:  # a pipe that nobody empties yet would stop a rank, and with it all
+                environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                running.append(
+                    subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=file)
+                )
+        if any([process.wait() for process in running]):
+            raise SystemExit("\n".join(path.read_text(errors="replace")[-2000:] for path in errors))
         return [json.loads(Path(f"{folder}/result.{rank}").read_text()) for rank in range(processes)]
 
 
