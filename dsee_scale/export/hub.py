@@ -14,7 +14,7 @@ from dsee_scale.checkpoint.files import MANIFEST, read_json
 from dsee_scale.checkpoint.folder import StoredFolder, open_folder
 from dsee_scale.checkpoint.lora_folder import CONFIG_NAME as LORA_CONFIG
 from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord
-from dsee_scale.errors import ConfigError, DSEEError
+from dsee_scale.errors import ConfigError, DSEEError, FormatError
 from dsee_scale.export.card import CARD_FILE, adapter_card, is_hub_id, moved_card
 from dsee_scale.export.export import BASE_FOLDER
 from dsee_scale.export.lora import KIND as LORA
@@ -145,7 +145,13 @@ def _reject_foreign(repo: str, there: set[str]) -> None:
 def _earlier_files(api: HfApi, repo: str, commit: str | None) -> set[str]:
     """Names of what an earlier push left there, by its manifest; others in the repository aren't ours to delete."""
     with tempfile.TemporaryDirectory() as folder:
-        found = read_json(Path(api.hf_hub_download(repo, MANIFEST, revision=commit, cache_dir=folder)))
+        try:
+            found = read_json(Path(api.hf_hub_download(repo, MANIFEST, revision=commit, cache_dir=folder)))
+        except FormatError as error:
+            raise ConfigError(
+                f"{MANIFEST} in {repo} cannot be read, so what an earlier push left there is not known: delete it "
+                "there, with the files of the old model, or choose another repository"
+            ) from error
     return set(found.get("files", ()))
 
 

@@ -132,16 +132,16 @@ class DSEECallback(GradientCallback):
         open_partition(self._trainer.model_wrapped)  # refuses what is split in a way that no pass knows
         super().on_train_begin(args, state, control, model=model, **kwargs)
         events = self._planned(state.max_steps)
-        steps = [event.step for event in events]
-        if steps and steps[-1] >= state.max_steps:
+        if events and events[-1].step >= state.max_steps:
             raise ConfigError(
-                f"the model is to be pruned at step {steps[-1]}, and training ends at step {state.max_steps}: "
+                f"the model is to be pruned at step {events[-1].step}, and training ends at step {state.max_steps}: "
                 "prune earlier, so that it is retuned"
             )
         started = state.global_step
         # A checkpoint of a step holds what was removed at it.
-        self._steps = [step for step in steps if step > started or step == started == 0]
-        for event in events[len(events) - len(self._steps) :]:
+        coming = [event for event in events if event.step > started or event.step == started == 0]
+        self._steps = [event.step for event in coming]
+        for event in coming:
             check_in_order(self._trainer.model, event.configs)
         self._inputs.clear()
         self._watch_inputs()

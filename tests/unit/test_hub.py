@@ -64,6 +64,7 @@ def test_an_export_is_one_commit_that_loads_and_replaces_what_was_pushed_before(
     }
     assert main(["push", str(folders / "model"), "me/tuned"]) == 0
     assert "/me/tuned/commit/" in capsys.readouterr().out
+    assert hub.commits == {"me/tuned": 1}
     assert not {"model-00007-of-00009.safetensors", "old.json"} & hub.repos["me/tuned"].keys()
     assert hub.repos["me/tuned"]["notes.txt"] == hub.repos["me/tuned"]["onnx/model.safetensors"] == b"mine"
     assert main(["push", str(folders / "model"), "me/tuned"]) == 0
@@ -113,6 +114,9 @@ def test_what_must_not_be_pushed_is_refused(hub, folders, tmp_path, capsys):
     hub.repos["me/theirs"] = {"pytorch_model.bin": b"theirs"}
     assert main(["push", str(folders / "model"), "me/theirs"]) == 1
     assert "files that dsee_scale did not push (pytorch_model.bin)" in capsys.readouterr().err
+    hub.repos["me/damaged"] = {"dsee_manifest.json": b"{"}
+    assert main(["push", str(folders / "model"), "me/damaged"]) == 1
+    assert "dsee_manifest.json in me/damaged cannot be read" in capsys.readouterr().err
     assert main(["push", str(folders / "base"), "me/x"]) == 1
     assert "expected a folder that dsee_scale saved" in capsys.readouterr().err
     broken = tmp_path / "broken"
@@ -120,7 +124,7 @@ def test_what_must_not_be_pushed_is_refused(hub, folders, tmp_path, capsys):
     (broken / "config.json").write_text((broken / "config.json").read_text().replace("40", "41"))
     assert main(["push", str(broken), "me/x"]) == 1
     assert "config.json is damaged" in capsys.readouterr().err
-    assert set(hub.repos) == {"me/theirs"} and hub.commits == {}
+    assert set(hub.repos) == {"me/theirs", "me/damaged"} and hub.commits == {}
 
 
 def test_export_pushes_what_it_wrote(hub, folders, tmp_path):
