@@ -45,6 +45,7 @@ class Ours:
 HALF = {"sparsity": 0.5, "block_steps": 64}
 TWO_OF_FOUR = {"pattern": "2:4", "block_steps": 96}
 UNITS = [{"pattern": "heads", "num_per_layer": 3}, {"pattern": "neurons", "num_per_layer": 384}]
+"""27% of the block weights."""
 OURS = {
     "ours, 50%": Ours([HALF]),
     "ours, 2:4": Ours([TWO_OF_FOUR]),
@@ -64,7 +65,12 @@ OURS = {
         cuts=[([{"sparsity": 0.25}], 15), ([{"sparsity": 0.375}], 15), ([{"sparsity": 0.5}], 30)]
     ),
     "ours, 50%, wanda alone": Ours([{"sparsity": 0.5, "refit": False}]),
-    "ours, a third of the heads, a quarter of the neurons": Ours(UNITS),
+    "ours, a third of the heads, a quarter of the neurons": Ours(
+        [{**each, "block_steps": 64} for each in UNITS]
+    ),
+    "ours, a third of the heads, a quarter of the neurons, not re-fitted": Ours(
+        [{**each, "refit": False} for each in UNITS]
+    ),
     "magnitude, 50%, update beside the mask": Ours([{"sparsity": 0.5, "score": "W", "mask_update": False}]),
 }
 COMPRESSOR = {

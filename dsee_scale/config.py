@@ -195,7 +195,8 @@ class PruneConfig(JsonConfig):
     refit: bool | None = None
     """Solve the remaining weights again, block by block, so that each pruned layer does what the tuned one did;
     the solver chooses what goes by its own activation-aware criterion, and W + D becomes the new frozen weight.
-    None means yes for score `wanda` with pattern `unstructured` or N:M."""
+    Of heads and neurons the score chooses, and the others are solved to make up for them.
+    None means yes for score `wanda`."""
     block_steps: int = 0
     """Steps of Adam that `refit` then gives a block's remaining weights, one batch from every rank each, so that the
     block's output meets the tuned model's there. For patterns that cost much, such as 2:4. Every rank holds 17 bytes
@@ -288,13 +289,13 @@ class PruneConfig(JsonConfig):
     def _settle_refit(self) -> list[str]:
         """On by default wherever it can be done; refuse it where it can't."""
         if self.refit is None:
-            object.__setattr__(self, "refit", self.score == "wanda" and not self.removes_units)
+            object.__setattr__(self, "refit", self.score == "wanda")
         if not self.refit:
             return [] if not self.block_steps else ["block_steps goes with refit; leave it out, or refit"]
         problems = []
-        if self.removes_units:
-            problems.append(f"refit goes with pattern 'unstructured' or N:M, found {self.pattern!r}")
-        if self.score != "wanda":
+        if self.pattern == "experts":
+            problems.append("refit does not go with pattern 'experts'; leave it out")
+        if self.score != "wanda" and not self.removes_units:
             problems.append(f"refit chooses by activations; leave score {self.score!r} out, or refit")
         return problems
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from dsee_scale.algorithms.score import all_finite
-from dsee_scale.algorithms.sweep import Chooser, Count, Groups, Parts, Removal, chooser_for, sweep_
+from dsee_scale.algorithms.sweep import Chooser, Count, Groups, Leading, Parts, Removal, chooser_for, sweep_
 
 DAMPING = 0.1
 """Of the mean diagonal. Ahead of the usual 1% in the measurement above."""
@@ -194,6 +194,8 @@ def _check(weight_OI: Tensor, gram_II: Tensor, removal: Removal | None) -> None:
         or not all(0 <= count <= rows * inputs for rows, count in removal.counts)
     ):
         raise ValueError(f"{removal} does not fit a weight with {outputs} outputs and {inputs} inputs")
+    if isinstance(removal, Leading) and not 0 <= removal.num_inputs <= inputs:
+        raise ValueError(f"{removal} does not fit a weight with {inputs} inputs")
     if isinstance(removal, Count):
         total = inputs if removal.scope == "row" else outputs * inputs
         if not 0 <= removal.num_remove <= total:

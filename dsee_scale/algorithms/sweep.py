@@ -68,6 +68,17 @@ class Groups:
     m: int
 
 
+@dataclass(frozen=True)
+class Leading:
+    """The first inputs go whole, such as those of heads or neurons; the others are then solved exactly.
+
+    Attributes:
+        num_inputs: how many.
+    """
+
+    num_inputs: int
+
+
 def sweep_(w_IO: Tensor, gone_IO: Tensor, upper_II: Tensor, chooser: Chooser | None) -> None:
     """Solve in place."""
     diagonal = upper_II.diagonal()
@@ -188,12 +199,15 @@ class GroupChooser:
         gone_IO |= lowest_in_groups(groups, self._removal.m - self._removal.n).reshape(gone_IO.shape)
 
 
-Removal = Count | Parts | Groups
+Removal = Count | Parts | Groups | Leading
 Chooser = CountChooser | PartsChooser | GroupChooser
 
 
-def chooser_for(removal: Removal, gone_IO: Tensor) -> Chooser:
-    """What chooses, given which entries are zero already."""
+def chooser_for(removal: Removal, gone_IO: Tensor) -> Chooser | None:
+    """What chooses, given which entries are zero already; leading inputs are marked, and nothing is left to choose."""
+    if isinstance(removal, Leading):
+        gone_IO[: removal.num_inputs] = True
+        return None
     if isinstance(removal, Groups):
         return GroupChooser(removal)
     if isinstance(removal, Parts):

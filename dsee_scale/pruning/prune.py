@@ -13,6 +13,7 @@ from torch import nn
 from dsee_scale.adapters.linear import restore_under_mask
 from dsee_scale.adapters.routers import mask_routers
 from dsee_scale.adapters.state import model_state, reject_broken
+from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.config import SCORES, PruneConfig
 from dsee_scale.distributed import raise_on_all_ranks, show_progress
 from dsee_scale.errors import CalibrationError, ConfigError
@@ -21,14 +22,17 @@ from dsee_scale.passes.batches import Batches, named, reject_lone_batch, reject_
 from dsee_scale.passes.calibrate import Statistics, calibrate
 from dsee_scale.passes.coverage import Coverage
 from dsee_scale.passes.fingerprint import fingerprint
-from dsee_scale.pruning.checks import check_in_order, check_pruning, note_contents, note_pattern
+from dsee_scale.passes.pools import WeightPool
+from dsee_scale.pruning.checks import Checked, check_in_order, check_pruning, note_contents, note_pattern
 from dsee_scale.pruning.lowest import remove_in_rows, remove_lowest, remove_n_of_m
 from dsee_scale.pruning.rankings import find_rankings, reject_not_finite
 from dsee_scale.pruning.refit.sweep import check_refit, refit
-from dsee_scale.pruning.unit_scores import expert_scores
-from dsee_scale.pruning.units import remove_units
+from dsee_scale.pruning.unit_scores import expert_scores, unit_scores
+from dsee_scale.pruning.units import UnitPlan, choose_units, zero_units
 
 logger = logging.getLogger(__name__)
+
+Counts = dict[str, tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +48,9 @@ class PruneReport:
         coverage: how much of the blocks the matrices are; of a sequence, those of the last pruning.
     """
 
-    matrices: dict[str, tuple[int, int]]
+    matrices: Counts
     seconds: float
-    units: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    units: Counts = dataclasses.field(default_factory=dict)
     by_magnitude: tuple[str, ...] = ()
     coverage: Coverage | None = None
 
@@ -151,7 +155,7 @@ def prune(
     _reject_uncalibrated(configs, calibration)
     if len(configs) > 1:
         _check_all(model, configs)
-        if isinstance(calibration, list) and any(SCORES[each.score].activations for each in configs):
+        if isinstance(calibration, list) and any(map(_looks_at_activations, configs)):
             reject_uncounted(calibration, open_partition(module))
     with uncompiled(model):
         report = _prune_once(model, configs[0], calibration, progress)
@@ -163,7 +167,12 @@ def prune(
 
 def _reject_uncalibrated(configs: Sequence[PruneConfig], calibration: Statistics | Batches | None) -> None:
     """Local, alike on all ranks but for an empty list, which `calibrate` refuses on all."""
-    wanting = [config for config in configs if SCORES[config.score].activations]
+    wanting = [config for config in configs if _looks_at_activations(config)]
+    if wanting and calibration is None and wanting[0].refit and not SCORES[wanting[0].score].activations:
+        raise CalibrationError(
+            "refit solves for what the layers do on calibration data: pass calibration=batches, an iterable of the "
+            "model's inputs (128 sequences are plenty), or set refit=False. Nothing was removed"
+        )
     if wanting and calibration is None:
         other = "random" if wanting[0].pattern == "experts" else "W"
         raise CalibrationError(
@@ -183,6 +192,10 @@ def _reject_uncalibrated(configs: Sequence[PruneConfig], calibration: Statistics
             "the statistics are valid only for the first of several prunings: pass calibration=batches, so that each "
             "one sees the model that the one before it left. Nothing was removed"
         )
+
+
+def _looks_at_activations(config: PruneConfig) -> bool:
+    return bool(config.refit) or SCORES[config.score].activations
 
 
 def _check_all(model: nn.Module, configs: Sequence[PruneConfig]) -> None:
@@ -210,45 +223,85 @@ def _prune_once(
     plan, pools = checked.plan, checked.pools
     reject_not_finite(pools, partition)
     model_state(module).prunings += 1
+    units: Counts = {}
+    if plan:
+        units, few = _remove_units(model, plan, config, calibration, partition, progress)
+        matrices = _counts(pools, partition)
+    elif config.refit:
+        assert calibration is not None and not isinstance(calibration, Statistics)
+        few = refit(model, pools, config, calibration, checked.removed, partition, progress=progress)
+        matrices = _counts(pools, partition)
+    else:
+        matrices, few = _remove_entries(model, checked, config, calibration, partition, progress)
+    seconds = time.perf_counter() - started
+    report = PruneReport(matrices, seconds, units, tuple(few), checked.coverage)
+    if partition.rank == 0:
+        logger.info("%s", report)
+    return report
+
+
+def _remove_units(
+    model: nn.Module,
+    plan: UnitPlan,
+    config: PruneConfig,
+    calibration: Statistics | Batches | None,
+    partition: Partition,
+    progress: bool | None,
+) -> tuple[Counts, list[str]]:
+    """Collective. Heads, neurons or experts: those that are gone of each layer; matrices scored or left as by |W|."""
+    module, pools = unwrap(model), [plan.pool]
+    statistics = _statistics(model, config, calibration, partition, progress)
+    if config.pattern == "experts":
+        scores = expert_scores(plan.layers, config, statistics)
+    else:
+        scores = unit_scores(plan.layers, find_rankings(pools, config, partition, statistics), partition)
+    chosen = choose_units(plan, scores)
+    few = _unreached(pools, statistics) if config.pattern != "experts" else []
     if config.refit:
         assert calibration is not None and not isinstance(calibration, Statistics)
-        matrices, few = refit(
-            model, pools, config, calibration, checked.removed, partition, progress=progress
-        )
-        seconds = time.perf_counter() - started
-        return _reported(
-            PruneReport(matrices, seconds, by_magnitude=tuple(few), coverage=checked.coverage), partition
-        )
-    statistics = _statistics(model, config, calibration, partition, progress)
-    units: dict[str, tuple[int, int]] = {}
-    if plan and config.pattern == "experts":
-        scores = expert_scores(plan.layers, config, statistics)
-        matrices, units = remove_units(model, module, plan, {}, partition, scores)
+        few += refit(model, pools, config, calibration, {}, partition, chosen, progress=progress)
+    else:
+        zero_units(model, chosen, partition)
+    if config.pattern == "experts":
         mask_routers(module, partition.shape)
-        return _reported(
-            PruneReport(matrices, time.perf_counter() - started, units, coverage=checked.coverage), partition
-        )
+    return {f"{each.layer.name} {each.layer.kind}": each.counts for each in chosen}, [*dict.fromkeys(few)]
+
+
+def _remove_entries(
+    model: nn.Module,
+    checked: Checked,
+    config: PruneConfig,
+    calibration: Statistics | Batches | None,
+    partition: Partition,
+    progress: bool | None,
+) -> tuple[Counts, list[str]]:
+    """Collective. Single entries, and nothing else changes: zeros of each matrix; matrices that no token reached."""
+    module, pools = unwrap(model), checked.pools
+    statistics = _statistics(model, config, calibration, partition, progress)
     rankings = find_rankings(pools, config, partition, statistics)
-    if plan:
-        matrices, units = remove_units(model, module, plan, rankings, partition)
-    elif config.n_of_m:
+    if config.n_of_m:
         matrices = remove_n_of_m(pools, rankings, config.n_of_m, partition, checked.removed)
     elif config.scope == "row":
         matrices = remove_in_rows(pools, rankings, partition)
     else:
         matrices = remove_lowest(pools, rankings, partition, hidden=not show_progress(progress))
-    if not plan:
-        note_pattern(module, pools, config)
-        restore_under_mask(module)
-    unseen = [] if statistics is None else [name for name in matrices if not statistics.reached(name)]
-    seconds = time.perf_counter() - started
-    return _reported(PruneReport(matrices, seconds, units, tuple(unseen), checked.coverage), partition)
+    note_pattern(module, pools, config)
+    restore_under_mask(module)
+    return matrices, _unreached(pools, statistics)
 
 
-def _reported(report: PruneReport, partition: Partition) -> PruneReport:
-    if partition.rank == 0:
-        logger.info("%s", report)
-    return report
+def _unreached(pools: Sequence[WeightPool], statistics: Statistics | None) -> list[str]:
+    names = [member.name for pool in pools for member in pool.members]
+    return [] if statistics is None else [name for name in names if not statistics.reached(name)]
+
+
+def _counts(pools: Sequence[WeightPool], partition: Partition) -> Counts:
+    """Collective. Zeros and entries of each matrix."""
+    members = [member for pool in pools for member in pool.members]
+    shards = [member.shard(partition).data for member in members]
+    zeros = torch.tensor([shard.numel() - count_nonzero(shard) for shard in shards])
+    counts = zip(members, partition.sum_over_shards(zeros).tolist(), strict=True)
+    return {member.name: (count, member.numel) for member, count in counts}
 
 
 def _statistics(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,20 +20,17 @@ from torch import Tensor, nn
 from dsee_scale.adapters.removed_units import record_removed, removed_units
 from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.units import Kind, Part, UnitLayer, find_units
-from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.patterns import (
     lowest_units,
     lowest_units_overall,
 )
-from dsee_scale.algorithms.score import Ranking
 from dsee_scale.config import SCORES, PruneConfig
 from dsee_scale.errors import ConfigError, TargetError
-from dsee_scale.partition import Partition
+from dsee_scale.partition import Partition, unwrap
 from dsee_scale.passes.pools import WeightPool
-from dsee_scale.pruning.unit_scores import covered_outputs, unit_scores
+from dsee_scale.pruning.unit_scores import covered_outputs
 from dsee_scale.pruning.zero_lines import Lines, check_reachable, zero_lines
 
-Counts = dict[str, tuple[int, int]]
 _FIRST = -(2**62)
 """Score of a unit that is gone already: it goes first, so that removing more is cumulative."""
 ALIGNMENT = 16
@@ -57,6 +54,26 @@ class UnitPlan:
     budget: list[int]
     floor: int | None
     pool: WeightPool
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenUnits:
+    """What goes of one layer.
+
+    Attributes:
+        layer: its units.
+        before: (U,) bool, what earlier prunings removed.
+        gone: (U,) bool, what is gone afterwards, that included.
+    """
+
+    layer: UnitLayer
+    before: Tensor
+    gone: Tensor
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Heads, neurons or experts that are gone, and all."""
+        return int(self.gone.sum()) * self.layer.unit_size, self.layer.size
 
 
 def plan_units(
@@ -92,53 +109,31 @@ def check_units_reachable(model: nn.Module, plan: UnitPlan) -> None:
     check_reachable(model, [p for layer in plan.layers for part in layer.parts for p in _touched(part)])
 
 
-@torch.no_grad()
-def remove_units(
-    model: nn.Module,
-    module: nn.Module,
-    plan: UnitPlan,
-    rankings: dict[str, Ranking],
-    partition: Partition,
-    known: list[Tensor] | None = None,
-) -> tuple[Counts, Counts]:
-    """Collective. Choose the units that go and zero them; zeros and entries by matrix, gone and all by layer.
-
-    Peak extra memory per rank: a few blocks, and one int64 for each row or column of one matrix.
-
-    Args:
-        model: what `prune` was given.
-        module: the same, unwrapped.
-        plan: what goes.
-        rankings: how each matrix is ranked.
-        partition: the ranks.
-        known: (U,) int64 scores of each layer, where they don't come from its matrices.
-    """
-    gone = _choose(plan, unit_scores(plan.layers, rankings, partition) if known is None else known)
-    chosen = list(zip(plan.layers, gone, strict=True))
-    zero_lines(model, partition, [one for layer, units in chosen for one in _lines(layer, units)])
-    for layer, units in chosen:
-        record_removed(module, layer, units)
-    shards = [member.shard(partition).data for member in plan.pool.members]
-    zeros = torch.tensor([shard.numel() - count_nonzero(shard) for shard in shards])
-    counts = zip(plan.pool.members, partition.sum_over_shards(zeros).tolist(), strict=True)
-    layers = {
-        f"{layer.name} {layer.kind}": (int(units.sum()) * layer.unit_size, layer.size)
-        for layer, units in chosen
-    }
-    return {member.name: (count, member.numel) for member, count in counts}, layers
-
-
-def _choose(plan: UnitPlan, found: list[Tensor]) -> list[Tensor]:
-    """(U,) bool of each layer: what is gone afterwards, earlier prunings included."""
-    ranked = [scores.masked_fill(gone, _FIRST) for scores, gone in zip(found, plan.gone, strict=True)]
+def choose_units(plan: UnitPlan, scores: list[Tensor]) -> list[ChosenUnits]:
+    """What goes of each layer, given the (U,) int64 scores of each: the lowest. Local."""
+    ranked = [found.masked_fill(gone, _FIRST) for found, gone in zip(scores, plan.gone, strict=True)]
     if plan.floor is not None:
         chosen = lowest_units_overall(ranked, plan.budget[0], plan.floor)
     else:
         chosen = [
-            torch.cat([lowest_units(run, count // layer.groups) for run in scores.chunk(layer.groups)])
-            for layer, scores, count in zip(plan.layers, ranked, plan.budget, strict=True)
+            torch.cat([lowest_units(run, count // layer.groups) for run in found.chunk(layer.groups)])
+            for layer, found, count in zip(plan.layers, ranked, plan.budget, strict=True)
         ]
-    return [units | gone for units, gone in zip(chosen, plan.gone, strict=True)]
+    return [
+        ChosenUnits(layer, gone, units | gone)
+        for layer, gone, units in zip(plan.layers, plan.gone, chosen, strict=True)
+    ]
+
+
+@torch.no_grad()
+def zero_units(model: nn.Module, chosen: Sequence[ChosenUnits], partition: Partition) -> None:
+    """Collective. Zero these units' rows, columns, biases and shares of the adapters, and record them as gone.
+
+    Peak extra memory per rank: a few blocks, and one int64 for each row or column of one matrix.
+    """
+    zero_lines(model, partition, [one for each in chosen for one in _lines(each.layer, each.gone)])
+    for each in chosen:
+        record_removed(unwrap(model), each.layer, each.gone)
 
 
 def _touched(part: Part) -> list[nn.Parameter]:

@@ -485,7 +485,7 @@ def test_refit_outside_of_the_blocks_is_refused():
     ("settings", "words"),
     [
         (dict(refit=True, score="W"), "refit chooses by activations"),
-        (dict(refit=True, pattern="heads"), "'unstructured' or N:M, found 'heads'"),
+        (dict(refit=True, pattern="experts"), "refit does not go with pattern 'experts'"),
         (dict(scope="row", pattern="2:4"), "scope 'row' goes with pattern 'unstructured'"),
         (dict(pattern="heads", num_per_layer=1, sparsity=0.5), "num_per_layer says how many"),
         (dict(pattern="1:4", sparsity=0.5), "means a sparsity of 0.75"),

@@ -169,11 +169,9 @@ def request_for(pieces: Sequence[Piece]) -> Request:
     )
 
 
-def whole_matrices(jobs: Sequence[Job], owners: Mapping[str, int]) -> Request:
-    """What an exchange with the owners asks for."""
-    return request_for(
-        [Piece(job, slice(0, job.member.outputs_by_inputs[0]), owners[job.member.name]) for job in jobs]
-    )
+def whole_pieces(jobs: Sequence[Job], owners: Mapping[str, int]) -> list[Piece]:
+    """Each matrix in one piece, at its owner."""
+    return [Piece(job, slice(0, job.member.outputs_by_inputs[0]), owners[job.member.name]) for job in jobs]
 
 
 def own_weights(
@@ -208,8 +206,8 @@ def _effective(piece: Piece, stored: Tensor, delta: Delta | None) -> Tensor:
     if delta is not None:
         start = 0 if member.transposed else piece.rows.start
         weight = weight + delta_block(delta, start, start + len(stored)).to(weight.device)
-        # What an earlier pruning removed is gone, whatever D says there.
-        weight.masked_fill_(stored == 0, 0)
+        if piece.job.zeros_stay:  # what an earlier pruning removed is gone, whatever D says there
+            weight.masked_fill_(stored == 0, 0)
     return weight.t().contiguous() if member.transposed else weight.clone()
 
 
@@ -222,31 +220,33 @@ def write_back(
     config: PruneConfig,
     partition: Partition,
 ) -> None:
-    """Collective. New weights into the shards, new supports to all ranks; S2 = 0, and without the mask B = 0 too."""
+    """Collective. New weights into the shards, new supports to all ranks; S2 = 0, and B too where BA does not go on."""
     values = {at: solved[job.member.name][0] for at, job in enumerate(jobs) if job.member.name in solved}
-    params, dealt, parts = whole_matrices(jobs, owners)
+    params, dealt, parts = request_for(whole_pieces(jobs, owners))
     partition.scatter(params, dealt, values, workspace, parts)
-    adapted = [job.member for job in jobs if job.member.adapted]
-    _share_supports(adapted, owners, solved, partition)
-    zero_lines(model, partition, _update_lines(adapted, keep_low_rank=config.mask_update))
-    for member in adapted:  # the next block's inputs come from the layer as it is trained from here on
-        train_under_mask(member.adapter, config.mask_update)
+    adapted = [job for job in jobs if job.member.adapted]
+    _share_supports([job.member for job in adapted], owners, solved, partition)
+    zero_lines(model, partition, _update_lines(adapted))
+    for job in adapted:  # the next block's inputs come from the layer as it is trained from here on
+        if job.units is None:
+            train_under_mask(job.member.adapter, config.mask_update)
 
 
-def _update_lines(members: Sequence[Matrix], *, keep_low_rank: bool) -> list[Lines]:
-    """The values of S2 of these matrices, and B."""
+def _update_lines(jobs: Sequence[Job]) -> list[Lines]:
+    """The values of S2 of these matrices, and B where BA does not go on."""
     gone: dict[str, Tensor] = {}
-    for member in members:
+    for job in jobs:
+        member, keeps = job.member, job.keeps_low_rank
         spec: AdapterSpec = member.adapter.dsee_spec
         _, b, v = (math.prod(shape) for shape in spec.shapes)
         mask = gone.setdefault(member.param_name, torch.zeros(b + v, dtype=torch.bool))
         if member.expert is None:
-            mask[b if keep_low_rank else 0 :] = True
+            mask[b if keeps else 0 :] = True
             continue
         rows, n = b // len(spec.slices), spec.num_sparse
-        mask[member.expert * rows : (member.expert + 1) * rows] = not keep_low_rank
+        mask[member.expert * rows : (member.expert + 1) * rows] = not keeps
         mask[b + member.expert * n : b + (member.expert + 1) * n] = True
-    adapters = {member.param_name: member.adapter for member in members}
+    adapters = {job.member.param_name: job.member.adapter for job in jobs}
     return [
         Lines(each.dsee_flat, 1, gone[name], (1, len(gone[name])), math.prod(each.dsee_spec.shapes[0]))
         for name, each in adapters.items()

@@ -13,12 +13,25 @@ from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.decompose import Support, find_support
 from dsee_scale.algorithms.delta import AdapterSpec, Delta, low_rank_block
 from dsee_scale.algorithms.refit import Factor, sparsegpt, to_storage
-from dsee_scale.algorithms.sweep import Count, Groups, Removal
+from dsee_scale.algorithms.sweep import Count, Groups, Leading, Removal
 from dsee_scale.config import DSEEConfig, PruneConfig
 from dsee_scale.passes.decompose_model import seeded
 
 PASSES = 8_000
 """From the solver's times in `benchmarks/calibration.py`; for a square matrix of 2,048 they are a third of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """What heads or neurons take of one matrix.
+
+    Attributes:
+        num_inputs: how many of its inputs, the first of those that are left.
+        outputs: (O,) bool, which of its outputs; None for none.
+    """
+
+    num_inputs: int = 0
+    outputs: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,6 +45,9 @@ class Job:
         left: (K,) inputs that are still there, where heads or neurons took some; None for all.
         outputs: (O,) float32, what an error in each output counts; None for all alike.
         tokens: for each batch that counts, (T,) float32, what an error at each token counts; None for all alike.
+        units: heads or neurons that go of it; None where single entries do.
+        zeros_stay: whether the weight's zeros are a pattern, whatever D says there.
+        keeps_low_rank: whether the adapter goes on with BA, for which the frozen weight leaves room.
     """
 
     member: Matrix
@@ -40,6 +56,14 @@ class Job:
     left: Tensor | None
     outputs: Tensor | None = None
     tokens: Sequence[Tensor] | None = None
+    units: Units | None = None
+    zeros_stay: bool = True
+    keeps_low_rank: bool = True
+
+    @property
+    def is_solved(self) -> bool:
+        """Whether entries that stay make up for others of the same output; not where whole outputs go."""
+        return self.units is None or self.units.outputs is None
 
     def gram_of_left(self, gram_II: Tensor) -> Tensor:
         """(K, K) its input's Gram matrix, of the inputs that are still there."""
@@ -62,20 +86,17 @@ def factor_cost(inputs: int) -> int:
     return 2 * inputs**3 // 3
 
 
-def settle(
-    module: nn.Module, job: Job, solved: Tensor, delta: Delta | None, config: PruneConfig
-) -> tuple[Tensor, Support | None]:
+def settle(module: nn.Module, job: Job, solved: Tensor, delta: Delta | None) -> tuple[Tensor, Support | None]:
     """Local. The new weight as stored, and the adapter's new support.
 
-    What is solved is the effective weight. Trained on under the mask, the adapter keeps BA, so the frozen weight is
-    what is solved less BA; without the mask BA would bring removed entries back, and it starts again at zero.
+    What is solved is the effective weight. Where the adapter keeps BA, the frozen weight is what is solved less BA;
+    beside the mask BA would bring removed entries back, and it starts again at zero.
 
     Args:
         module: the model, for the adapters' settings.
         job: the matrix.
         solved: (O, I) float32, what `solve` found; overwritten.
         delta: the adapter's update; None for none.
-        config: `mask_update`.
     """
     member = job.member
     if member.transposed:
@@ -86,7 +107,7 @@ def settle(
         settings = model_state(module).config
         assert settings is not None
         support = _new_support(member, stored.t().contiguous() if member.transposed else stored, settings)
-        if config.mask_update:
+        if job.keeps_low_rank:
             kept = solved != 0
             solved -= low_rank_block(delta, 0, len(solved)).to(solved)
             stored = to_storage(solved.masked_fill_(~kept, 0), member.param.dtype)
@@ -94,8 +115,10 @@ def settle(
     return stored, support
 
 
-def removal_of(job: Job, config: PruneConfig) -> Count | Groups:
+def removal_of(job: Job, config: PruneConfig) -> Count | Groups | Leading:
     """What goes of a matrix."""
+    if job.units is not None:
+        return Leading(job.units.num_inputs)
     if config.n_of_m:
         return Groups(*config.n_of_m)
     outputs, inputs = job.member.outputs_by_inputs

@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 
 from dsee_scale.adapters.matrices import Matrix
 from dsee_scale.adapters.state import model_state, reject_broken
-from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.decompose import Support
 from dsee_scale.algorithms.delta import Delta
 from dsee_scale.config import PruneConfig
@@ -43,18 +42,19 @@ from dsee_scale.pruning.refit.block import (
     collect_grams,
     grouped,
     own_weights,
+    request_for,
     reserve,
-    whole_matrices,
+    whole_pieces,
     write_back,
 )
 from dsee_scale.pruning.refit.matrix import Job, settle
 from dsee_scale.pruning.refit.output import meet_outputs_, tuned_outputs
 from dsee_scale.pruning.refit.pieces import dealt, holders, owners_of, solve_pieces
+from dsee_scale.pruning.refit.units import note_refitted, unit_jobs, without_units
 from dsee_scale.pruning.refit.work import held, refitting_work
-from dsee_scale.pruning.sensitivity_shares import Shares, find_shares
+from dsee_scale.pruning.sensitivity_shares import find_shares
+from dsee_scale.pruning.units import ChosenUnits, zero_units
 from dsee_scale.pruning.zero_lines import check_reachable
-
-Counts = dict[str, tuple[int, int]]
 
 
 @torch.no_grad()
@@ -65,9 +65,10 @@ def refit(
     batches: Batches,
     removed: Mapping[str, Tensor],
     partition: Partition,
+    units: Sequence[ChosenUnits] = (),
     *,
     progress: bool | None = None,
-) -> tuple[Counts, list[str]]:
+) -> list[str]:
     """Collective. Prune the pools' weights and solve what stays.
 
     Peak extra memory per rank: one block's inputs; Gram matrices and the block's weights of up to
@@ -81,10 +82,11 @@ def refit(
         batches: this rank's model inputs.
         removed: what `removed_inputs` found.
         partition: port to the weights.
+        units: heads or neurons that go, where the pattern is one of these.
         progress: see `prune`.
 
     Returns:
-        Zeros and entries of each matrix; and those of experts with too few tokens, pruned by |W + D| and not solved.
+        The matrices of experts with too few tokens, pruned by |W + D| and not solved.
 
     Raises:
         CalibrationError: no batch or token, or activations that are not finite. Nothing was removed.
@@ -92,32 +94,31 @@ def refit(
         PartitionError: out of memory; the message says which blocks are done.
     """
     module = unwrap(model)
-    members = {member.name: (member, pool.sparsity) for pool in pools for member in pool.members}
     blocks = check_refit(model, pools, partition)
     done, unsolved = list[str](), list[str]()
     with evaluating(module):
-        calls, leaders, statistics = _first_inputs(model, members, blocks, batches, config, partition)
-        shares = find_shares(
-            model, pools, blocks, batches, leaders, statistics, removed, config, partition, progress=progress
-        )
-        jobs = _jobs(members, leaders, shares, removed)
+        calls, jobs = _jobs(model, pools, blocks, batches, removed, units, config, partition, progress)
         bar = tqdm(blocks, desc="refit", unit="block", disable=not show_progress(progress))
         for index, (name, block) in enumerate(bar):
             here = [job for job in jobs if job.member.name.startswith(name + ".")]
             try:
                 solved, owners, few = _solve_block(model, block, index, here, calls, config, partition)
-                workspace = reserve(whole_matrices(here, owners), config, partition)
+                workspace = reserve(request_for(whole_pieces(here, owners)), config, partition)
                 unsolved += few
                 done.append(name)  # from here on it counts as written
                 write_back(model, here, owners, solved, workspace, config, partition)
+                zero_units(model, [each for each in units if each.layer.name == name], partition)
                 del solved, workspace
                 if index + 1 < len(blocks):
                     with held(block, len(calls), config, partition):
                         advance(block, index, calls, module, partition)
             except BaseException as error:
                 raise _stopped(module, error, done) from error
-    note_pattern(module, pools, config)
-    return _counts([member for member, _ in members.values()], partition), unsolved
+    if units:
+        note_refitted(module, [job.member for job in jobs])
+    else:
+        note_pattern(module, pools, config)
+    return unsolved
 
 
 def _first_inputs(
@@ -140,13 +141,25 @@ def _first_inputs(
 
 
 def _jobs(
-    members: Mapping[str, tuple[Matrix, float]],
-    leaders: Mapping[str, str],
-    shares: Shares,
+    model: nn.Module,
+    pools: Sequence[WeightPool],
+    blocks: Sequence[tuple[str, nn.Module]],
+    batches: Batches,
     removed: Mapping[str, Tensor],
-) -> list[Job]:
-    """What each matrix loses: its share by the loss, or its pool's."""
-    return [
+    units: Sequence[ChosenUnits],
+    config: PruneConfig,
+    partition: Partition,
+    progress: bool | None,
+) -> tuple[list[Call], list[Job]]:
+    """Collective. The first block's inputs, and what each matrix loses: its units, or its share by the loss or pool."""
+    members = {member.name: (member, pool.sparsity) for pool in pools for member in pool.members}
+    calls, leaders, statistics = _first_inputs(model, members, blocks, batches, config, partition)
+    if units:
+        return calls, unit_jobs(unwrap(model), units, leaders, config)
+    shares = find_shares(
+        model, pools, blocks, batches, leaders, statistics, removed, config, partition, progress=progress
+    )
+    return calls, [
         Job(
             member,
             shares.sparsity.get(name, sparsity),
@@ -154,6 +167,7 @@ def _jobs(
             _left(removed.get(name)),
             shares.outputs.get(name),
             shares.tokens.get(leaders[name]),
+            keeps_low_rank=config.mask_update,
         )
         for name, (member, sparsity) in members.items()
     ]
@@ -191,7 +205,7 @@ def _solve_block(
     solved: dict[str, Tensor] = {}
     updates: dict[str, Delta] = {}
     unsolved: list[str] = []
-    for group in grouped(jobs, config.gram_memory_mib << 20):
+    for group in grouped([job for job in jobs if job.is_solved], config.gram_memory_mib << 20):
         names = {job.member.name for job in group}
         here = [piece for piece in pieces if piece.job.member.name in names]
         needed = holders(here, partition.world_size)
@@ -202,13 +216,15 @@ def _solve_block(
         unsolved += few
         updates |= deltas
         del grams
+    if rest := whole_pieces([job for job in jobs if not job.is_solved], owners):
+        weights, deltas = own_weights(rest, owners, config, partition)
+        solved |= {rest[i].name: without_units(rest[i].job, weight) for i, weight in weights.items()}
+        updates |= deltas
     if config.block_steps:
         meet_outputs_(model, block, index, jobs, solved, owners, calls, config, partition)
     with refitting_work(partition, config):
         settled = {
-            job.member.name: settle(
-                module, job, solved.pop(job.member.name), updates.get(job.member.name), config
-            )
+            job.member.name: settle(module, job, solved.pop(job.member.name), updates.get(job.member.name))
             for job in jobs
             if owners[job.member.name] == partition.rank
         }
@@ -218,15 +234,6 @@ def _solve_block(
 
 def _left(gone: Tensor | None) -> Tensor | None:
     return None if gone is None else (~gone).nonzero().flatten()
-
-
-def _counts(members: Sequence[Matrix], partition: Partition) -> Counts:
-    """Collective. Zeros and entries of each matrix."""
-    shards = [member.shard(partition).data for member in members]
-    zeros = partition.sum_over_shards(
-        torch.tensor([shard.numel() - count_nonzero(shard) for shard in shards])
-    )
-    return {member.name: (count, member.numel) for member, count in zip(members, zeros.tolist(), strict=True)}
 
 
 def check_refit(
