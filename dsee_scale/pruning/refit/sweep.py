@@ -114,9 +114,8 @@ def refit(
                         advance(block, index, calls, module, partition)
             except BaseException as error:
                 raise _stopped(module, error, done) from error
-    if units:
-        note_refitted(module, [job.member for job in jobs])
-    else:
+    note_refitted(module, [job.member for job in jobs])
+    if not units:
         note_pattern(module, pools, config)
     return unsolved
 
