@@ -97,8 +97,6 @@ def note_pattern(module: nn.Module, pools: Sequence[WeightPool], config: PruneCo
         how = {**pruned.get(member.param_name, {}), "pattern": config.pattern}
         if member.adapted:
             how[MASK_UPDATE] = config.mask_update
-        if config.refit:
-            how["content"] = ""
         pruned[member.param_name] = how
 
 

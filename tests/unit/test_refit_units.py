@@ -215,5 +215,7 @@ def test_an_adapter_of_a_refitted_model_belongs_to_its_new_base(tmp_path: Any) -
     with pytest.raises(dsee_scale.DSEEError, match="re-fit"):
         dsee_scale.load_adapter(build(FAMILIES["llama"][0]()), tmp_path / "adapter")
     dsee_scale.export_model(model, tmp_path / "base", delta="none")
-    fresh = dsee_scale.load_pretrained(tmp_path / "base")
-    assert fresh is not None
+    again = dsee_scale.load_pretrained(tmp_path / "base")
+    dsee_scale.load_adapter(again, tmp_path / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(again(**data[0]).logits, model(**data[0]).logits, rtol=1e-5, atol=1e-5)
