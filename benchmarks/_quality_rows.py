@@ -46,6 +46,8 @@ HALF = {"sparsity": 0.5, "block_steps": 64}
 TWO_OF_FOUR = {"pattern": "2:4", "block_steps": 96}
 UNITS = [{"pattern": "heads", "num_per_layer": 3}, {"pattern": "neurons", "num_per_layer": 384}]
 """27% of the block weights."""
+THREE_CUTS = [(0.25, 15), (0.375, 15), (0.5, 30)]
+"""Sparsity, and the steps of retune after it."""
 OURS = {
     "ours, 50%": Ours([HALF]),
     "ours, 2:4": Ours([TWO_OF_FOUR]),
@@ -62,7 +64,7 @@ OURS = {
     "ours, 2:4, without block steps": Ours([{"pattern": "2:4"}]),
     "ours, 50%, without block steps, distilled": Ours([{"sparsity": 0.5}], distilled=True),
     "ours, 50%, without block steps, in three cuts": Ours(
-        cuts=[([{"sparsity": 0.25}], 15), ([{"sparsity": 0.375}], 15), ([{"sparsity": 0.5}], 30)]
+        cuts=[([{"sparsity": share}], steps) for share, steps in THREE_CUTS]
     ),
     "ours, 50%, wanda alone": Ours([{"sparsity": 0.5, "refit": False}]),
     "ours, a third of the heads, a quarter of the neurons": Ours(
@@ -70,6 +72,9 @@ OURS = {
     ),
     "ours, a third of the heads, a quarter of the neurons, not re-fitted": Ours(
         [{**each, "refit": False} for each in UNITS]
+    ),
+    "magnitude, 50%, in three cuts": Ours(
+        cuts=[([{"sparsity": share, "score": "WABS", "refit": False}], steps) for share, steps in THREE_CUTS]
     ),
     "magnitude, 50%, update beside the mask": Ours([{"sparsity": 0.5, "score": "W", "mask_update": False}]),
 }
