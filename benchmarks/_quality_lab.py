@@ -42,8 +42,12 @@ class Lab:
         return values | {"norms": "trained" if self.args.trained_norms else "frozen"}
 
     def base(self) -> nn.Module:
-        """The untuned model."""
-        return AutoModelForCausalLM.from_pretrained(self.args.model, dtype=torch.bfloat16).to(self.device)
+        """The untuned model, on a CPU without the flash attention, whose backward in bfloat16 is slow there."""
+        attention = "eager" if self.device.type == "cpu" else None
+        model = AutoModelForCausalLM.from_pretrained(
+            self.args.model, dtype=torch.bfloat16, attn_implementation=attention
+        )
+        return model.to(self.device)
 
     def quality(self, model: nn.Module, texts: bool = False) -> dict[str, float]:
         """The job's metrics; BLEU where texts are wanted."""

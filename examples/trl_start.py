@@ -21,7 +21,12 @@ def parse_arguments(description: str | None, columns: str) -> argparse.Namespace
     parser.add_argument("--deepspeed_config", default="ds_configs/zero3_cpu.json", help="DeepSpeed JSON")
     parser.add_argument("--max_steps", type=int, default=100)
     parser.add_argument("--save_steps", type=int, default=50)
-    parser.add_argument("--prune_at", type=float, default=0.5, help="fraction of the training")
+    parser.add_argument(
+        "--prune_at",
+        type=lambda word: int(word) if word.isdecimal() else float(word),
+        default=0.5,
+        help="fraction of the training, or a whole step",
+    )
     parser.add_argument("--resume", action="store_true", help="trl_sft: go on from the last checkpoint")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher")
     return parser.parse_args()

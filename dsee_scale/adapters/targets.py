@@ -159,7 +159,8 @@ def _chosen_names(
         chosen = [name for name in everything if name in adaptable and meant(name, wanted)]
         if not chosen:
             raise TargetError(
-                f"target_modules {wanted!r} matches no linear layer{_nearest(wanted, adaptable)}"
+                f"target_modules {wanted!r} matches no linear layer: one string is a regular expression for whole "
+                f"names; names that end so are a list, [{wanted!r}]{_nearest(wanted, adaptable)}"
             )
         return chosen
     for pattern in wanted:

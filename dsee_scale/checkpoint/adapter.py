@@ -26,6 +26,7 @@ from dsee_scale.checkpoint.adapter_file import (
     stream_adapter,
 )
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, new_folder, open_folder
+from dsee_scale.checkpoint.identity import other_base
 from dsee_scale.checkpoint.lora_folder import is_lora_folder, load_lora, open_lora
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import (
@@ -42,7 +43,6 @@ from dsee_scale.checkpoint.record import (
     AdapterRecord,
     check_model,
     describe,
-    other_base,
     trained_modules,
 )
 from dsee_scale.checkpoint.tensors import (

@@ -59,7 +59,9 @@ def check_output(folder: Path, kind: str, overwrite: bool) -> None:
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
-        raise ConfigError(f"output folder {folder} is not empty; choose another one or pass overwrite=True")
+        raise ConfigError(
+            f"output folder {folder} is not empty; choose another one, or overwrite it (overwrite=True, --overwrite)"
+        )
     manifest = _manifest(folder)
     if manifest.get("format", kind) != kind:
         raise ConfigError(

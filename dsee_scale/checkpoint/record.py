@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from dsee_scale.adapters.linear import adapted_layers
@@ -19,16 +16,14 @@ from dsee_scale.adapters.targets import find_modules
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.checkpoint.files import damaged
 from dsee_scale.checkpoint.folder import StoredFolder
+from dsee_scale.checkpoint.identity import base_identity, base_label, check_base, content_mark, refit_mark
 from dsee_scale.config import DSEEConfig
 from dsee_scale.errors import ConfigError, FormatError, TargetError
 from dsee_scale.partition.port import Partition
-from dsee_scale.partition.quantized import find_codecs
 from dsee_scale.settings import type_problems
 
 CONFIG_FILE = "dsee_config.json"
 PREFIX = "dsee_"
-REFIT = "dsee_refit"
-"""In the config of a base that a re-fit left: which one it is, see `refit_mark`."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class AdapterRecord:
     @property
     def refit(self) -> str | None:
         """`refit_mark` of the model that was saved; None in what older versions wrote of a model not re-fitted."""
-        return _mark(self.pruned) or self.base.get("refit")
+        return content_mark(self.pruned) or self.base.get("refit")
 
     @property
     def kept(self) -> dict[str, int]:
@@ -206,84 +201,6 @@ def _module_record(name: str, values: Mapping[str, Any]) -> AdapterSpec:
     return record
 
 
-_VOLATILE = {
-    REFIT,
-    "transformers_version",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "use_cache",
-    "return_dict",
-    "problem_type",
-    "finetuning_task",
-    "task_specific_params",
-    "id2label",
-    "label2id",
-    "num_labels",
-    "quantization_config",
-    "gradient_checkpointing",
-    "attn_implementation",
-    "chunk_size_feed_forward",
-}
-_VOLATILE_ENDS = ("_token_id", "_pdrop", "dropout", "_dropout_prob", "layerdrop")
-_VOLATILE_STARTS = ("_", "output_")
-
-
-def base_identity(model: nn.Module) -> dict[str, Any]:
-    """Id, class, dtype, and the lasting part of the config with its SHA-256 (None for a model without one).
-
-    `full_config` is the config as transformers would write it unquantised, for an export that has no model at
-    hand; `quantization` is how the base was quantised, None for not at all; `refit` is its `refit_mark`; `blocks` is
-    `ModelState.blocks`.
-    """
-    config = getattr(model, "config", None)
-    values = lasting_config(config.to_dict()) if hasattr(config, "to_dict") else None  # type: ignore[union-attr]
-    codecs = find_codecs(model)
-    floating = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in codecs)
-    full = json.loads(config.to_json_string()) if values is not None else {}  # type: ignore[union-attr]
-    quantization = full.pop("quantization_config", None)
-    full.pop(REFIT, None)
-    return {
-        "id": getattr(config, "_name_or_path", None) or None,
-        "class": type(model).__name__,
-        "dtype": str(next(floating, torch.float32)).removeprefix("torch."),
-        "config_sha256": config_hash(values) if values is not None else None,
-        "config": values,
-        "full_config": full or None,
-        "quantization": quantization,
-        "refit": refit_mark(model),
-        "blocks": model_state(model).blocks,
-    }
-
-
-def refit_mark(model: nn.Module) -> str | None:
-    """Which re-fit left a model's frozen weights (by its own record or its config), 16 hexadecimal digits. Local."""
-    return _mark(model_state(model).pruned) or getattr(getattr(model, "config", None), REFIT, None)
-
-
-def _mark(pruned: Mapping[str, Mapping[str, Any]]) -> str | None:
-    known = {name: how["content"] for name, how in pruned.items() if "content" in how}
-    return config_hash(known)[:16] if known else None
-
-
-def lasting_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A transformers config's values, plain, without what changes from load to load."""
-    return _without_volatile(json.loads(json.dumps(values, default=str)))
-
-
-def config_hash(values: Mapping[str, Any]) -> str:
-    """SHA-256 of a config's canonical JSON."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def other_base(where: str, name: str) -> str:
-    """What to say of a base whose re-fitted weight is not the one that files were made with."""
-    return (
-        f"{where} belongs to a base whose weights were re-fitted, and {name} is another one here: load the `base` "
-        "folder of that run (or what export_model(model, folder, delta='none') wrote after the pruning)"
-    )
-
-
 def check_model(record: AdapterRecord, model: nn.Module, where: str) -> None:
     """Refuse a model whose config or re-fit is not the one that a file was made with. Local.
 
@@ -295,7 +212,7 @@ def check_model(record: AdapterRecord, model: nn.Module, where: str) -> None:
 
 
 def check_refit(record: AdapterRecord, found: str | None, where: str) -> None:
-    """Compare the re-fit that a file was made after with the one of the base at hand. Local.
+    """Compare the weights that a file was made for, by their `refit_mark`, with those of the base at hand. Local.
 
     Of a record that is re-fitted itself the contents tell, see `check_contents`.
 
@@ -304,47 +221,14 @@ def check_refit(record: AdapterRecord, found: str | None, where: str) -> None:
     """
     if record.refitted or record.refit == found:
         return
-    reason = "belongs to a base whose weights were re-fitted, and this one is another"
+    reason = (
+        "belongs to a base whose weights were re-fitted, or have an update put in, and this one is another"
+    )
     if record.refit is None:
         reason = (
-            "was saved before the re-fit that left this base, which is pruned and holds the update already"
+            "was made for other weights than this base has, which holds an update already: by a re-fit, or because it "
+            "was exported with the update put in"
         )
     raise FormatError(
-        f"{where} {reason}: load {_label(record.base)}, the base that it was made for (see base_of)"
+        f"{where} {reason}: load {base_label(record.base)}, the base that it was made for (see base_of)"
     )
-
-
-def check_base(saved: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
-    """Compare the base that a file was made for with the one at hand.
-
-    Keys that only one side has are passed over: transformers adds some with every version.
-
-    Raises:
-        FormatError: the configs differ; the message lists where.
-    """
-    ours, theirs = saved.get("config") or {}, found.get("config") or {}
-    if saved.get("config_sha256") == found.get("config_sha256"):
-        return
-    differing = [
-        f"{key} {ours[key]!r} there, {theirs[key]!r} here"
-        for key in sorted({*ours} & {*theirs})
-        if ours[key] != theirs[key]
-    ]
-    if differing:
-        raise FormatError(
-            f"{where} was made for another base model ({_label(saved)}; this one is {_label(found)}): "
-            f"{'; '.join(differing[:6])}. Load the base that it was made for"
-        )
-
-
-def _label(identity: Mapping[str, Any]) -> str:
-    return str(identity.get("id") or identity.get("class"))
-
-
-def _without_volatile(values: dict[str, Any]) -> dict[str, Any]:
-    kept = {}
-    for key, value in values.items():
-        if key in _VOLATILE or key.endswith(_VOLATILE_ENDS) or key.startswith(_VOLATILE_STARTS):
-            continue
-        kept[key] = _without_volatile(value) if isinstance(value, dict) else value
-    return kept

@@ -26,7 +26,6 @@ from dsee_scale.checkpoint.files import damaged
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import has_masks, masks_now, note_files, open_masks
-from dsee_scale.checkpoint.random_state import random_state, set_random_state
 from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord, check_model
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec, part_name, write_dealt, write_tensors
 from dsee_scale.checkpoint.unfinished import UnfinishedState
@@ -35,6 +34,7 @@ from dsee_scale.errors import ConfigError, FormatError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.engine_state import open_optimizer
 from dsee_scale.partition.optimizer_state import MASTER, OptimizerState
+from dsee_scale.random_state import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
 

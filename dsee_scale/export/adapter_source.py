@@ -13,7 +13,8 @@ from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.delta import AdapterSpec, Delta
 from dsee_scale.checkpoint.adapter_file import open_adapter, read_layer
 from dsee_scale.checkpoint.folder import StoredFolder
-from dsee_scale.checkpoint.record import AdapterRecord, base_identity, trained_in_full
+from dsee_scale.checkpoint.identity import base_identity
+from dsee_scale.checkpoint.record import AdapterRecord, trained_in_full
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.export.load import recorded_model
 from dsee_scale.export.structure import Structure, find_structure

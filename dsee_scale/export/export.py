@@ -19,7 +19,8 @@ from dsee_scale.checkpoint.adapter import write_adapter
 from dsee_scale.checkpoint.adapter_file import KINDS_WITH_ADAPTER
 from dsee_scale.checkpoint.contents import reject_input
 from dsee_scale.checkpoint.folder import NewFolder, open_folder
-from dsee_scale.checkpoint.record import REFIT, AdapterRecord, refit_mark
+from dsee_scale.checkpoint.identity import REFIT, merged_mark, refit_mark
+from dsee_scale.checkpoint.record import AdapterRecord, trained_in_full
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import FormatError, TargetError
 from dsee_scale.export.plan import Entry, plan_export, reverted, saved_state
@@ -169,9 +170,13 @@ class LiveModel:
                 del config.quantization_config  # the weights are written decoded
             config.dtype = str(module.dtype).removeprefix("torch.")
             config.architectures = [type(module).__name__]
-            vars(config).pop(REFIT, None)  # with the update put in it is another model
-            if not self.cut and refit_mark(module) is not None:
-                setattr(config, REFIT, refit_mark(module))
+            vars(config).pop(REFIT, None)
+            mark = refit_mark(module)
+            if self.cut:  # with the update put in it is another model
+                specs = {name: layer.dsee_spec for name, layer in adapted_layers(module).items()}
+                mark = merged_mark(mark, specs, trained_in_full(module))
+            if mark is not None:
+                setattr(config, REFIT, mark)
             if module.is_remote_code():
                 from transformers.dynamic_module_utils import custom_object_save
 

@@ -20,18 +20,17 @@ from dsee_scale.checkpoint.adapter_file import STEM as ADAPTER_STEM
 from dsee_scale.checkpoint.contents import reject_input
 from dsee_scale.checkpoint.files import read_json
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, open_folder, open_if_saved
-from dsee_scale.checkpoint.masks import STEM as MASKS
-from dsee_scale.checkpoint.masks import apply_mask, open_masks
-from dsee_scale.checkpoint.record import (
-    CONFIG_FILE,
+from dsee_scale.checkpoint.identity import (
     REFIT,
-    AdapterRecord,
     check_base,
-    check_refit,
     config_hash,
     lasting_config,
+    merged_mark,
     other_base,
 )
+from dsee_scale.checkpoint.masks import STEM as MASKS
+from dsee_scale.checkpoint.masks import apply_mask, open_masks
+from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord, check_refit
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
@@ -175,8 +174,11 @@ class StoredModel:
         if identity.get("full_config") is not None:
             own = {"architectures": [identity["class"]], "dtype": identity["dtype"]}
             config = {**(self.config or identity["full_config"]), **own}
-            if not self.cut and self.record.refit is not None:
-                config[REFIT] = self.record.refit
+            mark = self.record.refit
+            if self.cut:
+                mark = merged_mark(mark, self.record.modules, self.record.trained)
+            if mark is not None:
+                config[REFIT] = mark
             (new.partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def _update(self, name: str) -> Delta:

@@ -126,7 +126,8 @@ def _config_and_class(path: Path) -> tuple[Any, Any]:
     import transformers
 
     if not (path / "config.json").is_file():
-        raise FormatError(f"{path} holds no config.json; expected a folder that export_model wrote")
+        found = "holds no config.json" if path.is_dir() else "is not a folder"
+        raise FormatError(f"{path} {found}; expected a folder that export_model wrote")
     try:
         config = read_config(path)
     except Exception as error:  # each config class refuses values in its own way

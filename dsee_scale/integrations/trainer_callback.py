@@ -18,7 +18,6 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_utils import has_length
 
 from dsee_scale.adapters.linear import adapted_layers
-from dsee_scale.checkpoint.random_state import random_state, set_epoch, set_random_state
 from dsee_scale.config import SCORES, PruneConfig
 from dsee_scale.errors import ConfigError, RunError, TargetError
 from dsee_scale.export.export import BASE_FOLDER, save_base
@@ -26,6 +25,7 @@ from dsee_scale.partition import open_partition
 from dsee_scale.pruning.checks import check_in_order
 from dsee_scale.pruning.prune import prune
 from dsee_scale.pruning.schedule import CubicSchedule, schedule_problems
+from dsee_scale.random_state import random_state, set_epoch, set_random_state
 from dsee_scale.training.base_trainer import GradientCallback, log_within_step
 from dsee_scale.training.checkpoints import AdapterCheckpoints
 from dsee_scale.training.timeline import PruneEvent
@@ -88,6 +88,8 @@ class DSEECallback(GradientCallback):
             problems.append("prune and at go together: what to remove, and when")
         if isinstance(self.at, CubicSchedule):
             problems += schedule_problems(self.configs)
+        elif isinstance(self.at, bool):
+            problems.append(f"at {self.at!r} is neither a fraction of the training nor a step")
         elif isinstance(self.at, float) and not 0 <= self.at < 1:
             problems.append(f"at {self.at!r} is no fraction of the training in [0, 1), nor a whole step")
         elif isinstance(self.at, int) and self.at < 0:

@@ -71,7 +71,11 @@ class Statistics:
         return (self.squares[name] / self.tokens[name]).sqrt_() if self.reached(name) else None
 
     def save(self, path: str | Path) -> None:
-        """Write as one safetensors file. Call it on one rank."""
+        """Write as one safetensors file, whose parents are made. Call it on one rank.
+
+        Raises:
+            FormatError: it can't be written, e.g. no space is left; what was there before stays.
+        """
         path = Path(path)
         # Layers with one input share one tensor, here as in memory.
         first: dict[int, str] = {}
@@ -85,8 +89,13 @@ class Statistics:
             "gated": json.dumps(dict(self.gated)),
         }
         partial = path.with_name(path.name + ".partial")
-        save_file({name: self.squares[name].contiguous() for name in first.values()}, partial, header)
-        os.replace(partial, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: self.squares[name].contiguous() for name in first.values()}, partial, header)
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise FormatError(f"the calibration statistics cannot be written to {path}: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

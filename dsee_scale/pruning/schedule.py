@@ -39,8 +39,10 @@ class CubicSchedule(GradualConfig):
             engine.backward(loss_of(engine, batch))
             engine.step()
             if engine.global_steps > done and schedule.due(engine.global_steps):
-                dsee_scale.prune(engine, schedule.config(base_config, engine.global_steps))
+                dsee_scale.prune(engine, schedule.config(base_config, engine.global_steps), calibration)
             done = engine.global_steps
+
+    With `score="W"` no calibration is needed.
     """
 
     final_sparsity: float

@@ -33,7 +33,6 @@ from dsee_scale.adapters.state import model_state
 from dsee_scale.checkpoint.adapter import save_adapter
 from dsee_scale.checkpoint.files import damaged
 from dsee_scale.checkpoint.folder import open_folder
-from dsee_scale.checkpoint.random_state import SeededSampler, random_state, set_epoch, set_random_state
 from dsee_scale.checkpoint.training_state import (
     KIND,
     STATE_FILE,
@@ -44,6 +43,7 @@ from dsee_scale.checkpoint.training_state import (
 from dsee_scale.checkpoint.unfinished import UnfinishedState
 from dsee_scale.errors import ConfigError
 from dsee_scale.partition.master_weights import keep_masters
+from dsee_scale.random_state import SeededSampler, random_state, set_epoch, set_random_state
 from dsee_scale.training.journal import to_jsonable
 from dsee_scale.training.scheduler_state import plain_scheduler, restore_scheduler, scheduler_record
 from dsee_scale.training.survival import check_trained_values, delete_old_checkpoints, set_aside_later

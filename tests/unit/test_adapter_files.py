@@ -18,7 +18,8 @@ from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.adapters.state import model_state
 from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
 from dsee_scale.checkpoint.files import MANIFEST, sha256
-from dsee_scale.checkpoint.record import CONFIG_FILE, check_base, config_hash
+from dsee_scale.checkpoint.identity import check_base, config_hash
+from dsee_scale.checkpoint.record import CONFIG_FILE
 from dsee_scale.errors import ConfigError, FormatError, TargetError
 from tests.models import build, gpt2_config, llama_config, token_batch
 

@@ -87,3 +87,46 @@ def test_a_later_pruning_renews_the_checksums(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     dsee_scale.load_adapter(base, tmp_path / "adapter")
     assert torch.equal(logits(base), logits(model))
+
+
+@pytest.mark.parametrize("how", ["tuned", "pruned", "re-fitted"])
+def test_no_update_is_put_twice_into_a_model_that_was_exported_with_it(tmp_path, how):
+    """Nor is one that was saved before the re-fit; what is trained on the export goes onto it alone."""
+    model = make("everything")
+    make("everything", trained=False).save_pretrained(tmp_path / "published")
+    dsee_scale.save_adapter(model, tmp_path / "adapter")
+    if how != "tuned":
+        dsee_scale.prune(model, PruneConfig(refit=how == "re-fitted"), batches())
+    if how == "pruned":
+        dsee_scale.save_adapter(model, tmp_path / "adapter", overwrite=True)
+    dsee_scale.export_model(model, tmp_path / "model")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with pytest.raises(
+        FormatError, match="was made for other weights than this base has, which holds an update"
+    ):
+        dsee_scale.load_adapter(exported, tmp_path / "adapter")
+    assert not adapted_layers(exported)
+    torch.testing.assert_close(logits(exported), logits(model))
+    with pytest.raises(FormatError, match="holds an update already"):
+        export_files(tmp_path / "adapter", tmp_path / "model", tmp_path / "twice")
+    assert not (tmp_path / "twice").exists()
+
+    dsee_scale.inject(exported, dsee_scale.DSEEConfig(rank=2))
+    dsee_scale.save_adapter(exported, tmp_path / "next")
+    dsee_scale.load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "next")
+    export_files(tmp_path / "next", tmp_path / "model", tmp_path / "further")
+    published = AutoModelForCausalLM.from_pretrained(tmp_path / "published")
+    with pytest.raises(FormatError, match="have an update put in, and this one is another"):
+        dsee_scale.load_adapter(published, tmp_path / "next")
+    with pytest.raises(FormatError, match="this one is another"):
+        export_files(tmp_path / "next", tmp_path / "further", tmp_path / "twice")
+
+
+def test_an_export_from_files_is_marked_as_the_live_one_is(tmp_path):
+    model = make("everything")
+    make("everything", trained=False).save_pretrained(tmp_path / "published")
+    dsee_scale.save_adapter(model, tmp_path / "adapter")
+    dsee_scale.export_model(model, tmp_path / "live")
+    export_files(tmp_path / "adapter", tmp_path / "published", tmp_path / "files")
+    configs = [AutoModelForCausalLM.from_pretrained(tmp_path / name).config for name in ("live", "files")]
+    assert configs[0].dsee_refit == configs[1].dsee_refit

@@ -273,6 +273,15 @@ def test_saved_statistics_give_the_same_masks_and_no_other_model_takes_them(tmp_
         Statistics.load(tmp_path / "statistics.safetensors")
 
 
+def test_statistics_are_written_whole_or_not_at_all(tmp_path):
+    found = Statistics({"layer": torch.ones(4)}, {"layer": 1}, "")
+    found.save(tmp_path / "new" / "folder" / "statistics.safetensors")
+    assert Statistics.load(tmp_path / "new" / "folder" / "statistics.safetensors").tokens == {"layer": 1}
+    with pytest.raises(FormatError, match=r"cannot be written to .*new"):
+        found.save(tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
 def padding_only() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": token_batch(), "attention_mask": torch.zeros(2, 12, dtype=torch.int64)}]
 

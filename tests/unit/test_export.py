@@ -110,6 +110,7 @@ def test_keys_shapes_and_dtypes_are_those_of_save_pretrained(tmp_path, name):
     for key, tensor in stock.items():
         assert torch.equal(ours[key], tensor), key
     configs = [json.loads((tmp_path / f / "config.json").read_text()) for f in ("ours", "stock")]
+    assert len(configs[0].pop("dsee_refit")) == 16  # so that the update is not put in twice
     assert configs[0] == configs[1]
     assert (tmp_path / "ours" / "generation_config.json").exists()
 

@@ -135,6 +135,7 @@ def test_every_way_to_name_targets():
     [
         (dict(target_modules=("qproj",)), TargetError, "'qproj' matches no module.*q_proj"),
         (dict(target_modules=(".*qproj")), TargetError, "matches no linear layer"),
+        (dict(target_modules="q_proj"), TargetError, r"a regular expression for whole names.*\['q_proj'\]"),
         (dict(target_modules=("mlp",)), TargetError, "LlamaMLP, expected nn.Linear or Conv1D.*gate_proj"),
         (dict(target_modules=("lm_head",)), TargetError, "shares its weight with model.embed_tokens.weight"),
         (

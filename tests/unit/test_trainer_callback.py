@@ -180,7 +180,7 @@ def test_a_checkpoint_meets_only_the_base_that_it_was_made_with(tmp_path):
     assert dsee_scale.base_of(before, str(published)) == str(published)
     assert dsee_scale.base_of(after, str(published)) == str(refitted)
     for base, checkpoint, words in (
-        (refitted, before, f"before the re-fit.*load {published}"),
+        (refitted, before, f"holds an update already.*load {published}"),
         (published, after, "weights were re-fitted"),
     ):
         wrong = model_of(base)
@@ -309,6 +309,7 @@ def test_what_makes_no_sense_is_refused(tmp_path):
         "go together": (PruneConfig(), None),
         "no fraction": (PruneConfig(), 1.5),
         "step from 0": (PruneConfig(), -1),
+        "neither a fraction of the training nor a step": (PruneConfig(), True),
         "does not go with refit": (
             PruneConfig(),
             CubicSchedule(final_sparsity=0.5, start_step=1, num_steps=2),
