@@ -21,6 +21,7 @@ ORDER = [
     "settings",
     "config",
     "pretrained",
+    "random_state",
     "distributed",
     "algorithms",
     "partition",

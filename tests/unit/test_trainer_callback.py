@@ -203,10 +203,14 @@ def test_a_checkpoint_meets_only_the_base_that_it_was_made_with(tmp_path):
     assert not dsee_scale.load_adapter(model_of(refitted), tmp_path / "second").refitted
     with pytest.raises(FormatError, match="weights were re-fitted"):
         dsee_scale.load_adapter(model_of(published), tmp_path / "second")
-    third = model_of(tmp_path / "merged")
-    dsee_scale.inject(third, config)
-    dsee_scale.save_adapter(third, tmp_path / "third")
-    assert json.loads((tmp_path / "third" / "dsee_config.json").read_text())["base_model"]["refit"] is None
+    another = model_of(tmp_path / "merged")
+    dsee_scale.inject(another, config)
+    dsee_scale.save_adapter(another, tmp_path / "third")
+    second, third = (
+        json.loads((tmp_path / name / "dsee_config.json").read_text())["base_model"]["refit"]
+        for name in ("second", "third")
+    )
+    assert second and third and second != third
 
 
 def test_a_schedule_prunes_to_a_rising_sparsity(tmp_path):
