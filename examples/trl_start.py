@@ -10,6 +10,11 @@ import torch
 import torch._dynamo
 
 
+def step_or_fraction(word: str) -> int | float:
+    """When to prune, as `DSEECallback` takes it."""
+    return int(word) if word.isdecimal() else float(word)
+
+
 def parse_arguments(description: str | None, columns: str) -> argparse.Namespace:
     """The command line; `columns` says what the rows hold."""
     parser = argparse.ArgumentParser(
@@ -23,7 +28,7 @@ def parse_arguments(description: str | None, columns: str) -> argparse.Namespace
     parser.add_argument("--save_steps", type=int, default=50)
     parser.add_argument(
         "--prune_at",
-        type=lambda word: int(word) if word.isdecimal() else float(word),
+        type=step_or_fraction,
         default=0.5,
         help="fraction of the training, or a whole step",
     )

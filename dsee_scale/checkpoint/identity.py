@@ -81,7 +81,7 @@ def refit_mark(model: nn.Module) -> str | None:
 def merged_mark(
     before: str | None, modules: Mapping[str, AdapterSpec], trained: Collection[str]
 ) -> str | None:
-    """What `refit_mark` is of an export with the update put in, so that none is put in twice. None without an update.
+    """What `refit_mark` is of an export with the update put in, so that none is put in twice.
 
     Args:
         before: `refit_mark` of the model that is exported.
@@ -89,7 +89,7 @@ def merged_mark(
         trained: names of the parameters that it trains in full.
     """
     if not modules and not trained:
-        return None
+        return before
     specs = {name: dataclasses.asdict(spec) for name, spec in modules.items()}
     return config_hash({"merged": [before, specs, sorted(trained)]})[:16]
 

@@ -115,6 +115,11 @@ def test_no_update_is_put_twice_into_a_model_that_was_exported_with_it(tmp_path,
     dsee_scale.save_adapter(exported, tmp_path / "next")
     dsee_scale.load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "next")
     export_files(tmp_path / "next", tmp_path / "model", tmp_path / "further")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    dsee_scale.prune(again, PruneConfig(sparsity=0.7, score="W"))  # and no update of its own
+    dsee_scale.export_model(again, tmp_path / "sparser")
+    with pytest.raises(FormatError, match="holds an update already"):
+        export_files(tmp_path / "adapter", tmp_path / "sparser", tmp_path / "twice")
     published = AutoModelForCausalLM.from_pretrained(tmp_path / "published")
     with pytest.raises(FormatError, match="have an update put in, and this one is another"):
         dsee_scale.load_adapter(published, tmp_path / "next")

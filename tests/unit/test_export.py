@@ -326,3 +326,8 @@ def test_load_pretrained_refuses_a_damaged_file(tmp_path):
     path.write_bytes(content[:-1])
     with pytest.raises(FormatError, match=r"model\.safetensors is \d+ bytes long"):
         dsee_scale.load_pretrained(tmp_path / "out")
+
+
+def test_a_folder_that_is_not_there_is_called_so(tmp_path):
+    with pytest.raises(FormatError, match="nothere is not a folder"):
+        dsee_scale.load_pretrained(tmp_path / "nothere")
