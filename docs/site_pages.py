@@ -25,6 +25,8 @@ COPIES = {
     "guides/launch.md": "launch/README.md",
     "guides/deepspeed_configs.md": "ds_configs/README.md",
 }
+FIELDS = "dsee_scale/recipe/sections.py"
+"""What the recipe's page is made of; links to it lead to that page, so that they work in the repository too."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -57,7 +59,7 @@ def relinked(match: re.Match[str], source: str, at: str) -> str:
     if "://" in target or target.startswith("mailto:"):
         return match[0]
     named = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-    pages = {path: name for name, path in COPIES.items()}
+    pages = {path: name for name, path in COPIES.items()} | {FIELDS: "reference/recipe.md"}
     if named in pages or named.startswith("docs/"):
         found = pages.get(named, named.removeprefix("docs/"))
         return f"{image}[{text}]({posixpath.relpath(found, posixpath.dirname(at) or '.')}{anchor or ''})"

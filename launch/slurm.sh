@@ -12,7 +12,8 @@
 set -euo pipefail
 
 processes=${NUM_PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${hosts%%$'\n'*}
 # The port must be the same for all: asked of the first machine, where it has to be free.
 free_port='import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
 port=${MASTER_PORT:-$(srun --nodes 1 --ntasks 1 --nodelist "$first" python -c "$free_port")}

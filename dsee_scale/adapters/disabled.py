@@ -20,7 +20,8 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
     Before pruning that is the base model bit for bit. After pruning W has its zeros: the pruned base. After a re-fit
     W was solved together with the update and means nothing without it. For a reference model that is to stay the
-    untouched base, compute its log-probabilities before pruning, or load it separately.
+    untouched base, compute its log-probabilities before pruning, or load it separately. Only forward passes change:
+    what is saved, exported or pruned within the block is the model with its update.
 
     Args:
         model: a raw model, a DeepSpeed engine, or what Accelerate or DDP made of it.

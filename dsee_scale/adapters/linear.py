@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dsee_scale.adapters.kernels.factors import make_fold
 from dsee_scale.adapters.kernels.lowrank_sparse import Update, adapted_linear, add_update
 from dsee_scale.adapters.kernels.under_mask import MaskedLayer, masked_product
-from dsee_scale.adapters.state import MASK_UPDATE, model_state
+from dsee_scale.adapters.state import MASK_UPDATE, model_state, warn_of_new_zeros
 from dsee_scale.adapters.support import check_support, prepare
 from dsee_scale.algorithms.delta import AdapterSpec, Delta
 from dsee_scale.errors import TargetError
@@ -150,8 +150,10 @@ class AdaptedLayer(FlatViews, Adapted):
             self.dsee_prepare()
         return result
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        if not self.dsee_under_mask:
+            warn_of_new_zeros(self.weight, state_dict.get(f"{prefix}weight"))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.dsee_prepare()
 
     def dsee_weights(self, name: str) -> dict[str, Any]:

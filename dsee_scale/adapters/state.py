@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.config import DSEEConfig
-from dsee_scale.errors import PartitionError
+from dsee_scale.errors import PartitionError, TargetError
 
 MASK_UPDATE = "mask_update"
 """In the record of a pruned weight: that its update is trained under the mask."""
+MANY_ZEROS = 0.05
+"""Share of a weight's entries; more new zeros than that are no accident."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,43 @@ def reject_broken(model: nn.Module) -> None:
     message = model_state(model).broken
     if message is not None:
         raise PartitionError(message)
+
+
+def reject_peft(model: nn.Module) -> None:
+    """Raise TargetError for a model with adapters of PEFT's, whose weights would be taken for its own. Local."""
+    peft: Any = sys.modules.get("peft")
+    tuners: Any = sys.modules.get("peft.tuners.tuners_utils")
+    if peft is None or tuners is None:
+        return
+    kinds = (peft.PeftModel, tuners.BaseTunerLayer)
+    found = next(
+        (name or type(model).__name__ for name, m in model.named_modules() if isinstance(m, kinds)), None
+    )
+    if found is not None:
+        raise TargetError(
+            f"{found} belongs to PEFT, and dsee_scale knows nothing of its adapters; expected a model without: go on "
+            "with what model.merge_and_unload() returns, or save the LoRA and read it into a fresh model by "
+            "dsee_scale.load_adapter"
+        )
+
+
+def warn_of_new_zeros(before: Tensor, weight: Any) -> None:
+    """Warn of a weight from a state dict that brings a mask along which nothing records. Local.
+
+    Args:
+        before: the adapted layer's own weight.
+        weight: the state dict's; anything but a tensor of its shape is left alone.
+    """
+    if not isinstance(weight, Tensor) or weight.shape != before.shape or weight.is_meta or before.is_meta:
+        return
+    more = count_nonzero(before) - count_nonzero(weight)
+    if more > MANY_ZEROS * weight.numel():
+        warnings.warn(
+            "a state dict brings zeros into the weights of adapted layers, and no state dict says that they are a "
+            "mask: updates will not be masked, and save_adapter and export_model know of no pruning. Save a pruned "
+            "model by dsee_scale.save_adapter or save_training_state and read it by dsee_scale.load_adapter",
+            stacklevel=2,
+        )
 
 
 def model_state(model: nn.Module) -> ModelState:

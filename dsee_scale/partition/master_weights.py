@@ -73,8 +73,11 @@ def keep_masters(optimizer: torch.optim.Optimizer, *, scaled: bool = False) -> N
         scaled: whether a `GradScaler` works on its gradients, as with the Trainer's `fp16`.
 
     Raises:
-        ConfigError: it has made a step already; or the gradients would be scaled, which must be in float32.
+        ConfigError: it is no optimizer, or has made a step already; or the gradients would be scaled, which must be
+            in float32.
     """
+    if not hasattr(optimizer, "param_groups"):
+        raise ConfigError(f"keep_masters got a {type(optimizer).__name__}; expected an optimizer")
     halves = [p for group in optimizer.param_groups for p in group["params"] if p.dtype in HALF]
     if not halves or isinstance(optimizer, MasterWeights):
         return

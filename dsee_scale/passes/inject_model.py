@@ -15,13 +15,13 @@ from torch import nn
 from dsee_scale.adapters.experts import attach_experts, fused_experts, let_gradients_through
 from dsee_scale.adapters.linear import adapted_layers, attach
 from dsee_scale.adapters.matrices import find_matrices
-from dsee_scale.adapters.state import model_state
+from dsee_scale.adapters.state import model_state, reject_peft
 from dsee_scale.adapters.targets import Target, find_modules, find_targets
 from dsee_scale.algorithms.decompose import Support
 from dsee_scale.algorithms.score import all_finite
 from dsee_scale.config import DSEEConfig
 from dsee_scale.distributed import log_rank0, raise_on_all_ranks
-from dsee_scale.errors import TargetError
+from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.partition import Partition, is_engine, keep_experts_together, open_partition, unwrap
 from dsee_scale.partition.quantized import compute_dtype, holds_numbers, prepare_quantised, quantised_kind
 from dsee_scale.passes.coverage import Coverage, block_coverage
@@ -84,6 +84,10 @@ def inject(model: nn.Module, config: DSEEConfig, *, progress: bool | None = None
         ConfigError: a setting that does not fit a module.
     """
     started = time.perf_counter()
+    if not isinstance(config, DSEEConfig):
+        raise ConfigError(
+            f"inject's config is {config!r:.200}; expected a DSEEConfig, such as DSEEConfig(rank=8)"
+        )
     _reject_unready(model)
     prepare_quantised(model)
     partition = open_partition(model)
@@ -247,6 +251,7 @@ def _reject_unready(model: nn.Module) -> None:
             f"the model already has adapters ({adapted[0]} and {len(adapted) - 1} more); inject once, "
             "on a freshly loaded model"
         )
+    reject_peft(model)
     for name, param in model.named_parameters():
         if param.is_meta:
             raise TargetError(f"{name} is on the meta device; load the weights before inject")

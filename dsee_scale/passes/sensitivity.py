@@ -39,7 +39,7 @@ class Sensitivity:
 
 
 def has_loss(model: nn.Module, batches: Sequence[Any], partition: Partition) -> bool:
-    """Collective. Whether every rank's batches give a loss: labels, or token ids of a decoder.
+    """Collective. Whether every rank's batches give a loss: labels, or token ids of a decoder, and some that count.
 
     Raises:
         CalibrationError: labels that don't fit the inputs or the model, which one rank alone would stumble over.
@@ -52,7 +52,9 @@ def has_loss(model: nn.Module, batches: Sequence[Any], partition: Partition) -> 
         if wrong
         else None
     )
-    return all(gather_objects(None not in labelled))
+    counted = any(_counts_labels(module, each["labels"]) for each in labelled if each is not None)
+    found = gather_objects((None not in labelled, counted))
+    return all(given for given, _ in found) and any(some for _, some in found)
 
 
 def output_gradients(
@@ -160,6 +162,12 @@ def _label_problem(module: nn.Module, inputs: Mapping[str, Any]) -> str | None:
     if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < bound:
         return f"go from {int(counted.min())} to {int(counted.max())}; expected 0 to {bound - 1} ({name}), or {IGNORED}"
     return None
+
+
+def _counts_labels(module: nn.Module, labels: Tensor) -> bool:
+    """Whether any label is one to be predicted; without, all gradients would be zero."""
+    shifted = labels.dim() == 2 and _is_decoder(module)
+    return bool((predicting(labels) if shifted else labels != IGNORED).any())
 
 
 def _is_decoder(module: nn.Module) -> bool:

@@ -90,6 +90,12 @@ def check_in_order(model: nn.Module, configs: Sequence[PruneConfig]) -> list[Che
         state.pruned = actual
 
 
+def joint_coverage(module: nn.Module, prunings: Sequence[Checked], partition: Partition) -> Coverage:
+    """What several prunings reach together. Local."""
+    members = [member for each in prunings for pool in each.pools for member in pool.members]
+    return block_coverage(module, members, block_matrices(module, partition.shape).values(), partition.shape)
+
+
 def note_pattern(module: nn.Module, pools: Sequence[WeightPool], config: PruneConfig) -> None:
     """Record the pattern within weights, and how adapted ones are trained on; of experts, for all of a parameter."""
     pruned = model_state(module).pruned

@@ -12,7 +12,7 @@ from torch import nn
 
 from dsee_scale.adapters.linear import restore_under_mask
 from dsee_scale.adapters.routers import mask_routers
-from dsee_scale.adapters.state import model_state, reject_broken
+from dsee_scale.adapters.state import model_state, reject_broken, reject_peft
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.config import SCORES, PruneConfig
 from dsee_scale.distributed import raise_on_all_ranks, show_progress
@@ -23,7 +23,14 @@ from dsee_scale.passes.calibrate import Statistics, calibrate
 from dsee_scale.passes.coverage import Coverage
 from dsee_scale.passes.fingerprint import fingerprint
 from dsee_scale.passes.pools import WeightPool
-from dsee_scale.pruning.checks import Checked, check_in_order, check_pruning, note_contents, note_pattern
+from dsee_scale.pruning.checks import (
+    Checked,
+    check_in_order,
+    check_pruning,
+    joint_coverage,
+    note_contents,
+    note_pattern,
+)
 from dsee_scale.pruning.lowest import remove_in_rows, remove_lowest, remove_n_of_m
 from dsee_scale.pruning.rankings import find_rankings, reject_not_finite
 from dsee_scale.pruning.refit.sweep import check_refit, refit
@@ -45,7 +52,7 @@ class PruneReport:
         units: block and kind -> (heads, neurons or experts that are gone, all of them), for those patterns.
         by_magnitude: matrices that no calibration token reached, and those of experts that fewer than 32 reached:
             scored by |W| under score `wanda`, by |W + D| and not solved under a re-fit.
-        coverage: how much of the blocks the matrices are; of a sequence, those of the last pruning.
+        coverage: how much of the blocks the matrices are.
     """
 
     matrices: Counts
@@ -145,24 +152,33 @@ def prune(
     model = getattr(model, "_orig_mod", model)
     module = unwrap(model)
     reject_broken(module)
-    configs = [config] if isinstance(config, PruneConfig) else list(config)
-    if not configs:
-        raise ConfigError("prune got an empty list; expected at least one PruneConfig")
+    reject_peft(module)
+    configs = _as_list(config)
     if calibration is not None and not isinstance(calibration, Statistics):
         reject_lone_batch(calibration)
         with raise_on_all_ranks(open_partition(module), what="reading the calibration batches"):
             calibration = [named(module, batch) for batch in calibration]
     _reject_uncalibrated(configs, calibration)
-    if len(configs) > 1:
-        _check_all(model, configs)
-        if isinstance(calibration, list) and any(map(_looks_at_activations, configs)):
-            reject_uncounted(calibration, open_partition(module))
+    coverage = _check_all(model, configs) if len(configs) > 1 else None
+    if coverage and isinstance(calibration, list) and any(map(_looks_at_activations, configs)):
+        reject_uncounted(calibration, open_partition(module))
     with uncompiled(model):
         report = _prune_once(model, configs[0], calibration, progress)
         for further in configs[1:]:
             report = report.followed_by(_prune_once(model, further, calibration, progress))
+    if coverage:
+        report = dataclasses.replace(report, coverage=coverage)
     note_contents(module, open_partition(module))
     return report
+
+
+def _as_list(config: PruneConfig | Sequence[PruneConfig]) -> list[PruneConfig]:
+    configs = list(config) if isinstance(config, Sequence) else [config]
+    if not configs or not all(isinstance(each, PruneConfig) for each in configs):
+        raise ConfigError(
+            f"prune got {config!r:.200}; expected PruneConfig(sparsity=0.5) or the like, or several"
+        )
+    return configs
 
 
 def _reject_uncalibrated(configs: Sequence[PruneConfig], calibration: Statistics | Batches | None) -> None:
@@ -198,18 +214,22 @@ def _looks_at_activations(config: PruneConfig) -> bool:
     return bool(config.refit) or SCORES[config.score].activations
 
 
-def _check_all(model: nn.Module, configs: Sequence[PruneConfig]) -> None:
+def _check_all(model: nn.Module, configs: Sequence[PruneConfig]) -> Coverage:
     """Collective. Refuse the first or a later pruning on every rank, before the first is written.
 
     The weights and adapters that the first one reads are left to its own checks, which come before it writes.
+
+    Returns:
+        What all of them reach together.
     """
     partition = open_partition(unwrap(model))
-    later = check_in_order(model, configs)[1:]
+    first, *later = check_in_order(model, configs)
     for further, checked in zip(configs[1:], later, strict=True):
         find_rankings(checked.pools, further, partition)
         reject_not_finite(checked.pools, partition)
         if further.refit:
             check_refit(model, checked.pools, partition)
+    return joint_coverage(unwrap(model), [first, *later], partition)
 
 
 def _prune_once(

@@ -89,8 +89,9 @@ def find_shares(
     if not has_loss(model, batches, partition):
         log_rank0(
             logger,
-            "the calibration batches have no labels and the model is no decoder, so every matrix loses the same share "
-            "and every token counts alike; with labels, more would go where the loss depends on it less",
+            "the calibration batches have no labels that count (all are -100 or missing; a decoder needs none, but "
+            "sequences of two tokens or more), so every matrix loses the same share and every token counts alike; with "
+            "labels, more would go where the loss depends on it less",
         )
         return Shares()
     members = [member for pool in pools for member in pool.members]

@@ -216,8 +216,23 @@ def test_without_a_loss_every_matrix_loses_the_same_share_and_a_warning_says_so(
         for batch in data
     ]
     dsee_scale.prune(one, PruneConfig(), embedded)
-    assert "have no labels" in caplog.text
+    assert "no labels that count" in caplog.text
     dsee_scale.prune(two, PruneConfig(scope="matrix"), embedded)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("labels", [-100, "the first alone", "one token"])
+def test_labels_that_count_nowhere_are_no_loss(labels, caplog):
+    one, two, data = make("llama"), make("llama"), batches(3)
+    for batch in data:
+        batch["labels"] = torch.full_like(batch["input_ids"], -100)
+        if labels == "the first alone":  # nothing predicts it
+            batch["labels"][:, 0] = 3
+    if labels == "one token":
+        data = [{"input_ids": batch["input_ids"][:1, :1]} for batch in data]
+    dsee_scale.prune(one, PruneConfig(), data)
+    assert "no labels that count" in caplog.text
+    dsee_scale.prune(two, PruneConfig(scope="matrix"), data)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
