@@ -62,9 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        print(
-            f"dsee-scale {args.command}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr
-        )
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"dsee-scale {args.command}: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -142,7 +141,7 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "inspect",
         help="settings, sparsity of each matrix, and sizes of a folder",
         description="Print what a folder holds: settings, sparsity and sizes. The folder may be an adapter, a "
-        "training checkpoint, an exported model, or any model with safetensors files. No model is built; "
+        "LoRA, a training checkpoint, an exported model, or any model with safetensors files. No model is built; "
         "weights are read one at a time.",
     )
     command.add_argument("folder", metavar="FOLDER", help="the folder to look into")

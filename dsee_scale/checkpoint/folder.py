@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError, safe_open
+
 from dsee_scale.checkpoint.contents import check_output, unlisted
 from dsee_scale.checkpoint.files import MANIFEST, is_inside, read_json, sha256
 from dsee_scale.distributed import raise_on_all_ranks
@@ -25,6 +27,10 @@ from dsee_scale.partition.port import Partition
 from dsee_scale.version import __version__
 
 FORMAT_VERSION = 1
+_WHOLE = "it is a whole model (load_pretrained); for its adapter, give the folder that it was exported from"
+_PART = "load its base and call load_adapter; then export_model (or `dsee-scale export`) writes a whole model"
+NEXT_STEP = {"export": _WHOLE, "adapter": _PART, "training_state": _PART, "lora": _PART}
+"""What to do with a folder of a kind that was not expected."""
 
 
 class HashedFile:
@@ -244,10 +250,26 @@ def open_if_saved(folder: Path, kinds: Sequence[str]) -> StoredFolder | None:
     """`open_folder` for a folder that dsee_scale saved; None for any other one. Local.
 
     Raises:
-        FormatError: see `open_folder`; the manifest is gone, and files of ours say that there was one.
+        FormatError: see `open_folder`; files of ours lie there without a manifest; an injected model's lie there.
     """
-    ours = [path.name for path in folder.glob("dsee_*.json")] if folder.is_dir() else []
-    return open_folder(folder, kinds) if ours else None
+    if folder.is_dir() and any(folder.glob("dsee_*.json")):
+        return open_folder(folder, kinds)
+    for path in sorted(folder.glob("model*.safetensors")):
+        # A damaged file is explained when it is read.
+        with contextlib.suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+            if any(".dsee_" in name for name in list(file.keys())):
+                raise FormatError(
+                    f"{path} holds an injected model that save_pretrained wrote, which would load without its update; "
+                    "save it by dsee_scale.export_model (the whole model) or dsee_scale.save_adapter"
+                )
+    return None
+
+
+def instead_of(run: Path, kinds: Sequence[str]) -> str:
+    """For an error: which folders in a run's output folder are of these kinds; empty if none is. Local."""
+    within = [run / name for name in ("model", "adapter") if (run / name / MANIFEST).is_file()]
+    fitting = [str(path) for path in within if read_json(path / MANIFEST).get("format") in kinds]
+    return f"{run} holds saved folders (a run's output does): give {' or '.join(fitting)}" if fitting else ""
 
 
 def open_folder(folder: str | Path, kinds: Sequence[str]) -> StoredFolder:
@@ -260,9 +282,8 @@ def open_folder(folder: str | Path, kinds: Sequence[str]) -> StoredFolder:
     if not path.is_dir():
         raise FormatError(f"{path} is not a folder; expected one that holds {MANIFEST}{_interrupted(path)}")
     if not (path / MANIFEST).is_file():
-        raise FormatError(
-            f"{path} holds no {MANIFEST}; expected a folder that dsee_scale saved, with all its files"
-        )
+        absent = f"{path} holds no {MANIFEST}; expected a folder that dsee_scale saved, with all its files"
+        raise FormatError(instead_of(path, kinds) or absent)
     manifest = read_json(path / MANIFEST)
     kind, version, files = (manifest.get(key) for key in ("format", "version", "files"))
     if version != FORMAT_VERSION:
@@ -271,7 +292,8 @@ def open_folder(folder: str | Path, kinds: Sequence[str]) -> StoredFolder:
             f"{FORMAT_VERSION}; use the dsee_scale that wrote it ({manifest.get('dsee_scale')})"
         )
     if kind not in kinds or not isinstance(files, dict):
-        raise FormatError(f"{path} holds a {kind!r}, expected: {' or '.join(kinds)}")
+        step = NEXT_STEP.get(str(kind), "use another folder")
+        raise FormatError(f"{path} holds a {kind!r}, expected: {' or '.join(kinds)}; {step}")
     for name, record in files.items():
         if not is_inside(name) or not isinstance(record, dict) or not isinstance(record.get("sha256"), str):
             raise FormatError(f"{path / MANIFEST} is damaged: it lists {name[:100]!r} as {str(record)[:100]}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from dsee_scale.checkpoint.adapter import load_adapter
 from dsee_scale.checkpoint.adapter_file import KINDS_WITH_ADAPTER
@@ -72,21 +73,54 @@ def evaluate_tasks(
         device: where the model goes; None is the GPU where there is one.
 
     Raises:
-        ConfigError: lm-eval is missing, knows no such task, or the length is beyond the model's.
+        ConfigError: lm-eval is missing, knows no such task or cannot run it, or a number is out of its range.
         FormatError: a file is damaged, or does not fit the base.
     """
+    for name, value in (("batch size (--batch)", batch_size), ("limit (--limit)", limit)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, found {value}")
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(
             f"evaluation by tasks needs lm-eval ({error}): pip install 'dsee_scale[eval]'"
         ) from error
+    manager, paths = _open_tasks(tasks)
+    model, tokenizer = load_folder(Path(folder), base)
+    size = _length(model.config, length)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # In bfloat16 a log-probability would be off by up to 2^-8 of its size.
+    harness = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        max_length=size,
+        batch_size=batch_size,
+        softmax_dtype=torch.float32,
+    )
+    try:
+        found: Any = simple_evaluate(
+            harness, tasks=paths, task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
+        )
+    except Exception as error:  # each task has its own
+        bad = [task for task, path in zip(tasks, paths, strict=True) if not _loads(manager, path)]
+        if isinstance(error, RuntimeError) and not bad:  # the model's or the device's
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        raise ConfigError(f"lm-eval cannot run task {' or '.join(bad or tasks)}: {reason}") from error
+    return TaskReport(found["results"], size, _table(found, size))
+
+
+def _open_tasks(tasks: Sequence[str]) -> tuple[Any, list[str]]:
+    """lm-eval's task manager, and the tasks as it takes them; task files are read as YAML, nothing is loaded."""
+    from lm_eval.tasks import TaskManager
+
     own = [task for task in tasks if Path(task).suffix in (".yaml", ".yml")]
     missing = [task for task in own if not Path(task).is_file()]
     if missing or not tasks:
         raise ConfigError(f"no task file {missing[0]}" if missing else "name at least one task")
+    for task in own:
+        _check_file(task)
     # The index of lm-eval's own tasks takes seconds to build.
     manager = TaskManager(include_defaults=len(own) < len(tasks))
     unknown = [task for task in tasks if task not in own and task not in manager.all_tasks]
@@ -94,15 +128,27 @@ def evaluate_tasks(
         raise ConfigError(
             f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them, or give a YAML file"
         )
-    model, tokenizer = load_folder(Path(folder), base)
-    size = _length(model.config, length)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, max_length=size, batch_size=batch_size)
-    paths = [str(Path(task).absolute()) if task in own else task for task in tasks]
-    found: Any = simple_evaluate(
-        harness, tasks=paths, task_manager=manager, limit=limit, log_samples=False, bootstrap_iters=1000
-    )
-    return TaskReport(found["results"], size, _table(found, size))
+    return manager, [str(Path(task).absolute()) if task in own else task for task in tasks]
+
+
+def _check_file(task: str) -> None:
+    try:
+        node = yaml.compose(Path(task).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"task file {task} is not valid YAML: {' '.join(str(error).split())}") from error
+    keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    if not any(key in keys for key in ("task", "group", "include")):
+        raise ConfigError(
+            f"task file {task} names no task; expected a mapping with `task: NAME`, as lm-eval describes tasks"
+        )
+
+
+def _loads(manager: Any, task: str) -> bool:
+    try:
+        manager.load([task])
+    except Exception:  # each task has its own
+        return False
+    return True
 
 
 def load_folder(folder: Path, base: str | None = None) -> tuple[Any, Any]:

@@ -1,11 +1,11 @@
-"""What a folder holds: adapter, training state, exported or plain model. Reads files one tensor at a time."""
+"""What a folder holds: adapter, LoRA, training state, exported or plain model. Reads files one tensor at a time."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.patterns import groups_hold
 from dsee_scale.checkpoint.adapter_file import KINDS_WITH_ADAPTER
-from dsee_scale.checkpoint.files import damaged, read_json
-from dsee_scale.checkpoint.folder import StoredFolder, open_if_saved
+from dsee_scale.checkpoint.files import MANIFEST, damaged, read_json
+from dsee_scale.checkpoint.folder import StoredFolder, instead_of, open_if_saved
+from dsee_scale.checkpoint.lora_folder import CONFIG_NAME, is_lora_folder, open_lora
 from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord
 from dsee_scale.checkpoint.tensors import TensorReader
 from dsee_scale.checkpoint.training_state import KIND as TRAINING_STATE
@@ -24,6 +25,7 @@ from dsee_scale.checkpoint.training_state import STATE_FILE
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
 from dsee_scale.export.load import recorded_model
+from dsee_scale.export.lora import KIND as LORA
 from dsee_scale.export.plan import base_files
 from dsee_scale.export.report import KIND as EXPORT
 from dsee_scale.export.report import REPORT_FILE, patterns_of
@@ -31,6 +33,7 @@ from dsee_scale.export.structure import find_structure
 
 EXPERTS = ".experts."
 """In the name of what belongs to routed experts, together in one tensor or apart."""
+KINDS = (*KINDS_WITH_ADAPTER, EXPORT, LORA)
 PATTERNS = ((1, 4), (2, 4), (4, 8))
 """N:M patterns that are recognised in files, the strictest first."""
 
@@ -61,7 +64,7 @@ class FolderReport:
 
     Attributes:
         folder: where.
-        kind: `adapter`, `training_state`, `export` or `model`.
+        kind: `adapter`, `lora`, `training_state`, `export` or `model`.
         facts: settings and totals, label -> value.
         matrices: weights with their zeros: the pruned ones of an adapter, all matrices of a model.
         files: sizes in bytes.
@@ -121,7 +124,8 @@ def inspect_folder(folder: str | Path, *, verify: bool = False, progress: bool =
     """Read what a folder says about itself, and count the zeros of a model's matrices.
 
     Args:
-        folder: an adapter, a training state, an exported model, or any model folder with safetensors files.
+        folder: an adapter, a training state, a LoRA (stock PEFT's too), an exported model, or any model folder with
+            safetensors files.
         verify: compare every file with its hash (folders that dsee_scale saved).
         progress: show a bar while a model's weights are read.
 
@@ -136,25 +140,53 @@ def inspect_folder(folder: str | Path, *, verify: bool = False, progress: bool =
 
 
 def _inspect(path: Path, verify: bool, progress: bool) -> FolderReport:
-    stored = open_if_saved(path, (*KINDS_WITH_ADAPTER, EXPORT))
-    if stored is None:
-        return _model_report(path, None, {}, progress)
-    if verify:
+    stored = open_if_saved(path, KINDS)
+    if verify and stored is not None:
         stored.verify_all()
-    if stored.kind == EXPORT:
-        report = stored.json(REPORT_FILE)
-        share = 100 * report["num_zero"] / max(report["num_pruned"], 1)
-        facts = {
-            "delta": report["delta"],
-            "pruned": f"{share:.2f}% of {report['num_pruned']:,} entries are zero",
-        }
-        if report.get("structure"):
-            facts["cut out"] = report["structure"]
-        facts["loads with"] = report.get("loads_with", "transformers")
-        if report.get("reason"):
-            facts["loads with"] += f" (not in stock transformers: {report['reason']})"
-        return _model_report(path, stored, facts, progress, report.get("num_removed", 0))
-    return _adapter_report(stored)
+    report = _report(path, stored, progress)
+    if not verify:
+        return report
+    found = "nothing to compare with: no" if stored is None else f"all {len(stored.files)} files match"
+    return replace(report, facts={**report.facts, "verified": f"{found} {MANIFEST}"})
+
+
+def _report(path: Path, stored: StoredFolder | None, progress: bool) -> FolderReport:
+    if is_lora_folder(path) and (stored is None or stored.kind == LORA):
+        return _lora_report(path, stored)
+    if stored is None:
+        within = "" if any(path.glob("model*.safetensors")) else instead_of(path, KINDS)
+        if within:
+            raise FormatError(within)
+        return _model_report(path, None, {}, progress)
+    if stored.kind != EXPORT:
+        return _adapter_report(stored)
+    report = stored.json(REPORT_FILE)
+    share = 100 * report["num_zero"] / max(report["num_pruned"], 1)
+    facts = {
+        "delta": report["delta"],
+        "pruned": f"{share:.2f}% of {report['num_pruned']:,} entries are zero",
+    }
+    if report.get("structure"):
+        facts["cut out"] = report["structure"]
+    facts["loads with"] = report.get("loads_with", "transformers")
+    if report.get("reason"):
+        facts["loads with"] += f" (not in stock transformers: {report['reason']})"
+    return _model_report(path, stored, facts, progress, report.get("num_removed", 0))
+
+
+def _lora_report(path: Path, stored: StoredFolder | None) -> FolderReport:
+    lora = open_lora(path)
+    specs = [lora.reader.spec(name) for name in lora.reader.names()]
+    facts = {
+        "base": read_json(path / CONFIG_NAME).get("base_model_name_or_path") or "-",
+        "adapter": f"rank {lora.rank} at most, for PEFT, vLLM and load_adapter",
+        "modules": f"{len(lora.modules)} ({', '.join(_suffixes(lora.modules))})",
+        "trainable": f"{sum(math.prod(spec.shape) for spec in specs):,} parameters",
+    }
+    sizes = {file.name: file.stat().st_size for file in (path / CONFIG_NAME, *lora.reader.paths)}
+    if stored is not None:
+        sizes = {name: record["size"] for name, record in stored.files.items()}
+    return FolderReport(str(path), LORA, facts, (), sizes)
 
 
 def _adapter_report(stored: StoredFolder) -> FolderReport:

@@ -20,7 +20,7 @@ from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.patterns import groups_hold
 from dsee_scale.algorithms.score import all_finite
 from dsee_scale.checkpoint.files import damaged, read_json
-from dsee_scale.checkpoint.folder import FORMAT_VERSION, open_if_saved
+from dsee_scale.checkpoint.folder import FORMAT_VERSION, instead_of, open_if_saved
 from dsee_scale.errors import FormatError, TargetError
 from dsee_scale.export.report import KIND
 from dsee_scale.export.structure import STRUCTURE_FILE, BlockSizes, Structure
@@ -51,7 +51,7 @@ def load_pretrained(
 
     Raises:
         FormatError: a file is damaged, incomplete, changed or of an unknown version; the folder needs code of its own,
-            which is never run here.
+            which is never run here; or it holds an injected model that save_pretrained wrote.
         TargetError: `semi_structured` without a fitting device or weight.
     """
     path = Path(folder)
@@ -127,7 +127,9 @@ def _config_and_class(path: Path) -> tuple[Any, Any]:
 
     if not (path / "config.json").is_file():
         found = "holds no config.json" if path.is_dir() else "is not a folder"
-        raise FormatError(f"{path} {found}; expected a folder that export_model wrote")
+        raise FormatError(
+            instead_of(path, (KIND,)) or f"{path} {found}; expected a folder that export_model wrote"
+        )
     try:
         config = read_config(path)
     except Exception as error:  # each config class refuses values in its own way

@@ -89,9 +89,8 @@ def find_shares(
     if not has_loss(model, batches, partition):
         log_rank0(
             logger,
-            "the calibration batches have no labels that count (all are -100 or missing; a decoder needs none, but "
-            "sequences of two tokens or more), so every matrix loses the same share and every token counts alike; with "
-            "labels, more would go where the loss depends on it less",
+            "the calibration batches have no labels that count (all are -100 or missing; a decoder needs none), so "
+            "every matrix loses the same share and every token counts alike; with labels, more would go elsewhere",
         )
         return Shares()
     members = [member for pool in pools for member in pool.members]

@@ -23,9 +23,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from dsee_scale.checkpoint.folder import open_if_saved
 from dsee_scale.data.tokenizer import check_vocabulary, open_tokenizer
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError
+from dsee_scale.export.report import KIND as EXPORT
 from dsee_scale.partition.quantized import prepare_quantised
 from dsee_scale.partition.zero_config import misspelt_keys, zero_problems
 from dsee_scale.pretrained import hub_options, read_config
@@ -219,10 +221,12 @@ def load_model(config: ModelConfig, dtype: torch.dtype, tokenizer: PreTrainedTok
 
     Raises:
         ConfigError: there is no such model, or its vocabulary does not fit the tokenizer's.
+        FormatError: the folder is one that dsee_scale saved, but no whole model.
     """
     options = _source(config, own=True)
 
     with raise_on_all_ranks(what=f"reading the config of model {config.name!r}"):
+        open_if_saved(Path(config.name), (EXPORT,))  # refuses what would load as something else
         found: Any = read_config(config.name, **options)
         check_vocabulary(tokenizer, found.get_text_config().vocab_size, config.name)
     extra: dict[str, Any] = (

@@ -184,8 +184,9 @@ def test_inspect_names_the_pattern_and_what_it_gains(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["inspect", "nowhere"], "nowhere is not a folder"),
-        (["inspect", "."], "holds no model.safetensors"),
+        (["inspect", "."], "holds saved folders (a run's output does): give adapter"),
         (["export", "nowhere", "--base", "base", "--output", "out"], "nowhere is not a folder"),
+        (["push", "nowhere", "me/model"], "nowhere is not a folder"),
         (["export", "base", "--base", "base", "--output", "out"], "holds no dsee_manifest.json"),
         (["export", "adapter", "--base", "nowhere", "--output", "out"], "base nowhere is not a folder"),
         (["export", "adapter", "--base", "adapter", "--output", "out"], "adapter holds no model.safetensors"),
@@ -224,7 +225,14 @@ def test_a_damaged_adapter_and_another_base_are_refused(folders, tmp_path, capsy
 
 
 def test_wrong_usage_is_2_and_ctrl_c_is_130(monkeypatch, tmp_path, capsys):
-    for words in (["inspect"], ["export", "x"], ["plan", "--gpus", "many"], ["nothing"]):
+    for words in (
+        ["inspect"],
+        ["export", "x"],
+        ["push", "x"],
+        ["eval", "x"],
+        ["plan", "--gpus", "many"],
+        ["no"],
+    ):
         with pytest.raises(SystemExit) as caught:
             main(words)
         assert caught.value.code == 2

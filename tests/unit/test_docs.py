@@ -36,15 +36,15 @@ EXIT_CODES = {
         "dist/test_exit_codes.py",
         "test_sigterm_outside_of_training_is_75_on_every_rank",
     ),
-    ("`dsee-scale inspect`, `export`, `plan`", "1"): (
+    ("`dsee-scale inspect`, `export`, `push`, `eval`, `plan`", "1"): (
         "unit/test_cli.py",
         "test_errors_are_one_line_without_traceback",
     ),
-    ("`dsee-scale inspect`, `export`, `plan`", "2"): (
+    ("`dsee-scale inspect`, `export`, `push`, `eval`, `plan`", "2"): (
         "unit/test_cli.py",
         "test_wrong_usage_is_2_and_ctrl_c_is_130",
     ),
-    ("`dsee-scale inspect`, `export`, `plan`", "130"): (
+    ("`dsee-scale inspect`, `export`, `push`, `eval`, `plan`", "130"): (
         "unit/test_cli.py",
         "test_wrong_usage_is_2_and_ctrl_c_is_130",
     ),

@@ -17,7 +17,9 @@ from dsee_scale.checkpoint.adapter import save_adapter
 from dsee_scale.cli import main
 from dsee_scale.data.encoding import IGNORED, Encoder
 from dsee_scale.data.tokenizer import open_tokenizer
+from dsee_scale.errors import ConfigError
 from dsee_scale.evaluation.evaluate import EvaluationSet, evaluate
+from dsee_scale.evaluation.harness import evaluate_tasks
 from dsee_scale.export.export import export_model
 from dsee_scale.export.lora import export_lora
 from dsee_scale.recipe.sections import DataConfig
@@ -127,6 +129,23 @@ def test_its_tasks_say_what_our_own_evaluation_says(folders, capsys, kind):
         assert f"sequence length: {LENGTH} tokens at most" in table
 
 
+def test_bfloat16_logits_are_scored_in_float32(folders, tmp_path):
+    """As our own evaluation does; log-probabilities in bfloat16 are off by up to 2^-8 of their size."""
+    model = dsee_scale.load_pretrained(folders / "dense", dtype=torch.bfloat16)
+    tokenizer = open_tokenizer(str(folders / "dense"))
+    for each in (model, tokenizer):
+        each.save_pretrained(tmp_path / "narrow")
+    texts = [json.loads(line)["text"] for line in (folders / "text.jsonl").read_text().splitlines()]
+    nll = 0.0
+    for ids, labels in (row for text in texts for row in windows(tokenizer, text)):
+        with torch.no_grad():
+            log_p = model(torch.tensor([ids[:-1]])).logits.float().log_softmax(-1)[0]
+        nll -= sum(log_p[at, label].item() for at, label in enumerate(labels[1:]) if label != IGNORED)
+    report = evaluate_tasks(tmp_path / "narrow", [str(folders / "words.yaml")], length=LENGTH, device="cpu")
+    expected = math.exp(nll / sum(len(text.split()) for text in texts))
+    assert report.results["words"]["word_perplexity,none"] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -134,6 +153,9 @@ def test_its_tasks_say_what_our_own_evaluation_says(folders, capsys, kind):
         (["--tasks", "TASK", "--length", "65"], "--length 65 must lie in [2, 64]"),
         (["--tasks", "TASK", "--base", "x"], "leave out --base"),
         (["--tasks", "no_such_task"], "lm-eval knows no task 'no_such_task'"),
+        (["--tasks", "TASK", "--batch", "0"], "batch size (--batch) must be at least 1, found 0"),
+        (["--tasks", "TASK", "--limit", "0"], "limit (--limit) must be at least 1, found 0"),
+        (["--tasks", "TASK", "--limit", "-1"], "limit (--limit) must be at least 1, found -1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(folders, capsys, monkeypatch, words, message):
@@ -142,3 +164,76 @@ def test_what_makes_no_sense_is_refused(folders, capsys, monkeypatch, words, mes
     words = [str(folders / "words.yaml") if word == "TASK" else word for word in words]
     assert main(["eval", str(folders / "dense"), *words]) == 1
     assert message in capsys.readouterr().err
+
+
+NO_TASKS = {
+    "syntax": ("a: [1", "is not valid YAML: while parsing a flow sequence"),
+    "bytes": ("task: \x81", "is not valid YAML"),
+    "list": ("- task", "names no task"),
+    "empty": ("", "names no task"),
+    "unnamed": ("dataset_path: json", "names no task; expected a mapping with `task: NAME`"),
+}
+
+
+@pytest.mark.parametrize("name", list(NO_TASKS))
+def test_what_is_no_task_file_is_refused_before_the_model_is_loaded(
+    folders, tmp_path, capsys, monkeypatch, name
+):
+    monkeypatch.setattr("dsee_scale.evaluation.harness.load_folder", lambda *_: pytest.fail("loaded"))
+    text, cause = NO_TASKS[name]
+    (tmp_path / "bad.yaml").write_bytes(text.encode("latin-1"))
+    assert main(["eval", str(folders / "dense"), "--tasks", str(tmp_path / "bad.yaml")]) == 1
+    text = capsys.readouterr().err
+    assert (
+        text.startswith(f"dsee-scale eval: task file {tmp_path / 'bad.yaml'} {cause}")
+        and text.count("\n") == 1
+    )
+
+
+BAD_TASKS = {
+    "keys": ("task: x", "TypeError"),
+    "unknown": ("task: x\nno_such_key: 1", "no_such_key"),
+    "file": ({"dataset_kwargs": {"data_files": {"test": "absent.jsonl"}}}, "absent.jsonl"),
+    "column": ({"doc_to_target": "{{nocol}}"}, "'nocol' is undefined"),
+    "function": ("task: x\nprocess_docs: !function absent.function", "absent"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_TASKS))
+def test_what_lm_eval_says_of_a_bad_task_is_one_line_that_names_its_file(folders, tmp_path, capsys, name):
+    change, cause = BAD_TASKS[name]
+    if isinstance(change, dict):
+        change = yaml.safe_dump({**yaml.safe_load((folders / "words.yaml").read_text()), **change})
+    (tmp_path / "bad.yaml").write_text(change)
+    tasks = [str(folders / "words.yaml"), str(tmp_path / "bad.yaml")]
+    assert main(["eval", str(folders / "dense"), "--tasks", *tasks]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dsee-scale eval: ")]
+    assert len(lines) == 1 and f"cannot run task {tmp_path / 'bad.yaml'}: " in lines[0] and cause in lines[0]
+
+
+def test_a_row_that_a_task_cannot_use_names_the_task(folders, tmp_path):
+    """One that only lm-eval's run comes to: the first row is sound."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "a good film"}\n{"text": "bad"}\n')
+    task = yaml.safe_load((folders / "words.yaml").read_text())
+    task["dataset_kwargs"]["data_files"]["test"] = str(tmp_path / "rows.jsonl")
+    (tmp_path / "late.yaml").write_text(yaml.safe_dump({**task, "doc_to_target": "{{text.split()[2]}}"}))
+    with pytest.raises(ConfigError, match=r"late\.yaml: UndefinedError"):
+        evaluate_tasks(folders / "dense", [str(tmp_path / "late.yaml")], device="cpu")
+
+
+def test_an_error_of_the_model_keeps_its_traceback(folders, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate_tasks(folders / "dense", [str(folders / "words.yaml")], device="cpu")
+
+
+def test_an_error_without_a_file_name_is_printed_without_an_empty_one(monkeypatch, capsys):
+    def fail(*_: object, **__: object) -> None:
+        raise FileNotFoundError("Unable to find it")
+
+    monkeypatch.setattr("dsee_scale.evaluation.harness.evaluate_tasks", fail)
+    assert main(["eval", "folder", "--tasks", "t"]) == 1
+    assert capsys.readouterr().err == "dsee-scale eval: Unable to find it\n"

@@ -10,7 +10,9 @@ import torch
 
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
-from dsee_scale.errors import ConfigError, TargetError
+from dsee_scale.errors import ConfigError, FormatError, TargetError
+from dsee_scale.recipe.sections import ModelConfig
+from dsee_scale.training.setup import load_model
 from tests.models import build, llama_config
 from tests.unit.test_prune import trained
 
@@ -53,6 +55,12 @@ def test_a_state_dict_that_brings_a_mask_along_is_warned_of():
         other.load_state_dict(other.state_dict())
         fresh = trained()
         fresh.load_state_dict(trained().state_dict())
+
+
+def test_a_recipes_model_is_no_injected_one(tmp_path):
+    trained().save_pretrained(tmp_path / "injected")
+    with pytest.raises(FormatError, match=r"injected model that save_pretrained wrote.*export_model"):
+        load_model(ModelConfig(name=str(tmp_path / "injected")), torch.float32, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("config", [None, {"rank": 4}, peft.LoraConfig(r=4)])
