@@ -13,7 +13,7 @@ from dsee_scale.adapters.state import model_state
 from dsee_scale.export.export import save_base
 from dsee_scale.export.from_files import export_files
 from dsee_scale.passes.fingerprint import as_text, rounded_sum
-from tests.models import token_batch
+from tests.models import build, llama_config, token_batch
 from tests.unit.test_calibrate import batches, make
 
 
@@ -33,7 +33,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def test_an_adapter_goes_onto_the_base_that_was_saved_and_onto_no_other(tmp_path):
     model = refitted()
-    make("everything", trained=False).save_pretrained(tmp_path / "original")
+    build(llama_config()).save_pretrained(tmp_path / "original")
     save_base(model, tmp_path / "base")
     dsee_scale.save_adapter(model, tmp_path / "adapter")
     for dtype in (torch.float32, torch.bfloat16):
@@ -93,7 +93,7 @@ def test_a_later_pruning_renews_the_checksums(tmp_path):
 def test_no_update_is_put_twice_into_a_model_that_was_exported_with_it(tmp_path, how):
     """Nor is one that was saved before the re-fit; what is trained on the export goes onto it alone."""
     model = make("everything")
-    make("everything", trained=False).save_pretrained(tmp_path / "published")
+    build(llama_config()).save_pretrained(tmp_path / "published")
     dsee_scale.save_adapter(model, tmp_path / "adapter")
     if how != "tuned":
         dsee_scale.prune(model, PruneConfig(refit=how == "re-fitted"), batches())
@@ -129,7 +129,7 @@ def test_no_update_is_put_twice_into_a_model_that_was_exported_with_it(tmp_path,
 
 def test_an_export_from_files_is_marked_as_the_live_one_is(tmp_path):
     model = make("everything")
-    make("everything", trained=False).save_pretrained(tmp_path / "published")
+    build(llama_config()).save_pretrained(tmp_path / "published")
     dsee_scale.save_adapter(model, tmp_path / "adapter")
     dsee_scale.export_model(model, tmp_path / "live")
     export_files(tmp_path / "adapter", tmp_path / "published", tmp_path / "files")

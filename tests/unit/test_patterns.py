@@ -561,5 +561,5 @@ def test_prunings_of_one_call_come_one_after_the_other():
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert len(report.matrices) == 14 and len(report.units) == 4
     assert "4 of 12 heads are gone" in str(report) and "26 of 104 neurons are gone" in str(report)
-    with pytest.raises(ConfigError, match="an empty list"):
+    with pytest.raises(ConfigError, match=r"prune got \[\]; expected PruneConfig"):
         dsee_scale.prune(one, [])
