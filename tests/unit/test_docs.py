@@ -138,3 +138,18 @@ def test_the_architecture_names_files_that_are_there():
     for name in named:
         found = (ROOT / "dsee_scale" / f"{name}.py", ROOT / f"{name}.py")
         assert any(path.is_file() for path in found), name
+
+
+def test_no_link_between_files_is_dead():
+    """Where the repository is read; the site's own are checked when it is built."""
+    pages = [
+        *ROOT.glob("*.md"),
+        *(p for name in ("docs", "launch", "ds_configs") for p in (ROOT / name).rglob("*.md")),
+    ]
+    links = [
+        (page.relative_to(ROOT), target)
+        for page in pages
+        for target in re.findall(r"\]\(([^)\s#]+)", page.read_text())
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+    assert len(pages) > 20 and not links
