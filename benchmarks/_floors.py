@@ -1,4 +1,4 @@
-"""What a computation cannot be faster than on an H100: its bytes over the memory's rate, its FLOPs over the units'."""
+"""What a computation cannot be faster than on a GPU: its bytes over the memory's rate, its FLOPs over the units'."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-BYTES_PER_SECOND = 3.35e12
+import torch
+
+BYTES_PER_SECOND = {"H200": 4.8e12, "H100": 3.35e12}
+"""By a part of the card's name; of another card, and of a dry run, an H100's."""
 FLOPS_PER_SECOND = 989e12
-"""Dense, in bfloat16."""
+"""Dense, in bfloat16; of both."""
 
 
 def floor(*, bytes_moved: float = 0, flops: float = 0) -> float:
     """Seconds."""
-    return max(bytes_moved / BYTES_PER_SECOND, flops / FLOPS_PER_SECOND)
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    rate = next((rate for name, rate in BYTES_PER_SECOND.items() if name in card), BYTES_PER_SECOND["H100"])
+    return max(bytes_moved / rate, flops / FLOPS_PER_SECOND)
 
 
 def frozen_flops(config: Any, sequences: int, length: int, *, forward_only: bool = False) -> float:

@@ -163,20 +163,22 @@ def masks_case(report: GpuReport, options: argparse.Namespace) -> None:
     from dsee_scale import PruneConfig
     from dsee_scale.passes.pools import block_linears
 
-    model = build(options)
-    dsee_scale.inject(model, adapter_config(TARGETS["q and v"]), progress=False)
-    weights = [layer.weight for layer in block_linears(model).values()]
-    entries = sum(weight.numel() for weight in weights)
-    batches = [batch_of(model.config, 1, 16 if options.tiny else 2048) for _ in range(2)]
     few = {"sparsity": 0.5, "scope": "matrix"}
-    for name, settings in {
+    kinds: dict[str, dict[str, Any]] = {
         "W": {"score": "W"},
         "WABS": {"score": "WABS"},
         "wanda": {"score": "wanda", "refit": False},
+        "2:4": {"score": "W", "pattern": "2:4"},
         "neurons": {"score": "W", "pattern": "neurons", **few},
         "heads": {"score": "W", "pattern": "heads", **few},
-        "2:4": {"score": "W", "pattern": "2:4"},
-    }.items():
+    }
+    for name, settings in kinds.items():
+        if name in ("W", "neurons"):  # a model that has neither groups nor units yet
+            model = build(options)
+            dsee_scale.inject(model, adapter_config(TARGETS["q and v"]), progress=False)
+            weights = [layer.weight for layer in block_linears(model).values()]
+            entries = sum(weight.numel() for weight in weights)
+            batches = [batch_of(model.config, 1, 16 if options.tiny else 2048) for _ in range(2)]
         took = []
         for _ in range(2):
             for weight in weights:

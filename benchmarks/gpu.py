@@ -7,8 +7,8 @@ A case that fails or runs out of time is said so in a line of its own, and the o
 whole time bounds each case besides its own limit. A line holds, besides what every benchmark prints:
 
 - device: the card's name;
-- floor: what the case cannot be faster than, its bytes over 3.35 TB/s and its FLOPs over 989 TFLOP/s, whichever takes
-  longer (an H100's memory, and its dense bfloat16 units);
+- floor: what the case cannot be faster than, its bytes over 3.35 TB/s (an H200's: 4.8) and its FLOPs over 989 TFLOP/s
+  (an H100's or H200's memory, and their dense bfloat16 units), whichever takes longer;
 - of_floor: floor / ours, the fraction of it that is reached;
 - goal, met: where there is a goal, the key that it is about with its bound, and whether it is met.
 
@@ -76,9 +76,17 @@ STEP = (
 )
 TINY_STEP = ("--hidden", "128", "--layers", "1", "--lengths", "8", "--rounds", "1", "--batch", "1",
              "--targets", "q and v")  # fmt: skip
+
+
+def zero3(name: str, seconds: int, *words: str) -> Case:
+    """A case of `training_step`, under ZeRO-3 with NCCL; its dry run takes the last of repeated options."""
+    return Case(name, seconds, (*STEP, *words), TINY_STEP)
+
+
 CASES = [
     Case("test_kernels", 120, (*PYTEST, "tests/gpu/test_kernels.py"), None),
-    Case("test_zero3", 80, (*PYTEST, "tests/gpu/test_zero3.py", "-k", "one_gpu and (refit or global)"), None),
+    Case("test_zero3", 110, (*PYTEST, "tests/gpu/test_zero3.py", "-k", "one_gpu and (refit or global)"), None),
+    Case("test_devices", 40, (*PYTEST, "tests/gpu/test_devices.py"), None),
     own("step_1b", 60, "step", "--model", "1b"),
     own("step_7b", 90, "step", "--model", "7b"),
     own("masks_7b", 60, "masks", "--model", "7b"),
@@ -88,10 +96,10 @@ CASES = [
     Case("test_semi_structured", 40, (*PYTEST, "tests/gpu/test_semi_structured.py"), None),
     own("supports_7b", 45, "supports", "--model", "7b"),
     own("memory_7b", 75, "memory", "--model", "7b", "--layers", "8"),
-    Case("step_1b_zero3", 75, (*STEP, "--hidden", "2048", "--layers", "22"),
-         TINY_STEP),
-    Case("step_7b_zero3", 75, (*STEP, "--hidden", "4096", "--layers", "6"),
-         TINY_STEP),
+    zero3("step_1b_zero3", 75, "--hidden", "2048", "--layers", "22", "--targets", "all linear"),
+    zero3("step_7b_zero3", 75, "--hidden", "4096", "--layers", "6", "--targets", "all linear"),
+    zero3("step_1b_zero3_qv", 60, "--hidden", "2048", "--layers", "22", "--targets", "q and v"),
+    zero3("step_7b_zero3_qv", 60, "--hidden", "4096", "--layers", "6", "--targets", "q and v"),
     Case("test_zero3_rest", 200, (*PYTEST, "tests/gpu/test_zero3.py", "-k", "one_gpu and not refit and not global"),
          None),
 ]  # fmt: skip

@@ -6,4 +6,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+# DeepSpeed's builds wait for ever on the lock of one that was killed.
+[[ -z "${TORCH_EXTENSIONS_DIR:-}" ]] || rm -f "$TORCH_EXTENSIONS_DIR"/*/lock
 exec "${PYTHON:-python3}" benchmarks/gpu.py "$@"

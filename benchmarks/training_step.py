@@ -235,7 +235,7 @@ def main() -> None:
     )
     arguments.add_argument("--no-memory", action="store_true", help="times only")
     arguments.add_argument(
-        "--floors", action="store_true", help="beside each step what an H100 can't be faster than"
+        "--floors", action="store_true", help="beside each step what the GPU can't be faster than"
     )
     arguments.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
     arguments.add_argument(

@@ -16,7 +16,7 @@ CHECKSUM_CHUNK = 2**22
 
 CPU_CHUNK = 2**17
 """Entries handled at once on the CPU: what leaves a core's cache costs several times as much."""
-DEVICE_CHUNK = 2**24
+DEVICE_CHUNK = 2**22
 """The same on an accelerator, where it bounds what is held besides."""
 
 

@@ -219,10 +219,10 @@ def _lowest(costs_IO: Tensor, num_lowest: int) -> Tensor:
     """(I, O) bool: the `num_lowest` smallest of all costs, of equal ones the first by (output, input)."""
     if num_lowest == 0:
         return torch.zeros_like(costs_IO, dtype=torch.bool)
-    if costs_IO.device.type == "cpu":  # Several times as fast as torch's kthvalue.
+    if costs_IO.device.type == "cpu":  # Several times as fast as torch's sort.
         threshold = float(np.partition(costs_IO.numpy(), num_lowest - 1, axis=None)[num_lowest - 1])
     else:
-        threshold = float(costs_IO.flatten().kthvalue(num_lowest).values)
+        threshold = float(costs_IO.flatten().sort().values[num_lowest - 1])
     found = costs_IO <= threshold
     if int(found.sum()) == num_lowest:
         return found

@@ -295,5 +295,6 @@ def _sample(partition: Partition, weights: Mapping[str, nn.Parameter]) -> list[i
     for param in weights.values():
         data = partition.shard(param).data
         bits = data[data.numel() // 2 :][:SAMPLED] != 0
-        numbers.append((bits * torch.arange(1, bits.numel() + 1, device=bits.device)).sum())
-    return torch.stack(numbers).tolist() if numbers else []
+        # Read one by one: with parameters on the host, DeepSpeed leaves small ones on the GPU.
+        numbers.append(int((bits * torch.arange(1, bits.numel() + 1, device=bits.device)).sum()))
+    return numbers

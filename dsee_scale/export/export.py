@@ -263,7 +263,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
         trainer.vllm_generation._iter_named_params = lambda: merged_weights(trainer.model_wrapped)
 
-    Extra memory: the adapters of 2 GB of weights; on rank 0 one weight besides.
+    Extra memory: the adapters of 2 GB of weights; on rank 0 two weights besides.
 
     Args:
         model: a raw model, a DeepSpeed engine, or what Accelerate or DDP made of it.
@@ -272,8 +272,12 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         TargetError: experts were removed.
 
     Yields:
-        Name and whole weight, on the CPU where an update was put in. It may alias the model's own storage: read it.
+        Name and whole weight, on the model's device. It may alias the model's own storage: read it.
     """
+    if (
+        torch.cuda.is_initialized()
+    ):  # vLLM's sender reads on a stream of its own, the last step wrote on this one
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
     module, partition = unwrap(model), open_partition(model)
     reject_broken(module)
     reject_peft(module)
@@ -293,6 +297,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             weight, update = piece
             if update is not None:
                 form = trained_form(source.pruned, entry.name)
-                weight = merged_weight(weight, update, pruned=entry.name in masked, form=form)
+                pruned, out = entry.name in masked, torch.empty_like(weight)
+                weight = merged_weight(weight, update, pruned=pruned, form=form, out=out)
             yield from source.stored(entry, weight).items()
             del piece, weight  # before the next one arrives

@@ -41,7 +41,7 @@ def write_moment(state: dict[str, Any], key: str, start: int, values: Tensor) ->
     n, first = key[-1], start // BLOCK * BLOCK
     stop = min(-(-(start + values.numel()) // BLOCK) * BLOCK, state[key].numel())
     flat = _decode(state, key, first, stop)
-    flat[start - first : start - first + values.numel()] = values
+    flat[start - first : start - first + values.numel()] = values.to(flat.device)
     codes, how = quantize_blockwise(flat, code=state[f"qmap{n}"], blocksize=BLOCK)
     codes[flat == 0] = int(state[f"qmap{n}"].abs().argmin())  # bitsandbytes 0.50 takes a neighbour on the CPU
     state[key].view(-1)[first:stop].copy_(codes)
@@ -53,8 +53,9 @@ def _decode(state: dict[str, Any], key: str, first: int, stop: int) -> Tensor:
     from bitsandbytes.functional import dequantize_blockwise
 
     n = key[-1]
-    codes = state[key].detach().contiguous().view(-1)[first:stop]
     scales = state[f"absmax{n}"][_blocks(first, stop)]
+    # A paged optimizer's codes are in memory that the GPU and the host share, which PyTorch takes for the host's.
+    codes = state[key].detach().contiguous().view(-1)[first:stop].to(scales.device)
     return dequantize_blockwise(codes, absmax=scales, code=state[f"qmap{n}"], blocksize=BLOCK)
 
 

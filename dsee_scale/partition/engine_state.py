@@ -15,6 +15,7 @@ from dsee_scale.errors import PartitionError, TargetError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.master_weights import MasterWeights
 from dsee_scale.partition.optimizer_state import OptimizerState, Stretch
+from dsee_scale.partition.ranks import settle
 
 
 @contextlib.contextmanager
@@ -83,6 +84,7 @@ class Zero3State(OptimizerState):
         resident = [param for param in self.params if param.data.numel()]
         for param, value in zip(resident, self.partition.gather(resident), strict=True):
             param.data.copy_(value)
+        settle(self.params[0].device)
 
     def _keeper(self, group: int) -> Any:
         where = getattr(self.zero, "subgroup_to_device", {}).get(group, "cpu")

@@ -26,6 +26,8 @@ PERSISTENT = 1_000_000
 """Elements below which a parameter stays whole on every GPU (`stage3_param_persistence_threshold`)."""
 DECOMPOSED_PER_SECOND = 22e6
 """Entries that one CPU core decomposes in a second: 14336 x 4096 in 2.6 s (docs/decomposition.md)."""
+CHUNKS = 256 * 2**20
+"""Bytes of the chunks that a pruning's search goes by, on a GPU: their bits, digits and scores."""
 RESERVED = 0.08
 """Share of a GPU's memory left to the CUDA context, workspaces and fragmentation."""
 
@@ -219,7 +221,7 @@ def prune_memory(shape: ModelShape, setting: Setting) -> Memory:
     trainable = adapter_entries(shape, setting)
     base = _stored_base(shape, setting) / setting.gpus
     optimizer = trainable / setting.gpus * 20
-    extra = trainable * (2 + 4) + _scales(shape, setting) + 16 * 2**20
+    extra = trainable * (2 + 4) + _scales(shape, setting) + CHUNKS
     if setting.quantize is not None:
         extra += 2.0 * shape.largest / setting.gpus
     return Memory(extra, base + optimizer) if setting.offload else Memory(base + optimizer + extra)

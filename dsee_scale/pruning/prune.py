@@ -129,9 +129,9 @@ def prune(
     first, so pruning again to a higher sparsity keeps earlier zeros. Masks need no memory: W is frozen, so its zeros
     stay. Several prunings are all checked before the first one removes anything.
 
-    Peak extra memory per rank: whole copies of the adapters in float32, and a few blocks of 2 MiB; with `refit`, one
-    block's inputs, up to `gram_memory_mib` of statistics and of the block's weights, the parts of its matrices that
-    the rank solves, and one whole matrix.
+    Peak extra memory per rank: whole copies of the adapters in float32, and a few blocks of 2 MiB (a GPU's together
+    256 MiB); with `refit`, one block's inputs, up to `gram_memory_mib` of statistics and of the block's weights, the
+    parts of its matrices that the rank solves, and one whole matrix.
 
     Args:
         model: a raw model (whole or partitioned), a DeepSpeed engine, a DDP or an Accelerate-prepared model.

@@ -38,9 +38,17 @@ def main(device: str, case: str, folder: Path) -> None:
 
     if device == "cuda":
         torch.cuda.set_device(0)
+    if (
+        device == "cpu"
+    ):  # one process has no one to share memory with, and building the operator takes a minute
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if device == "cuda" else "gloo")
     zero = (
-        {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+        {
+            "offload_param": {"device": "cpu"},
+            "offload_optimizer": {"device": "cpu"},
+            "stage3_param_persistence_threshold": 5000,  # q, k, v and o stay on the GPU, the others don't
+        }
         if case == "offload"
         else {}
     )

@@ -36,7 +36,7 @@ def on_its_gpu(
 
     @functools.wraps(launch)
     def guarded(target: Tensor, *args: P.args, **kwargs: P.kwargs) -> None:
-        with torch.cuda.device_of(target):
+        with torch.cuda.device(target.get_device()):  # -1 of a CPU tensor: nothing is done
             launch(target, *args, **kwargs)
 
     return guarded

@@ -17,8 +17,9 @@ from dsee_scale.adapters.kernels.triton_kernels import on_its_gpu
 from dsee_scale.algorithms.delta import AdapterSpec
 
 BLOCK_M, BLOCK_N = 64, 128
-MAX_BLOCK_R = 64
-"""Of the rank at a time, so that the factors' tiles fit into shared memory whatever the rank is."""
+MAX_BLOCK_R = {"tf32": 64, "ieee": 16}
+"""Of the rank at a time, so that the factors' tiles fit into shared memory whatever the rank is; products in float32
+take no tensor core and compile three times as long with 64."""
 
 
 @on_its_gpu
@@ -54,13 +55,14 @@ def _tiles(out: Tensor, weight: Tensor, left: Tensor, right: Tensor, scaling: fl
     num_rows, num_cols = out.shape
     rank = left.shape[1]
     grid = (triton.cdiv(num_rows, BLOCK_M), triton.cdiv(num_cols, BLOCK_N))
+    precision = "ieee" if left.dtype == torch.float32 else "tf32"  # which holds 16-bit floats exactly
+    block_r = min(MAX_BLOCK_R[precision], max(16, triton.next_power_of_2(rank)))
     _merge_tiles[grid](
         out, weight, left, right,
         num_rows, num_cols, rank, float(scaling),
         out.stride(0), out.stride(1), weight.stride(0), weight.stride(1),
         left.stride(0), left.stride(1), right.stride(0), right.stride(1),
-        BASE=base, PRECISION="ieee" if left.dtype == torch.float32 else "tf32",  # which holds 16-bit floats exactly
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=min(MAX_BLOCK_R, max(16, triton.next_power_of_2(rank))),
+        BASE=base, PRECISION=precision, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=block_r,
     )  # fmt: skip
 
 
