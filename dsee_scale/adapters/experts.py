@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dsee_scale.adapters.kernels.factors import make_fold
 from dsee_scale.adapters.kernels.grouped import ExpertUpdate, expert_product, grouped_mm
 from dsee_scale.adapters.linear import Adapted, FlatViews, initial_values, reject_replaced_forward
+from dsee_scale.adapters.state import warn_of_new_zeros
 from dsee_scale.adapters.support import check_support
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.errors import TargetError
@@ -125,8 +126,9 @@ class AdaptedExperts(Adapted):
         """The adapted parameters."""
         return {f"{name}.{attribute}": ExpertWeight(self, attribute) for attribute in self.dsee_specs}
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        warn_of_new_zeros(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         for name in self.dsee_specs:
             self.dsee_prepare(name)
 

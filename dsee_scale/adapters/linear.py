@@ -151,8 +151,7 @@ class AdaptedLayer(FlatViews, Adapted):
         return result
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        if not self.dsee_under_mask:
-            warn_of_new_zeros(self.weight, state_dict.get(f"{prefix}weight"))
+        warn_of_new_zeros(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.dsee_prepare()
 

@@ -9,16 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.config import DSEEConfig
 from dsee_scale.errors import PartitionError, TargetError
+from dsee_scale.partition import open_partition
+from dsee_scale.partition.zero3 import is_partitioned
 
 MASK_UPDATE = "mask_update"
 """In the record of a pruned weight: that its update is trained under the mask."""
 MANY_ZEROS = 0.05
 """Share of a weight's entries; more new zeros than that are no accident."""
+_LOADING = "_dsee_loading"
+"""On an adapted module whose partitioned weights may be about to change: what they were, and the hook that looks."""
 
 
 @dataclass(frozen=True)
@@ -88,22 +93,72 @@ def reject_peft(model: nn.Module) -> None:
         )
 
 
-def warn_of_new_zeros(before: Tensor, weight: Any) -> None:
-    """Warn of a weight from a state dict that brings a mask along which nothing records. Local.
+def warn_of_new_zeros(module: Any, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Warn of weights from a state dict that bring a mask along which nothing records. Local.
+
+    Under ZeRO-3 they are empty, and DeepSpeed's `load_checkpoint` writes the shards after them: the next forward of
+    the module looks at those, or `warn_of_loaded_zeros` if that comes first.
 
     Args:
-        before: the adapted layer's own weight.
-        weight: the state dict's; anything but a tensor of its shape is left alone.
+        module: an adapted one, before it reads the state dict.
+        state_dict: anything in it but tensors of the weights' shapes is left alone.
+        prefix: of the module's own names in it.
     """
-    if not isinstance(weight, Tensor) or weight.shape != before.shape or weight.is_meta or before.is_meta:
+    names = {id(param): name for name, param in module.named_parameters(recurse=False)}
+    adapted = [each for each in module.dsee_weights("").values() if not each.dsee_under_mask]
+    if any(is_partitioned(each.weight) for each in adapted):
+        if _LOADING not in vars(module):  # else the zeros may have come already
+            handle = module.register_forward_pre_hook(_before_forward)
+            setattr(module, _LOADING, (_stored_entries(module), handle))
         return
-    more = count_nonzero(before) - count_nonzero(weight)
-    if more > MANY_ZEROS * weight.numel():
+    for each in adapted:
+        before, weight = each.weight, state_dict.get(f"{prefix}{names.get(id(each.weight))}")
+        if not isinstance(weight, Tensor) or weight.shape != before.shape or weight.is_meta or before.is_meta:
+            continue
+        _warn_if_many(count_nonzero(before) - count_nonzero(weight), weight.numel())
+
+
+def warn_of_loaded_zeros(model: nn.Module) -> None:
+    """`warn_of_new_zeros` for what was loaded since the last forward, before a pass reads the weights. Local."""
+    for module in model.modules():
+        if _LOADING in vars(module):
+            _look_at_loaded(module)
+
+
+def _before_forward(module: nn.Module, _: Any) -> None:
+    """Forward pre-hook, for one forward; within compiled code it does nothing."""
+    if not torch.compiler.is_compiling():
+        _look_at_loaded(module)
+
+
+def _look_at_loaded(module: Any) -> None:
+    before, handle = vars(module).pop(_LOADING)
+    handle.remove()
+    for name, (kept, numel) in _stored_entries(module).items():
+        _warn_if_many(before.get(name, (0, 0))[0] - kept, numel)
+
+
+def _stored_entries(module: Any) -> dict[str, tuple[int, int]]:
+    """Of each adapted weight without a mask, how many entries of this rank's are not zero, and how many there are."""
+    if not hasattr(module, "dsee_weights"):
+        return {}  # detached
+    try:
+        partition = open_partition(module)
+    except PartitionError:  # DeepSpeed loads it all the same, and every pass will say so
+        return {}
+    weights = {name: each for name, each in module.dsee_weights("").items() if not each.dsee_under_mask}
+    shards = {name: partition.shard(each.weight).data for name, each in weights.items()}
+    return {name: (count_nonzero(shard), shard.numel()) for name, shard in shards.items()}
+
+
+def _warn_if_many(new_zeros: int, numel: int) -> None:
+    if new_zeros > MANY_ZEROS * numel:
         warnings.warn(
-            "a state dict brings zeros into the weights of adapted layers, and no state dict says that they are a "
-            "mask: updates will not be masked, and save_adapter and export_model know of no pruning. Save a pruned "
-            "model by dsee_scale.save_adapter or save_training_state and read it by dsee_scale.load_adapter",
-            stacklevel=2,
+            "a state dict or a checkpoint of DeepSpeed's brings zeros into the weights of adapted layers, and no state "
+            "dict says that they are a mask: updates will not be masked, and save_adapter and export_model know of no "
+            "pruning. Save a pruned model by dsee_scale.save_adapter or save_training_state and read it by "
+            "dsee_scale.load_adapter",
+            stacklevel=3,
         )
 
 

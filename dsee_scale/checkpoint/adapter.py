@@ -14,7 +14,7 @@ from torch import nn
 from dsee_scale.adapters.experts import fused_experts
 from dsee_scale.adapters.linear import adapted_layers, restore_under_mask
 from dsee_scale.adapters.routers import mask_routers
-from dsee_scale.adapters.state import model_state, reject_broken
+from dsee_scale.adapters.state import model_state, reject_broken, warn_of_loaded_zeros
 from dsee_scale.adapters.targets import Target, linear_kind, reject_codes
 from dsee_scale.algorithms.decompose import Support
 from dsee_scale.checkpoint.adapter_file import (
@@ -147,6 +147,7 @@ def write_adapter(
     Returns:
         Number of entries that each pruned weight keeps.
     """
+    warn_of_loaded_zeros(module)
     params = dict(module.named_parameters())
     with raise_on_all_ranks(partition):
         missing = [name for name in model_state(module).pruned if name not in params]

@@ -1,4 +1,7 @@
-"""What an adapter's files hold, as `dsee_config.json` says: the one description that all readers share."""
+"""What saved files hold, as `dsee_config.json` (an adapter) and `dsee_state.json` (a training state) say.
+
+The one description that all readers share.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,11 +23,14 @@ from dsee_scale.checkpoint.folder import StoredFolder
 from dsee_scale.checkpoint.identity import base_identity, base_label, check_base, content_mark, refit_mark
 from dsee_scale.config import DSEEConfig
 from dsee_scale.errors import ConfigError, FormatError, TargetError
+from dsee_scale.partition.optimizer_state import as_kept
 from dsee_scale.partition.port import Partition
 from dsee_scale.settings import type_problems
 
 CONFIG_FILE = "dsee_config.json"
 PREFIX = "dsee_"
+COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+MOST_RANKS = 10**6
 
 
 @dataclass(frozen=True)
@@ -232,3 +239,63 @@ def check_refit(record: AdapterRecord, found: str | None, where: str) -> None:
     raise FormatError(
         f"{where} {reason}: load {base_label(record.base)}, the base that it was made for (see base_of)"
     )
+
+
+def check_state(values: dict[str, Any], where: Path) -> None:
+    """Refuse a training state's record with keys that are missing or of the wrong type. Local.
+
+    What an older one does not say is added: which parameters have state in the optimizer (`kept`), and what the numbers
+    in it are (`scalars`).
+
+    Raises:
+        FormatError: naming the key.
+    """
+    types = {
+        "parameters": dict,
+        "moments": list,
+        "steps": dict,
+        "groups": list,
+        "counters": dict,
+        "extra": dict,
+    }
+    wrong = [key for key, kind in types.items() if not isinstance(values.get(key), kind)]
+    if not wrong:
+        _add_kept(values)
+        counts = [values.get("world_size"), *map(values["counters"].get, COUNTERS)]
+        counts += [*values["parameters"].values(), *values["steps"].values()]
+        tests = {
+            "a count": all(
+                isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in counts
+            ),
+            "moments": all(isinstance(each, str) for each in values["moments"]),
+            "groups": all(isinstance(each, dict) for each in values["groups"]),
+            "scalars": isinstance(values["scalars"], dict),
+        }
+        tests["kept"] = tests["scalars"] and _are_kept(values)
+        tests["world_size"] = tests["a count"] and 1 <= values["world_size"] <= MOST_RANKS
+        wrong = [key for key, passed in tests.items() if not passed]
+    if wrong:
+        raise FormatError(
+            f"{where} is damaged: key {wrong[0]!r} is missing or invalid; use another checkpoint"
+        )
+
+
+def _add_kept(values: dict[str, Any]) -> None:
+    """Older states: what was counted has state, and so has all that SGD, Lion and others without a count trained."""
+    counted = {name: {"step": n} for name, n in values["steps"].items() if n}
+    values.setdefault("kept", counted or {name: {} for name in values["steps"] if values["moments"]})
+    values.setdefault("scalars", {"step": "int"})
+
+
+def _are_kept(values: dict[str, Any]) -> bool:
+    """Whether `kept` names parameters, and numbers of which `scalars` says what they are."""
+    try:
+        for kind in values["scalars"].values():
+            as_kept(0, kind)
+        for name, numbers in values["kept"].items():
+            values["parameters"][name]
+            for key, number in numbers.items():
+                as_kept(number, values["scalars"][key])
+    except Exception:  # a number that is none, or too large for its kind
+        return False
+    return True

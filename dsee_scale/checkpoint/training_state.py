@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from dsee_scale.checkpoint.files import damaged
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, open_folder
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import has_masks, masks_now, note_files, open_masks
-from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord, check_model
+from dsee_scale.checkpoint.record import CONFIG_FILE, COUNTERS, AdapterRecord, check_model, check_state
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec, part_name, write_dealt, write_tensors
 from dsee_scale.checkpoint.unfinished import UnfinishedState
 from dsee_scale.distributed import raise_on_all_ranks
@@ -35,6 +34,7 @@ from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.engine_state import open_optimizer
 from dsee_scale.partition.optimizer_state import MASTER, OptimizerState
 from dsee_scale.random_state import random_state, set_random_state
+from dsee_scale.scheduler_values import put_scheduler_values, scheduler_values
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,6 @@ KIND = "training_state"
 OPTIMIZER = "dsee_optimizer"
 RANDOM = "dsee_random"
 STATE_FILE = "dsee_state.json"
-COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
-MOST_RANKS = 10**6
 
 
 def save_training_state(
@@ -67,7 +65,8 @@ def save_training_state(
 
     Raises:
         PartitionError: an engine whose optimizer state cannot be reached.
-        ConfigError: `extra` is no JSON, the folder is not empty, or the optimizer is AdEMAMix.
+        ConfigError: `extra` is no JSON, the folder is not empty, or the optimizer keeps what no state can
+            hold, as Adafactor does for a matrix and AdEMAMix.
         FormatError: writing failed, e.g. no space is left; what was there before stays.
     """
     start_training_state(model, folder, optimizer=optimizer, extra=extra, overwrite=overwrite).finish()
@@ -94,11 +93,12 @@ def start_training_state(
         state = open_optimizer(model, optimizer)
         _check_boundary(model, state)
         record = _state_record(model, state, partition, extra)
-    record["steps"] = state.steps()
+    record["kept"] = kept = state.kept(list(record["scalars"]))
+    record["steps"] = {name: int(kept.get(name, {}).get("step", 0)) for name in state.sizes}
     new = NewFolder(partition, folder, kind=KIND, later=True)
     new.begin(overwrite)
     try:
-        kept = write_adapter(partition, module, new, mask_files=partition.world_size, link=True)
+        masks = write_adapter(partition, module, new, mask_files=partition.world_size, link=True)
         keys = [MASTER, *record["moments"]]
         items = {f"{name}/{key}": (name, key) for name in state.sizes for key in keys}
         specs = [TensorSpec(i, torch.float32, (state.sizes[name],)) for i, (name, _) in items.items()]
@@ -118,7 +118,7 @@ def start_training_state(
     except BaseException:
         new.discard()
         raise
-    return UnfinishedState(module, new, kept)
+    return UnfinishedState(module, new, masks)
 
 
 def load_training_state(
@@ -187,10 +187,12 @@ def _state_record(
     record = {
         "world_size": partition.world_size,
         "parameters": state.sizes,
+        "optimizer": state.optimizer_name,
         "moments": state.moments(),
+        "scalars": state.scalars(),
         "groups": state.groups(),
         "counters": {name: int(getattr(model, name, 0) or 0) for name in COUNTERS},
-        "scheduler": _plain(_scheduler_state(model)),
+        "lr_scheduler": scheduler_values(_scheduler(model)),
         "loss_scaler": _loss_scaler(model),
         "extra": extra or {},
     }
@@ -237,8 +239,8 @@ def _check_parameters(
 ) -> None:
     where = stored.path / STATE_FILE
     check_state(values, where)
-    if any(values["steps"].values()):
-        state.expect_moments(values["moments"], where)
+    if values["kept"]:
+        state.expect_moments(values["moments"], where, values["scalars"], values.get("optimizer"))
     if values["parameters"] != state.sizes:
         differing = sorted({*values["parameters"].items()} ^ {*state.sizes.items()})
         raise FormatError(
@@ -254,45 +256,12 @@ def _check_parameters(
             tensors.reject_not_finite(f"{name}/{key}", part)
 
 
-def check_state(values: Mapping[str, Any], where: Path) -> None:
-    """Refuse a state record with keys that are missing or of the wrong type. Local.
-
-    Raises:
-        FormatError: naming the key.
-    """
-    types = {
-        "parameters": dict,
-        "moments": list,
-        "steps": dict,
-        "groups": list,
-        "counters": dict,
-        "extra": dict,
-    }
-    wrong = [key for key, kind in types.items() if not isinstance(values.get(key), kind)]
-    if not wrong:
-        counts = [values.get("world_size"), *map(values["counters"].get, COUNTERS)]
-        counts += [*values["parameters"].values(), *values["steps"].values()]
-        tests = {
-            "a count": all(
-                isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in counts
-            ),
-            "moments": all(isinstance(each, str) for each in values["moments"]),
-            "groups": all(isinstance(each, dict) for each in values["groups"]),
-        }
-        tests["world_size"] = tests["a count"] and 1 <= values["world_size"] <= MOST_RANKS
-        wrong = [key for key, passed in tests.items() if not passed]
-    if wrong:
-        raise FormatError(
-            f"{where} is damaged: key {wrong[0]!r} is missing or invalid; use another checkpoint"
-        )
-
-
 def _put_all(state: OptimizerState, values: dict[str, Any], tensors: TensorReader, *, moments: bool) -> None:
+    kept = values["kept"] if moments else {}
     if moments:
-        state.put_steps(values["steps"])
+        state.put_kept(kept, values["scalars"])
     for name, stretch in state.stretches.items():
-        stepped = moments and values["steps"].get(name, 0) > 0
-        for key in (MASTER, *values["moments"]) if stepped else (MASTER,):
+        for key in (MASTER, *values["moments"]) if name in kept else (MASTER,):
             part = tensors.read_range(f"{name}/{key}", stretch.start, stretch.start + stretch.length)
             state.put(name, key, part)
 
@@ -304,9 +273,9 @@ def _put_settings(model: Any, state: OptimizerState, values: dict[str, Any]) -> 
             len(state.groups()),
             len(values["groups"]),
         )
-    scheduler = getattr(model, "lr_scheduler", None) if is_engine(model) else None
-    if scheduler is not None and values.get("scheduler"):
-        scheduler.load_state_dict(values["scheduler"])
+    if (scheduler := _scheduler(model)) is not None:
+        with damaged(STATE_FILE):
+            put_scheduler_values(scheduler, values.get("lr_scheduler"), values.get("scheduler"))
     scaler, saved = _loss_scaler(model), values.get("loss_scaler")
     if scaler is not None and saved is not None and scaler.keys() == saved.keys():
         vars(model.optimizer.loss_scaler).update(saved)
@@ -329,9 +298,8 @@ def _put_generators(partition: Partition, tensors: TensorReader, saved_ranks: in
         set_random_state(state, shift=partition.rank - source)
 
 
-def _scheduler_state(model: Any) -> dict[str, Any] | None:
-    scheduler = getattr(model, "lr_scheduler", None) if is_engine(model) else None
-    return scheduler.state_dict() if scheduler is not None else None
+def _scheduler(model: Any) -> Any:
+    return getattr(model, "lr_scheduler", None) if is_engine(model) else None
 
 
 def _loss_scaler(model: Any) -> dict[str, Any] | None:
@@ -340,11 +308,3 @@ def _loss_scaler(model: Any) -> dict[str, Any] | None:
     if not getattr(scaler, "dynamic", False):
         return None
     return {key: value for key, value in vars(scaler).items() if isinstance(value, (bool, int, float))}
-
-
-def _plain(value: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The value if JSON can hold it; a scheduler with callables in its state is the caller's to keep."""
-    try:
-        return json.loads(json.dumps(value))
-    except TypeError:
-        return None

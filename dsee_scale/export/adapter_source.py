@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.linear import adapted_layers, delta_record, weight_name
-from dsee_scale.adapters.state import model_state
+from dsee_scale.adapters.state import model_state, warn_of_loaded_zeros
 from dsee_scale.algorithms.delta import AdapterSpec, Delta
 from dsee_scale.checkpoint.adapter_file import open_adapter, read_layer
 from dsee_scale.checkpoint.folder import StoredFolder
@@ -37,6 +37,7 @@ class LiveAdapter:
     """
 
     def __init__(self, module: nn.Module, partition: Partition) -> None:
+        warn_of_loaded_zeros(module)
         self.partition, self._layers = partition, adapted_layers(module)
         layers: dict[str, Any] = self._layers
         self.specs = {name: layer.dsee_spec for name, layer in layers.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.linear import adapted_layers, delta_record, weight_name
-from dsee_scale.adapters.state import model_state, reject_broken, reject_peft
+from dsee_scale.adapters.state import model_state, reject_broken, reject_peft, warn_of_loaded_zeros
 from dsee_scale.algorithms.delta import Delta, merged_weight
 from dsee_scale.checkpoint.adapter import write_adapter
 from dsee_scale.checkpoint.adapter_file import KINDS_WITH_ADAPTER
@@ -117,6 +117,7 @@ class LiveModel:
         tokenizer: Any = None,
     ) -> None:
         self.module, self.partition, self.tokenizer, self.cut = module, partition, tokenizer, cut
+        warn_of_loaded_zeros(module)
         self.pruned: Mapping[str, Mapping[str, Any]] = model_state(module).pruned
         self.tuned = model_state(module).config
         self.base_id: str | None = getattr(getattr(module, "config", None), "_name_or_path", None) or None

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dsee_scale.distributed import communication_device
@@ -105,19 +106,49 @@ class FlatGroupsState(OptimizerState):
         flats = getattr(self.zero, "single_partition_of_fp32_groups", None)
         flats = self.zero.fp32_groups_flat_partition if flats is None else flats
         stretches, process_group = {}, None
+        shuffled = self._round_robin() if getattr(self.zero, "round_robin_gradients", False) else {}
         for name, param in named.items():
             process_group = param._dp_group  # type: ignore[attr-defined]
             mapping = param._hp_mapping  # type: ignore[attr-defined]
-            if mapping is not None:
+            if shuffled:
+                group, start, length, offset = shuffled[id(param)]
+            elif mapping is None:
+                continue
+            else:
                 here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                group = mapping.param_group_index
-                stretches[name] = Stretch(
-                    there.start, there.numel, flats[group], here.start, self.zero.optimizer, group
+                group, start, length, offset = (
+                    mapping.param_group_index,
+                    there.start,
+                    there.numel,
+                    here.start,
                 )
+            if length > 0:
+                stretches[name] = Stretch(start, length, flats[group], offset, self.zero.optimizer, group)
         device = communication_device(process_group, torch.device("cpu"))
         super().__init__(
             stretches, sizes, [self.zero.optimizer], group=process_group, sharded=True, device=device
         )
+
+    def _round_robin(self) -> dict[int, tuple[int, int, int, int]]:
+        """By a parameter's id: group, and where this rank's entries of it begin, how many, and where they are kept.
+
+        `round_robin_gradients` puts a group's parameters into another order, which DeepSpeed's own `_hp_mapping`
+        doesn't know of (0.19.8).
+        """
+        found = {}
+        for group, params in enumerate(self.zero.round_robin_bit16_groups):
+            ranks = self.zero.real_dp_process_group[group]
+            size = self.zero.bit16_groups_flat[group].numel() // dist.get_world_size(ranks)
+            first = size * dist.get_rank(ranks)
+            paddings = getattr(self.zero, "round_robin_bit16_padding", None)
+            at = 0
+            for param, padding in zip(
+                params, paddings[group] if paddings else [0] * len(params), strict=True
+            ):
+                start, stop = max(first - at, 0), min(first + size - at, param.numel())
+                found[id(param)] = group, start, stop - start, at + start - first
+                at += param.numel() + padding
+        return found
 
     @property
     def waiting(self) -> bool:
@@ -153,6 +184,8 @@ def open_optimizer(model: nn.Module, optimizer: Any = None) -> OptimizerState:
     sizes = {name: partition.shape(param).numel() for name, param in named.items()}
     if is_engine(model):
         optimizer = model.optimizer
+        if type(optimizer).__name__ == "DeepSpeedZeRoOffload":  # ZeRO-3 without an optimizer
+            optimizer = None
     while hasattr(optimizer, "optimizer") and not _is_deepspeed(optimizer):
         optimizer = optimizer.optimizer
     if _is_deepspeed(optimizer):

@@ -44,7 +44,7 @@ class MasterWeights(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of the masters, and through them of the parameters."""
-        loss = None
+        self._opt_called, loss = True, None  # what a learning-rate scheduler asks for
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -56,6 +56,8 @@ class MasterWeights(torch.optim.Optimizer):
             master.grad = None
         self.give_back()
         return loss
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the parameters' gradients; the masters have some within a step only."""
@@ -73,15 +75,19 @@ def keep_masters(optimizer: torch.optim.Optimizer, *, scaled: bool = False) -> N
     Not for DeepSpeed's: these do so themselves. Nothing is done where all is in float32.
 
     Args:
-        optimizer: of any class, before its first step.
+        optimizer: of any class, or Accelerate's wrapper of it, before its first step.
         scaled: whether a `GradScaler` works on its gradients, as with the Trainer's `fp16`.
 
     Raises:
-        ConfigError: it is no optimizer, or has made a step already; or the gradients would be scaled, which must be
-            in float32.
+        ConfigError: it is no optimizer, or has made a step already, or someone has replaced its `step`; or the
+            gradients would be scaled, which must be in float32.
     """
     if not hasattr(optimizer, "param_groups"):
         raise ConfigError(f"keep_masters got a {type(optimizer).__name__}; expected an optimizer")
+    while hasattr(optimizer, "optimizer"):  # Accelerate's wrapper, or one of DeepSpeed's
+        if any(cls.__name__ == "DeepSpeedOptimizer" for cls in type(optimizer).__mro__):
+            return
+        optimizer = optimizer.optimizer
     halves = [p for group in optimizer.param_groups for p in group["params"] if p.dtype in HALF]
     if not halves or isinstance(optimizer, MasterWeights):
         return
@@ -95,6 +101,13 @@ def keep_masters(optimizer: torch.optim.Optimizer, *, scaled: bool = False) -> N
         raise ConfigError(
             f"{type(optimizer).__name__} has made a step with parameters in {halves[0].dtype}; call keep_masters before"
         )
+    # A scheduler has bound the class's `step` to the optimizer, where it would hide ours, which tells it as much.
+    if not hasattr(vars(optimizer).get("step", MasterWeights.step), "_wrapped_by_lr_sched"):
+        raise ConfigError(
+            f"{type(optimizer).__name__}.step was replaced by {vars(optimizer)['step']!r:.200}, which would not move "
+            "the master weights; call keep_masters before"
+        )
+    vars(optimizer).pop("step", None)
     masters = {param: nn.Parameter(param.detach().float()) for param in halves}
     for group in optimizer.param_groups:
         group["params"] = [masters.get(param, param) for param in group["params"]]

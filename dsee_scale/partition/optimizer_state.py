@@ -10,6 +10,7 @@ the number of ranks, and know no optimizer state before the first step; hence th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dsee_scale.errors import FormatError
+from dsee_scale.errors import ConfigError, FormatError
 from dsee_scale.partition.eight_bit_moments import (
     MOMENTS,
     is_bitsandbytes,
@@ -34,6 +35,9 @@ MASTER = "master"
 """Key of a parameter's own values in the optimizer's precision, beside `exp_avg` and so on."""
 HOW = {"fused", "foreach", "capturable", "differentiable"}
 """Settings of PyTorch's optimizers that say how to compute on this machine; each run keeps its own."""
+PLAIN = {"bool": bool, "int": int, "float": float}
+COUNT_IN_THE_LAST = ("FusedAdam", "FusedLion")
+"""DeepSpeed's (0.19.8) count steps in the state of a group's last parameter alone."""
 
 
 @dataclass(frozen=True)
@@ -102,17 +106,45 @@ class OptimizerState:
         """Names of the moments, `exp_avg` and so on; empty before the first step.
 
         Raises:
-            ConfigError: an optimizer of bitsandbytes keeps one of another shape than what it trains.
+            ConfigError: an optimizer keeps something that is neither of the shape of what it trains nor one number.
         """
-        return list(dict.fromkeys(key for keeper in self._keepers for key in _moments(keeper)))
+        return list(dict.fromkeys(key for keeper in self._keepers for key in _contents(keeper)[0]))
 
-    def expect_moments(self, saved: Sequence[str], where: Path) -> None:
-        """Refuse another optimizer's moments where one is bitsandbytes'. Local. Others tell theirs at a step only.
+    def scalars(self) -> dict[str, str]:
+        """What the single numbers are, `step` and so on, that stand beside the moments, as `_kind` has it.
+
+        Raises:
+            ConfigError: as `moments`.
+        """
+        found = {key: kind for keeper in self._keepers for key, kind in _contents(keeper)[1].items()}
+        return dict(sorted(found.items()))
+
+    @property
+    def optimizer_name(self) -> str | None:
+        """The class of the optimizer that keeps the state; None without one."""
+        return type(self._keepers[0]).__name__ if self._groups() else None
+
+    def expect_moments(
+        self, saved: Sequence[str], where: Path, scalars: Mapping[str, str], optimizer: str | None
+    ) -> None:
+        """Refuse another optimizer's state where that can be told. Local. Most tell theirs at a step only.
+
+        Args:
+            saved, scalars, optimizer: the state's `moments`, `scalars` and `optimizer_name`. One that counts no steps,
+                or has other numbers beside them, has a state of its own; others' may be another's (FusedAdam, AdamW).
+            where: the file that says so.
 
         Raises:
             FormatError: naming both.
             ConfigError: as `moments`.
         """
+        advice = "resume with the optimizer of the saved run, or call load_adapter alone to begin anew with this one"
+        own, here = set(scalars) != {"step"}, self.optimizer_name
+        if own and here is not None and optimizer not in (None, here):
+            raise FormatError(
+                f"{where} holds the state of {optimizer} ({', '.join((*saved, *scalars))}), of which {here} cannot go "
+                f"on; {advice}"
+            )
         for stretch in self.stretches.values():
             make_state(stretch.optimizer, stretch.flat, stretch.group)
         for keeper in self._keepers:
@@ -124,7 +156,7 @@ class OptimizerState:
             if differ:
                 raise FormatError(
                     f"{where}: the moments are {', '.join(saved)}, {type(keeper).__name__} has {', '.join(kept)}; "
-                    "resume with the optimizer of the saved run, or call load_adapter alone to begin anew with this one"
+                    f"{advice}"
                 )
 
     def gather(self, items: Sequence[tuple[str, str]]) -> list[Tensor]:
@@ -141,17 +173,32 @@ class OptimizerState:
                 target[stretch.start : stretch.start + stretch.length] = source.float().cpu()
         return list(self._sum(whole).split(sizes))
 
-    def steps(self) -> dict[str, int]:
-        """Collective. Number of updates that each parameter has had."""
-        mine = torch.zeros(len(self.sizes), dtype=torch.float32)
-        for i, name in enumerate(self.sizes):
+    def kept(self, keys: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Collective. The single numbers of every parameter that has state; a parameter without is left out.
+
+        Args:
+            keys: of `scalars`, on all ranks the same.
+        """
+        largest = self._largest_steps()
+        mine = torch.zeros(len(self.sizes), 1 + len(keys), dtype=torch.float64)
+        for row, name in zip(mine, self.sizes, strict=True):
             stretch = self.stretches.get(name)
-            if stretch is not None and stretch.start == 0 and "step" in stretch.state:
-                mine[i] = float(stretch.state["step"])
-        return {name: int(n) for name, n in zip(self.sizes, self._sum(mine).tolist(), strict=True)}
+            if stretch is None or stretch.start or all(value is None for value in stretch.state.values()):
+                continue
+            numbers = {key: value for key, value in stretch.state.items() if _kind(value)}
+            if "step" in numbers:
+                numbers["step"] = largest.get((id(stretch.optimizer), stretch.group), numbers["step"])
+            row[0] = 1
+            row[1:] = row.new_tensor([float(numbers.get(key, math.nan)) for key in keys])
+        rows = self._sum(mine.view(torch.float32)).view(torch.float64).tolist()
+        return {
+            name: {key: n for key, n in zip(keys, numbers, strict=True) if math.isfinite(n)}
+            for name, (has_state, *numbers) in zip(self.sizes, rows, strict=True)
+            if has_state
+        }
 
     def put(self, name: str, key: str, values: Tensor) -> None:
-        """Set this rank's stretch of a parameter's master values or of one moment, after `put_steps`. Local.
+        """Set this rank's stretch of a parameter's master values or of one moment, after `put_kept`. Local.
 
         Args:
             name: a parameter of `stretches`.
@@ -159,21 +206,27 @@ class OptimizerState:
             values: (length of the stretch,).
         """
         stretch = self.stretches[name]
-        if key != MASTER and key not in stretch.state:
+        if key != MASTER and getattr(stretch.state.get(key), "shape", None) != stretch.flat.shape:
             stretch.state[key] = torch.zeros_like(
                 stretch.flat, dtype=_moment_dtype(stretch), requires_grad=False
             )
         with torch.no_grad():
             stretch.write(key, values)
 
-    def put_steps(self, steps: Mapping[str, int]) -> None:
-        """Set the number of updates, as the optimizer in use keeps it. Local. Zero clears a state."""
-        stepped = {name: stretch for name, stretch in self.stretches.items() if steps.get(name, 0)}
-        for name in self.stretches.keys() - stepped.keys():
-            self.stretches[name].state.clear()
-        for name, stretch in stepped.items():  # later: the state may be that of a cleared one's tensor too
+    def put_kept(self, kept: Mapping[str, Mapping[str, float]], scalars: Mapping[str, str]) -> None:
+        """Set the single numbers of parameters that have state, and clear the state of the others. Local.
+
+        Args:
+            kept, scalars: what the methods of these names gave.
+        """
+        for name, stretch in self.stretches.items():
+            if name not in kept:
+                stretch.state.clear()
+        having = {name: stretch for name, stretch in self.stretches.items() if name in kept}
+        for name, stretch in having.items():  # later: the state may be that of a cleared one's tensor too
             make_state(stretch.optimizer, stretch.flat, stretch.group)
-            stretch.state["step"] = _step_value(stretch, steps[name])
+            for key, value in kept[name].items():
+                stretch.state[key] = _own_number(stretch, key, value, scalars.get(key, "int"))
 
     def groups(self) -> list[dict[str, Any]]:
         """Settings of the optimizer's groups (lr, betas, ...) that are plain values, but for how it computes."""
@@ -188,8 +241,8 @@ class OptimizerState:
             return False
         for group, values in zip(self._groups(), saved, strict=True):
             for key, value in values.items():
-                if key in group and key not in HOW:
-                    group[key] = tuple(value) if isinstance(group[key], tuple) else value
+                if (key in group or key == "step") and key not in HOW:  # apex counts in the group
+                    group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
         return True
 
     @property
@@ -199,6 +252,15 @@ class OptimizerState:
 
     def refresh(self) -> None:
         """Collective. After `put`: carry master values over into the parameters that compute."""
+
+    def _largest_steps(self) -> dict[tuple[int, int], float]:
+        """The count of each group of an optimizer that counts in its last parameter's state."""
+        found: dict[tuple[int, int], float] = {}
+        for stretch in self.stretches.values():
+            if any(cls.__name__ in COUNT_IN_THE_LAST for cls in type(stretch.optimizer).__mro__):
+                key = (id(stretch.optimizer), stretch.group)
+                found[key] = max(found.get(key, 0), float(stretch.state.get("step", 0)))
+        return found
 
     def _groups(self) -> list[dict[str, Any]]:
         return self._keepers[0].param_groups
@@ -212,16 +274,47 @@ class OptimizerState:
         return tensor
 
 
-def _moments(keeper: Any) -> list[str]:
-    """Names of one optimizer's moments."""
+def _contents(keeper: Any) -> tuple[list[str], dict[str, str]]:
+    """Names of one optimizer's moments; what its single numbers are."""
     if is_bitsandbytes(keeper):
-        return kept_moments(keeper)
-    return [
-        key
-        for flat, state in keeper.state.items()
-        for key, value in state.items()
-        if isinstance(value, Tensor) and value.dim() and value.shape == flat.shape
-    ]
+        return kept_moments(keeper), {"step": "int"}
+    moments, scalars = {}, {}
+    for flat, state in keeper.state.items():
+        for key, value in state.items():
+            if kind := _kind(value):
+                scalars[key] = kind
+            elif isinstance(value, Tensor) and value.shape == flat.shape:
+                moments[key] = True
+            elif value is not None:
+                raise ConfigError(
+                    f"{type(keeper).__name__} keeps {key} of shape {tuple(getattr(value, 'shape', ()))} "
+                    f"({type(value).__name__}) for a trained tensor of shape {tuple(flat.shape)}, expected that shape "
+                    "or one number: no training state can hold it; use another optimizer, e.g. AdamW, or save the "
+                    "adapter alone"
+                )
+    return list(moments), scalars
+
+
+def _kind(value: Any) -> str | None:
+    """How a single number is kept: int, ..., or in a tensor, torch.float32, torch.float32@device, ...; None: not so."""
+    if isinstance(value, Tensor) and not value.dim():
+        return str(value.dtype) + ("" if value.device.type == "cpu" else "@device")
+    return next((name for name, cls in PLAIN.items() if isinstance(value, cls)), None)
+
+
+def as_kept(value: Any, kind: str, device: Any = "cpu") -> Any:
+    """A number as an optimizer keeps it.
+
+    Raises:
+        ValueError: it is no number, or the kind is none.
+    """
+    name, _, place = kind.partition("@")
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if isinstance(value, (int, float)) and kind in PLAIN:
+        return PLAIN[kind](value)
+    if isinstance(value, (int, float)) and isinstance(dtype, torch.dtype):
+        return torch.tensor(value, dtype=dtype, device=device if place else "cpu")
+    raise ValueError(f"{value!r} is no {kind}")
 
 
 def _moment_dtype(stretch: Stretch) -> torch.dtype:
@@ -231,13 +324,20 @@ def _moment_dtype(stretch: Stretch) -> torch.dtype:
     return stretch.flat.dtype
 
 
-def _step_value(stretch: Stretch, step: int) -> Any:
-    """PyTorch's optimizers count in a tensor, on the device if fused or capturable; DeepSpeed's in an int."""
-    if not type(stretch.optimizer).__module__.startswith("torch.optim"):
-        return step
-    group = stretch.optimizer.param_groups[stretch.group]
+def _own_number(stretch: Stretch, key: str, value: float, kind: str) -> Any:
+    """A number as the optimizer in use keeps it.
+
+    PyTorch's optimizers count in a tensor, on the device if fused or capturable; DeepSpeed's in an int.
+    """
+    module, group = type(stretch.optimizer).__module__, stretch.optimizer.param_groups[stretch.group]
     on_device = group.get("capturable") or group.get("fused")
-    return torch.tensor(float(step), dtype=torch.float32, device=stretch.flat.device if on_device else "cpu")
+    if key == "step" and module.startswith("torch.optim"):
+        kind = "torch.float32"
+    elif key == "step" and module.startswith(("deepspeed", "bitsandbytes")):
+        kind = "int"
+    if on_device and kind.startswith("torch.") and "@" not in kind:
+        kind += "@device"
+    return as_kept(value, kind, stretch.flat.device)
 
 
 def _is_plain(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import nn
 
 from dsee_scale.errors import PartitionError
@@ -15,6 +16,7 @@ def reject_unknown_engines(model: nn.Module) -> None:
     Raises:
         PartitionError: naming the first module or parameter, and the way out.
     """
+    _reject_other_groups(model)
     for name, module in model.named_modules():
         found = _split_by(module)
         if found:
@@ -26,6 +28,23 @@ def reject_unknown_engines(model: nn.Module) -> None:
             raise PartitionError(
                 f"{name} is a DTensor (FSDP2 or tensor parallelism), which is not supported; {WAY_OUT}: use "
                 "DeepSpeed ZeRO-3 to split weights over processes"
+            )
+
+
+def _reject_other_groups(model: nn.Module) -> None:
+    """Of an engine with model parallelism each rank's weights are others, and DDP may copy over a few ranks alone."""
+    split = getattr(model, "mp_world_size", 1)
+    if isinstance(split, int) and split > 1:
+        raise PartitionError(
+            f"the engine's `mpu` splits the model over {split} processes (tensor or pipeline parallelism), which is "
+            f"not supported; {WAY_OUT}"
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        ranks, world = dist.get_world_size(model.process_group), dist.get_world_size()
+        if ranks != world:
+            raise PartitionError(
+                f"DDP copies the model over {ranks} of {world} processes, which is not supported; {WAY_OUT}, over all "
+                "processes"
             )
 
 

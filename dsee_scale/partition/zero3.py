@@ -59,7 +59,7 @@ class Zero3Partition(Ranks):
     def __init__(self, model: nn.Module) -> None:
         params: list[Any] = [p for p in model.parameters() if is_partitioned(p)]
         group = params[0].ds_process_group
-        if any(p.ds_process_group is not group for p in params):
+        if any(p.ds_process_group is not group or hasattr(p, "comm") for p in params):  # MiCS sets `comm`
             raise PartitionError(
                 "the parameters are partitioned over different process groups (MiCS or expert parallelism); "
                 "expected one ZeRO-3 group for the whole model: train without MiCS and expert parallelism"

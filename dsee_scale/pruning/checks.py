@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,10 @@ from dsee_scale.adapters.removed_units import record_removed, removed_inputs
 from dsee_scale.adapters.state import MASK_UPDATE, model_state
 from dsee_scale.adapters.targets import reject_codes
 from dsee_scale.config import SCORES, PruneConfig
-from dsee_scale.errors import ConfigError, TargetError
+from dsee_scale.errors import CalibrationError, ConfigError, TargetError
 from dsee_scale.partition import Partition, open_partition, unwrap
 from dsee_scale.partition.engine_state import owned_by_deepspeed
+from dsee_scale.passes.calibrate import Statistics
 from dsee_scale.passes.coverage import LEAST, Coverage, block_coverage
 from dsee_scale.passes.fingerprint import contents
 from dsee_scale.passes.pools import WeightPool, block_matrices, find_pools
@@ -163,6 +165,25 @@ def _reject_unready(
                     "dsee_scale.inject(model, ...) before the engine is made, or leave this module out of the pruning "
                     "(PruneConfig.modules) and of trained_modules"
                 )
+
+
+def reject_uneven(partition: Partition, calibration: Any) -> None:
+    """Collective. Refuse calibration data that some ranks have and others lack, or have in another form.
+
+    Raises:
+        CalibrationError: on every rank.
+    """
+    kinds = ("nothing", "statistics", "batches")
+    mine = 0 if calibration is None else 1 if isinstance(calibration, Statistics) else 2
+    ranks = partition.sum_over_ranks(torch.eye(3, dtype=torch.int64)[mine]).tolist()
+    if ranks[mine] != partition.world_size:
+        found = ", ".join(
+            f"{number} with {kind}" for kind, number in zip(kinds, ranks, strict=True) if number
+        )
+        raise CalibrationError(
+            f"`calibration` differs between the {partition.world_size} ranks: {found}; expected the same on all of "
+            "them, each rank with batches of its own. Nothing was removed"
+        )
 
 
 def _has_trained(param: nn.Parameter) -> bool:

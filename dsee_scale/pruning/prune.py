@@ -12,7 +12,7 @@ from torch import nn
 
 from dsee_scale.adapters.linear import restore_under_mask
 from dsee_scale.adapters.routers import mask_routers
-from dsee_scale.adapters.state import model_state, reject_broken, reject_peft
+from dsee_scale.adapters.state import model_state, reject_broken, reject_peft, warn_of_loaded_zeros
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.config import SCORES, PruneConfig
 from dsee_scale.distributed import raise_on_all_ranks, show_progress
@@ -30,6 +30,7 @@ from dsee_scale.pruning.checks import (
     joint_coverage,
     note_contents,
     note_pattern,
+    reject_uneven,
 )
 from dsee_scale.pruning.lowest import remove_in_rows, remove_lowest, remove_n_of_m
 from dsee_scale.pruning.rankings import find_rankings, reject_not_finite
@@ -153,7 +154,9 @@ def prune(
     module = unwrap(model)
     reject_broken(module)
     reject_peft(module)
+    warn_of_loaded_zeros(module)
     configs = _as_list(config)
+    reject_uneven(open_partition(model), calibration)
     if calibration is not None and not isinstance(calibration, Statistics):
         reject_lone_batch(calibration)
         with raise_on_all_ranks(open_partition(module), what="reading the calibration batches"):
@@ -253,8 +256,7 @@ def _prune_once(
         matrices = _counts(pools, partition)
     else:
         matrices, few = _remove_entries(model, checked, config, calibration, partition, progress)
-    seconds = time.perf_counter() - started
-    report = PruneReport(matrices, seconds, units, tuple(few), checked.coverage)
+    report = PruneReport(matrices, time.perf_counter() - started, units, tuple(few), checked.coverage)
     if partition.rank == 0:
         logger.info("%s", report)
     return report

@@ -16,6 +16,7 @@ from dsee_scale.errors import PartitionError
 from dsee_scale.partition import Partition, is_engine, unwrap
 from dsee_scale.partition.eight_bit_moments import is_eight_bit
 from dsee_scale.partition.engine_state import open_optimizer, owned_by_deepspeed
+from dsee_scale.partition.master_weights import MasterWeights
 from dsee_scale.partition.optimizer_state import Stretch
 
 _HOOKS: list[Any] = []
@@ -122,13 +123,13 @@ def _clear_moments(stretch: Stretch, lines: Lines) -> None:
 @torch.no_grad()
 def _clear_before_step(optimizer: Any, *_: Any) -> None:
     """Clear the moments of the lines that wait, once. Runs before any torch optimizer's step."""
-    for param in [param for param in _WAITING if _trains(optimizer, param)]:
-        for one in _WAITING.pop(param):
-            _clear_moments(Stretch(0, param.numel(), param, 0, optimizer, 0), Lines(param, *one))
-
-
-def _trains(optimizer: Any, param: Tensor) -> bool:
-    return any(param is one for group in optimizer.param_groups for one in group["params"])
+    trained = {id(one) for group in optimizer.param_groups for one in group["params"]}
+    masters = optimizer.masters if isinstance(optimizer, MasterWeights) else {}
+    for param in list(_WAITING):
+        flat = masters.get(param, param)
+        if id(flat) in trained:
+            for one in _WAITING.pop(param):
+                _clear_moments(Stretch(0, flat.numel(), flat, 0, optimizer, 0), Lines(param, *one))
 
 
 @torch.no_grad()

@@ -205,6 +205,8 @@ class AdapterCheckpoints(Base):
             )
             self._random_state = random_state()
             set_random_state(before)  # an epoch's order may be drawn from it, as at the start
+            if extra.get("scaler") and self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(extra["scaler"])
             self._restore(extra)
             if self.planned is not None:
                 saved, pruned = extra.get("planned"), bool(model_state(self.module).pruned)
@@ -309,8 +311,10 @@ class AdapterCheckpoints(Base):
         callbacks: Any = self.state.stateful_callbacks  # a dict, whatever its type says
         callbacks.update(self._callback_states())
         planned = None if self.planned is None else self.planned(self.state.max_steps)
+        scaler = self.accelerator.scaler  # of `fp16` without DeepSpeed
         return to_jsonable(
             {
+                "scaler": None if scaler is None else scaler.state_dict(),
                 "planned": None if planned is None else [event.to_dict() for event in planned],
                 "trainer": dataclasses.asdict(self.state),
                 "global_batch": self._global_batch,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections import Counter
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from dsee_scale.checkpoint.files import damaged
 from dsee_scale.distributed import log_rank0
-from dsee_scale.errors import ConfigError
+from dsee_scale.scheduler_values import decoded, encoded
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +30,7 @@ def scheduler_record(scheduler: Any) -> dict[str, Any] | None:
     if isinstance(scheduler, LambdaLR) or not hasattr(scheduler, "state_dict"):
         return None
     name = type(scheduler).__name__
-    return {"class": name, "state": _encoded(scheduler.state_dict(), f"lr_scheduler {name}")}
+    return {"class": name, "state": encoded(scheduler.state_dict(), f"lr_scheduler {name}")}
 
 
 def restore_scheduler(scheduler: Any, saved: dict[str, Any] | None, step: int, where: str) -> None:
@@ -53,7 +51,7 @@ def restore_scheduler(scheduler: Any, saved: dict[str, Any] | None, step: int, w
             group["lr"] = rate
     elif saved is not None and saved["class"] == type(scheduler).__name__:
         with damaged(where):
-            scheduler.load_state_dict(_decoded(saved["state"]))
+            scheduler.load_state_dict(decoded(saved["state"]))
     elif hasattr(scheduler, "state_dict") and not type(scheduler).__module__.startswith("deepspeed"):
         # DeepSpeed's own travel with the engine.
         log_rank0(
@@ -63,36 +61,3 @@ def restore_scheduler(scheduler: Any, saved: dict[str, Any] | None, step: int, w
             type(scheduler).__name__,
             saved["class"] if saved else "none",
         )
-
-
-def _encoded(value: Any, name: str) -> Any:
-    """JSON's own values as they are; what it would change (keys that are no text, tuples, infinity) with its type."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else {"float": repr(float(value))}
-    if isinstance(value, list):
-        return [_encoded(part, name) for part in value]
-    if isinstance(value, tuple):
-        return {"tuple": [_encoded(part, name) for part in value]}
-    if isinstance(value, dict):
-        kind = "counter" if isinstance(value, Counter) else "dict"
-        return {kind: [[_encoded(key, name), _encoded(part, f"{name}.{key}")] for key, part in value.items()]}
-    raise ConfigError(
-        f"{name} is a {type(value).__name__}, which a checkpoint cannot hold; expected numbers, text, lists and dicts: "
-        "let the scheduler's state_dict leave it out"
-    )
-
-
-def _decoded(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_decoded(part) for part in value]
-    if not isinstance(value, dict):
-        return value
-    ((kind, content),) = value.items()
-    if kind == "float":
-        return float(content)
-    if kind == "tuple":
-        return tuple(_decoded(part) for part in content)
-    pairs = {_decoded(key): _decoded(part) for key, part in content}
-    return Counter(pairs) if kind == "counter" else pairs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -406,3 +407,55 @@ def test_a_training_state_can_be_exported_without_an_engine(pools, tmp_path):
             assert torch.equal(param, weights[name]), name
     with pytest.raises(FormatError, match="expected: export"):
         files.open_folder(tmp_path / "state", ("export",))
+
+
+def loaded_by_deepspeed(folder: str, engine: str, pruning: PruneConfig | None, use: str) -> list[int]:
+    """Warnings of a mask without a record: while DeepSpeed loads its own checkpoint, in the next use, and after it."""
+    runs = []
+    for _ in range(2):
+        model = base_model("llama", engine, torch.float32)
+        dsee_scale.inject(model, FAMILIES["llama"][1])
+        runs.append(engine_for(model, engine, torch.float32))
+    running, fresh = runs
+    train(running, range(1))
+    if pruning is not None:
+        dsee_scale.prune(running, pruning)
+    train(running, range(1, 2))
+    running.save_checkpoint(f"{folder}/deepspeed")
+    uses = {
+        "train": lambda: train(fresh, range(1)),
+        "save": lambda: save_training_state(fresh, f"{folder}/state", overwrite=True),
+        "export": lambda: export_model(fresh, f"{folder}/export", overwrite=True),
+        "prune": lambda: dsee_scale.prune(fresh, PruneConfig(sparsity=0.5, score="W", mask_update=False)),
+    }
+    found = []
+    for call in (lambda: fresh.load_checkpoint(f"{folder}/deepspeed"), uses[use], uses["train"]):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        found.append(sum("no state dict says that they are a mask" in str(each.message) for each in caught))
+    return found
+
+
+HALF = PruneConfig(sparsity=0.5, score="W")
+KEEPS_UPDATE = PruneConfig(sparsity=0.5, score="W", mask_update=False)
+LAYERS = 6
+"""Adapted ones of the llama here."""
+
+
+@pytest.mark.parametrize(
+    ("engine", "pruning", "use", "expected"),
+    [
+        ("zero3", HALF, "train", [0, LAYERS, 0]),
+        ("zero3", KEEPS_UPDATE, "export", [0, LAYERS, 0]),
+        ("zero3 resident", HALF, "save", [0, LAYERS, 0]),
+        ("zero3 offloaded", HALF, "prune", [0, LAYERS, 0]),
+        ("zero3", None, "train", [0, 0, 0]),
+        ("zero2", HALF, "train", [LAYERS, 0, 0]),
+    ],
+)
+def test_a_mask_that_deepspeeds_checkpoint_brings_along_is_warned_of(
+    pools, tmp_path, engine, pruning, use, expected
+):
+    """The shards of ZeRO-3 come after the state dict, so that the next use is the first to see them."""
+    assert pools(2).run(loaded_by_deepspeed, str(tmp_path), engine, pruning, use) == [expected] * 2

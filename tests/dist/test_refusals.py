@@ -237,3 +237,50 @@ def test_a_trainer_refuses_fsdp_before_its_first_step(pools, tmp_path):
     assert (text, step) == other
     assert "FSDP" in text and "ZeRO-3" in text
     assert step == 0
+
+
+def split_by_groups() -> list[str]:
+    """What is said of ranks that hold other weights, or copies on some ranks alone."""
+    import torch.distributed as dist
+
+    model = partition(build(llama_config()), zero3_config())
+    next(model.parameters()).comm = object()  # as `MiCS_Init` sets on each
+    engine = torch.nn.Linear(8, 8)
+    engine.mp_world_size = 2  # a DeepSpeed engine's, with an `mpu`
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    copied = torch.nn.parallel.DistributedDataParallel(
+        torch.nn.Linear(8, 8), process_group=alone[dist.get_rank()]
+    )
+    texts = []
+    for each in (model, engine, copied):
+        with pytest.raises(dsee_scale.PartitionError) as caught:
+            open_partition(each)
+        texts.append(str(caught.value))
+    return texts
+
+
+def test_groups_of_ranks_are_refused_by_name(pools):
+    texts = pools(2).run(split_by_groups)
+    assert texts[0] == texts[1]
+    for text, words in zip(texts[0], ("MiCS", "over 2 processes", "over 1 of 2 processes"), strict=True):
+        assert words in text
+
+
+def calibrated_on_one_rank(score: str) -> str:
+    """What is said where rank 0 alone has calibration batches."""
+    import torch.distributed as dist
+
+    model = partition(build(llama_config()), zero3_config())
+    batches = [{"input_ids": token_batch()}] if dist.get_rank() == 0 else None
+    before = [open_partition(model).shard(p).data.clone() for p in model.parameters()]
+    with pytest.raises(dsee_scale.CalibrationError) as caught:
+        dsee_scale.prune(model, PruneConfig(sparsity=0.5, score=score, refit=False), batches)
+    after = [open_partition(model).shard(p).data for p in model.parameters()]
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("score", ["W", "wanda"])
+def test_calibration_on_some_ranks_alone_is_refused_on_all(pools, score):
+    texts = pools(2).run(calibrated_on_one_rank, score)
+    assert texts[0] == texts[1] and "1 with nothing, 1 with batches" in texts[0]

@@ -54,7 +54,7 @@ def test_training_goes_on_from_saved_moments(cls):
     here = Small()
     after = cls(here.parameters(), lr=1e-2)
     target = open_optimizer(here, after)
-    target.put_steps(source.steps())
+    target.put_kept(source.kept(["step"]), source.scalars())
     for (name, key), values in saved.items():
         target.put(name, key, values)
     go_on(there, before, range(4, 8))
@@ -185,7 +185,7 @@ def test_parameters_in_one_flat_tensor_keep_their_step_where_one_has_made_none()
         "unseen": Stretch(0, 2000, flat, 3000, optimizer, 0),
     }
     state = OptimizerState(stretches, {"seen": 3000, "unseen": 2000}, [optimizer], device=torch.device("cpu"))
-    state.put_steps({"seen": 3, "unseen": 0})
+    state.put_kept({"seen": {"step": 3}}, {"step": "int"})
     state.put("seen", "state1", torch.ones(3000))
     assert optimizer.state[flat]["step"] == 3 and is_eight_bit(optimizer.state[flat], "state1")
     assert not read_moment(optimizer.state[flat], "state1", 3000, 2000).any()

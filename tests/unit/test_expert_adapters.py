@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -167,6 +168,18 @@ def test_records_from_before_experts_could_be_adapted_are_read():
     assert not _module_record("o_proj", values).experts
     with pytest.raises(ConfigError, match="do not fit"):
         _module_record("o_proj", {**values, "experts": False, "shared_a": True})
+
+
+def test_a_state_dict_that_brings_a_mask_into_experts_is_warned_of():
+    pruned, other = make("qwen3_moe"), make("qwen3_moe")
+    masked = PruneConfig(sparsity=0.5, score="W", modules=("gate_up_proj", "down_proj"))
+    dsee_scale.prune(pruned, masked)
+    with pytest.warns(UserWarning, match="no state dict says that they are a mask"):
+        other.load_state_dict(pruned.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruned.load_state_dict(pruned.state_dict())
+        make("qwen3_moe").load_state_dict(make("qwen3_moe").state_dict())
 
 
 def test_a_copied_model_computes_the_same():

@@ -23,6 +23,7 @@ ORDER = [
     "pretrained",
     "random_state",
     "distributed",
+    "scheduler_values",
     "algorithms",
     "partition",
     "adapters",

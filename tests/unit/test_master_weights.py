@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+
 import bitsandbytes.optim
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import dsee_scale
 from dsee_scale import DSEECallback, DSEEConfig, PruneConfig
+from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.checkpoint.training_state import load_training_state, save_training_state
 from dsee_scale.errors import ConfigError
 from dsee_scale.partition.master_weights import MasterWeights
@@ -131,3 +135,47 @@ def test_an_optimizer_in_use_is_refused():
     optimizer.step()
     with pytest.raises(ConfigError, match=r"AdamW has made a step with parameters in torch.bfloat16"):
         dsee_scale.keep_masters(optimizer)
+
+
+def test_a_scheduler_that_was_there_before_steps_the_masters():
+    weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([weight], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    dsee_scale.keep_masters(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+            scheduler.step()
+    assert optimizer.masters[weight].tolist() == pytest.approx([1 - 3e-3] * 4)
+
+
+def test_a_replaced_step_is_refused():
+    weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([weight], lr=1e-3)
+    optimizer.step = lambda closure=None: None
+    with pytest.raises(ConfigError, match=r"SGD\.step was replaced"):
+        dsee_scale.keep_masters(optimizer)
+
+
+def test_accelerates_wrapper_is_looked_through():
+    weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    inner = torch.optim.SGD([weight], lr=1e-3)
+    wrapped = AcceleratedOptimizer(inner)
+    dsee_scale.keep_masters(wrapped)
+    assert isinstance(inner, MasterWeights) and not isinstance(wrapped, MasterWeights)
+
+
+@pytest.mark.parametrize("pattern", ["heads", "neurons"])
+def test_moments_of_removed_units_are_forgotten_by_masters_too(pattern):
+    model = build(llama_config(hidden_size=40, num_key_value_heads=5), torch.bfloat16)
+    dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=8, target_modules=("q_proj", "v_proj", "up_proj")))
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(4))
+    dsee_scale.prune(model, PruneConfig(pattern=pattern, num_per_layer=2, score="W", refit=False))
+    zeroed = {name: layer.dsee_flat == 0 for name, layer in adapted_layers(model).items()}
+    assert any(lines.any() for lines in zeroed.values())
+    train(model, optimizer, range(4, 8))
+    for name, layer in adapted_layers(model).items():
+        assert not layer.dsee_flat[zeroed[name]].any(), name

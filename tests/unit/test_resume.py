@@ -111,3 +111,19 @@ def test_a_gradual_pruning_from_the_first_step_on_sees_the_same_batches_when_res
     train("resumed", again, str(checkpoint))
     assert [len(batches) for batches in seen["straight"]] == [6, 4]
     assert seen["resumed"] == seen["straight"][1:]
+
+
+def test_the_scale_of_half_precision_gradients_is_that_of_the_checkpoint(tmp_path):
+    def trainer(model: Any, steps: int) -> Any:
+        made = trainer_of(model, tmp_path / "run", DSEECallback(), save_steps=2, max_steps=steps)
+        made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=1)
+        return made
+
+    model = model_of()
+    dsee_scale.inject(model, CONFIG)
+    trainer(model, 2).train()
+    again = model_of()
+    dsee_scale.load_adapter(again, tmp_path / "run" / "checkpoint-2")
+    resumed = trainer(again, 3)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert resumed.accelerator.scaler.get_scale() == 16.0 * 2**3
