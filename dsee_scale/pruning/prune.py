@@ -156,23 +156,22 @@ def prune(
     reject_peft(module)
     warn_of_loaded_zeros(module)
     configs = _as_list(config)
-    reject_uneven(open_partition(model), calibration)
-    if calibration is not None and not isinstance(calibration, Statistics):
+    if wanted := any(map(_looks_at_activations, configs)):
+        reject_uneven(open_partition(model), calibration)
+    if wanted and calibration is not None and not isinstance(calibration, Statistics):
         reject_lone_batch(calibration)
         with raise_on_all_ranks(open_partition(module), what="reading the calibration batches"):
             calibration = [named(module, batch) for batch in calibration]
     _reject_uncalibrated(configs, calibration)
     coverage = _check_all(model, configs) if len(configs) > 1 else None
-    if coverage and isinstance(calibration, list) and any(map(_looks_at_activations, configs)):
+    if coverage and wanted and isinstance(calibration, list):
         reject_uncounted(calibration, open_partition(module))
     with uncompiled(model):
         report = _prune_once(model, configs[0], calibration, progress)
         for further in configs[1:]:
             report = report.followed_by(_prune_once(model, further, calibration, progress))
-    if coverage:
-        report = dataclasses.replace(report, coverage=coverage)
     note_contents(module, open_partition(module))
-    return report
+    return dataclasses.replace(report, coverage=coverage) if coverage else report
 
 
 def _as_list(config: PruneConfig | Sequence[PruneConfig]) -> list[PruneConfig]:
