@@ -116,12 +116,7 @@ class FlatGroupsState(OptimizerState):
                 continue
             else:
                 here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                group, start, length, offset = (
-                    mapping.param_group_index,
-                    there.start,
-                    there.numel,
-                    here.start,
-                )
+                group, start, length, offset = mapping.param_group_index, there.start, there.numel, here.start
             if length > 0:
                 stretches[name] = Stretch(start, length, flats[group], offset, self.zero.optimizer, group)
         device = communication_device(process_group, torch.device("cpu"))
@@ -140,11 +135,9 @@ class FlatGroupsState(OptimizerState):
             ranks = self.zero.real_dp_process_group[group]
             size = self.zero.bit16_groups_flat[group].numel() // dist.get_world_size(ranks)
             first = size * dist.get_rank(ranks)
-            paddings = getattr(self.zero, "round_robin_bit16_padding", None)
-            at = 0
-            for param, padding in zip(
-                params, paddings[group] if paddings else [0] * len(params), strict=True
-            ):
+            every = getattr(self.zero, "round_robin_bit16_padding", None)  # older versions have none
+            paddings, at = every[group] if every else [0] * len(params), 0
+            for param, padding in zip(params, paddings, strict=True):
                 start, stop = max(first - at, 0), min(first + size - at, param.numel())
                 found[id(param)] = group, start, stop - start, at + start - first
                 at += param.numel() + padding

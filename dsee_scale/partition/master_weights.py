@@ -30,9 +30,8 @@ class MasterWeights(torch.optim.Optimizer):
     def take_over(self) -> None:
         """Entries that others have set since the last step (a re-fit, `load_adapter`) become the masters'. Local."""
         for param, master in self.masters.items():
-            if (
-                master.device != param.device
-            ):  # the model has been moved since, as Accelerate's `prepare` does
+            # Where the model has been moved since, as Accelerate's `prepare` does.
+            if master.device != param.device:
                 master.data = master.data.to(param.device)
             master.copy_(torch.where(param == master.to(param.dtype), master, param.float()))
 

@@ -7,7 +7,7 @@ import warnings
 import bitsandbytes.optim
 import pytest
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
+from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -162,7 +162,7 @@ def test_a_replaced_step_is_refused():
 def test_accelerates_wrapper_is_looked_through():
     weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     inner = torch.optim.SGD([weight], lr=1e-3)
-    wrapped = AcceleratedOptimizer(inner)
+    wrapped = Accelerator(cpu=True).prepare_optimizer(inner)
     dsee_scale.keep_masters(wrapped)
     assert isinstance(inner, MasterWeights) and not isinstance(wrapped, MasterWeights)
 

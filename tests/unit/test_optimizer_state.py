@@ -19,6 +19,7 @@ from dsee_scale.checkpoint.files import MANIFEST, sha256
 from dsee_scale.checkpoint.training_state import STATE_FILE, load_training_state, save_training_state
 from dsee_scale.partition.engine_state import open_optimizer
 from tests.models import build, llama_config, token_batch
+from tests.unit.test_eight_bit_moments import losses as train
 
 
 def adamw(lr: float = 1e-3, **how: bool) -> tuple[torch.nn.Linear, torch.optim.AdamW]:
@@ -103,18 +104,6 @@ def adapted(folder: Path | None = None, trained: tuple[str, ...] = ()) -> torch.
     else:
         dsee_scale.load_adapter(model, folder)
     return model
-
-
-def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
-    found = []
-    for step in steps:
-        ids = token_batch(seed=step)
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(float(loss.detach()))
-    return found
 
 
 def begun(
