@@ -190,8 +190,14 @@ def open_optimizer(model: nn.Module, optimizer: Any = None) -> OptimizerState:
 
 
 def owned_by_deepspeed(param: nn.Parameter) -> bool:
-    """Whether a DeepSpeed optimizer trains this parameter, told without its engine."""
+    """Whether a DeepSpeed optimizer trains this parameter, told without its engine; stage 0 leaves no mark on it."""
     return any(hasattr(param, mark) for mark in ("_z3_optimizer", "_hp_mapping"))
+
+
+def within_an_engine(module: nn.Module) -> bool:
+    """Whether a DeepSpeed engine calls this module, told by the hooks that it puts there."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return any(getattr(hook, "__qualname__", "").startswith("DeepSpeedEngine.") for hook in hooks)
 
 
 def _is_deepspeed(optimizer: Any) -> bool:

@@ -15,8 +15,8 @@ from dsee_scale.algorithms.patterns import zero_along_axis_
 from dsee_scale.errors import PartitionError
 from dsee_scale.partition import Partition, is_engine, unwrap
 from dsee_scale.partition.eight_bit_moments import is_eight_bit
-from dsee_scale.partition.engine_state import open_optimizer, owned_by_deepspeed
-from dsee_scale.partition.master_weights import MasterWeights
+from dsee_scale.partition.engine_state import open_optimizer, owned_by_deepspeed, within_an_engine
+from dsee_scale.partition.master_weights import HALF, MasterWeights
 from dsee_scale.partition.optimizer_state import Stretch
 
 _HOOKS: list[Any] = []
@@ -59,7 +59,9 @@ def check_reachable(model: nn.Module, params: Sequence[nn.Parameter]) -> None:
             gradients from before.
     """
     trained = [param for param in params if param.requires_grad]
-    if any(map(owned_by_deepspeed, trained)) and not is_engine(model):
+    # At stage 0 parameters in float32 are what the optimizer moves; of others it keeps masters.
+    masters = within_an_engine(unwrap(model)) and any(param.dtype in HALF for param in trained)
+    if (masters or any(map(owned_by_deepspeed, trained))) and not is_engine(model):
         raise PartitionError(
             f"a DeepSpeed optimizer holds state of what is removed, and {type(model).__name__} is not its "
             "engine; pass the engine that deepspeed.initialize returned"

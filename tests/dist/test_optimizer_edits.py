@@ -55,6 +55,24 @@ def test_units_are_not_removed_while_gradients_wait(pools, stage):
     assert pools(2).run(between_micro_steps, stage) == [expected] * 2
 
 
+def units_without_the_engine(stage: int) -> str:
+    """What is said of heads that are removed from the model of an engine that trains in bfloat16."""
+    config = stage_config(stage)
+    engine = engine_for(make("llama", torch.bfloat16, config if stage == 3 else None), config)
+    train(engine, 1)
+    before = whole_weights(engine)
+    with pytest.raises(PartitionError) as found:
+        dsee_scale.prune(unwrap(engine), PruneConfig(pattern="heads", num_per_layer=2, score="W"))
+    assert all(torch.equal(before[name], new) for name, new in whole_weights(engine).items())
+    return str(found.value)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_units_are_not_removed_behind_the_engines_back(pools, stage):
+    """Its masters and moments would bring them back."""
+    assert all("pass the engine" in error for error in pools(2).run(units_without_the_engine, stage))
+
+
 def saves_in_an_accelerate_loop(folder: Path, stage: int) -> list[str]:
     """A state is asked for at every place of two optimizer steps of two micro-batches; where that was refused."""
     from accelerate import Accelerator, DeepSpeedPlugin
