@@ -131,7 +131,8 @@ class OptimizerState:
 
         Args:
             saved, scalars, optimizer: the state's `moments`, `scalars` and `optimizer_name`. One that counts no steps,
-                or has other numbers beside them, has a state of its own; others' may be another's (FusedAdam, AdamW).
+                or has other numbers beside them, has a state of its own, as all of PyTorch's do but Adam and AdamW;
+                others' may be another's (FusedAdam, AdamW).
             where: the file that says so.
 
         Raises:
@@ -139,7 +140,9 @@ class OptimizerState:
             ConfigError: as `moments`.
         """
         advice = "resume with the optimizer of the saved run, or call load_adapter alone to begin anew with this one"
-        own, here = set(scalars) != {"step"}, self.optimizer_name
+        here = self.optimizer_name
+        module = type(self._keepers[0]).__module__
+        own = set(scalars) != {"step"} or (module.startswith("torch.optim") and here not in ("Adam", "AdamW"))
         if own and here is not None and optimizer not in (None, here):
             raise FormatError(
                 f"{where} holds the state of {optimizer} ({', '.join((*saved, *scalars))}), of which {here} cannot go "

@@ -207,12 +207,19 @@ def test_a_damaged_record_of_what_has_state_is_refused(tmp_path, change):
         resumed(tmp_path / "state", "AdamW")
 
 
-def test_a_state_that_one_optimizer_alone_can_use_is_refused_by_others(tmp_path):
-    begun(tmp_path / "state", "SGD", steps=1)
-    with pytest.raises(
-        FormatError, match=r"of SGD \(momentum_buffer\).*AdamW.*the optimizer of the saved run"
-    ):
-        resumed(tmp_path / "state", "AdamW")
+@pytest.mark.parametrize(
+    "saved, keys, other",
+    [
+        ("SGD", "momentum_buffer", "AdamW"),
+        ("AdamW", "exp_avg, exp_avg_sq, step", "NAdam"),
+        ("AdamW", "exp_avg, exp_avg_sq, step", "SGD"),
+    ],
+)
+def test_a_state_that_one_optimizer_alone_can_use_is_refused_by_others(tmp_path, saved, keys, other):
+    begun(tmp_path / "state", saved, steps=1)
+    expected = rf"of {saved} \({keys}\), of which {other} .*the optimizer of the saved run"
+    with pytest.raises(FormatError, match=expected):
+        resumed(tmp_path / "state", other)
 
 
 class DeepSpeedEngine(torch.nn.Module):
