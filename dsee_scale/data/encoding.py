@@ -9,18 +9,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
+from dsee_scale.data.chat import chat_example, turns
+from dsee_scale.distributed import log_rank0
 from dsee_scale.errors import ConfigError
 from dsee_scale.passes.label_logits import IGNORED
 from dsee_scale.recipe.sections import DataConfig
 from dsee_scale.version import __version__
 
-ROLE = "assistant"
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Encoder:
             raise ConfigError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token")
         self.tokenizer = tokenizer
         self.config = config
-        self.num_appended = _num_appended(tokenizer)
+        self.num_prepended, self.num_appended = _num_around(tokenizer)
         # `datasets` keeps tokens by what an encoder holds, and doesn't see what the package's code does.
         self.version = __version__
 
@@ -73,6 +76,15 @@ class Encoder:
             num_proc=workers,
             desc="tokenize",
         )
+        if len(encoded) < len(rows) and self.config.task == "chat":
+            log_rank0(
+                logger,
+                "%d of %d conversations are left out: their first %d tokens (data.max_length) hold no turn of the "
+                "assistant",
+                len(rows) - len(encoded),
+                len(rows),
+                self.config.max_length,
+            )
         if self.config.task != "language_modelling":
             return encoded
         # In one process and over all rows: blocks must depend neither on the workers nor on their batches.
@@ -94,9 +106,22 @@ class Encoder:
         examples = []
         for row in rows:
             prompt, answers = self._split(row, *self.config.labels.values())
+            self._reject_alike(answers)
             right = classes.index(str(row[self.config.label_column]))
             examples.append(Choice(prompt, answers, right))
         return examples
+
+    def _reject_alike(self, answers: Sequence[Sequence[int]]) -> None:
+        """Refuse labels of which one begins another: it is at least as probable in every row."""
+        strings = list(self.config.labels.values())
+        order = sorted(range(len(answers)), key=lambda index: tuple(answers[index]))
+        for one, other in itertools.pairwise(order):
+            if answers[other][: len(answers[one])] == answers[one]:
+                raise ConfigError(
+                    f"data.labels: the tokens of {strings[one]!r} begin those of {strings[other]!r} (or what max_length"
+                    " leaves of them), so the first would always be the likelier answer; let labels differ before "
+                    f"either ends, e.g. {strings[one] + '.'!r} and {strings[other] + '.'!r}"
+                )
 
     def generations(self, rows: Dataset, limit: int) -> list[Generation]:
         """Up to `limit` different prompts of a completion task, with their references."""
@@ -106,7 +131,7 @@ class Encoder:
             references.setdefault(text, []).append((self.config.completion or "").format(**row).strip())
         chosen = itertools.islice(references.items(), limit)
         room = self.config.max_length
-        return [Generation(self._prompt(text)[-room:], found) for text, found in chosen]
+        return [Generation(self._last(self._prompt(text), room), found) for text, found in chosen]
 
     def answer_text(self, row: dict[str, Any]) -> str:
         """What the model should say after a row's prompt."""
@@ -156,7 +181,12 @@ class Encoder:
         text, size = (self.config.prompt or "").format(**row), self.config.max_length
         prompt = self._prompt(text)
         found = [self._answer(text, prompt, answer)[: size - 1] for answer in answers]
-        return prompt[-(size - max(map(len, found))) :], found
+        return self._last(prompt, size - max(map(len, found))), found
+
+    def _last(self, prompt: list[int], room: int) -> list[int]:
+        """The end of a prompt, after what the tokenizer begins every text with (Llama's `<s>`)."""
+        first = prompt[: self.num_prepended] if len(prompt) > room > self.num_prepended else []
+        return [*first, *prompt[-(room - len(first)) :]]
 
     def _prompt(self, text: str) -> list[int]:
         """Tokens of a prompt, at least one: an empty prompt is what begins texts, or else separates them."""
@@ -181,11 +211,11 @@ class Encoder:
         return ids if ids[-1:] == [end] else [*ids, end]
 
 
-def _num_appended(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that the tokenizer puts after every text by itself: one for T5's `</s>`, none for Llama."""
+def _num_around(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Tokens that the tokenizer puts before and after every text by itself: Llama's `<s>` before, T5's `</s>` after."""
     whole, bare = (list(tokenizer("a", add_special_tokens=s)["input_ids"]) for s in (True, False))  # type: ignore[arg-type]
     starts = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
-    return len(whole) - starts[0] - len(bare) if starts else 0
+    return (starts[0], len(whole) - starts[0] - len(bare)) if starts else (0, 0)
 
 
 def pack(rows: Dataset, size: int) -> Iterator[dict[str, list[int]]]:
@@ -223,116 +253,3 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
     tokenizer = copy.deepcopy(tokenizer)  # the export keeps the side that the tokenizer came with
     tokenizer.padding_side = "right"
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-
-
-def chat_example(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], where: str
-) -> tuple[list[int], list[int]]:
-    """Tokens of a conversation and their labels, -100 outside of the assistant's turns.
-
-    A template with `{% generation %}` marks the turns itself. Otherwise a turn is what the template adds for
-    it after the prompt that asks for it; a template for which that is no continuation is refused.
-
-    Args:
-        tokenizer: with a chat template.
-        messages: dicts with `role` and `content`.
-        where: names the row in errors.
-
-    Raises:
-        ConfigError: no template, a malformed conversation, or a template whose turns cannot be told apart.
-    """
-    _check(tokenizer, messages, where)
-    if "generation" in _template(tokenizer) and "{% generation" in _template(tokenizer).replace("{%-", "{%"):
-        found = _apply(tokenizer, messages, where, return_dict=True, return_assistant_tokens_mask=True)
-        ids, mask = list(found["input_ids"]), list(found["assistant_masks"])
-        mask[:1] = [0] * len(mask[:1])  # nothing predicts the first token
-        return ids, [token if learned else IGNORED for token, learned in zip(ids, mask, strict=True)]
-    ids = _ids(tokenizer, messages, where)
-    labels = [IGNORED] * len(ids)
-    for index, message in enumerate(messages):
-        if message["role"] == ROLE:
-            before = _asking(tokenizer, messages[: index + 1], where)
-            after = _ids(tokenizer, messages[: index + 1], where)
-            if after[: len(before)] != before or ids[: len(after)] != after:
-                raise ConfigError(
-                    f"{where}: the chat template of {tokenizer.name_or_path!r} renders an assistant's turn "
-                    "differently once another turn follows, so its tokens cannot be found; mark them in the template "
-                    "with "
-                    "{% generation %} ... {% endgeneration %}"
-                )
-            labels[len(before) : len(after)] = ids[len(before) : len(after)]
-    return ids, labels
-
-
-def _asking(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], where: str
-) -> list[int]:
-    """Tokens before the last message, the assistant's: the prompt that asks for it."""
-    if len(messages) > 1:
-        return _ids(tokenizer, messages[:-1], where, add_generation_prompt=True)
-    # No template renders an empty conversation: the end of the prompt is looked for in what comes out with the turn.
-    user = [{**messages[0], "role": "user"}]
-    end = _ids(tokenizer, user, where, add_generation_prompt=True)[len(_ids(tokenizer, user, where)) :]
-    found = _ids(tokenizer, messages, where)
-    stops = [stop for stop in range(len(end), len(found)) if found[:stop][-len(end) :] == end]
-    if not end or not stops:
-        raise ConfigError(
-            f"{where} begins with the assistant, and the chat template of {tokenizer.name_or_path!r} doesn't show "
-            "where such a turn begins; let the user begin, or mark turns in the template with "
-            "{% generation %} ... {% endgeneration %}"
-        )
-    return found[: stops[0]]
-
-
-def turns(ids: Sequence[int], labels: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """One example for each stretch of learned tokens, with everything before it as its prompt."""
-    found = []
-    edges = [i for i in range(len(labels) + 1) if _learned(labels, i - 1) != _learned(labels, i)]
-    for start, stop in zip(edges[::2], edges[1::2], strict=True):
-        found.append((list(ids[:stop]), [IGNORED] * start + list(labels[start:stop])))
-    return found
-
-
-def _learned(labels: Sequence[int], index: int) -> bool:
-    return 0 <= index < len(labels) and labels[index] != IGNORED
-
-
-def _check(tokenizer: PreTrainedTokenizerBase, messages: Any, where: str) -> None:
-    if not getattr(tokenizer, "chat_template", None):
-        raise ConfigError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template, which task 'chat' needs; take an "
-            "instruction-tuned model's tokenizer, or put a chat_template.jinja beside it"
-        )
-    fits = isinstance(messages, Sequence) and all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
-    )
-    if not fits or not messages:
-        raise ConfigError(
-            f"{where} is not a conversation; expected a list of "
-            f"{{role: ..., content: ...}}, found {str(messages)[:80]!r}"
-        )
-    if all(message["role"] != ROLE for message in messages):
-        raise ConfigError(f"{where} has no turn of the role {ROLE!r}, so there is nothing to learn from it")
-
-
-def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    template = tokenizer.chat_template
-    return str(template.get("default", "") if isinstance(template, dict) else template)
-
-
-def _ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], where: str, **options: Any
-) -> list[int]:
-    return list(_apply(tokenizer, messages, where, return_dict=True, **options)["input_ids"])
-
-
-def _apply(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], where: str, **options: Any
-) -> Any:
-    from jinja2.exceptions import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=True, **options)
-    except (TemplateError, ValueError, IndexError) as error:
-        raise ConfigError(f"{where}: the chat template refuses this conversation: {error}") from error

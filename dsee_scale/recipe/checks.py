@@ -39,9 +39,12 @@ def check_form(dsee: DSEEConfig, prunings: Sequence[PruneConfig], export: Export
         )
 
 
+LOWER_IS_BETTER = ("loss", "perplexity")
+
+
 def check_best_metric(metric: str | None, data: DataConfig) -> None:
     """Refuse before training a `metric_for_best_model` that no evaluation of the task gives."""
-    known = ["loss", "perplexity"]
+    known = [*LOWER_IS_BETTER]
     known += ["accuracy", "macro_f1"] if data.task == "classification" else []
     known += ["bleu"] if data.generate_samples else []
     if metric is None or metric.removeprefix("eval_") in known:
@@ -51,6 +54,24 @@ def check_best_metric(metric: str | None, data: DataConfig) -> None:
         f"training.metric_for_best_model {metric!r} is no metric of task {data.task!r}; "
         f"valid: {', '.join(known)}{more}"
     )
+
+
+def set_direction(values: dict[str, Any]) -> None:
+    """Which way the best metric is better: transformers takes all but a loss for better when greater, perplexity too.
+
+    Raises:
+        ConfigError: `greater_is_better` says otherwise.
+    """
+    metric, said = values.get("metric_for_best_model"), values.get("greater_is_better")
+    if not isinstance(metric, str):
+        return
+    greater = metric.removeprefix("eval_") not in LOWER_IS_BETTER
+    if said is not None and bool(said) != greater:
+        raise ConfigError(
+            f"training.greater_is_better is {said!r}, and the best {metric} is the "
+            f"{'greatest' if greater else 'least'}; leave it out"
+        )
+    values["greater_is_better"] = greater
 
 
 def check_deepspeed_config(config: Mapping[str, Any], args: TrainingArguments, source: str) -> None:

@@ -15,6 +15,7 @@ from dsee_scale.errors import ConfigError
 LONGEST_FILE = 1 << 20
 MOST_VALUES = 20_000
 """In a recipe, each `*alias` counted as all that it stands for."""
+NULLS = ("null", "Null", "NULL", "~")
 TEMPLATE = re.compile(r"\{[A-Za-z_]\w*\}")
 """A column's name in braces."""
 
@@ -104,6 +105,7 @@ def parse_value(text: str) -> Any:
 
     Spaces around text are kept, and a template such as `{mr}` (to YAML a mapping without values) stays text. So does
     one within text, such as `Review: {mr}`, where YAML sees a mapping or a comment; not if it is quoted or in brackets.
+    What is nothing to YAML is null if it says so, and else the text that it is: spaces, a new line, a `# heading`.
     """
     if TEMPLATE.search(text) and text.lstrip()[0] not in "{[\"'":
         return text
@@ -113,7 +115,8 @@ def parse_value(text: str) -> Any:
         raise
     except (yaml.YAMLError, ValueError, TypeError, RecursionError):
         return text
-    if isinstance(value, str) and value == text.strip():
+    bare = text.strip()
+    if (isinstance(value, str) and bare[:1] not in ("'", '"', "!")) or (value is None and bare not in NULLS):
         return text
     template = isinstance(value, dict) and value and not any(part is not None for part in value.values())
     return text if template else value

@@ -137,6 +137,10 @@ class DataConfig(JsonConfig):
             found.append(f"labels name a class twice, as text and as a number: {dict(self.labels)}")
         if len(self.labels) == 1 or len(set(self.labels.values())) != len(self.labels):
             found.append(f"labels need at least two different strings, found {dict(self.labels)}")
+        if not all(self.labels.values()):
+            found.append(
+                f"labels must not be empty, as a model would have nothing to say: {dict(self.labels)}"
+            )
         if self.generate_samples and self.task != "completion":
             found.append("generate_samples goes with task 'completion'")
         if not 0 < self.validation_fraction < 1:

@@ -28,7 +28,7 @@ class GradientWatch:
         loss = model(**batch).loss; loss.backward()
         watch.check()
 
-    Experts that are modules of their own may get no token in a step, and are not asked for.
+    Experts that are modules of their own may get no token in a step, and are not asked for; nor are frozen adapters.
 
     Args:
         model: an injected model, unwrapped; under an engine the engine's module.
@@ -40,7 +40,7 @@ class GradientWatch:
         self._hooks = {
             name: layer.dsee_flat.register_hook(functools.partial(self._note, name))
             for name, layer in layers.items()
-            if layer.dsee_spec.experts or "experts" not in name.split(".")
+            if layer.dsee_flat.requires_grad and (layer.dsee_spec.experts or "experts" not in name.split("."))
         }
 
     def _note(self, name: str, gradient: Tensor) -> None:

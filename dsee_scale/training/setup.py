@@ -31,7 +31,7 @@ from dsee_scale.export.report import KIND as EXPORT
 from dsee_scale.partition.quantized import prepare_quantised
 from dsee_scale.partition.zero_config import misspelt_keys, zero_problems
 from dsee_scale.pretrained import hub_options, read_config
-from dsee_scale.recipe.checks import check_deepspeed_config
+from dsee_scale.recipe.checks import check_deepspeed_config, set_direction
 from dsee_scale.recipe.parsing import find_file
 from dsee_scale.recipe.recipe import Recipe
 from dsee_scale.recipe.sections import ModelConfig
@@ -80,6 +80,7 @@ def make_arguments(values: dict[str, Any]) -> TrainingArguments:
         raise ConfigError("training.output_dir is missing; name the run's folder, e.g. runs/sentiment")
     values.pop("resume_from_checkpoint", None)
     values.setdefault("remove_unused_columns", False)
+    set_direction(values)
     if isinstance(values.get("deepspeed"), str):
         values["deepspeed"] = str(find_file("ds_configs", values["deepspeed"]))
     if values.get("deepspeed") is not None:

@@ -162,6 +162,28 @@ def test_long_prompts_lose_their_beginning_and_keep_the_answer(tmp_path, tokeniz
     assert example["labels"] == [IGNORED] * 5 + ids("good")
 
 
+def test_a_long_prompt_keeps_what_the_tokenizer_begins_texts_with(tmp_path):
+    path = write_csv(tmp_path / "a.csv", ["so so so so a good film,1", "not good,0"])
+    config = classification(path, validation_file=path, max_length=6)
+    for form, expected in (("<eos> $A", "<eos> good film Sentiment :"), ("$A", "a good film Sentiment :")):
+        encoder, (rows, _) = Encoder(make_tokenizer(form), config), load_rows(config)
+        assert encoder.training_examples(rows)[0]["input_ids"] == ids(f"{expected} good")
+        assert encoder.choices(rows)[0].prompt == ids(expected)
+    assert Encoder(make_tokenizer("<eos> $A"), config).choices(rows)[1].prompt == ids(
+        "<eos> not good Sentiment :"
+    )
+
+
+@pytest.mark.parametrize("labels", [{"0": " good", "1": " good film"}, {"0": " bad", "1": " bad "}])
+def test_labels_of_which_one_begins_another_are_refused(tmp_path, tokenizer, labels):
+    path = write_csv(tmp_path / "a.csv", ["so so,1", "not good,0"])
+    config = classification(path, validation_file=path, labels=labels)
+    with pytest.raises(ConfigError, match=r"data.labels: the tokens of ' (good|bad)' begin those of"):
+        Encoder(tokenizer, config).choices(load_rows(config)[0])
+    ended = classification(path, validation_file=path, labels={"0": " good.", "1": " good film."})
+    assert len(Encoder(tokenizer, ended).choices(load_rows(ended)[0])) == 2
+
+
 def test_all_labels_of_a_long_row_are_judged_after_the_same_prompt(tmp_path, tokenizer):
     path = write_csv(tmp_path / "a.csv", ["so so so so a good film,1", "not good,0"])
     labels = {"0": " not so bad", "1": " good"}

@@ -122,6 +122,7 @@ def test_seed_is_the_trainers_and_others_need_their_section(recipe_file):
             ["--metric_for_best_model", "eval_bleu"],
             "metric_for_best_model 'eval_bleu'.*task 'classification'.*: loss, perplexity, accuracy, macro_f1$",
         ),
+        (["--data.labels", '{0: "", 1: " good"}'], "labels must not be empty"),
         (["--auto_find_batch_size"], "auto_find_batch_size is not possible here"),
         (["--data.task", "completion"], "completion goes with task 'completion'"),
         (["--data.dataset", "some/hub"], "name exactly one of dataset"),
@@ -200,7 +201,10 @@ def test_command_line_words():
         ("d", True),
     ]
     assert parse_value("1e-4") == 1e-4
-    assert parse_value("null") is None
+    assert parse_value("null") is None and parse_value("~") is None
+    for text in ("", " ", "\n", "\n\n", "# note", "a #b", "&a", "|"):
+        assert parse_value(text) == text
+    assert parse_value("!!str 5") == "5"
     assert parse_value("{a: 1}") == {"a": 1}
     assert parse_value(" {ref}") == " {ref}"
     assert parse_value("{mr} ||") == "{mr} ||"

@@ -56,6 +56,25 @@ def test_a_config_that_accelerate_brings_is_looked_at_like_the_recipes(
     assert str(config) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("perplexity", False),
+        ("eval_perplexity", False),
+        ("loss", False),
+        ("eval_accuracy", True),
+        ("bleu", True),
+    ],
+)
+def test_the_best_checkpoint_is_the_best_of_its_metric(tmp_path: Path, metric: str, greater: bool) -> None:
+    """transformers takes the greatest of all that isn't called a loss."""
+    settings = {"output_dir": str(tmp_path), "metric_for_best_model": metric}
+    assert make_arguments(dict(settings)).greater_is_better is greater
+    assert make_arguments({**settings, "greater_is_better": greater}).greater_is_better is greater
+    with pytest.raises(ConfigError, match=r"training.greater_is_better is .* the best .*; leave it out"):
+        make_arguments({**settings, "greater_is_better": not greater})
+
+
 @pytest.mark.parametrize(("dtype", "engine"), [(None, None), ("float32", None), (None, object())])
 def test_float16_weights_need_deepspeed(dtype: str | None, engine: object) -> None:
     """The Trainer scales gradients there, and those of float16 parameters it refuses at its first step."""
