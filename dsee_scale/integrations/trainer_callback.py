@@ -21,10 +21,11 @@ from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.config import SCORES, PruneConfig
 from dsee_scale.errors import ConfigError, RunError, TargetError
 from dsee_scale.export.export import BASE_FOLDER, save_base
-from dsee_scale.partition import open_partition
+from dsee_scale.integrations.callback_settings import setting_problems
+from dsee_scale.partition import open_partition, unwrap
 from dsee_scale.pruning.checks import check_in_order
 from dsee_scale.pruning.prune import prune
-from dsee_scale.pruning.schedule import CubicSchedule, schedule_problems
+from dsee_scale.pruning.schedule import CubicSchedule
 from dsee_scale.random_state import random_state, set_epoch, set_random_state
 from dsee_scale.training.base_trainer import GradientCallback, log_within_step
 from dsee_scale.training.checkpoints import AdapterCheckpoints
@@ -74,30 +75,17 @@ class DSEECallback(GradientCallback):
             ConfigError: settings that make no sense.
         """
         super().__init__()
-        self.configs = [prune] if isinstance(prune, PruneConfig) else list(prune or [])
+        one = prune is not None and not isinstance(prune, (list, tuple))
+        self.configs: list[Any] = [prune] if one else [*(prune or ())]  # type: ignore[misc]
         self.at, self.calibration_batches = at, calibration_batches
-        self._check()
+        problems = setting_problems(self.configs, at, calibration_batches)
+        if problems:
+            raise ConfigError("; ".join(problems))
         self._inputs: collections.deque[dict[str, Tensor]] = collections.deque(maxlen=calibration_batches)
         self._trainer: Any = None
         self._steps: list[int] = []
         self._hook: Any = None
-
-    def _check(self) -> None:
-        problems = []
-        if bool(self.configs) != (self.at is not None):
-            problems.append("prune and at go together: what to remove, and when")
-        if isinstance(self.at, CubicSchedule):
-            problems += schedule_problems(self.configs)
-        elif isinstance(self.at, bool):
-            problems.append(f"at {self.at!r} is neither a fraction of the training nor a step")
-        elif isinstance(self.at, float) and not 0 <= self.at < 1:
-            problems.append(f"at {self.at!r} is no fraction of the training in [0, 1), nor a whole step")
-        elif isinstance(self.at, int) and self.at < 0:
-            problems.append(f"at {self.at!r} must be a step from 0 on")
-        if self.calibration_batches < 1:
-            problems.append(f"calibration_batches must be at least 1, found {self.calibration_batches!r}")
-        if problems:
-            raise ConfigError("; ".join(problems))
+        self._refitted: Any = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -112,6 +100,11 @@ class DSEECallback(GradientCallback):
         if args.push_to_hub:
             raise ConfigError(
                 "push_to_hub uploads whole models; leave it out, and upload what save_adapter or export_model wrote"
+            )
+        if self.configs and args.auto_find_batch_size:
+            raise ConfigError(
+                "auto_find_batch_size starts the training again on a model that is pruned already; leave it out, and "
+                "set per_device_train_batch_size"
             )
         keep_checkpoints_small(trainer)
         trainer.planned = self._planned
@@ -140,6 +133,11 @@ class DSEECallback(GradientCallback):
                 "prune earlier, so that it is retuned"
             )
         started = state.global_step
+        if events and not started and self._refitted is unwrap(self._trainer.model):
+            raise ConfigError(
+                "this training begins anew on a model that its DSEECallback has pruned and re-fitted already; train on "
+                "with a Trainer that has a new DSEECallback, without a pruning or with a further one"
+            )
         # A checkpoint of a step holds what was removed at it.
         coming = [event for event in events if event.step > started or event.step == started == 0]
         self._steps = [event.step for event in coming]
@@ -195,6 +193,7 @@ class DSEECallback(GradientCallback):
         report = prune(trainer.model_wrapped, configs, self._calibration() if self._wants_inputs() else None)
         self._watch_inputs()
         if any(config.refit for config in configs):
+            self._refitted = unwrap(trainer.model)
             folder = Path(str(trainer.args.output_dir)) / BASE_FOLDER
             save_base(trainer.model_wrapped, folder, tokenizer=trainer.processing_class)
         # A tuned model that is not pruned must never win against the pruned ones.

@@ -330,6 +330,14 @@ def test_what_makes_no_sense_is_refused(tmp_path):
     for words, (prune, at) in refused.items():
         with pytest.raises(ConfigError, match=words):
             DSEECallback(prune, at)
+    for wrong in ("2:4", {"sparsity": 0.5}, [{"sparsity": 0.5}]):
+        with pytest.raises(ConfigError, match=r"prune holds a (str|dict) .*, expected PruneConfig"):
+            DSEECallback(wrong, 2)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"at '0\.3' is neither"):
+        DSEECallback(PruneConfig(), "0.3")  # type: ignore[arg-type]
+    for number in (2.5, "8", 0, True):
+        with pytest.raises(ConfigError, match="calibration_batches must be a whole number from 1 on"):
+            DSEECallback(PruneConfig(), 2, calibration_batches=number)  # type: ignore[arg-type]
     with pytest.raises(TargetError, match="inject"):
         trainer_of(model_of(), tmp_path, DSEECallback())
     model = model_of()
@@ -348,6 +356,33 @@ def test_what_makes_no_sense_is_refused(tmp_path):
     late.add_callback(DSEECallback(PruneConfig(score="W"), 3))
     with pytest.raises(ConfigError, match="finished Trainer"):
         late.train()
+
+
+def test_no_training_begins_anew_on_what_it_has_refitted(tmp_path):
+    model = model_of()
+    dsee_scale.inject(model, CONFIG)
+    with pytest.raises(ConfigError, match="auto_find_batch_size starts the training again"):
+        trainer_of(model, tmp_path / "a", DSEECallback(PruneConfig(score="W"), 3), auto_find_batch_size=True)
+    trainer_of(model, tmp_path / "a", DSEECallback(), auto_find_batch_size=True)
+    trainer = trainer_of(model, tmp_path / "b", DSEECallback(PruneConfig(), 3))
+    trainer.train()
+    before = [flat.clone() for flat in flats(model)]
+    with pytest.raises(
+        ConfigError, match="has pruned and re-fitted already; train on with a Trainer that has a new"
+    ):
+        trainer.train()
+    assert all(map(torch.equal, before, flats(model)))
+    trainer_of(model, tmp_path / "c", DSEECallback(PruneConfig(score="W", sparsity=0.7), 3)).train()
+    assert zeros(model) > 0.69 * total(model)
+
+
+def test_a_frozen_adapter_is_not_waited_for(tmp_path):
+    model = model_of()
+    dsee_scale.inject(model, CONFIG)
+    frozen = model.model.layers[0].self_attn.q_proj.dsee_flat.requires_grad_(False)
+    before = frozen.clone()
+    trainer_of(model, tmp_path, DSEECallback()).train()
+    assert torch.equal(frozen, before)
 
 
 def test_a_training_that_ends_before_its_pruning_is_no_success(tmp_path):
