@@ -126,6 +126,8 @@ class AdaptedLayer(FlatViews, Adapted):
 
     def _masked(self, x: Tensor, bias: Tensor | None, form: Literal["masked", "update"]) -> Tensor:
         weight = self.weight
+        if weight.requires_grad:  # it would get no gradient
+            train_under_mask(self, True)
         codec = find_codecs(self)[id(weight)] if self.dsee_quantised else None
         layer = MaskedLayer(self.dsee_spec, self.dsee_rows, self.dsee_cols, codec, form)
         return masked_product(x, weight, bias, self.dsee_flat, layer)
@@ -197,7 +199,14 @@ def _computes_alike(x: Tensor, weight: Tensor, flat: Tensor) -> bool:
 
 
 def _is_plain(base: type[nn.Module]) -> bool:
-    return base.forward is nn.Linear.forward or base.__name__ == "Conv1D"
+    alike = ("Conv1D", "FalconLinear", "EsmFoldLinear")  # transformers', which compute it by other operators
+    return base.forward is nn.Linear.forward or base.__name__ in alike
+
+
+def computes_product(module: nn.Module) -> bool:
+    """Whether a layer, adapted or not, computes x W^T + bias and nothing else, as far as can be told by its class."""
+    base = module.dsee_base if isinstance(module, AdaptedLayer) else type(module)
+    return not isinstance(module, nn.Linear) or _is_plain(base) or _is_quantised(base)
 
 
 def _is_quantised(base: type[nn.Module]) -> bool:

@@ -93,6 +93,28 @@ def reject_peft(model: nn.Module) -> None:
         )
 
 
+def reject_unusable(model: nn.Module) -> None:
+    """Raise for a model that is broken, PEFT's, or a part of the one with the record. Local."""
+    reject_broken(model)
+    reject_peft(model)
+    reject_part(model)
+
+
+def reject_part(model: nn.Module) -> None:
+    """Raise TargetError for a model whose adapters a part of it, or a whole around it, has on record. Local."""
+    if model_state(model).config is not None or not any(hasattr(m, "dsee_weights") for m in model.modules()):
+        return
+    parts = (
+        name for name, m in model.named_modules() if name and getattr(vars(m).get("_dsee"), "config", None)
+    )
+    where = next((f"on its part {name!r}" for name in parts), "on a model that this is a part of")
+    raise TargetError(
+        f"this {type(model).__name__} has adapters, and inject was called {where}, which holds the record of adapters "
+        "and masks; expected the same model for inject, prune, save and export: give each of them the whole model "
+        "(target_modules and modules say which parts are meant). Nothing was changed"
+    )
+
+
 def warn_of_new_zeros(module: Any, state_dict: Mapping[str, Any], prefix: str) -> None:
     """Warn of weights from a state dict that bring a mask along which nothing records. Local.
 

@@ -233,13 +233,19 @@ def _reject_bypassed(chosen: list[str], modules: dict[str, nn.Module]) -> None:
 
 
 def reject_codes(name: str, module: nn.Module, weight: Tensor) -> None:
-    """Raise TargetError for a weight that is quantised by something else than bitsandbytes. Local.
+    """Raise TargetError for a weight that is no parameter, or quantised by something else than bitsandbytes. Local.
 
     Args:
         name: the module's, or of experts the parameter's.
         module: what holds the weight.
         weight: whole or partitioned.
     """
+    if not any(weight is param for param in module._parameters.values()):
+        raise TargetError(
+            f"the weight of {name} is computed at each use (by torch's parametrizations or its pruning), so nothing "
+            "that is written to it would last; expected a parameter: make it one first (remove_parametrizations, "
+            "torch.nn.utils.prune.remove)"
+        )
     if not holds_numbers(weight.dtype) and not quantised_kind(module):
         raise TargetError(
             f"{name} is a {type(module).__name__} with {weight.dtype} weights, a quantisation that is not known here; "

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from dsee_scale.adapters.linear import adapted_layers
-from dsee_scale.adapters.state import model_state
+from dsee_scale.adapters.state import model_state, reject_part
 from dsee_scale.adapters.targets import find_modules
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.checkpoint.files import damaged
@@ -109,6 +109,7 @@ def describe(partition: Partition, model: nn.Module, kept: Mapping[str, int]) ->
         model: the unwrapped model.
         kept: number of entries that are not zero, of each pruned weight.
     """
+    reject_part(model)
     state = model_state(model)
     layers: dict[str, Any] = adapted_layers(model)
     modules = {name: layer.dsee_spec for name, layer in layers.items()}

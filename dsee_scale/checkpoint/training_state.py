@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.linear import BUFFERS, adapted_layers
+from dsee_scale.adapters.state import model_state
+from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.checkpoint.adapter import apply_masks, check_contents, write_adapter
 from dsee_scale.checkpoint.adapter_file import STEM as ADAPTER_STEM
 from dsee_scale.checkpoint.adapter_file import open_adapter, read_layer
@@ -165,6 +167,8 @@ def load_training_state(
         state = open_optimizer(model, optimizer)
         tensors = TensorReader.of(stored, OPTIMIZER)
         _check_parameters(state, values, tensors, stored)
+    if not masked:
+        _reject_pruned_further(partition, module, record, stored)
     masks = None if masked else open_masks(stored)
     if masks is not None:
         check_contents(partition, module, record, masks, stored)
@@ -232,6 +236,25 @@ def _check_supports(
             if not torch.equal(getattr(layer, key).cpu(), saved):
                 where = tensors.where(f"{name}.{key}")
                 raise FormatError(f"{where}: {name}.{key} is not the support in the model; {advice}")
+
+
+def _reject_pruned_further(
+    partition: Partition, module: nn.Module, record: AdapterRecord, stored: StoredFolder
+) -> None:
+    """Collective. Refuse a model with zeros that the state lacks: there is no way back from them.
+
+    Raises:
+        FormatError: naming a weight.
+    """
+    params = dict(module.named_parameters())
+    names = [n for n in model_state(module).pruned if n in params and id(params[n]) not in partition.codecs]
+    mine = torch.tensor([count_nonzero(partition.shard(params[name]).data) for name in names])
+    for name, found in zip(names, partition.sum_over_shards(mine.long()).tolist(), strict=True):
+        if found < record.kept.get(name, found + 1):
+            raise FormatError(
+                f"{stored.path}: {name} was pruned after this state was saved, and zeros can't be taken back; expected "
+                "the model as it was then, or before: load its base anew, load_adapter(model, folder), then this"
+            )
 
 
 def _check_parameters(

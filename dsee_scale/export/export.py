@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.linear import adapted_layers, delta_record, weight_name
-from dsee_scale.adapters.state import model_state, reject_broken, reject_peft, warn_of_loaded_zeros
+from dsee_scale.adapters.state import model_state, reject_unusable, warn_of_loaded_zeros
 from dsee_scale.algorithms.delta import Delta, merged_weight
 from dsee_scale.checkpoint.adapter import write_adapter
 from dsee_scale.checkpoint.adapter_file import KINDS_WITH_ADAPTER
@@ -84,8 +84,7 @@ def export_model(
         FormatError: writing failed, e.g. no space is left; what was there before stays.
     """
     module, partition = unwrap(model), open_partition(model)
-    reject_broken(module)
-    reject_peft(module)
+    reject_unusable(module)
     with raise_on_all_ranks(partition):
         check_delta(delta)
         if (
@@ -280,8 +279,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     ):  # vLLM's sender reads on a stream of its own, the last step wrote on this one
         torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
     module, partition = unwrap(model), open_partition(model)
-    reject_broken(module)
-    reject_peft(module)
+    reject_unusable(module)
     if any("experts" in how for how in model_state(module).pruned.values()):
         raise TargetError(
             "experts were removed from this model, and an engine that has all of them would still choose them; write "

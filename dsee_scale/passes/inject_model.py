@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from dsee_scale.adapters.experts import attach_experts, fused_experts, let_gradients_through
-from dsee_scale.adapters.linear import adapted_layers, attach
+from dsee_scale.adapters.linear import adapted_layers, attach, restore_under_mask, weight_name
 from dsee_scale.adapters.matrices import find_matrices
-from dsee_scale.adapters.state import model_state, reject_peft
+from dsee_scale.adapters.state import MASK_UPDATE, model_state, reject_peft
 from dsee_scale.adapters.targets import Target, find_modules, find_targets
 from dsee_scale.algorithms.decompose import Support
 from dsee_scale.algorithms.score import all_finite
-from dsee_scale.config import DSEEConfig
+from dsee_scale.config import UNIT_PATTERNS, DSEEConfig
 from dsee_scale.distributed import log_rank0, raise_on_all_ranks
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.partition import Partition, is_engine, keep_experts_together, open_partition, unwrap
@@ -101,6 +101,7 @@ def inject(model: nn.Module, config: DSEEConfig, *, progress: bool | None = None
     reject_untrainable(model, targets, trained)
     supports = decompose_model(targets, config, partition, progress=progress)
     apply_adapters(model, config, targets, supports, trained, partition)
+    _mask_updates(model)
     warn_of_random_weights(model)
     report = _report(model, targets, partition, time.perf_counter() - started)
     if partition.rank == 0:
@@ -111,6 +112,16 @@ def inject(model: nn.Module, config: DSEEConfig, *, progress: bool | None = None
         if not_resident:
             logger.info("%s", not_resident)
     return report
+
+
+def _mask_updates(model: nn.Module) -> None:
+    """Local. Train updates of weights that were pruned before under the mask, unless the pruning said otherwise."""
+    pruned = model_state(model).pruned
+    for name, layer in adapted_layers(model).items():
+        weight = weight_name(name, layer.dsee_spec)
+        if pruned.get(weight, {}).get("pattern", "heads") not in UNIT_PATTERNS:
+            pruned[weight] = {MASK_UPDATE: True, **pruned[weight]}
+    restore_under_mask(model)
 
 
 def apply_adapters(

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsee_scale.adapters.linear import adapted_layers
+from dsee_scale.adapters.linear import adapted_layers, computes_product
+from dsee_scale.adapters.matrices import Matrix
 from dsee_scale.adapters.removed_units import record_removed, removed_inputs
 from dsee_scale.adapters.state import MASK_UPDATE, model_state
 from dsee_scale.adapters.targets import reject_codes
@@ -99,11 +100,13 @@ def joint_coverage(module: nn.Module, prunings: Sequence[Checked], partition: Pa
 
 
 def note_pattern(module: nn.Module, pools: Sequence[WeightPool], config: PruneConfig) -> None:
-    """Record the pattern within weights, and how adapted ones are trained on; of experts, for all of a parameter."""
+    """Record the pattern within weights, and how updates are trained on; of experts, for all of a parameter."""
     pruned = model_state(module).pruned
     for member in (member for pool in pools for member in pool.members):
         how = {**pruned.get(member.param_name, {}), "pattern": config.pattern}
-        if member.adapted:
+        if (
+            member.adapted or not config.mask_update
+        ):  # of one without an update, a later `inject` takes the default
             how[MASK_UPDATE] = config.mask_update
         pruned[member.param_name] = how
 
@@ -159,12 +162,26 @@ def _reject_unready(
             name = member.param_name
             partition.writable(name, member.param)
             reject_codes(member.name, member.module, member.param)
+            _reject_own_forward(member, config)
             if member.param.requires_grad and (known_to_train or _has_trained(member.param)):
                 raise TargetError(
                     f"{name} is being trained, so its zeros would not stay; expected frozen weights: call "
                     "dsee_scale.inject(model, ...) before the engine is made, or leave this module out of the pruning "
                     "(PruneConfig.modules) and of trained_modules"
                 )
+
+
+def _reject_own_forward(member: Matrix, config: PruneConfig) -> None:
+    """Raise TargetError where a pruning would compute another product than the layer's class does."""
+    masked = member.adapted and config.mask_update
+    if (masked or config.refit) and not computes_product(member.module):
+        what = "trained under its mask" if masked else "re-fitted"
+        advice = "mask_update=False and refit=False" if masked else "refit=False"
+        base = getattr(member.module, "dsee_base", type(member.module))
+        raise TargetError(
+            f"{member.name} is a {base.__name__}, whose forward is its own; expected x W^T + bias of a layer that is "
+            f"{what}: leave it out of PruneConfig.modules, or set {advice}. Nothing was removed"
+        )
 
 
 def reject_uneven(partition: Partition, calibration: Any) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from dsee_scale.adapters.linear import restore_under_mask
 from dsee_scale.adapters.routers import mask_routers
-from dsee_scale.adapters.state import model_state, reject_broken, reject_peft, warn_of_loaded_zeros
+from dsee_scale.adapters.state import model_state, reject_unusable, warn_of_loaded_zeros
 from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.config import SCORES, PruneConfig
 from dsee_scale.distributed import raise_on_all_ranks, show_progress
@@ -152,8 +152,7 @@ def prune(
     """
     model = getattr(model, "_orig_mod", model)
     module = unwrap(model)
-    reject_broken(module)
-    reject_peft(module)
+    reject_unusable(module)
     warn_of_loaded_zeros(module)
     configs = _as_list(config)
     if wanted := any(map(_looks_at_activations, configs)):
