@@ -31,6 +31,7 @@ NOT_FINITE = (
 )
 Batches = Iterable[Any]
 NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32)
+_END: Any = object()
 POSITIONS = ("wpe", "position_embeddings", "embed_positions")
 """Names of embeddings of positions: GPT-2's, BERT's and RoBERTa's, OPT's."""
 
@@ -97,9 +98,8 @@ def _problem(module: nn.Module, batch: Any, partition: Partition) -> str | None:
         return f"{type(module).__name__} takes {len(_positional(module))} values, found {len(batch)}"
     if not isinstance(batch, Mapping):
         return f"expected a mapping, a tuple or a tensor of token ids, found {type(batch).__name__}"
-    takes_all = inspect.Parameter.VAR_KEYWORD in kinds
     unknown = [str(key) for key in batch if key != "labels" and key not in signature]
-    if unknown and not takes_all:
+    if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
         return f"{type(module).__name__} takes no {', '.join(unknown)}"
     return _ids_problem(module, batch, partition)
 
@@ -119,10 +119,9 @@ def _ids_problem(module: nn.Module, batch: Mapping[str, Any], partition: Partiti
     low, high = (int(edge) for edge in torch.aminmax(ids))
     if words is not None and not 0 <= low <= high < words:
         return f"input_ids go from {low} to {high}, and the model knows 0 to {words - 1}"
-    tokens, positions = _learned_positions(module)
-    at_most = tokens if batch.get("position_ids") is None else positions
-    if at_most is not None and ids.shape[1] > at_most:
-        return f"input_ids are {ids.shape[1]} tokens long, and the model has positions for {at_most}"
+    tokens, positions = learned_positions(module)
+    if tokens is not None and ids.shape[1] > tokens and batch.get("position_ids") is None:
+        return f"input_ids are {ids.shape[1]} tokens long, and the model has positions for {tokens}"
     types = getattr(getattr(module, "config", None), "type_vocab_size", None)
     limits = {"position_ids": positions, "token_type_ids": types}
     wrong = (_beside_problem(name, batch.get(name), ids, limit) for name, limit in limits.items())
@@ -141,7 +140,7 @@ def _beside_problem(name: str, found: Any, ids: Tensor, limit: int | None) -> st
     return None
 
 
-def _learned_positions(module: nn.Module) -> tuple[int | None, int | None]:
+def learned_positions(module: nn.Module) -> tuple[int | None, int | None]:
     """Tokens that a model with learned positions takes at most, and how many positions may be named to it."""
     words = _word_embedding(module)
     beside = {name.rpartition(".")[0] for name, each in module.named_modules() if each is words}
@@ -249,24 +248,24 @@ def in_step(module: nn.Module, batches: Batches, partition: Partition) -> Iterat
         CalibrationError: a rank has no batch at all, or one that is no input of the model.
     """
     left = iter(batches)
-    last: Any = None
+    batch = last = _END
     while True:
-        batch = wrong = None
+        wrong = None
         try:
-            batch = next(left, None)
-            batch = None if batch is None else named(module, batch)
-            wrong = None if batch is None else problem(module, batch, partition)
+            if (batch := next(left, _END)) is not _END:
+                batch = named(module, batch)
+                wrong = problem(module, batch, partition)
         except Exception as error:
             wrong = CalibrationError(f"a calibration batch cannot be read: {type(error).__name__}: {error}")
-        state = [batch is not None, batch is None and last is None, wrong is not None]
+        state = [batch is not _END, batch is _END and last is _END, wrong is not None]
         going, empty, broken = partition.sum_over_ranks(torch.tensor(state, dtype=torch.int64)).tolist()
         if broken:
             partition.raise_first(wrong)
         _reject_empty(empty, partition)
         if not going:
             return
-        last = last if batch is None else batch
-        yield last, batch is not None
+        last = last if batch is _END else batch
+        yield last, batch is not _END
         release_heap(module, partition)
 
 
@@ -286,22 +285,24 @@ def run_model(model: nn.Module, batch: Any, partition: Partition, *, short_logit
             before: token ids, masks, positions and types that no model takes. What stays is what a model makes of
             inputs of its own, and errors of the device.
     """
-    known = list(inspect.signature(unwrap(model).forward).parameters)
+    module = unwrap(model)
     with together(partition):
-        batch = to_device(batch, compute_device(unwrap(model), partition))
+        batch = to_device(batch, compute_device(module, partition))
         if isinstance(batch, (tuple, list)):
-            model(*batch, **({"use_cache": False} if "use_cache" in known else {}))
+            model(*batch, **no_cache(module))
             return
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        inputs |= {"use_cache": False} if "use_cache" in known else {}
-        ids = inputs.get("input_ids")
-        if not short_logits or not isinstance(ids, Tensor):
+        inputs = {key: value for key, value in batch.items() if key != "labels"} | no_cache(module)
+        if not short_logits or not isinstance(ids := inputs.get("input_ids"), Tensor):
             model(**inputs)
             return
-        first = torch.zeros_like(ids, dtype=torch.bool)
-        first.view(-1)[:1] = True
-        with logits_at(unwrap(model), first):
+        first = torch.arange(ids.numel(), device=ids.device).view(ids.shape) == 0
+        with logits_at(module, first):
             model(**inputs)
+
+
+def no_cache(module: nn.Module) -> dict[str, bool]:
+    """What a forward pass is given, if it takes it: with a cache, transformers sees packed documents as one. Local."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(module.forward).parameters else {}
 
 
 def compute_device(module: nn.Module, partition: Partition) -> torch.device:
@@ -315,8 +316,7 @@ def release_heap(module: nn.Module, partition: Partition) -> None:
     It keeps what lies between pieces that are still held, and over many batches, each of another shape, that becomes
     several times what is in use.
     """
-    trim = _malloc_trim()
-    if trim is not None and compute_device(module, partition).type == "cpu":
+    if (trim := _malloc_trim()) is not None and compute_device(module, partition).type == "cpu":
         trim(0)
 
 

@@ -19,7 +19,15 @@ from dsee_scale.distributed import gather_objects, show_progress
 from dsee_scale.errors import CalibrationError
 from dsee_scale.partition import Partition, unwrap
 from dsee_scale.partition.engine_state import no_leaf_gradients
-from dsee_scale.passes.batches import compute_device, evaluating, in_step, to_device, together, token_mask
+from dsee_scale.passes.batches import (
+    compute_device,
+    evaluating,
+    in_step,
+    no_cache,
+    to_device,
+    together,
+    token_mask,
+)
 from dsee_scale.passes.label_logits import IGNORED, label_loss, logits_at, output_layer, predicting
 
 
@@ -97,12 +105,9 @@ def output_gradients(
         _checkpointing([block for _, block in blocks]),
         _watching(layers, sums, blocks[0][1]) as watch,
     ):
-        for batch, counts in tqdm(
-            in_step(module, batches, partition),
-            desc="sensitivity",
-            unit="batch",
-            disable=not show_progress(progress),
-        ):
+        quiet = not show_progress(progress)
+        steps = in_step(module, batches, partition)
+        for batch, counts in tqdm(steps, desc="sensitivity", unit="batch", disable=quiet):
             labelled = _with_labels(module, batch)
             assert labelled is not None, "has_loss has seen it"
             watch.begin(token_mask(labelled) if counts else None, counts)
@@ -113,9 +118,8 @@ def output_gradients(
                 by_token = {n: [*each, watch.once[n]] for n, each in by_token.items() if n in watch.once}
     means = _means(sums, tokens, partition)
     totals = {name: float(means[name].sum()) for name in by_token}
-    return Sensitivity(
-        means, {n: [each / totals[n] for each in by_token[n]] for n in by_token if totals[n] > 0}
-    )
+    relative = {n: [each / totals[n] for each in by_token[n]] for n in by_token if totals[n] > 0}
+    return Sensitivity(means, relative)
 
 
 def _means(sums: Mapping[str, Tensor], tokens: int, partition: Partition) -> dict[str, Tensor]:
@@ -138,23 +142,44 @@ def _with_labels(module: nn.Module, batch: Any) -> dict[str, Any] | None:
     if not isinstance(batch, Mapping):
         return None
     inputs = dict(batch)
-    if isinstance(inputs.get("labels"), Tensor):
-        return inputs
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, Tensor) or not _is_decoder(module):
-        return None
-    mask = token_mask(batch)
-    inputs["labels"] = ids if mask is None else ids.masked_fill(~mask.to(ids.device), IGNORED)
+    labels, ids = inputs.get("labels"), inputs.get("input_ids")
+    if not isinstance(labels, Tensor):
+        if not isinstance(ids, Tensor) or not _is_decoder(module):
+            return None
+        labels = _own_labels(ids, inputs.get("position_ids"))
+    inputs["labels"] = _without_padding(module, labels, token_mask(batch))
     return inputs
+
+
+def _own_labels(ids: Tensor, positions: Any) -> Tensor:
+    """The tokens themselves, but none that begins a document: what comes before it in the row is another one."""
+    if not isinstance(positions, Tensor) or positions.dim() > 2 or positions.shape[-1:] != ids.shape[-1:]:
+        return ids
+    return ids.masked_fill((positions == 0).to(ids.device), IGNORED)
+
+
+def _without_padding(module: nn.Module, labels: Tensor, mask: Tensor | None) -> Tensor:
+    """Labels of tokens that count, of a decoder also predicted from one: padding on the left may see real tokens."""
+    if mask is None or mask.shape != labels.shape or labels.is_floating_point():
+        return labels
+    # Nothing predicts the first token, whatever its label.
+    counted = mask & mask.roll(1, dims=1) if _is_decoder(module) else mask
+    return labels.masked_fill(~counted.to(labels.device), IGNORED)
 
 
 def _label_problem(module: nn.Module, inputs: Mapping[str, Any]) -> str | None:
     labels, ids, config = inputs["labels"], inputs.get("input_ids"), getattr(module, "config", None)
-    if isinstance(ids, Tensor) and labels.shape not in (ids.shape, ids.shape[:1]):
-        return f"have the shape {tuple(labels.shape)}; expected {tuple(ids.shape)} or ({len(ids)},)"
+    classes = getattr(config, "num_labels", None)
+    if isinstance(ids, Tensor):
+        shapes = [tuple(ids.shape), (len(ids),)]
+        if labels.is_floating_point() and isinstance(classes, int):
+            shapes.append((len(ids), classes))
+        if tuple(labels.shape) not in shapes:
+            return f"have the shape {tuple(labels.shape)}; expected {' or '.join(map(str, shapes))}"
     if labels.is_floating_point():
         return None
-    name = "num_labels" if labels.dim() == 1 else "vocab_size"
+    classifies = labels.dim() == 1 or (output_layer(module) is None and hasattr(module, "num_labels"))
+    name = "num_labels" if classifies else "vocab_size"
     bound = getattr(config, name, None)
     if not isinstance(bound, int) or (labels.dim() == 2 and not isinstance(ids, Tensor)):
         return None
@@ -176,7 +201,7 @@ def _is_decoder(module: nn.Module) -> bool:
 
 def _loss(module: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """The model's loss, summed over labels; a decoder's from no more logits than it needs."""
-    labels = inputs["labels"]
+    labels, inputs = inputs["labels"], {**inputs, **no_cache(module)}
     if labels.dim() == 2 and _is_decoder(module):
         rest = {key: value for key, value in inputs.items() if key != "labels"}
         with logits_at(module, predicting(labels)):

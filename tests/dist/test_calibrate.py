@@ -16,7 +16,8 @@ from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.errors import CalibrationError, PartitionError, TargetError
 from dsee_scale.partition import unwrap
 from dsee_scale.partition.zero3 import Zero3Partition
-from dsee_scale.pruning.refit import block, matrix, pieces
+from dsee_scale.passes import blocks
+from dsee_scale.pruning.refit import block, matrix, output, pieces
 from tests.dist.test_inject_prune import engine_for, train, whole_weights
 from tests.models import zero3_config
 from tests.unit.test_calibrate import Adding, batches, make
@@ -243,6 +244,55 @@ def test_a_rank_short_of_memory_anywhere_in_a_block_leaves_no_other_waiting(pool
     found = pools(2).run(short_of, what)
     assert found[0] == found[1] and found[0][1]
     assert "out of memory while re-fitting a block; lower gram_memory_mib (now 4096)" in found[0][0]
+
+
+RUNS = {
+    "tuned outputs": (output, "run_block"),
+    "sums": (block, "run_block"),
+    "steps": (output, "_error"),
+    "next inputs": (blocks, "run_block"),
+}
+"""What each pass calls to run a block."""
+
+
+def short_in_a_pass(what: str, error: Exception) -> tuple[str, set[str]]:
+    """Rank 1 fails at its second batch of the first such pass; the message, and the parts whose weights changed."""
+    model = torch.nn.parallel.DistributedDataParallel(make("llama"))
+    before = whole_weights(model)
+    where, name = RUNS[what]
+    run, runs = getattr(where, name), 0
+
+    def fails(*args: Any) -> torch.Tensor:
+        nonlocal runs
+        runs += 1
+        if runs == 2:
+            raise error
+        return run(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(where, name, fails)
+        with pytest.raises(PartitionError) as caught:
+            dsee_scale.prune(model, PruneConfig(block_steps=2 * (where is output)), here(2))
+    after = whole_weights(model)
+    changed = {each for each in before if not torch.equal(before[each], after[each])}
+    return str(caught.value), {".".join(each.split(".")[:3]) for each in changed}
+
+
+FAILURES = {
+    torch.OutOfMemoryError("no room"): "out of memory while re-fitting a block; lower ",
+    IndexError("no such position"): "rank 1: IndexError: no such position",
+}
+
+
+@pytest.mark.parametrize("error", list(FAILURES), ids=repr)
+@pytest.mark.parametrize("what", list(RUNS))
+def test_an_error_of_one_rank_within_a_block_of_replicas_is_every_ranks(pools, what, error):
+    found = pools(2).run(short_in_a_pass, what, error)
+    assert found[0] == found[1] and FAILURES[error] in found[0][0]
+    written = what == "next inputs"
+    assert found[0][1] == ({"model.layers.0"} if written else set())
+    assert ("model.layers.0 to model.layers.0 are pruned and re-fitted" in found[0][0]) == written
 
 
 def bad_on_one_rank(ds_config: dict[str, Any], bad: str, refit: bool) -> tuple[str, list[float]]:

@@ -41,6 +41,7 @@ BAD = [
     ({"input_ids": IDS, "attention_mask": torch.ones(2, 5)}, r"attention_mask is \(2, 5\)"),
     ({"input_ids": IDS[:, :0]}, "empty"),
     ("a text", "found str"),
+    (None, "found NoneType"),
     (
         {"input_ids": IDS, "position_ids": torch.ones(7, 12, dtype=torch.int64)},
         r"position_ids are torch.int64 of shape \(7, 12\)",
@@ -88,6 +89,10 @@ def test_what_only_some_models_take_is_told_before_it_runs():
         assert "17 tokens long, and the model has positions for 16" in str(
             problem(model, {"input_ids": longer}, port)
         )
+        twice = torch.cat([long, long], dim=1)
+        packed = {"input_ids": twice, "position_ids": torch.arange(16).repeat(2)[None]}
+        model(**packed)
+        assert problem(model, packed, port) is None
     port = open_partition(models["bert"])
     for name in ("position_ids", "token_type_ids"):
         found = str(problem(models["bert"], {"input_ids": long, name: torch.full((1, 16), 99)}, port))
@@ -178,6 +183,12 @@ def test_a_loader_that_fails_is_a_calibration_error():
 
     with pytest.raises(CalibrationError, match="cannot be read: OSError: the disk is gone"):
         dsee_scale.calibrate(make("llama"), loader())
+
+
+def test_none_among_the_batches_does_not_end_them():
+    one, two = batches(2)
+    with pytest.raises(CalibrationError, match="tensor of token ids, found NoneType"):
+        dsee_scale.calibrate(make("llama"), [one, None, two])
 
 
 def tensors_of(value):

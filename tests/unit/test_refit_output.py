@@ -130,6 +130,29 @@ def test_gradients_that_float16_cannot_hold_end_no_pruning_half_way() -> None:
     assert error(model, tuned, data) < error(swept, tuned, data)
 
 
+def test_a_forward_that_somebody_else_gave_a_layer_is_there_again() -> None:
+    """As accelerate's `add_hook_to_module` gives one."""
+    model, data = make("everything"), batches(2)
+    plain, config = copy.deepcopy(model), dataclasses.replace(HALF, block_steps=4)
+    calls: list[str] = []
+
+    def wrapped(name: str, forward: Any) -> Any:
+        return lambda *args, **kwargs: calls.append(name) or forward(*args, **kwargs)
+
+    layers = {name: layer for name, layer in block_linears(model).items() if "mlp" in name}
+    given = {name: wrapped(name, layer.forward) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.forward = given[name]
+    dsee_scale.prune(model, config, data)
+    dsee_scale.prune(plain, config, data)
+    for name, layer in block_linears(model).items():
+        assert vars(layer).get("forward") is given.get(name), name
+        assert torch.equal(layer.weight, plain.get_submodule(name).weight), name
+    calls.clear()
+    model(**data[0])
+    assert sorted(calls) == sorted(layers)
+
+
 def test_it_goes_with_refit_alone() -> None:
     with pytest.raises(ConfigError, match="block_steps goes with refit"):
         PruneConfig(refit=False, block_steps=4)

@@ -26,7 +26,7 @@ from dsee_scale.passes.routed import RoutedInputs
 from dsee_scale.pruning.refit.matrix import Job
 from dsee_scale.pruning.refit.panels import is_wide
 from dsee_scale.pruning.refit.pieces import Piece
-from dsee_scale.pruning.refit.work import held, refitting_work
+from dsee_scale.pruning.refit.work import block_pass, held, refitting_work
 from dsee_scale.pruning.zero_lines import Lines, zero_lines
 
 Request = tuple[list[nn.Parameter], list[int], list[Part]]
@@ -83,7 +83,6 @@ def collect_grams(
             for name, job in leaders.items()
         }
     tokens = dict.fromkeys(leaders, 0)
-    short: list[Exception] = []
     number = 0  # of batches that count
 
     def take(name: str, x_TI: Tensor) -> None:
@@ -94,18 +93,19 @@ def collect_grams(
             add_gram_(sums[name], x_TI.float(), None if counted is None else counted[number])
             tokens[name] += x_TI.shape[0]
         except Exception as error:  # the others wait in this forward pass: end it, then fail together
-            short.append(error)
+            failed.append(error)
 
     routed = {name: RoutedInputs(name, each, take) for name, each in owning.items()}
     taken = sum(4 * gram.numel() for gram in sums.values())
-    with held(block, len(calls), config, partition, taken), watching(linear, take, routed) as watch:
+    with (
+        block_pass(partition, config) as failed,
+        held(block, len(calls), config, partition, taken),
+        watching(linear, take, routed) as watch,
+    ):
         for call in calls:
             with watch.batch(call.batch, call.counts):
                 run_block(block, index, call, call.hidden, module, partition)
             number += call.counts
-    with refitting_work(partition, config):
-        if short:
-            raise short[0]
     counts = partition.sum_over_ranks(torch.tensor(list(tokens.values()), dtype=torch.int64)).tolist()
     tokens = dict(zip(leaders, counts, strict=True))
     few = [name for name in leaders if name not in linear and tokens[name] < LEAST_TOKENS]

@@ -140,11 +140,13 @@ def meet_outputs_(
         _trained(layers),
         held(block, config.block_steps, config, partition),
     ):
-        factor = 1.0
+        factor, failed = 1.0, list[Exception]()
         for number in _order(len(calls), config.block_steps, seed=index):
             error = functools.partial(_error, block, index, calls[number], module, partition)
-            factor = _find_gradients(layers.values(), error, factor, partition) or factor
+            factor = _find_gradients(layers.values(), error, factor, partition, failed) or factor
             with refitting_work(partition, config, TO_LOWER):
+                if failed:
+                    raise failed[0]
                 optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -152,14 +154,27 @@ def meet_outputs_(
 
 
 def _find_gradients(
-    layers: Collection[_Layer], error: Callable[[], Tensor], factor: float, partition: Partition
+    layers: Collection[_Layer],
+    error: Callable[[], Tensor],
+    factor: float,
+    partition: Partition,
+    failed: list[Exception],
 ) -> float:
     """Collective. The layers' gradients of the error; no gradient where they are not finite, however it is scaled.
+
+    What goes wrong on this rank alone is put into `failed`, for all ranks to fail together later.
 
     Returns the factor that took it into float16's range, at most the given one, alike on all ranks; 0 for none.
     """
     while factor >= LEAST_FACTOR:
-        (error() * factor).backward()
+        try:
+            (error() * factor).backward()
+        except Exception as problem:
+            if not partition.replicated:  # the others wait within this pass
+                raise
+            failed.append(problem)
+            for layer in layers:
+                layer.weight.grad = None
         if all([layer.sum_gradient_(factor, partition) for layer in layers]):
             return factor
         for layer in layers:
@@ -218,11 +233,19 @@ def _error(block: nn.Module, index: int, call: Call, module: nn.Module, partitio
 
 @contextlib.contextmanager
 def _trained(layers: Mapping[str, _Layer]) -> Iterator[None]:
-    """The layers compute with the weights that are trained."""
+    """The layers compute with the weights that are trained.
+
+    A forward that somebody else gave a layer, such as accelerate's, would call the layer's own with the weight that
+    isn't trained; so it's left out, and is there again afterwards.
+    """
+    before = [(layer.module, vars(layer.module).get("forward")) for layer in layers.values()]
     for layer in layers.values():
         layer.module.forward = layer.forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for layer in layers.values():
-            del layer.module.forward
+        for module, forward in before:
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward

@@ -48,13 +48,16 @@ from dsee_scale.pruning.refit.block import (
     write_back,
 )
 from dsee_scale.pruning.refit.matrix import Job, settle
-from dsee_scale.pruning.refit.output import meet_outputs_, tuned_outputs
+from dsee_scale.pruning.refit.output import TO_LOWER, meet_outputs_, tuned_outputs
 from dsee_scale.pruning.refit.pieces import dealt, holders, owners_of, solve_pieces
 from dsee_scale.pruning.refit.units import note_refitted, unit_jobs, without_units
-from dsee_scale.pruning.refit.work import held, refitting_work
+from dsee_scale.pruning.refit.work import block_pass, held, refitting_work
 from dsee_scale.pruning.sensitivity_shares import find_shares
 from dsee_scale.pruning.units import ChosenUnits, zero_units
 from dsee_scale.pruning.zero_lines import check_reachable
+
+BATCHES = "the tokens in each calibration batch"
+"""Where memory ends while a block runs and nothing else is held."""
 
 
 @torch.no_grad()
@@ -110,7 +113,7 @@ def refit(
                 zero_units(model, [each for each in units if each.layer.name == name], partition)
                 del solved, workspace
                 if index + 1 < len(blocks):
-                    with held(block, len(calls), config, partition):
+                    with block_pass(partition, config, BATCHES), held(block, len(calls), config, partition):
                         advance(block, index, calls, module, partition)
             except BaseException as error:
                 raise _stopped(module, error, done) from error
@@ -198,7 +201,8 @@ def _solve_block(
     """Collective. Collect and solve one block's matrices: what this rank solved, all owners, those left unsolved."""
     module = unwrap(model)
     if config.block_steps:  # before anything of the block is written
-        tuned_outputs(block, index, calls, module, config, partition)
+        with block_pass(partition, config, TO_LOWER):
+            tuned_outputs(block, index, calls, module, config, partition)
     pieces = dealt(jobs, partition.world_size)
     owners = owners_of(pieces)
     solved: dict[str, Tensor] = {}

@@ -26,6 +26,27 @@ def refitting_work(partition: Partition, config: PruneConfig, setting: str | Non
 
 
 @contextlib.contextmanager
+def block_pass(
+    partition: Partition, config: PruneConfig, setting: str | None = None
+) -> Iterator[list[Exception]]:
+    """Collective at its end. A block's forward passes over a rank's batches, whose errors are every rank's.
+
+    Under ZeRO-3 one that leaves its pass leaves the others in it: there only errors that are put into the list that
+    this yields are, and the passes go on.
+    """
+    failed: list[Exception] = []
+    try:
+        yield failed
+    except Exception as error:
+        if not partition.replicated:
+            raise
+        failed.append(error)
+    with refitting_work(partition, config, setting):
+        if failed:
+            raise failed[0]
+
+
+@contextlib.contextmanager
 def held(
     block: nn.Module, uses: int, config: PruneConfig, partition: Partition, beside: int = 0
 ) -> Iterator[None]:
