@@ -26,8 +26,10 @@ from dsee_scale.export.report import INDEX_FILE
 from dsee_scale.export.report import KIND as EXPORT
 from dsee_scale.export.writer import WITHOUT_UPDATE
 from dsee_scale.partition import open_partition
+from dsee_scale.passes.batches import learned_positions
 from dsee_scale.pruning.checks import check_in_order
 from dsee_scale.recipe.recipe import Recipe
+from dsee_scale.recipe.sections import DataConfig
 from dsee_scale.training.journal import Journal
 from dsee_scale.training.timeline import Timeline
 
@@ -114,10 +116,22 @@ def check_weights(name: str) -> None:
         base_files(folder)
 
 
+def _check_lengths(model: nn.Module, data: DataConfig) -> None:
+    """Refuse examples that may be longer than a model with learned positions takes. Local."""
+    most, _ = learned_positions(model)
+    answer = int(data.generation.get("max_new_tokens", 0)) if data.generate_samples else 0
+    if most is not None and data.max_length + answer > most:
+        beside = f" and data.generation.max_new_tokens {answer}" if answer else ""
+        raise ConfigError(
+            f"data.max_length is {data.max_length}{beside}, and {type(model).__name__} has positions for {most} tokens:"
+            f" set data.max_length to at most {most - answer}"
+        )
+
+
 def check_plan(
     model: nn.Module, recipe: Recipe, timeline: Timeline, done: Sequence[Mapping[str, Any]], tokenizer: Any
 ) -> None:
-    """Collective. Refuse a pruning or an export that cannot be done, as soon as the model has its adapters.
+    """Collective. Refuse data, a pruning or an export that don't fit, as soon as the model has its adapters.
 
     Args:
         model: the raw model.
@@ -131,6 +145,7 @@ def check_plan(
     """
     partition = open_partition(model)
     with raise_on_all_ranks(partition, what="checking what will be pruned and exported"):
+        _check_lengths(model, recipe.data)
         for event in timeline.prune_events:
             if event.to_dict() in done:
                 continue

@@ -76,7 +76,9 @@ def test_a_class_that_computes_the_product_otherwise_is_trained_under_its_mask()
 def test_a_weight_that_is_computed_is_refused():
     model = build(llama_config())
     parametrizations.weight_norm(model.model.layers[0].self_attn.q_proj)
-    with pytest.raises(TargetError, match=r"weight of model.layers.0.self_attn.q_proj is computed at each use"):
+    with pytest.raises(
+        TargetError, match=r"weight of model.layers.0.self_attn.q_proj is computed at each use"
+    ):
         dsee_scale.inject(model, CONFIG)
     model = build(llama_config())
     dsee_scale.inject(model, CONFIG)

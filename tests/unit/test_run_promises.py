@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from dsee_scale import distributed
 from dsee_scale.checkpoint.folder import open_folder
@@ -27,6 +28,7 @@ from dsee_scale.training.base_trainer import AdapterTrainer
 from dsee_scale.training.run import run
 from dsee_scale.training.timeline import Phase, PruneEvent, Timeline
 from tests.dist.run_inputs import tiny_recipe, write_inputs, zero_share
+from tests.models import build, gpt2_config
 
 pytestmark = pytest.mark.unit
 
@@ -245,6 +247,17 @@ def test_what_would_fail_after_the_tune_phase_is_refused_before_it(
     said = refusal(plain(inputs, tmp_path / "run", **changes), DSEEError)
     assert message in said and "\n" not in said
     assert files(tmp_path / "run") in ([], ["recipe.yaml"])
+
+
+def test_examples_longer_than_learned_positions_are_refused_before_the_first(inputs, tmp_path):
+    size = len(AutoTokenizer.from_pretrained(inputs / "model"))
+    config = gpt2_config(vocab_size=size, n_positions=16, eos_token_id=1, bos_token_id=1)
+    build(config).save_pretrained(tmp_path / "gpt2")
+    settings = {"model": {"name": str(tmp_path / "gpt2"), "tokenizer": str(inputs / "model")}, "export": None}
+    settings |= {"dsee": {"rank": 2, "num_sparse": 4, "target_modules": ["c_attn"]}}
+    values = plain(inputs, tmp_path / "run", **settings)
+    expected = "has positions for 16 tokens: set data.max_length to at most 16"
+    assert expected in refusal(values)
 
 
 def damaged_model(inputs: Path, tmp_path: Path, change: str) -> Path:
