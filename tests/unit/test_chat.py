@@ -78,8 +78,10 @@ def test_a_chat_whose_first_tokens_are_the_assistants_learns_from_the_second(pla
 
 
 def test_a_long_chat_loses_its_end_and_is_left_out_if_nothing_to_learn_stays(
-    plain_tokenizer, tmp_path, caplog
-):  # noqa: F811
+    plain_tokenizer,  # noqa: F811
+    tmp_path,
+    caplog,
+):
     path = tmp_path / "rows.jsonl"
     encode, rows = encoder(plain_tokenizer, path, PLAIN, [TALK, TALK], max_length=8)
     assert [row["input_ids"] for row in encode.training_examples(rows)] == [words_to_ids(TEXT)[:8]] * 2
