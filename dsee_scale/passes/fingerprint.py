@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.adapters.state import model_state
-from dsee_scale.algorithms.bits import position_sum
+from dsee_scale.algorithms.bits import count_nonzero, position_sum
 from dsee_scale.partition import Partition
 from dsee_scale.passes.pools import block_linears
 
@@ -20,23 +20,27 @@ LAST = 4
 
 
 def fingerprint(module: nn.Module, partition: Partition) -> str:
-    """Collective. SHA-256 over names, shapes, the record of prunings and all adapter values.
+    """Collective. SHA-256 over names, shapes, the record of prunings, the number of zeros, and what is trained.
 
     Of the frozen weights the base model's name and one block's matrices stand for all: the others are what these came
     with, changed by what the record lists. The same on any number of ranks.
     """
-    layers = adapted_layers(module)
-    sums = torch.zeros(len(layers), dtype=torch.int64)
-    for index, layer in enumerate(layers.values()):
-        shard = partition.shard(layer.dsee_flat)  # type: ignore[arg-type]
-        sums[index] = position_sum(shard.data, shard.start)
-    digests = partition.sum_over_shards(sums).tolist()
-    shapes = {name: list(partition.shape(param)) for name, param in module.named_parameters()}
+    params, pruned = dict(module.named_parameters()), model_state(module).pruned
+    adapters = {id(layer.dsee_flat) for layer in adapted_layers(module).values()}
+    digests = []
+    for name, param in params.items():
+        shard = partition.shard(param)
+        if id(param) in adapters or (adapters and param.requires_grad):
+            digests.append(position_sum(shard.data, shard.start))
+        elif name in pruned:
+            digests.append(count_nonzero(shard.data))
+    digests = partition.sum_over_shards(torch.tensor(digests, dtype=torch.int64)).tolist()
+    shapes = {name: list(partition.shape(param)) for name, param in params.items()}
     last = dict(list(block_linears(module).items())[-LAST:])
     weights = {name: layer.weight for name, layer in last.items()}
     known = contents(weights, partition)  # type: ignore[arg-type]
     base = str(getattr(getattr(module, "config", None), "_name_or_path", ""))
-    text = json.dumps([base, shapes, known, model_state(module).pruned, digests], sort_keys=True)
+    text = json.dumps([base, shapes, known, pruned, digests], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

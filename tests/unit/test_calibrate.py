@@ -460,6 +460,22 @@ def test_a_refit_that_fails_while_it_writes_marks_the_model(monkeypatch, place):
         model(token_batch())
 
 
+def test_statistics_from_before_a_further_pruning_or_training_are_refused():
+    config = PruneConfig(refit=False, modules=("q_proj",))
+    model = make("llama")
+    dsee_scale.prune(model, dataclasses.replace(config, sparsity=0.1), batches())
+    found = dsee_scale.calibrate(model, batches())
+    dsee_scale.prune(model, dataclasses.replace(config, sparsity=0.3), found)
+    with pytest.raises(CalibrationError, match="another state"):
+        dsee_scale.prune(model, dataclasses.replace(config, sparsity=0.5), found)
+    model = build(llama_config())
+    dsee_scale.inject(model, dataclasses.replace(FAMILIES["llama"][1], trained_modules=("norm",)))
+    found = dsee_scale.calibrate(model, batches())
+    model.model.norm.weight.data.mul_(2)
+    with pytest.raises(CalibrationError, match="another state"):
+        dsee_scale.prune(model, config, found)
+
+
 def test_statistics_of_another_base_with_the_same_shapes_are_refused():
     found = dsee_scale.calibrate(make("llama"), batches())
     other = build(llama_config(), seed=1)
