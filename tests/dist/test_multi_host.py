@@ -126,7 +126,7 @@ def test_a_host_that_is_cut_off_is_noticed_on_both_and_the_one_that_is_left_goes
         "training__save_steps": 2,
         "training__max_steps": 60,
     }
-    recipe = tiny_recipe(inputs, output, **{**quick, "training__ddp_timeout": 8})
+    recipe = tiny_recipe(inputs, output, **{**quick, "training__ddp_timeout": 20})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     words = [str(ROOT / "launch/finetune.py"), str(tmp_path / "recipe.yaml")]
     started = start_with_accelerate(hosts, words, tmp_path)

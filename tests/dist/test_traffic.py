@@ -122,7 +122,7 @@ def weights_fetched_by_a_refit(
     )
 
 
-@pytest.mark.parametrize("kind", ["zero3", "resident", "hierarchical", "hierarchical, resident", "offload"])
+@pytest.mark.parametrize("kind", ["zero3", "hierarchical, resident", "offload"])
 def test_a_refit_fetches_a_block_once_for_all_batches_of_a_pass(pools, kind):
     """Another batch is one more pass through the whole model, which catches what the blocks are called with."""
 
