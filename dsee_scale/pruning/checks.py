@@ -104,9 +104,8 @@ def note_pattern(module: nn.Module, pools: Sequence[WeightPool], config: PruneCo
     pruned = model_state(module).pruned
     for member in (member for pool in pools for member in pool.members):
         how = {**pruned.get(member.param_name, {}), "pattern": config.pattern}
-        if (
-            member.adapted or not config.mask_update
-        ):  # of one without an update, a later `inject` takes the default
+        # Of one without an update a later `inject` takes the default.
+        if member.adapted or not config.mask_update:
             how[MASK_UPDATE] = config.mask_update
         pruned[member.param_name] = how
 
