@@ -11,7 +11,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.checkpoint.training_state import load_training_state, save_training_state
-from dsee_scale.errors import FormatError, TargetError
+from dsee_scale.errors import ConfigError, FormatError, TargetError
 from tests.models import build, llama_config, token_batch
 
 CONFIG = DSEEConfig(rank=2, num_sparse=5, target_modules=("q_proj", "down_proj"), support="magnitude")
@@ -71,6 +71,16 @@ def test_a_class_that_computes_the_product_otherwise_is_trained_under_its_mask()
     dsee_scale.prune(model, PruneConfig(score="W", sparsity=0.0))
     torch.testing.assert_close(logits(model), before)
     assert "under mask" in repr(model)
+
+
+def test_a_refit_within_inference_mode_is_refused():
+    model = build(llama_config())
+    with (
+        torch.inference_mode(),
+        pytest.raises(ConfigError, match=r"inference_mode rules out; call prune outside"),
+    ):
+        dsee_scale.prune(model, PruneConfig(), [{"input_ids": token_batch()}])
+    assert all(param.all() for name, param in model.named_parameters() if name.endswith("proj.weight"))
 
 
 def test_a_weight_that_is_computed_is_refused():

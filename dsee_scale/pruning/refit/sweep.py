@@ -23,7 +23,7 @@ from dsee_scale.algorithms.decompose import Support
 from dsee_scale.algorithms.delta import Delta
 from dsee_scale.config import PruneConfig
 from dsee_scale.distributed import show_progress
-from dsee_scale.errors import PartitionError, TargetError
+from dsee_scale.errors import ConfigError, PartitionError, TargetError
 from dsee_scale.partition import Partition, unwrap
 from dsee_scale.passes.batches import (
     Batches,
@@ -247,7 +247,13 @@ def check_refit(
     Raises:
         TargetError: quantised weights, several devices, or weights outside of one list of blocks.
         PartitionError: see `check_reachable`.
+        ConfigError: within `torch.inference_mode`.
     """
+    if torch.is_inference_mode_enabled():
+        raise ConfigError(
+            "a re-fit takes gradients of the loss, which torch.inference_mode rules out; call prune outside of it, or "
+            "set refit=False. Nothing was removed"
+        )
     members = {member.name: member for pool in pools for member in pool.members}
     for name, member in members.items():
         if id(member.param) in partition.codecs:
