@@ -126,7 +126,7 @@ class AdaptedLayer(FlatViews, Adapted):
 
     def _masked(self, x: Tensor, bias: Tensor | None, form: Literal["masked", "update"]) -> Tensor:
         weight = self.weight
-        if weight.requires_grad:  # it would get no gradient
+        if weight.requires_grad:  # it would get no gradient, so that this raises
             train_under_mask(self, True)
         codec = find_codecs(self)[id(weight)] if self.dsee_quantised else None
         layer = MaskedLayer(self.dsee_spec, self.dsee_rows, self.dsee_cols, codec, form)

@@ -93,8 +93,10 @@ def test_a_weight_that_is_computed_is_refused():
     model = build(llama_config())
     dsee_scale.inject(model, CONFIG)
     parametrizations.weight_norm(model.model.layers[0].self_attn.q_proj)
-    with pytest.raises(TargetError, match=r"computed at each use|reaches only"):
-        dsee_scale.prune(model, BY_MAGNITUDE)
+    with pytest.raises(
+        TargetError, match=r"weight of model.layers.0.self_attn.q_proj is computed at each use"
+    ):
+        dsee_scale.prune(model, PruneConfig(score="W", modules=("q_proj",)))
 
 
 def test_a_weight_that_someone_thaws_under_its_mask_is_named():
