@@ -132,6 +132,10 @@ def measure(model: str, folder: str, rounds: int) -> dict[str, Any]:
     def forget_masks() -> None:
         model_state(engine.module).masks = None
 
+    def as_before_a_pruning() -> None:
+        forget_masks()
+        model_state(engine.module).pruned.clear()
+
     ways = {
         "ours save after a pruning": lambda: (
             forget_masks(),
@@ -141,7 +145,7 @@ def measure(model: str, folder: str, rounds: int) -> dict[str, Any]:
         "step": lambda: step(engine),
         "step and save": save_beside_a_step,
         "ours load": lambda: load_training_state(engine, ours),
-        "ours load, masks applied": lambda: (forget_masks(), load_training_state(engine, ours)),
+        "ours load, masks applied": lambda: (as_before_a_pruning(), load_training_state(engine, ours)),
         "deepspeed save": lambda: engine.save_checkpoint(whole, tag="step"),
         "deepspeed flushed save": lambda: (engine.save_checkpoint(whole, tag="step"), flush(whole)),
         "deepspeed load": lambda: engine.load_checkpoint(whole, tag="step"),

@@ -63,6 +63,29 @@ def count_nonzero(tensor: Tensor) -> int:
     return sum(int(np.count_nonzero(nonzero(part).numpy())) for part in parts)
 
 
+def count_ones(packed: np.ndarray) -> int:
+    """How many bits of bytes are 1."""
+    if not hasattr(np, "bitwise_count"):  # before NumPy 2
+        return int(np.count_nonzero(np.unpackbits(packed)))
+    whole = packed.size // 8 * 8
+    words = np.bitwise_count(packed[:whole].view(np.uint64)).sum(dtype=np.int64)
+    return int(words + np.bitwise_count(packed[whole:]).sum(dtype=np.int64))
+
+
+def multiply_by_bits_(words: Tensor, bits: Tensor) -> None:
+    """words *= bits, in place.
+
+    Args:
+        words: (n,) integers.
+        bits: (n,) bool.
+    """
+    if words.device.type != "cpu":
+        words.mul_(bits)
+        return
+    # NumPy widens small blocks that stay in the cache, torch the whole: three quarters of its time.
+    np.multiply(words.numpy(), bits.numpy().view(np.uint8), out=words.numpy())
+
+
 def zero_where_zero_(target: Tensor, weight: Tensor) -> Tensor:
     """target *= (weight != 0), in place, also where the target is no number; the zeros are +0.0.
 

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.adapters.state import MaskFiles, model_state
-from dsee_scale.algorithms.bits import CPU_CHUNK, INTEGERS, count_nonzero, nonzero
+from dsee_scale.algorithms.bits import (
+    CPU_CHUNK,
+    INTEGERS,
+    count_nonzero,
+    count_ones,
+    multiply_by_bits_,
+    nonzero,
+)
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec, write_dealt
 from dsee_scale.errors import FormatError
@@ -169,8 +176,12 @@ def check_kept(reader: TensorReader, name: str, shape: Sequence[int], kept: int)
     Raises:
         FormatError: they are not as many as the record says.
     """
-    numel, cpu = math.prod(shape), torch.device("cpu")
-    found = sum(count_nonzero(keep) for _, keep in _keep_blocks(reader, name, 0, numel, cpu))
+    numel, found = math.prod(shape), 0
+    for at in range(0, numel, _BLOCK):
+        stop = min(numel, at + _BLOCK)
+        packed = reader.read_range(name, at // 8, packed_size(stop)).numpy()
+        packed[-1] &= 0xFF << (-stop % 8) & 0xFF  # what follows the last entry is nobody's
+        found += count_ones(packed)
     if found != kept:
         raise FormatError(
             f"{reader.where(name)}: the mask of {name} keeps {found:,} of {numel:,} entries, the record says {kept:,}; "
@@ -190,7 +201,7 @@ def apply_mask(partition: Partition, param: nn.Parameter, reader: TensorReader, 
             # By integers of the same width: 0 x NaN is 0, and several times as fast as masked_fill_ on the CPU.
             words = stretch.data.view(INTEGERS[stretch.data.element_size()])
             for at, keep in _keep_blocks(reader, name, stretch.start, words.numel(), words.device):
-                words[at : at + keep.numel()].mul_(keep)
+                multiply_by_bits_(words[at : at + keep.numel()], keep)
 
 
 def masked_sum(partition: Partition, param: nn.Parameter, reader: TensorReader, name: str) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from dsee_scale.algorithms.bits import CPU_CHUNK, count_nonzero, nonzero
+from dsee_scale.algorithms.bits import CPU_CHUNK, count_nonzero, count_ones, multiply_by_bits_, nonzero
 
 SPECIAL = [0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1.0, -1.0]
 
@@ -31,3 +32,22 @@ def test_any_layout_counts():
     assert torch.equal(nonzero(matrix.t()), matrix.t() != 0)
     assert count_nonzero(matrix.t()) == count_nonzero(matrix) == 3
     assert count_nonzero(matrix[:0]) == 0
+
+
+@pytest.mark.parametrize("numpy2", [True, False])
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 4099])
+def test_ones_of_packed_bits_are_those_that_numpy_unpacks(size, numpy2, monkeypatch):
+    if not numpy2:
+        monkeypatch.delattr(np, "bitwise_count", raising=False)
+    packed = np.random.default_rng(0).integers(0, 256, size + 1, dtype=np.uint8)[1:]
+    assert count_ones(packed) == np.unpackbits(packed).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+def test_integers_times_bits_keep_their_value_or_are_zero(dtype):
+    limits = torch.iinfo(dtype)
+    words = torch.tensor([limits.min, limits.max, -1, 5, 0], dtype=dtype).repeat(3)
+    bits = torch.arange(15) % 2 == 0
+    expected = words * bits
+    multiply_by_bits_(words, bits)
+    assert torch.equal(words, expected)

@@ -17,6 +17,7 @@ from dsee_scale.checkpoint.files import MANIFEST
 from dsee_scale.checkpoint.folder import HashedFile, new_folder, open_folder
 from dsee_scale.checkpoint.masks import (
     apply_mask,
+    check_kept,
     open_masks,
     pack_stretch,
     pack_with_torch,
@@ -93,6 +94,21 @@ def test_a_saved_mask_zeroes_the_same_entries_of_another_weight(tmp_path, dtype,
         other.weight[tuple(removed)] = float("nan")
     apply_mask(open_partition(other), other.weight, reader, "weight")
     assert torch.equal(other.weight, expected)
+
+
+@pytest.mark.parametrize("block", [1 << 25, 8, 24])
+def test_bits_after_a_masks_last_entry_are_not_counted(tmp_path, block, monkeypatch):
+    monkeypatch.setattr(masks_module, "_BLOCK", block)
+    packed = torch.tensor(
+        [0b10110001] * 5 + [0b01111111], dtype=torch.uint8
+    )  # 43 entries, and 5 bits of nobody
+    with new_folder(open_partition(nn.Module()), tmp_path / "m", kind="adapter", overwrite=False) as new:
+        write_tensors(new, "dsee_masks.safetensors", {"weight": packed}, kind="adapter")
+    reader = open_masks(open_folder(tmp_path / "m", KINDS))
+    check_kept(reader, "weight", (43,), 22)
+    check_kept(reader, "weight", (40,), 20)
+    with pytest.raises(FormatError, match="the mask of weight keeps 22 of 43 entries, the record says 27"):
+        check_kept(reader, "weight", (43,), 27)
 
 
 def test_masks_of_many_weights_spread_over_files_are_all_found(tmp_path):
