@@ -25,6 +25,9 @@ HOST_SYNCS = (
 class Watch(TorchDispatchMode):
     """Records what happens inside the block.
 
+    Args:
+        memory: also follow every tensor that is made, which takes most of the time.
+
     Attributes:
         peak: most bytes that were alive at once, of what was made inside.
         sent: (collective, bytes of all its tensors), in order; DeepSpeed's own ones too.
@@ -32,8 +35,9 @@ class Watch(TorchDispatchMode):
         operators: how many there were of all kinds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, memory: bool = True) -> None:
         super().__init__()
+        self._memory = memory
         self.peak = self._alive = 0
         self.sent: list[tuple[str, int]] = []
         self.syncs: list[str] = []
@@ -50,6 +54,8 @@ class Watch(TorchDispatchMode):
             self.sent.append((name.strip("_"), sum(t.numel() * t.element_size() for t in tensors)))
         elif name in HOST_SYNCS or (name.startswith("index") and _by_mask(args)):
             self.syncs.append(name)
+        if not self._memory:
+            return result
         given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if _is_real(leaf)}
         for leaf in tree_leaves(result):
             if _is_real(leaf):

@@ -73,7 +73,7 @@ def traffic_of_pruning(config: PruneConfig, kind: str) -> tuple[list[tuple[str, 
     ds_config = zero3_engine_config(torch.float32, ENGINES[kind])
     engine = engine_for(make("llama", torch.float32, ds_config), ds_config)
     train(engine, 1)
-    with Watch() as watch:
+    with Watch(memory=False) as watch:
         dsee_scale.prune(engine, config)
     port = open_partition(engine)
     layers = adapted_layers(engine.module).values()
@@ -111,7 +111,7 @@ def weights_fetched_by_a_refit(
             raise MemoryError("no room")
         return make_empty(*sizes, **settings)
 
-    with pytest.MonkeyPatch.context() as patch, Watch() as watch:
+    with pytest.MonkeyPatch.context() as patch, Watch(memory=False) as watch:
         if dist.get_rank() == short_on:
             patch.setattr(torch, "empty", empty)
         dsee_scale.prune(engine, config, batches)
@@ -143,7 +143,7 @@ def traffic_of_saving(folder: Path, dtype: torch.dtype) -> tuple[list[int], list
     model = partition(build(llama_config(num_hidden_layers=LAYERS), dtype), ds_config)
     dsee_scale.inject(model, DSEEConfig(rank=3, num_sparse=4, target_modules=TARGETS))
     engine = engine_for(model, ds_config)
-    with pytest.MonkeyPatch.context() as patch, Watch() as watch:
+    with pytest.MonkeyPatch.context() as patch, Watch(memory=False) as watch:
         patch.setattr(tensors, "BATCH_BYTES", BATCH)
         dsee_scale.save_adapter(engine, folder)
     port = open_partition(engine)
