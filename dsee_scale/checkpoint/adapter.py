@@ -6,6 +6,8 @@ weights were pruned `dsee_masks.safetensors`. The names differ from PEFT's on pu
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ from dsee_scale.checkpoint.adapter_file import (
     stream_adapter,
 )
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, new_folder, open_folder
-from dsee_scale.checkpoint.identity import other_base
+from dsee_scale.checkpoint.identity import other_base, other_weights
 from dsee_scale.checkpoint.lora_folder import is_lora_folder, load_lora, open_lora
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import (
@@ -43,6 +45,7 @@ from dsee_scale.checkpoint.record import (
     AdapterRecord,
     check_model,
     describe,
+    frozen_weights,
     trained_modules,
 )
 from dsee_scale.checkpoint.tensors import (
@@ -53,8 +56,10 @@ from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError, DSEEError, FormatError, TargetError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.quantized import prepare_quantised
-from dsee_scale.passes.fingerprint import as_text
+from dsee_scale.passes.fingerprint import as_text, is_other_sample, samples
 from dsee_scale.passes.inject_model import apply_adapters, reject_untrainable, warn_of_random_weights
+
+logger = logging.getLogger(__name__)
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -124,6 +129,7 @@ def load_adapter(
         targets = _targets(partition, model, record, stored)
         _check_weights(partition, model, record, stored)
     check_contents(partition, model, record, masks, stored)
+    _warn_of_other_base(partition, model, record, stored)
     with raise_on_all_ranks(partition):
         _attach(partition, model, record, targets, tensors)
     _set_values(partition, model, record, tensors)
@@ -160,7 +166,9 @@ def write_adapter(
     if kept is None:
         kept = save_masks(partition, new, pruned, min(mask_files, partition.world_size)) if pruned else {}
     with raise_on_all_ranks(partition):
-        record = describe(partition, module, kept)
+        record, frozen = describe(partition, module, kept), frozen_weights(module)
+    record = dataclasses.replace(record, samples=samples(frozen, partition))
+    with raise_on_all_ranks(partition):
         if partition.rank == 0:
             new.write_json(CONFIG_FILE, record.to_dict())
     stream_adapter(partition, module, new)
@@ -268,6 +276,17 @@ def check_contents(
     for (name, content), total in zip(expected.items(), found, strict=True):
         if as_text(total) != content:
             raise FormatError(other_base(str(stored.path / CONFIG_FILE), name))
+
+
+def _warn_of_other_base(
+    partition: Partition, model: nn.Module, record: AdapterRecord, stored: StoredFolder
+) -> None:
+    """Collective. Say so if frozen weights are not those that the adapter was trained on."""
+    weights = {name: param for name, param in model.named_parameters() if name in record.samples}
+    found = samples(weights, partition)
+    differing = [name for name, row in found.items() if is_other_sample(record.samples[name], row)]
+    if differing and partition.rank == 0:
+        logger.warning("%s", other_weights(str(stored.path / CONFIG_FILE), record.base, differing[0]))
 
 
 def _attach(

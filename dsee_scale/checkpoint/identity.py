@@ -118,6 +118,14 @@ def other_base(where: str, name: str) -> str:
     )
 
 
+def other_weights(where: str, saved: Mapping[str, Any], name: str) -> str:
+    """What to say of a base that has the right shapes and other frozen weights."""
+    return (
+        f"{where} was made on other weights than this base has, of which {name} is one. An update is worth little on a "
+        f"base that it was not trained on: load {base_label(saved)}, or go on if these weights are meant"
+    )
+
+
 def check_base(saved: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
     """Compare the base that a file was made for with the one at hand.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.adapters.state import model_state, reject_part
@@ -24,7 +24,8 @@ from dsee_scale.checkpoint.identity import base_identity, base_label, check_base
 from dsee_scale.config import DSEEConfig
 from dsee_scale.errors import ConfigError, FormatError, TargetError
 from dsee_scale.partition.optimizer_state import as_kept
-from dsee_scale.partition.port import Partition
+from dsee_scale.partition.port import Partition, Shard
+from dsee_scale.passes.fingerprint import SAMPLED, is_other_sample, sample
 from dsee_scale.settings import type_problems
 
 CONFIG_FILE = "dsee_config.json"
@@ -43,6 +44,7 @@ class AdapterRecord:
         modules: adapted modules by name.
         trained: true shapes of parameters trained in full, by name.
         pruned: pruned weights by name: true `shape`, number of `kept` entries, and how they were pruned.
+        samples: a few entries of frozen weights by name, see `fingerprint.samples`; none in what older versions wrote.
     """
 
     base: dict[str, Any]
@@ -50,6 +52,7 @@ class AdapterRecord:
     modules: dict[str, AdapterSpec] = field(default_factory=dict)
     trained: dict[str, tuple[int, ...]] = field(default_factory=dict)
     pruned: dict[str, dict[str, Any]] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def refitted(self) -> bool:
@@ -66,6 +69,12 @@ class AdapterRecord:
         """Number of entries that each pruned weight keeps."""
         return {name: how["kept"] for name, how in self.pruned.items()}
 
+    def is_other(self, name: str, weight: Tensor) -> bool:
+        """Whether a whole weight is another one than the adapter was trained on, as far as its sample tells. Local."""
+        flat = weight.reshape(-1)
+        found = sample(Shard(flat, 0), flat.numel()).tolist()
+        return name in self.samples and is_other_sample(self.samples[name], found)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
@@ -74,6 +83,7 @@ class AdapterRecord:
             "modules": {name: dataclasses.asdict(module) for name, module in self.modules.items()},
             "trained": {name: list(shape) for name, shape in self.trained.items()},
             "pruned": self.pruned,
+            "samples": self.samples,
         }
 
     @classmethod
@@ -93,6 +103,7 @@ class AdapterRecord:
                 modules={name: _module_record(name, m) for name, m in values["modules"].items()},
                 trained={name: _shape(name, shape) for name, shape in values["trained"].items()},
                 pruned={name: _pruned_record(name, p) for name, p in values["pruned"].items()},
+                samples={name: _sample(name, row) for name, row in values.get("samples", {}).items()},
             )
 
     @property
@@ -145,6 +156,16 @@ def is_adapter_key(name: str) -> bool:
     return name.rsplit(".", 1)[-1].startswith(PREFIX)
 
 
+def frozen_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a model does not train, by name. Local."""
+    trained = trained_in_full(model)
+    return {
+        name: param
+        for name, param in model.named_parameters()
+        if not (is_adapter_key(name) or name in trained or param.requires_grad)
+    }
+
+
 def trained_modules(model: nn.Module, config: DSEEConfig) -> list[str]:
     """Names of the modules that a config trains in full, with all modules inside them."""
     if not config.trained_modules:
@@ -181,6 +202,12 @@ def _pruned_record(name: str, values: Any) -> dict[str, Any]:
     if not isinstance(values.get("pattern", ""), str) or not isinstance(values.get("content", ""), str):
         raise ConfigError(f"{name}: pattern or content is not text")
     return {**values, "shape": shape}
+
+
+def _sample(name: str, row: Any) -> list[float]:
+    if len(row) != SAMPLED or not all(isinstance(x, float) for x in row):
+        raise ConfigError(f"{name}: {str(row)[:50]} is no sample of {SAMPLED} floats")
+    return list(row)
 
 
 def _module_record(name: str, values: Mapping[str, Any]) -> AdapterSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +13,16 @@ from dsee_scale.adapters.linear import adapted_layers, delta_record, weight_name
 from dsee_scale.adapters.state import model_state, warn_of_loaded_zeros
 from dsee_scale.algorithms.delta import AdapterSpec, Delta
 from dsee_scale.checkpoint.adapter_file import open_adapter, read_layer
+from dsee_scale.checkpoint.files import read_json
 from dsee_scale.checkpoint.folder import StoredFolder
-from dsee_scale.checkpoint.identity import base_identity
-from dsee_scale.checkpoint.record import AdapterRecord, trained_in_full
+from dsee_scale.checkpoint.identity import REFIT, base_identity, check_base, config_hash, lasting_config
+from dsee_scale.checkpoint.record import AdapterRecord, check_refit, trained_in_full
 from dsee_scale.config import UNIT_PATTERNS
+from dsee_scale.errors import FormatError
 from dsee_scale.export.load import recorded_model
 from dsee_scale.export.structure import Structure, find_structure
 from dsee_scale.partition import Partition, open_partition
+from dsee_scale.pretrained import read_config
 
 
 class LiveAdapter:
@@ -91,3 +95,24 @@ def _removed_outputs(specs: Mapping[str, AdapterSpec], structure: Structure | No
                 gone[cut.indices] = False
                 found[name] = gone
     return found
+
+
+def check_base_folder(record: AdapterRecord, base: Path, where: str) -> None:
+    """Refuse a base's folder whose config is not that of the model that an adapter was trained on. Local.
+
+    Raises:
+        FormatError: naming what differs.
+    """
+    if record.base.get("config") is None or not (base / "config.json").is_file():
+        return
+    from transformers import CONFIG_MAPPING
+
+    raw = read_json(base / "config.json")
+    try:  # a model with code of its own is compared by what its file says: the code is never run
+        known = str(raw.get("model_type")) in CONFIG_MAPPING
+        config = read_config(base) if known else None
+    except Exception as error:  # each config class refuses values in its own way
+        raise FormatError(f"{base / 'config.json'} cannot be read: {error}") from error
+    values = lasting_config(raw if config is None else config.to_dict())
+    check_base(record.base, {"id": str(base), "config": values, "config_sha256": config_hash(values)}, where)
+    check_refit(record, raw.get(REFIT), where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -18,22 +19,15 @@ from dsee_scale.algorithms.delta import Delta
 from dsee_scale.checkpoint.adapter_file import KINDS_WITH_ADAPTER, open_adapter, read_layer
 from dsee_scale.checkpoint.adapter_file import STEM as ADAPTER_STEM
 from dsee_scale.checkpoint.contents import reject_input
-from dsee_scale.checkpoint.files import read_json
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder, open_folder, open_if_saved
-from dsee_scale.checkpoint.identity import (
-    REFIT,
-    check_base,
-    config_hash,
-    lasting_config,
-    merged_mark,
-    other_base,
-)
+from dsee_scale.checkpoint.identity import REFIT, merged_mark, other_base, other_weights
 from dsee_scale.checkpoint.masks import STEM as MASKS
 from dsee_scale.checkpoint.masks import apply_mask, open_masks
-from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord, check_refit
+from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
+from dsee_scale.export.adapter_source import check_base_folder
 from dsee_scale.export.load import is_recorded, recorded_model
 from dsee_scale.export.plan import (
     WEIGHTS_FILE,
@@ -50,7 +44,8 @@ from dsee_scale.export.writer import WITHOUT_UPDATE, DeltaForm, check_delta, wri
 from dsee_scale.partition import open_partition
 from dsee_scale.partition.quantized import as_stored, format_name, holds_numbers
 from dsee_scale.passes.fingerprint import as_text, rounded_sum
-from dsee_scale.pretrained import read_config
+
+logger = logging.getLogger(__name__)
 
 OLDER = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 """What older files of BERT and its like call otherwise."""
@@ -114,7 +109,8 @@ class StoredModel:
         saved = open_if_saved(base, (EXPORT,))
         if saved is not None:
             saved.verify_all()
-        _check_config(self.record, base, self._where)
+        check_base_folder(self.record, base, self._where)
+        self._said = False
         model = self._recorded_model()
         self._keys = _base_keys(self.record, self._weights, base, model)
         self._adapter, self._masks = open_adapter(stored, self.record), open_masks(stored)
@@ -145,14 +141,17 @@ class StoredModel:
             param = nn.Parameter(weight.contiguous(), requires_grad=False)
             apply_mask(self.partition, param, self._masks, entry.name)
             weight = param.data
-            self._check_content(entry.name, weight)
+        self._check_content(entry.name, weight)
         return weight
 
     def _check_content(self, name: str, weight: Tensor) -> None:
-        """A re-fitted weight must be the very one that the adapter was trained on."""
-        expected = self.pruned[name].get("content")
+        """A re-fitted weight must be the very one that the adapter was trained on; another one that differs is said."""
+        expected = self.pruned.get(name, {}).get("content")
         if expected is not None and as_text(rounded_sum(weight.reshape(-1), 0)) != expected:
             raise FormatError(other_base(self._where, name))
+        if not self._said and self.record.is_other(name, weight):
+            logger.warning("%s", other_weights(self._where, self.record.base, name))
+            self._said = True
 
     def stored(self, entry: Entry, value: Tensor) -> Mapping[str, Tensor]:
         """A tensor under the base's name for it."""
@@ -331,19 +330,3 @@ def _tied_to(record: AdapterRecord, model: nn.Module | None) -> dict[str, list[s
         sharing.setdefault(id(param), []).append(name)
     groups = [(set(names) & set(record.trained), names) for names in sharing.values()]
     return {next(iter(own)): [n for n in names if n not in own] for own, names in groups if len(own) == 1}
-
-
-def _check_config(record: AdapterRecord, base: Path, where: str) -> None:
-    if record.base.get("config") is None or not (base / "config.json").is_file():
-        return
-    from transformers import CONFIG_MAPPING
-
-    raw = read_json(base / "config.json")
-    try:  # a model with code of its own is compared by what its file says: the code is never run
-        known = str(raw.get("model_type")) in CONFIG_MAPPING
-        config = read_config(base) if known else None
-    except Exception as error:  # each config class refuses values in its own way
-        raise FormatError(f"{base / 'config.json'} cannot be read: {error}") from error
-    values = lasting_config(raw if config is None else config.to_dict())
-    check_base(record.base, {"id": str(base), "config": values, "config_sha256": config_hash(values)}, where)
-    check_refit(record, raw.get(REFIT), where)

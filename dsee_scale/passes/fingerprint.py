@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,15 @@ from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.bits import count_nonzero, position_sum
 from dsee_scale.partition import Partition
+from dsee_scale.partition.port import Shard
 from dsee_scale.passes.pools import block_linears
 
 LAST = 4
 """Matrices whose content is part of a model's fingerprint."""
+MOST_SAMPLED = 256
+"""Weights of which samples are taken, spread over the model."""
+SAMPLED, STRIDE = 8, 4099
+"""Entries of each, and what lies between them; near the start, so that appended rows change nothing."""
 
 
 def fingerprint(module: nn.Module, partition: Partition) -> str:
@@ -65,3 +70,41 @@ def rounded_sum(stretch: Tensor, start: int) -> int:
 def as_text(total: int) -> str:
     """16 hexadecimal digits."""
     return f"{total % 2**64:016x}"
+
+
+def samples(weights: Mapping[str, nn.Parameter], partition: Partition) -> dict[str, list[float]]:
+    """Collective. A few entries of weights, by which another base of the same shapes is told; see `is_other_sample`.
+
+    Of quantised weights there are none, which are other numbers for each kind of codes.
+    """
+    known = {name: param for name, param in weights.items() if _has_numbers(param, partition)}
+    chosen = dict(list(known.items())[:: -(-len(known) // MOST_SAMPLED) or 1])
+    found = torch.zeros(len(chosen), SAMPLED)
+    for row, param in zip(found, chosen.values(), strict=True):
+        row += sample(partition.shard(param), partition.shape(param).numel())
+    numbers = partition.sum_over_shards(found).tolist()
+    return {name: [float(f"{x:.6g}") for x in row] for name, row in zip(chosen, numbers, strict=True)}
+
+
+def _has_numbers(param: nn.Parameter, partition: Partition) -> bool:
+    readable = param.is_floating_point() and param.is_contiguous() and param.device.type != "meta"
+    return readable and id(param) not in partition.codecs
+
+
+def sample(shard: Shard, numel: int) -> Tensor:
+    """Local. (SAMPLED,) float32: what this shard has of a weight's sample, 0 elsewhere and for what is no number."""
+    positions = torch.arange(min(SAMPLED, numel)) * max(1, min(STRIDE, numel // SAMPLED)) - shard.start
+    here = ((positions >= 0) & (positions < shard.data.numel())).nonzero().flatten()
+    values = (
+        shard.data.detach()[positions[here].to(shard.data.device)].float().cpu().nan_to_num(0.0, 0.0, 0.0)
+    )
+    return torch.zeros(SAMPLED).index_copy_(0, here, values)
+
+
+def is_other_sample(saved: Sequence[float], found: Sequence[float]) -> bool:
+    """Whether two samples are of different weights: more apart than 16-bit dtypes are.
+
+    What is zero in `saved` says nothing: a mask may have put it there.
+    """
+    pairs = ((a, b) for a, b in zip(saved, found, strict=True) if a)
+    return any(abs(a - b) > 2**-7 * max(abs(a), abs(b)) + 2**-23 for a, b in pairs)

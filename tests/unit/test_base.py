@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -135,3 +139,59 @@ def test_an_export_from_files_is_marked_as_the_live_one_is(tmp_path):
     export_files(tmp_path / "adapter", tmp_path / "published", tmp_path / "files")
     configs = [AutoModelForCausalLM.from_pretrained(tmp_path / name).config for name in ("live", "files")]
     assert configs[0].dsee_refit == configs[1].dsee_refit
+
+
+@pytest.fixture(params=["tuned", "pruned"])
+def saved(request, tmp_path):
+    """An adapter's folder; its base is `build(llama_config())`, not re-fitted."""
+    model = make("everything")
+    if request.param == "pruned":
+        dsee_scale.prune(model, PruneConfig(sparsity=0.5, score="WABS", refit=False))
+    dsee_scale.save_adapter(model, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_base_that_an_adapter_was_trained_on_is_known_in_every_dtype(saved, caplog, dtype):
+    dsee_scale.load_adapter(build(llama_config()).to(dtype), saved)
+    assert "other weights" not in caplog.text
+
+
+def test_another_base_of_the_same_shapes_is_said(saved, caplog, tmp_path):
+    sibling = build(llama_config())
+    with torch.no_grad():  # as an update put into one matrix would do
+        sibling.model.layers[1].mlp.up_proj.weight += 0.01 * torch.randn(
+            sibling.model.layers[1].mlp.up_proj.weight.shape
+        )
+    sibling.save_pretrained(tmp_path / "sibling")
+    export_files(saved, tmp_path / "sibling", tmp_path / "out")
+    words = r"dsee_config\.json was made on other weights than this base has, of which model\.layers\.1\.mlp\.up_proj"
+    assert re.search(words, caplog.text)
+    caplog.clear()
+    dsee_scale.load_adapter(sibling, saved)
+    assert re.search(words, caplog.text) and caplog.text.count("other weights") == 1
+
+
+def test_rows_added_to_the_embedding_do_not_make_another_base(tmp_path, caplog):
+    model = build(llama_config(tie_word_embeddings=False, vocab_size=1000))
+    dsee_scale.inject(model, dsee_scale.DSEEConfig(rank=2, num_sparse=4, target_modules=("q_proj",)))
+    dsee_scale.save_adapter(model, tmp_path / "adapter")
+    larger = build(llama_config(tie_word_embeddings=False, vocab_size=1000))
+    larger.resize_token_embeddings(larger.config.vocab_size + 3)
+    larger.config.vocab_size -= 3
+    dsee_scale.load_adapter(larger, tmp_path / "adapter")
+    assert "other weights" not in caplog.text
+
+
+@pytest.mark.parametrize("row", [[0.0] * 3, ["x"] * 8, "12345678", 5])
+def test_a_damaged_sample_is_refused(saved, row):
+    values = json.loads((saved / "dsee_config.json").read_text())
+    assert len(values["samples"]) > 10
+    values["samples"]["model.embed_tokens.weight"] = row
+    data = json.dumps(values).encode()
+    (saved / "dsee_config.json").write_bytes(data)
+    manifest = json.loads((saved / "dsee_manifest.json").read_text())
+    manifest["files"]["dsee_config.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (saved / "dsee_manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(FormatError, match="dsee_config"):
+        dsee_scale.load_adapter(build(llama_config()), saved)
