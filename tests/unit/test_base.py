@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -40,7 +41,7 @@ def test_an_adapter_goes_onto_the_base_that_was_saved_and_onto_no_other(tmp_path
     build(llama_config()).save_pretrained(tmp_path / "original")
     save_base(model, tmp_path / "base")
     dsee_scale.save_adapter(model, tmp_path / "adapter")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
         record = dsee_scale.load_adapter(base, tmp_path / "adapter")
         assert record.base["id"] == str(tmp_path / "base") and record.refitted
@@ -49,6 +50,8 @@ def test_an_adapter_goes_onto_the_base_that_was_saved_and_onto_no_other(tmp_path
     other = make("everything", trained=False)
     for layer in adapted_layers(other).values():
         dsee_scale.adapters.linear.detach(layer)
+    with pytest.raises(FormatError, match=r"re-fitted.*q_proj\.weight is another one"):
+        dsee_scale.load_adapter(copy.deepcopy(other).half(), tmp_path / "adapter")
     before = [param.clone() for param in other.parameters()]
     with pytest.raises(FormatError, match=r"re-fitted.*q_proj\.weight is another one.*`base` folder"):
         dsee_scale.load_adapter(other, tmp_path / "adapter")
