@@ -62,7 +62,7 @@ def find_blocks(module: nn.Module, wanted: Sequence[str]) -> list[tuple[str, nn.
     """The repeated blocks that hold the wanted modules, all of their list, in order.
 
     Raises:
-        TargetError: some lie outside of one list of blocks.
+        TargetError: some lie outside of one list of blocks, or two blocks share a weight.
     """
     lists = [name for name, each in module.named_modules() if isinstance(each, nn.ModuleList) and len(each)]
     outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
@@ -75,7 +75,24 @@ def find_blocks(module: nn.Module, wanted: Sequence[str]) -> list[tuple[str, nn.
             f"{'lies outside of it' if outside else 'are several'}; leave it out with `modules`, or set refit=False"
         )
     blocks = module.get_submodule(holding[0])
-    return [(f"{holding[0]}.{index}", block) for index, block in blocks.named_children()]
+    named = [(f"{holding[0]}.{index}", block) for index, block in blocks.named_children()]
+    _reject_shared(named, module, wanted)
+    return named
+
+
+def _reject_shared(blocks: Sequence[tuple[str, nn.Module]], module: nn.Module, wanted: Sequence[str]) -> None:
+    """A weight that is solved for one block's inputs would change under another block that has it too."""
+    names, params = set(wanted), module.named_parameters(remove_duplicate=False)
+    solved = {id(param) for name, param in params if not names.isdisjoint((name, name.rpartition(".")[0]))}
+    first: dict[int, str] = {}
+    for name, block in blocks:
+        for within, param in block.named_parameters():
+            other = first.setdefault(id(param), name)
+            if other != name and id(param) in solved:
+                raise TargetError(
+                    f"{name} and {other} share {within}, and refit solves a weight for one block's inputs; leave it "
+                    "out with `modules`, or set refit=False. Nothing was removed"
+                )
 
 
 def capture(

@@ -500,6 +500,23 @@ def test_an_adapter_that_is_not_finite_is_named_before_anything_is_written():
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("shared", ["mlp.up_proj", "input_layernorm"])
+def test_a_weight_that_two_blocks_share_is_not_solved_for_one_of_them(shared):
+    model = build(llama_config())
+    first, second = (layer.get_submodule(shared) for layer in model.model.layers[:2])
+    second.weight = first.weight
+    before = [param.clone() for param in model.parameters()]
+    if shared == "input_layernorm":  # which stays as it is
+        dsee_scale.prune(model, PruneConfig(block_steps=0), batches())
+        return
+    with pytest.raises(
+        TargetError, match=r"layers\.1 and model\.layers\.0 share mlp\.up_proj\.weight, .*refit=False"
+    ):
+        dsee_scale.prune(model, PruneConfig(), batches())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    dsee_scale.prune(model, PruneConfig(refit=False), batches())
+
+
 def test_refit_outside_of_the_blocks_is_refused():
     model = build(llama_config(tie_word_embeddings=False))
     with pytest.raises(TargetError, match=r"lm_head lies outside.*refit=False"):
