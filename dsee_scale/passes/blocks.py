@@ -118,7 +118,7 @@ def capture(
         CalibrationError: a rank without batches, a batch that is no input, or activations that are not finite.
     """
     calls: list[Call] = []
-    finite = True
+    error: Exception | None = None
     broken: str | None = None
     for batch, counts in in_step(unwrap(model), batches, partition):
         watch = _Capture(blocks, storage)
@@ -128,12 +128,15 @@ def capture(
         finally:
             watch.close()
         calls.append(Call(batch, counts, watch.hidden, watch.arguments, watch.keywords))
-        finite &= not counts or _finite(watch.last, token_mask(batch))
+        try:
+            if counts and not _finite(watch.last, token_mask(batch)):
+                error = error or CalibrationError(NOT_FINITE)
+        except Exception as failure:  # memory, e.g.: the others are told below
+            error = error or failure
         if watch.broken is None and len(watch.arguments) != len(blocks):
             watch.broken = f"{blocks[len(watch.arguments)][0]} {NO_SUCCESSOR}"
         broken = broken or watch.broken
     # Before the first block is written: what comes later would leave the model half pruned.
-    error: Exception | None = None if finite else CalibrationError(NOT_FINITE)
     if broken is not None:
         error = TargetError(
             f"{broken}, so the model can't be re-fitted block after block; set refit=False. Nothing was removed"

@@ -279,6 +279,29 @@ def short_in_a_pass(what: str, error: Exception) -> tuple[str, set[str]]:
     return str(caught.value), {".".join(each.split(".")[:3]) for each in changed}
 
 
+def short_of_memory_for_a_look() -> tuple[str, bool]:
+    """Rank 1 has no room to see whether a batch's activations are finite."""
+    engine = live("llama", zero3_config())
+    before = whole_weights(engine)
+
+    def none(*_: Any) -> None:
+        raise MemoryError("no room")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(blocks, "_finite", none)
+        with pytest.raises(PartitionError) as caught:
+            dsee_scale.prune(engine, PruneConfig(), here(2))
+    after = whole_weights(engine)
+    return str(caught.value), all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_rank_that_cannot_look_at_its_activations_says_so_on_all(pools):
+    found = pools(2).run(short_of_memory_for_a_look)
+    assert found[0] == found[1] and found[0][1]
+    assert "rank 1" in found[0][0] and "no room" in found[0][0]
+
+
 FAILURES = {
     torch.OutOfMemoryError("no room"): "out of memory while re-fitting a block; lower ",
     IndexError("no such position"): "rank 1: IndexError: no such position",
