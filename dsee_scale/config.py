@@ -6,6 +6,7 @@ The line under each field is its only documentation; `--help` and the docs are m
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import ClassVar, Literal
@@ -171,8 +172,9 @@ class PruneConfig(JsonConfig):
     """Which frozen weights are set to zero."""
 
     sparsity: float | None = None
-    """Fraction of the weights, heads, neurons or experts removed, in [0, 1). None means half, or what the pattern N:M,
-    the pools or num_per_layer say."""
+    """Fraction of the weights, heads, neurons or experts removed, in [0, 1), earlier prunings included: entries that
+    went with heads, neurons or experts count as removed weights. None means half, or what the pattern N:M, the pools or
+    num_per_layer say."""
     pattern: str = "unstructured"
     """`unstructured`, N:M such as `2:4` (N of each M along the input stay), `heads`, `neurons` or `experts`."""
     scope: Scope | None = None
@@ -254,7 +256,7 @@ class PruneConfig(JsonConfig):
             n, m = self.n_of_m
             if not 1 <= n < m:
                 return [f"pattern {self.pattern!r} keeps {n} of each {m}; expected 1 <= N < M"]
-            if self.sparsity not in (None, 1 - n / m):
+            if self.sparsity is not None and not math.isclose(self.sparsity, 1 - n / m):
                 return [
                     f"pattern {self.pattern!r} means a sparsity of {1 - n / m:g}, found {self.sparsity!r}; "
                     "leave sparsity out"

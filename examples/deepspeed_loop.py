@@ -77,6 +77,10 @@ def main() -> None:
 
 def token_blocks(text: str, model: str, size: int) -> torch.Tensor:
     ids = AutoTokenizer.from_pretrained(model)(Path(text).read_text(), return_tensors="pt").input_ids[0]
+    if len(ids) < size:
+        raise SystemExit(
+            f"{text} has {len(ids)} tokens, expected at least one block of {size} (--block_size)"
+        )
     return ids[: len(ids) // size * size].view(-1, size)
 
 

@@ -7,6 +7,9 @@ set -euo pipefail
 
 hostfile=${HOSTFILE:-$(dirname "$0")/hostfile}
 [[ -f $hostfile ]] || { echo "$hostfile does not exist; copy launch/hostfile.example" >&2; exit 2; }
+# DeepSpeed puts both into the other machines' command line as they are.
+for path in "$PWD" "$(command -v python)"; do [[ $path =~ ^[A-Za-z0-9_./:=,@+-]+$ ]] || {
+  echo "DeepSpeed quotes no path, found $path: start from another folder, or use launch/torchrun.sh" >&2; exit 2; }; done
 # Free on this machine; the first machine of the hostfile is meant to be this one.
 port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 

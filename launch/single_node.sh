@@ -6,6 +6,7 @@ set -euo pipefail
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 processes=${NUM_PROCESSES:-$((gpus ? gpus : 2))}
+((!gpus || processes <= gpus)) || { echo "NUM_PROCESSES is $processes, but $gpus GPUs are visible" >&2; exit 2; }
 port=${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
 if ((gpus)) && [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then

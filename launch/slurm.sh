@@ -18,6 +18,8 @@ first=${hosts%%$'\n'*}
 free_port='import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
 port=${MASTER_PORT:-$(srun --nodes 1 --ntasks 1 --nodelist "$first" python -c "$free_port")}
 cores=${SLURM_CPUS_ON_NODE:-$(nproc)}
+# What sbatch was told of cores, srun is not told by itself (since Slurm 22.05).
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 # Seconds that torchrun leaves its ranks to save, within those of --signal; an older PyTorch always 30.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}

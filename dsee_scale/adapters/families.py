@@ -40,6 +40,8 @@ class Experts:
     """Config key of an expert's number of neurons."""
     group_key: str | None = None
     """Config key of the number of equal groups that the router chooses among first."""
+    top_group_key: str | None = "topk_group"
+    """Config key of how many of these groups it chooses."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,7 @@ class UnitLayer:
         router: what chooses among the experts.
         router_name: its name in the model.
         top: experts that a token goes to.
+        in_group: experts that such a router takes from one group, at most.
     """
 
     name: str
@@ -99,6 +100,7 @@ class UnitLayer:
     router: nn.Module | None = None
     router_name: str = ""
     top: int = 0
+    in_group: int = 0
 
     @property
     def size(self) -> int:
@@ -195,9 +197,16 @@ def _in_experts(
                 router=inner(block, where.router, name),
                 router_name=f"{name}.{where.router}",
                 top=top,
+                in_group=_taken_from_a_group(model.config, where, top),
             )
         )
     return found
+
+
+def _taken_from_a_group(config: Any, where: Experts, top: int) -> int:
+    """Experts of one group that a router looks at: by two it scores a group, and as many chosen ones may lie in it."""
+    chosen = int(getattr(config, where.top_group_key or "", 1) or 1)
+    return max(2, -(-top // chosen))
 
 
 def _rows(owner: str, module: nn.Module, attribute: str, shape_of: ShapeOf) -> Part:

@@ -228,25 +228,29 @@ def lowest_units(unit_scores: Tensor, num_remove: int) -> Tensor:
     return gone
 
 
-def lowest_units_overall(layer_scores: Sequence[Tensor], num_remove: int, floor: int) -> list[Tensor]:
-    """The units that go under one budget for all layers, each of which keeps at least `floor`.
+def lowest_units_overall(
+    layer_scores: Sequence[Tensor], before: Sequence[Tensor], num_remove: int, floor: int
+) -> list[Tensor]:
+    """The units that are gone under one budget for all layers, of which no more go where `floor` are left.
 
     Args:
         layer_scores: (U,) of each layer; U may differ.
-        num_remove: units that go in all; at most what the floor leaves.
+        before: (U,) bool of each layer, what is gone already; it counts.
+        num_remove: units that are gone in all; at most what the floor leaves.
         floor: units that stay in each layer.
 
     Returns:
-        (U,) bool of each layer; ties go by layer, then by position.
+        (U,) bool of each layer, `before` included; ties go by layer, then by position.
     """
     sizes = [len(found) for found in layer_scores]
-    assert num_remove <= sum(max(0, size - floor) for size in sizes), (num_remove, sizes, floor)
-    gone = [torch.zeros(size, dtype=torch.bool) for size in sizes]
+    gone = [found.clone() for found in before]
+    spare = [size - floor - int(found.sum()) for size, found in zip(sizes, gone, strict=True)]
+    left = num_remove - sum(int(found.sum()) for found in gone)
+    assert left <= sum(max(0, each) for each in spare), (num_remove, sizes, floor)
     places = [(layer, unit) for layer, size in enumerate(sizes) for unit in range(size)]
-    left, spare = num_remove, [size - floor for size in sizes]
     for place in torch.sort(torch.cat(list(layer_scores)), stable=True).indices.tolist():
         layer, unit = places[place]
-        if left and spare[layer] > 0:
+        if left > 0 and spare[layer] > 0 and not gone[layer][unit]:
             gone[layer][unit] = True
             spare[layer] -= 1
             left -= 1

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from dsee_scale.adapters.targets import find_modules, linear_kind, matches
 from dsee_scale.algorithms.score import sum_of_squares
-from dsee_scale.distributed import gather_objects, show_progress
+from dsee_scale.distributed import gather_objects, raise_on_all_ranks, show_progress
 from dsee_scale.errors import CalibrationError, FormatError
 from dsee_scale.partition import Partition, open_partition, unwrap
 from dsee_scale.passes.batches import (
@@ -38,7 +38,7 @@ from dsee_scale.passes.batches import (
 )
 from dsee_scale.passes.fingerprint import fingerprint
 from dsee_scale.passes.pools import block_matrices
-from dsee_scale.passes.routed import Routed, RoutedSums
+from dsee_scale.passes.routed import Routed, RoutedSums, is_sum
 
 FORMAT_VERSION = 2
 LEAST_TOKENS = 32
@@ -123,6 +123,8 @@ class Statistics:
             for value in squares.values()
         ):
             raise FormatError(f"{path} is damaged: expected one non-negative float32 vector for each module")
+        if not all(is_sum(one) for sums in gated.values() for one in sums):
+            raise FormatError(f"{path} is damaged: expected non-negative sums for experts")
         return cls(squares, tokens, found, gated)
 
 
@@ -184,11 +186,12 @@ def calibrate(
             activations that are not finite; the same on every rank.
         TargetError: an encoder with a decoder.
     """
-    reject_lone_batch(batches)
     model = getattr(model, "_orig_mod", model)
     module = unwrap(model)
     reject_encoder_decoder(module)
     partition = open_partition(module)
+    with raise_on_all_ranks(partition, what="reading the calibration batches"):
+        reject_lone_batch(batches)
     layers, experts = _layers(module, modules, partition)
     sums = InputSquares()
     with uncompiled(model), evaluating(module), watching(layers, sums.take, experts) as watch:
@@ -249,6 +252,12 @@ def checked(statistics: Statistics) -> Statistics:
         raise CalibrationError(
             f"the inputs of {broken[0]} hold NaN or infinity (and those of {len(broken) - 1} more layers); check the "
             "calibration batches and the model's weights. Nothing was changed"
+        )
+    broken = [name for name, sums in statistics.gated.items() if not all(map(is_sum, sums))]
+    if broken:
+        raise CalibrationError(
+            f"the outputs of the experts of {broken[0]} hold NaN or infinity (and those of {len(broken) - 1} more "
+            "layers); check the calibration batches and the model's weights. Nothing was changed"
         )
     if not any(statistics.tokens.values()):
         raise CalibrationError(NO_TOKEN)

@@ -69,15 +69,22 @@ def block_coverage(
         for name, param in model.named_parameters()
         if len(shape_of(param)) >= 2 and name.startswith(prefixes)
     }
-    inside, known = {param for param, _ in shapes.values()}, {id(matrix.param) for matrix in reachable}
-    counted = {(id(matrix.param), matrix.offset): matrix.numel for matrix in covered}
+    known = {id(matrix.param) for matrix in reachable}
+    counted: dict[int, dict[int, int]] = {}
+    for matrix in covered:  # several prunings may mean a whole parameter and single experts of it
+        pieces = counted.setdefault(id(matrix.param), {})
+        pieces[matrix.offset] = max(matrix.numel, pieces.get(matrix.offset, 0))
     missed: dict[str, int] = {}
     for name, (param, shape) in shapes.items():
         if param not in known:
             shown = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
             missed[shown] = missed.get(shown, 0) + shape.numel()
     return Coverage(
-        sum(numel for (param, _), numel in counted.items() if param in inside),
+        sum(
+            min(shape.numel(), sum(counted[param].values()))
+            for param, shape in shapes.values()
+            if param in counted
+        ),
         sum(shape.numel() for _, shape in shapes.values()),
         missed,
     )

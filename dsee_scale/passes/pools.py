@@ -71,6 +71,12 @@ def find_pools(model: nn.Module, config: PruneConfig, shape_of: ShapeOf) -> list
     taken: dict[str, str] = {}
     result = []
     for pool in pools:
+        for pattern in pool.modules:
+            if not any(matches(matrix.name, (pattern,)) for matrix in weights):
+                raise ConfigError(
+                    f"pool {pool.name!r}: modules {pattern!r} matches no weight; prunable layers: "
+                    f"{_suffixes(matrix.name for matrix in weights)}"
+                )
         chosen = [matrix for matrix in weights if _selects(pool, matrix)]
         if not chosen:
             raise ConfigError(
@@ -89,6 +95,18 @@ def find_pools(model: nn.Module, config: PruneConfig, shape_of: ShapeOf) -> list
         else:
             result += [WeightPool(matrix.name, pool.sparsity, (matrix,)) for matrix in chosen]
     return result
+
+
+def by_expert(members: Iterable[Matrix], model: nn.Module, shape_of: ShapeOf) -> list[Matrix]:
+    """Each expert's own matrices in place of a parameter that holds those of all."""
+    pieces: dict[int, list[Matrix]] = {}
+    for matrix in block_matrices(model, shape_of).values():
+        pieces.setdefault(id(matrix.param), []).append(matrix)
+    return [
+        piece
+        for each in members
+        for piece in (pieces.get(id(each.param), [each]) if each.expert is None else [each])
+    ]
 
 
 def _prunable(model: nn.Module, config: PruneConfig, shape_of: ShapeOf) -> dict[str, Matrix]:

@@ -8,6 +8,7 @@ gate value times norm of the output, whose mean over tokens is REAP's score (arX
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -165,3 +166,8 @@ def _product(module: Any, name: str, x_SI: Tensor, ends_E: Tensor, expert_S: Ten
     weight = getattr(module, name)
     y = grouped_mm(x_SI.to(weight.dtype), weight if module.is_transposed else weight.transpose(1, 2), ends_E)
     return y + getattr(module, f"{name}_bias")[expert_S] if module.has_bias else y
+
+
+def is_sum(gated: float) -> bool:
+    """Whether it can be a sum of gate values times norms."""
+    return math.isfinite(gated) and gated >= 0

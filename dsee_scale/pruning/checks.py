@@ -103,7 +103,11 @@ def note_pattern(module: nn.Module, pools: Sequence[WeightPool], config: PruneCo
     """Record the pattern within weights, and how updates are trained on; of experts, for all of a parameter."""
     pruned = model_state(module).pruned
     for member in (member for pool in pools for member in pool.members):
-        how = {**pruned.get(member.param_name, {}), "pattern": config.pattern}
+        how = {**pruned.get(member.param_name, {})}
+        if config.n_of_m or ":" not in str(
+            how.get("pattern")
+        ):  # further zeros leave groups of N:M what they are
+            how["pattern"] = config.pattern
         # Of one without an update a later `inject` takes the default.
         if member.adapted or not config.mask_update:
             how[MASK_UPDATE] = config.mask_update
@@ -127,7 +131,8 @@ def _pretend(
         note_pattern(module, checked.pools, config)
     elif len(plan.budget) == len(plan.layers):
         for layer, gone, budget in zip(plan.layers, plan.gone, plan.budget, strict=True):
-            record_removed(module, layer, torch.arange(layer.num_units) < max(budget, int(gone.sum())))
+            run, count = layer.num_units // layer.groups, max(budget, int(gone.sum()))
+            record_removed(module, layer, torch.arange(layer.num_units) % run < count // layer.groups)
     else:
         for layer in plan.layers:
             after = (layer.kind, layer.unit_size * layer.head_size)
@@ -189,9 +194,10 @@ def reject_uneven(partition: Partition, calibration: Any) -> None:
     Raises:
         CalibrationError: on every rank.
     """
-    kinds = ("nothing", "statistics", "batches")
+    kinds = ("nothing", "statistics", "batches", "one batch that is in no list")
     mine = 0 if calibration is None else 1 if isinstance(calibration, Statistics) else 2
-    ranks = partition.sum_over_ranks(torch.eye(3, dtype=torch.int64)[mine]).tolist()
+    mine += isinstance(calibration, (Mapping, Tensor))
+    ranks = partition.sum_over_ranks(torch.eye(len(kinds), dtype=torch.int64)[mine]).tolist()
     if ranks[mine] != partition.world_size:
         found = ", ".join(
             f"{number} with {kind}" for kind, number in zip(kinds, ranks, strict=True) if number

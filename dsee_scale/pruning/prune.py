@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dsee_scale.adapters.linear import restore_under_mask
+from dsee_scale.adapters.matrices import Matrix
 from dsee_scale.adapters.routers import mask_routers
 from dsee_scale.adapters.state import model_state, reject_unusable, warn_of_loaded_zeros
 from dsee_scale.algorithms.bits import count_nonzero
@@ -22,7 +23,7 @@ from dsee_scale.passes.batches import Batches, named, reject_lone_batch, reject_
 from dsee_scale.passes.calibrate import Statistics, calibrate
 from dsee_scale.passes.coverage import Coverage
 from dsee_scale.passes.fingerprint import fingerprint
-from dsee_scale.passes.pools import WeightPool
+from dsee_scale.passes.pools import WeightPool, by_expert
 from dsee_scale.pruning.checks import (
     Checked,
     check_in_order,
@@ -247,13 +248,14 @@ def _prune_once(
     units: Counts = {}
     if plan:
         units, few = _remove_units(model, plan, config, calibration, partition, progress)
-        matrices = _counts(pools, partition)
+        matrices = _counts(by_expert(plan.pool.members, module, partition.shape), partition)
     elif config.refit:
         assert calibration is not None and not isinstance(calibration, Statistics)
         few = refit(model, pools, config, calibration, checked.removed, partition, progress=progress)
-        matrices = _counts(pools, partition)
+        matrices = _counts([member for pool in pools for member in pool.members], partition)
     else:
         matrices, few = _remove_entries(model, checked, config, calibration, partition, progress)
+    few = [name for name in few if matrices[name][0] < matrices[name][1]]  # experts that are gone see none
     report = PruneReport(matrices, time.perf_counter() - started, units, tuple(few), checked.coverage)
     if partition.rank == 0:
         logger.info("%s", report)
@@ -315,9 +317,8 @@ def _unreached(pools: Sequence[WeightPool], statistics: Statistics | None) -> li
     return [] if statistics is None else [name for name in names if not statistics.reached(name)]
 
 
-def _counts(pools: Sequence[WeightPool], partition: Partition) -> Counts:
+def _counts(members: Sequence[Matrix], partition: Partition) -> Counts:
     """Collective. Zeros and entries of each matrix."""
-    members = [member for pool in pools for member in pool.members]
     shards = [member.shard(partition).data for member in members]
     zeros = torch.tensor([shard.numel() - count_nonzero(shard) for shard in shards])
     counts = zip(members, partition.sum_over_shards(zeros).tolist(), strict=True)

@@ -95,10 +95,13 @@ def plan_units(
         _reject_unequal(layer, config)
         _reject_unaligned(layer, config)
     overall = config.num_per_layer is None and config.scope == "global"
+    gone = [removed_units(module, layer) for layer in layers]
     return UnitPlan(
         layers=layers,
-        gone=[removed_units(module, layer) for layer in layers],
-        budget=[_overall_budget(layers, config)] if overall else [_layer_budget(x, config) for x in layers],
+        gone=gone,
+        budget=[_overall_budget(layers, gone, config)]
+        if overall
+        else [_layer_budget(x, config) for x in layers],
         floor=_floor(layers[0], config) if overall else None,
         pool=WeightPool(kind, config.sparsity or 0.0, members),
     )
@@ -113,7 +116,7 @@ def choose_units(plan: UnitPlan, scores: list[Tensor]) -> list[ChosenUnits]:
     """What goes of each layer, given the (U,) int64 scores of each: the lowest. Local."""
     ranked = [found.masked_fill(gone, _FIRST) for found, gone in zip(scores, plan.gone, strict=True)]
     if plan.floor is not None:
-        chosen = lowest_units_overall(ranked, plan.budget[0], plan.floor)
+        chosen = lowest_units_overall(ranked, plan.gone, plan.budget[0], plan.floor)
     else:
         chosen = [
             torch.cat([lowest_units(run, count // layer.groups) for run in found.chunk(layer.groups)])
@@ -260,16 +263,23 @@ def _layer_budget(layer: UnitLayer, config: PruneConfig) -> int:
 
 
 def _reason(layer: UnitLayer, least: int) -> str:
+    if layer.kind == "experts" and layer.in_group * layer.groups > layer.top:
+        return (
+            f"{least}, {layer.in_group} in each of the {layer.groups} groups that its router chooses among,"
+        )
     if layer.kind == "experts":
         return f"{least}, one more than the {layer.top} that each token goes to,"
     return "one unit"
 
 
-def _overall_budget(layers: list[UnitLayer], config: PruneConfig) -> int:
+def _overall_budget(layers: list[UnitLayer], gone: list[Tensor], config: PruneConfig) -> int:
     """Units that go of all layers together."""
     total = sum(layer.num_units for layer in layers)
     num_units = _rounded(config, total, layers[0])
-    most = sum(max(0, layer.num_units - _floor(layer, config)) for layer in layers)
+    most = sum(
+        max(int(already.sum()), layer.num_units - _floor(layer, config))
+        for layer, already in zip(layers, gone, strict=True)
+    )
     if num_units > most:
         raise ConfigError(
             f"sparsity {config.sparsity} removes {num_units} of {total} units, but with at least "
@@ -292,7 +302,8 @@ def _rounded(config: PruneConfig, num_units: int, layer: UnitLayer) -> int:
 
 def _floor(layer: UnitLayer, config: PruneConfig) -> int:
     """Units that stay; of experts one more than a token goes to, else there would be nothing to choose."""
-    return max(-(-config.min_per_layer // layer.unit_size), layer.top + 1)
+    grouped = layer.in_group * layer.groups if layer.groups > 1 else 0
+    return max(-(-config.min_per_layer // layer.unit_size), layer.top + 1, grouped)
 
 
 def _reject_unequal(layer: UnitLayer, config: PruneConfig) -> None:

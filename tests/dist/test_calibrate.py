@@ -302,6 +302,23 @@ def test_a_rank_that_cannot_look_at_its_activations_says_so_on_all(pools):
     assert "rank 1" in found[0][0] and "no room" in found[0][0]
 
 
+def lone_on_one_rank(call: str, lone: int) -> str:
+    model = torch.nn.parallel.DistributedDataParallel(make("llama"))
+    batch = here(1)[0]
+    data: Any = batch if dist.get_rank() == lone else [batch]
+    with pytest.raises(CalibrationError) as caught:
+        dsee_scale.prune(model, PruneConfig(), data) if call == "prune" else dsee_scale.calibrate(model, data)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("lone", [0, 1])
+@pytest.mark.parametrize("call", ["prune", "calibrate"])
+def test_one_batch_in_place_of_a_list_on_one_rank_is_said_on_all(pools, call, lone):
+    found = pools(2).run(lone_on_one_rank, call, lone)
+    assert found[0] == found[1]
+    assert "one batch" in found[0] and ("1 with batches" in found[0] or "expected an iterable" in found[0])
+
+
 FAILURES = {
     torch.OutOfMemoryError("no room"): "out of memory while re-fitting a block; lower ",
     IndexError("no such position"): "rank 1: IndexError: no such position",

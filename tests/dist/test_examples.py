@@ -79,3 +79,11 @@ def test_the_loop_for_accelerate_tunes_prunes_and_exports(inputs, tmp_path):
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert "50.00%" in run.stdout
     assert_half_is_zero(tmp_path / "out" / "model")
+
+
+@pytest.mark.parametrize("example", ["accelerate_loop.py", "deepspeed_loop.py"])
+def test_a_text_shorter_than_a_block_is_refused(inputs, tmp_path, example):
+    (tmp_path / "short.txt").write_text("one two\n")
+    token_blocks = runpy.run_path(str(ROOT / "examples" / example))["token_blocks"]
+    with pytest.raises(SystemExit, match=r"short\.txt has \d+ tokens, expected at least one block of 64"):
+        token_blocks(str(tmp_path / "short.txt"), str(inputs / "model"), 64)

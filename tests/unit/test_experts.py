@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dsee_scale
-from dsee_scale import CalibrationError, ConfigError, DSEEConfig, PruneConfig, TargetError
+from dsee_scale import CalibrationError, ConfigError, DSEEConfig, FormatError, PruneConfig, TargetError
 from dsee_scale.adapters.matrices import Matrix, expert_layout, find_matrices
 from dsee_scale.algorithms.delta import delta_block
 from dsee_scale.algorithms.refit import sparsegpt
@@ -245,6 +245,10 @@ def test_statistics_of_experts_are_read_back_as_they_were(tmp_path):
     found.save(tmp_path / "statistics")
     again = dsee_scale.Statistics.load(tmp_path / "statistics")
     assert again.gated == found.gated and len(found.gated) == 2 and again.tokens == found.tokens
+    found.gated[next(iter(found.gated))][1] = float("inf")
+    found.save(tmp_path / "damaged")
+    with pytest.raises(FormatError, match="expected non-negative sums for experts"):
+        dsee_scale.Statistics.load(tmp_path / "damaged")
     assert all(torch.equal(again.squares[name], value) for name, value in found.squares.items())
 
 
@@ -482,3 +486,51 @@ def test_heads_of_a_model_whose_first_blocks_are_dense_load_again(tmp_path):
     assert small.model.layers[0].self_attn.q_proj.out_features == 16
     with torch.no_grad():
         torch.testing.assert_close(small(ids).logits, model(ids).logits, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["experts first", "experts last"])
+def test_a_report_counts_every_expert_once_however_it_was_pruned(order):
+    model = build(moe_config("mixtral", experts=4))
+    steps = [
+        PruneConfig(pattern="experts", num_per_layer=1),
+        PruneConfig(sparsity=0.5, scope="matrix", refit=False),
+    ]
+    report = dsee_scale.prune(model, steps if order == "experts first" else steps[::-1], batches_of(3))
+    matrices = {name: m for name, m in find_matrices(model, shapes).items() if ".layers." in name}
+    assert report.matrices.keys() == matrices.keys()
+    for name, matrix in matrices.items():
+        entries = matrix.param.detach().view(-1)[matrix.offset : matrix.offset + matrix.numel]
+        assert report.matrices[name] == (int((entries == 0).sum()), matrix.numel), name
+    assert report.coverage is not None and report.coverage.covered == report.total
+    assert not report.by_magnitude
+
+
+@pytest.mark.parametrize("topk_group, least", [(2, 2), (1, 4)])
+def test_a_router_keeps_as_many_experts_in_each_group_as_it_takes_from_one(topk_group, least):
+    grouped = dict(experts=24, n_group=4, num_experts_per_tok=4, topk_group=topk_group)
+    model = build(moe_config("deepseek_v3", **grouped))
+    remove = dict(pattern="experts", score="random")
+    with pytest.raises(
+        ConfigError, match=f"at least {4 * least}, {least} in each of the 4 groups that its router"
+    ):
+        dsee_scale.prune(model, PruneConfig(num_per_layer=4 * (6 - least + 1), **remove))
+    dsee_scale.prune(model, PruneConfig(num_per_layer=4 * (6 - least), **remove))
+    with torch.no_grad():
+        assert model(token_batch(length=24)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_experts_whose_outputs_are_no_numbers_are_refused_and_none_is_ranked(last):
+    model = build(moe_config("mixtral", hidden_size=32, intermediate_size=16), dtype=torch.float16)
+    experts = model.model.layers[-1 if last else 0].mlp.experts
+    with torch.no_grad():
+        experts.gate_up_proj[2] = 3.0
+        experts.down_proj[2] = 6e4
+    before = experts.down_proj.clone()
+    for work in (dsee_scale.calibrate, lambda *data: dsee_scale.prune(*data[:1], REAP, *data[1:])):
+        with pytest.raises(CalibrationError, match="NaN or infinity"):
+            work(model, batches_of(4))
+    assert torch.equal(before, experts.down_proj)
+
+
+REAP = PruneConfig(pattern="experts", num_per_layer=1)

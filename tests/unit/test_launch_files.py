@@ -143,6 +143,34 @@ def test_gpus_by_uuid_which_deepspeeds_launcher_cannot_read_are_refused_with_the
     assert done.returncode == 0 and "'localhost:3,1'" in done.stderr
 
 
+def test_more_processes_than_gpus_are_visible_are_refused(tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\necho 2\n")
+    (tmp_path / "python").chmod(0o755)
+    for visible in ({}, {"CUDA_VISIBLE_DEVICES": "0,1"}):
+        env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NUM_PROCESSES": "4", **visible}
+        command = [ROOT / "launch" / "single_node.sh", "x.py"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr == "NUM_PROCESSES is 4, but 2 GPUs are visible\n"
+
+
+def test_a_folder_that_the_other_machines_shell_would_cut_is_refused(tmp_path):
+    """DeepSpeed's line for pdsh begins with `cd` and this folder, unquoted."""
+    hosts, folder = tmp_path / "hosts", tmp_path / "my run"
+    hosts.write_text("a1 slots=3\n")
+    folder.mkdir()
+    env = {"PATH": os.environ["PATH"], "HOSTFILE": str(hosts)}
+    command = [ROOT / "launch" / "multi_node_pdsh.sh", "x.py"]
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 2 and f"found {folder}: start from another folder" in done.stderr
+
+
+def test_slurm_hands_the_cores_of_a_task_on_to_srun(recorded, tmp_path):
+    recorded("slurm.sh", SLURM_CPUS_PER_TASK="12")
+    assert json.loads((tmp_path / "words.json.env").read_text())["SRUN_CPUS_PER_TASK"] == "12"
+    recorded("slurm.sh")
+    assert "SRUN_CPUS_PER_TASK" not in json.loads((tmp_path / "words.json.env").read_text())
+
+
 def test_torchrun_on_several_machines_names_the_first_one(recorded):
     words = recorded("torchrun.sh", NNODES="4", NODE_RANK="2", MASTER_ADDR="10.0.0.1")
     assert [after(words, flag) for flag in ("--nnodes", "--node_rank")] == ["4", "2"]

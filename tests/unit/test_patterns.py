@@ -247,10 +247,19 @@ def test_pieces_cover_a_stretch_once(start, numel, columns):
 
 def test_lowest_units_overall_keeps_the_floor():
     scores = [torch.tensor([0, 0, 0, 0]), torch.tensor([5, 1, 9, 1])]
-    assert [g.tolist() for g in patterns.lowest_units_overall(scores, 5, 1)] == [
+    before = [torch.zeros(4, dtype=torch.bool)] * 2
+    assert [g.tolist() for g in patterns.lowest_units_overall(scores, before, 5, 1)] == [
         [True, True, True, False],
         [False, True, False, True],
     ]
+
+
+@pytest.mark.parametrize(("num_remove", "second"), [(3, [0, 0, 0, 0]), (4, [0, 1, 0, 0]), (5, [0, 1, 0, 1])])
+def test_units_that_are_gone_count_beyond_the_floor_too(num_remove, second):
+    scores = [torch.tensor([7, 7, 7, 7]), torch.tensor([5, 1, 9, 1])]
+    before = [torch.tensor([True, True, True, False]), torch.zeros(4, dtype=torch.bool)]
+    found = patterns.lowest_units_overall(scores, before, num_remove, 2)
+    assert [g.tolist() for g in found] == [[True, True, True, False], [bool(each) for each in second]]
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=70))

@@ -18,7 +18,7 @@ from dsee_scale.checkpoint.adapter import save_adapter
 from dsee_scale.cli import main
 from dsee_scale.export.export import export_model
 from dsee_scale.passes.pools import block_linears
-from tests.models import build, llama_config
+from tests.models import build, llama_config, moe_config
 from tests.unit.test_patterns import adapted, output
 
 NEURONS = {"llama": 16, "biased": 4, "gpt2": 20, "bert": 8, "roberta": 4}
@@ -247,3 +247,29 @@ def test_inspect_says_what_was_cut_out_and_what_it_gains(tmp_path, capsys, famil
     assert values["at export"] == report.structure and "cut out of 2 blocks" in text
     found = {row["name"]: row["pattern"] for row in values["matrices"]}
     assert set(found.values()) == {"heads + 2:4", "neurons + 2:4"}
+
+
+@pytest.mark.parametrize("experts, number, pattern", [(4, 4, "4:8"), (3, 8, "12:24")])
+def test_neurons_of_experts_are_counted_in_each_expert_before_the_first_goes(experts, number, pattern):
+    sizes = dict(intermediate_size=32, hidden_size=96)
+    model = build(moe_config("mixtral", experts=experts, **sizes))
+    before = [param.clone() for param in model.parameters()]
+    steps = [
+        PruneConfig(pattern="neurons", num_per_layer=number, score="W"),
+        PruneConfig(pattern=pattern, score="W", modules=("down_proj",), refit=False),
+    ]
+    if pattern == "12:24":  # 24 are left in every expert
+        assert dsee_scale.prune(model, steps).units["model.layers.0 neurons"] == (8 * experts, 32 * experts)
+        return
+    with pytest.raises(ConfigError, match="has 28 inputs left, which groups of 8 do not divide"):
+        dsee_scale.prune(model, steps)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_units_may_not_shift_groups_that_a_later_pruning_left_what_they_are():
+    model = adapted("llama")
+    dsee_scale.prune(model, PruneConfig(pattern="2:4", score="W", refit=False))
+    dsee_scale.prune(model, PruneConfig(sparsity=0.6, score="W", scope="global", refit=False))
+    assert groups_hold(model.model.layers[0].mlp.down_proj.weight.detach(), 2, 4)
+    with pytest.raises(ConfigError, match="is 2:4, and without some of its inputs it would not be"):
+        dsee_scale.prune(model, PruneConfig(pattern="neurons", num_per_layer=2, score="W"))

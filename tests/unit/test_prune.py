@@ -183,7 +183,12 @@ def test_magnitude_needs_no_adapter():
         (
             PruneConfig(pools=(Pool(name="a", sparsity=0.1, modules=("xyz",)),), score="W"),
             ConfigError,
-            "pool 'a' matches no weight",
+            "pool 'a': modules 'xyz' matches no weight; prunable layers: .*q_proj",
+        ),
+        (
+            PruneConfig(pools=(Pool(name="a", sparsity=0.1, modules=("q_proj", "v_porj")),), score="W"),
+            ConfigError,
+            "pool 'a': modules 'v_porj' matches no weight",
         ),
     ],
 )
@@ -229,3 +234,15 @@ def test_the_first_cuts_of_a_schedule_may_be_too_small_for_a_head(scope):
     never = dsee_scale.CubicSchedule(final_sparsity=0.04, start_step=0, num_steps=10)
     with pytest.raises(ConfigError, match=r"sparsity 0\.04 of \d+ units .* rounds to none"):
         dsee_scale.prune(build(llama_config(num_key_value_heads=5)), never.config(config, 0))
+
+
+def test_units_that_an_uneven_pruning_removed_count_towards_the_next_budget():
+    model = build(llama_config(intermediate_size=32))
+    with torch.no_grad():
+        for param in model.model.layers[0].mlp.parameters():
+            param *= 0.01
+    neurons = dict(pattern="neurons", score="W")
+    first = dsee_scale.prune(model, PruneConfig(sparsity=0.4, **neurons))
+    assert first.units == {"model.layers.0 neurons": (26, 32), "model.layers.1 neurons": (0, 32)}
+    second = dsee_scale.prune(model, PruneConfig(sparsity=0.5, min_per_layer=16, **neurons))
+    assert second.units == {"model.layers.0 neurons": (26, 32), "model.layers.1 neurons": (6, 32)}
