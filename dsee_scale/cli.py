@@ -270,7 +270,7 @@ def _plan(args: argparse.Namespace) -> None:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} must lie in [{low}, {LARGEST_PLAN:,}], found {getattr(args, name)}")
     shape = find_shape(args.model)
-    usual = ("q_proj", "v_proj") if "q_proj" in shape.matrices else tuple(shape.matrices)[:1]
+    usual = tuple(n for n in ("q_proj", "v_proj") if n in shape.matrices) or tuple(shape.matrices)[:1]
     setting = Setting(
         gpus=args.gpus,
         quantize=args.quantize,

@@ -29,6 +29,8 @@ MODEL_NAMES = (
     r"(configuration|modeling|tokenization)_\w+\.py"
 )
 """Other files of an exported model: they go only where they are what was written."""
+TEMPLATES = "additional_chat_templates"
+"""Folder of an exported model in which transformers saves a tokenizer's chat templates beyond the first."""
 FOLDERS_WITHIN = {"export": {"adapter": "adapter"}, "lora": {"base": "export"}}
 """Kinds of saved folders that lie in others, by name."""
 OTHER_NAMES = {"export": MODEL_NAMES, "lora": r"adapter_config\.json|adapter_model\.safetensors|README\.md"}
@@ -107,6 +109,8 @@ def _foreign(folder: Path, kind: str) -> list[str]:
         inner = FOLDERS_WITHIN.get(kind, {}).get(path.name)
         if path.is_dir() and not path.is_symlink() and inner:
             found += [f"{path.name}/{name}" for name in _foreign(path, inner)]
+        elif path.is_dir() and not path.is_symlink() and kind == "export" and path.name == TEMPLATES:
+            found += _changed_templates(path, listed)
         elif not path.is_file() or path.is_symlink():
             found.append(path.name)
         elif not re.fullmatch(OWN_NAMES[kind], path.name):
@@ -114,6 +118,17 @@ def _foreign(folder: Path, kind: str) -> list[str]:
             if not (re.fullmatch(OTHER_NAMES.get(kind, "$"), path.name) and _as_written(path, record)):
                 found.append(path.name)
     return found
+
+
+def _changed_templates(folder: Path, listed: Any) -> list[str]:
+    """Names within a folder of chat templates that are not as they were written."""
+    records = listed if isinstance(listed, Mapping) else {}
+    names = {f"{folder.name}/{path.name}": path for path in sorted(folder.iterdir())}
+    return [
+        name
+        for name, path in names.items()
+        if path.suffix != ".jinja" or path.is_symlink() or not _as_written(path, records.get(name))
+    ]
 
 
 def _as_written(path: Path, record: Any) -> bool:

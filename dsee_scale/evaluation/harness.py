@@ -17,7 +17,7 @@ from dsee_scale.checkpoint.files import read_json
 from dsee_scale.checkpoint.folder import open_folder, open_if_saved
 from dsee_scale.checkpoint.lora_folder import CONFIG_NAME, is_lora_folder
 from dsee_scale.checkpoint.record import AdapterRecord
-from dsee_scale.data.tokenizer import open_tokenizer
+from dsee_scale.data.tokenizer import check_vocabulary, open_tokenizer
 from dsee_scale.errors import ConfigError
 from dsee_scale.export.export import BASE_FOLDER
 from dsee_scale.export.load import load_pretrained
@@ -170,11 +170,22 @@ def load_folder(folder: Path, base: str | None = None) -> tuple[Any, Any]:
         model = load_pretrained(folder)
         if (folder / ADAPTER_FOLDER).is_dir():
             load_adapter(model, folder / ADAPTER_FOLDER)
-        return model, open_tokenizer(str(folder))
+        return model, _tokenizer_of(model, str(folder))
     name = base or _named_base(folder, lora)
     model = _open_base(folder, name)
     load_adapter(model, folder)
-    return model, open_tokenizer(name)
+    return model, _tokenizer_of(model, name)
+
+
+def _tokenizer_of(model: Any, name: str) -> Any:
+    """The tokenizer in a model's folder; transformers makes one of a single token where there are no files for it."""
+    if not model.can_generate():
+        raise ConfigError(
+            f"{name} holds a {type(model).__name__}; lm-eval's tasks need a causal language model"
+        )
+    tokenizer = open_tokenizer(name)
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], name)
+    return tokenizer
 
 
 def _named_base(folder: Path, lora: bool) -> str:

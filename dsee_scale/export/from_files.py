@@ -27,7 +27,7 @@ from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
-from dsee_scale.export.adapter_source import check_base_folder
+from dsee_scale.export.adapter_source import check_base_folder, write_generation_settings
 from dsee_scale.export.load import is_recorded, recorded_model
 from dsee_scale.export.plan import (
     WEIGHTS_FILE,
@@ -49,7 +49,10 @@ logger = logging.getLogger(__name__)
 
 OLDER = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 """What older files of BERT and its like call otherwise."""
-WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+WEIGHT_ENDINGS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".npz", ".ot", ".tflite"),
+    *(".gguf", ".onnx", ".onnx_data", ".index.json"),
+)
 
 
 def export_files(
@@ -83,6 +86,7 @@ def export_files(
     stored = open_folder(adapter, KINDS_WITH_ADAPTER)
     stored.verify(stored.names(ADAPTER_STEM) + stored.names(MASKS))
     source = StoredModel(stored, base, cut=delta not in WITHOUT_UPDATE)
+    reject_input(Path(output), (source.base_folder,))
     return write_model(source, output, delta, overwrite=overwrite, progress=progress)
 
 
@@ -179,6 +183,7 @@ class StoredModel:
             if mark is not None:
                 config[REFIT] = mark
             (new.partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            write_generation_settings(self.base_folder, str(identity["class"]), new.partial)
 
     def _update(self, name: str) -> Delta:
         """D of one module, from the adapter's tensors."""

@@ -15,7 +15,7 @@ from dsee_scale.checkpoint.folder import StoredFolder, open_folder
 from dsee_scale.checkpoint.lora_folder import CONFIG_NAME as LORA_CONFIG
 from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord
 from dsee_scale.errors import ConfigError, DSEEError, FormatError
-from dsee_scale.export.card import CARD_FILE, adapter_card, is_hub_id, moved_card
+from dsee_scale.export.card import CARD_FILE, HUB_ID, adapter_card, is_hub_id, moved_card
 from dsee_scale.export.export import BASE_FOLDER
 from dsee_scale.export.lora import KIND as LORA
 from dsee_scale.export.report import KIND as EXPORT
@@ -53,7 +53,7 @@ def push_to_hub(
     path = Path(folder)
     stored = open_folder(path, KINDS)
     stored.verify_all()
-    if not is_hub_id(repo):
+    if not HUB_ID.fullmatch(repo):
         raise ConfigError(f"repository {repo!r} is not OWNER/NAME")
     files = _files(stored, repo, base)
     api = HfApi()

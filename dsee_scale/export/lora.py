@@ -120,6 +120,8 @@ def export_lora(
         reject_unknown_quantisation(module, partition)
         source = LiveAdapter(module, partition)
         plan = LoraPlan(source, uniform_rank)
+        if base is not None or not source.pruned:  # else it is written anew
+            reject_input(Path(folder), (base, source.base.get("id")))
     with new_folder(partition, folder, kind=KIND, overwrite=overwrite) as new:
         if base is None and source.pruned:
             frozen = LiveModel(module, partition, "2GB", cut=False, tokenizer=tokenizer)
@@ -153,6 +155,7 @@ def export_lora_files(
     source = StoredAdapter(stored)
     plan = LoraPlan(source, uniform_rank)
     base = str(base) if base else source.base.get("id")
+    reject_input(Path(folder), (base,))
     with new_folder(source.partition, folder, kind=KIND, overwrite=overwrite) as new:
         if source.pruned:
             frozen = StoredModel(stored, base, cut=False)

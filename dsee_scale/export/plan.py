@@ -83,6 +83,10 @@ def plan_export(
     Raises:
         ConfigError: `max_shard_size` is no size.
     """
+    if isinstance(max_shard_size, int) and max_shard_size < 1:
+        raise ConfigError(
+            f"max_shard_size {max_shard_size!r} must be at least 1 byte, or a size such as '2GB'"
+        )
     metas = {}
     for name, tensor in saved_state(model).items():
         is_param = isinstance(tensor, nn.Parameter)
@@ -102,7 +106,7 @@ def plan_export(
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(
             f"max_shard_size {max_shard_size!r} is not a size, e.g. '2GB' or bytes: {error}"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ from dsee_scale.export.plan import Entry, ExportPlan
 from dsee_scale.export.report import INDEX_FILE, KIND, REPORT_FILE, ExportReport, count_patterns
 from dsee_scale.export.structure import STRUCTURE_FILE, Structure
 from dsee_scale.partition import Partition
+
+logger = logging.getLogger(__name__)
 
 DeltaForm = Literal["masked", "dense", "separate", "none"]
 WITHOUT_UPDATE = ("separate", "none")
@@ -128,6 +131,13 @@ def write_model(
                 for name, content in (pictures or {}).items():
                     (new.partial / name).write_bytes(content)
                 new.adopt()
+    if writer.untrained:
+        logger.warning(
+            "%s and %d more were trained as W * M + D (mask_update=False), and delta 'masked' writes (W + D) * M, "
+            "which is another model: export with delta 'dense' or 'separate' for the one that was trained",
+            writer.untrained[0],
+            len(writer.untrained) - 1,
+        )
     return report
 
 
@@ -146,6 +156,7 @@ class _Writer:
         self.zeros = dict.fromkeys(sorted(source.pruned), 0)
         self.sizes = dict.fromkeys(source.plan.files, 0)
         self.distance = 0.0
+        self.untrained: list[str] = []
 
     def write_files(self, show: bool) -> None:
         """Collective. Every weight file of the plan, with a progress bar where one is shown."""
@@ -225,6 +236,8 @@ class _Writer:
         if update is not None:
             form: Form = "masked" if self.delta == "masked" else "dense"
             pruned = entry.name in self.masked
+            if pruned and form == "masked" != trained_form(self.source.pruned, entry.name):
+                self.untrained.append(entry.name)
             value = merged_weight(weight, update, pruned=pruned, form=form)
             if self.source.as_trained:
                 trained_as = trained_form(self.source.pruned, entry.name)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, Literal
 
-from dsee_scale.export.card import is_hub_id
+from dsee_scale.export.card import HUB_ID
 from dsee_scale.export.writer import DeltaForm
 from dsee_scale.settings import JsonConfig, at_least, unknown_keys
 
@@ -203,7 +203,7 @@ class ExportConfig(JsonConfig):
         found = []
         if self.adapter_format == "peft" and self.delta != "separate":
             found.append(f"adapter_format 'peft' goes with delta 'separate', found {self.delta!r}")
-        if self.push_to_hub is not None and not is_hub_id(self.push_to_hub):
+        if self.push_to_hub is not None and not HUB_ID.fullmatch(self.push_to_hub):
             found.append(f"push_to_hub {self.push_to_hub!r} is not OWNER/NAME")
         if self.push_to_hub is not None and self.delta == "separate":
             found.append(

@@ -107,3 +107,12 @@ def test_what_stock_transformers_cannot_load_is_said(tmp_path, uneven):
         == ("Stock transformers cannot load it" in text)
         == uneven
     )
+
+
+def test_a_pattern_with_a_bar_stays_in_its_cell(tmp_path):
+    model = build(llama_config())
+    dsee_scale.inject(
+        model, DSEEConfig(rank=2, num_sparse=4, support="magnitude", target_modules=r".*\.(q|v)_proj")
+    )
+    dsee_scale.export_model(model, tmp_path / "out")
+    assert r"| adapted modules | .*\.(q\|v)_proj |" in (tmp_path / "out" / "README.md").read_text()

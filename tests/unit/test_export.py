@@ -331,3 +331,28 @@ def test_load_pretrained_refuses_a_damaged_file(tmp_path):
 def test_a_folder_that_is_not_there_is_called_so(tmp_path):
     with pytest.raises(FormatError, match="nothere is not a folder"):
         dsee_scale.load_pretrained(tmp_path / "nothere")
+
+
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize(("delta", "said"), [("masked", True), ("dense", False), ("separate", False)])
+def test_a_form_that_was_not_trained_is_said(tmp_path, caplog, delta, said, live):
+    build(llama_config()).save_pretrained(tmp_path / "base")
+    model = dsee_scale.load_pretrained(tmp_path / "base")
+    dsee_scale.inject(
+        model, DSEEConfig(rank=2, num_sparse=4, support="magnitude", target_modules=("q_proj",))
+    )
+    dsee_scale.prune(model, PruneConfig(sparsity=0.3, mask_update=False, score="W", refit=False))
+    if live:
+        export_model(model, tmp_path / "out", delta=delta)
+    else:
+        dsee_scale.save_adapter(model, tmp_path / "adapter")
+        export_files(tmp_path / "adapter", None, tmp_path / "out", delta=delta)
+    words = "layers.0.self_attn.q_proj.weight and 1 more were trained as W * M + D (mask_update=False)"
+    assert (words in caplog.text) == said
+
+
+@pytest.mark.parametrize("size", [None, 0, -1, "much"])
+def test_a_file_size_that_is_none_is_named_and_nothing_is_written(tmp_path, size):
+    with pytest.raises(ConfigError, match=f"max_shard_size {size!r}"):
+        export_model(build(llama_config()), tmp_path / "out", max_shard_size=size)
+    assert not list(tmp_path.iterdir())

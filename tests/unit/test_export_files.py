@@ -171,3 +171,28 @@ def test_experts_that_were_trained_in_full_and_are_stored_apart_are_refused(tmp_
     save_adapter(model, tmp_path / "adapter")
     with pytest.raises(FormatError, match=r"experts\.\w+ is .* in the base's weight files.*load_adapter"):
         export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+
+
+def test_weights_in_other_formats_stay_behind_and_generation_settings_do_not(tmp_path):
+    """Older bases say in their config how they generate, and published ones hold what other libraries read."""
+    build(llama_config()).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").unlink(missing_ok=True)
+    values = json.loads((tmp_path / "base" / "config.json").read_text())
+    values |= {"repetition_penalty": 1.3, "do_sample": True, "temperature": 0.6}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(values))
+    for name in ("rust_model.ot", "model.tflite", "model.onnx_data", "vocab.json"):
+        (tmp_path / "base" / name).write_text("{}")
+    model = adapted(tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter")
+    export_files(tmp_path / "adapter", tmp_path / "base", tmp_path / "out")
+    dsee_scale.export_model(model, tmp_path / "live")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "vocab.json" in names and not any(
+        name.endswith((".ot", ".tflite", ".onnx_data")) for name in names
+    )
+    settings = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / folder).generation_config
+        for folder in ("out", "live")
+    ]
+    for found in settings:
+        assert (found.repetition_penalty, found.do_sample, found.temperature) == (1.3, True, 0.6)

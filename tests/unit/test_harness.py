@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from datasets import load_dataset
+from transformers import AutoModelForSequenceClassification, BertConfig
 
 import dsee_scale
 from dsee_scale import DSEEConfig
@@ -24,6 +25,7 @@ from dsee_scale.export.export import export_model
 from dsee_scale.export.lora import export_lora
 from dsee_scale.recipe.sections import DataConfig
 from tests.dist.run_inputs import write_inputs
+from tests.models import build, gpt2_config
 from tests.unit.test_cli import tune
 
 pytest.importorskip("lm_eval")
@@ -237,3 +239,19 @@ def test_an_error_without_a_file_name_is_printed_without_an_empty_one(monkeypatc
     monkeypatch.setattr("dsee_scale.evaluation.harness.evaluate_tasks", fail)
     assert main(["eval", "folder", "--tasks", "t"]) == 1
     assert capsys.readouterr().err == "dsee-scale eval: Unable to find it\n"
+
+
+def test_a_folder_without_a_tokenizer_gives_no_number(folders, tmp_path, capsys):
+    """transformers makes a tokenizer of one token for some models whose files lack it."""
+    export_model(build(gpt2_config()), tmp_path / "gpt2")
+    assert main(["eval", str(tmp_path / "gpt2"), "--tasks", str(folders / "words.yaml")]) == 1
+    assert f"has 1 tokens, but the model '{tmp_path / 'gpt2'}' knows 97" in capsys.readouterr().err
+
+
+def test_what_is_no_decoder_is_refused_before_a_task_runs(folders, tmp_path, capsys):
+    sizes = dict(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=97
+    )
+    AutoModelForSequenceClassification.from_config(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    assert main(["eval", str(tmp_path / "bert"), "--tasks", str(folders / "words.yaml")]) == 1
+    assert "holds a BertForSequenceClassification; lm-eval's tasks need a causal" in capsys.readouterr().err

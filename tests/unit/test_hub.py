@@ -15,6 +15,7 @@ from dsee_scale.checkpoint.folder import open_folder
 from dsee_scale.cli import main
 from dsee_scale.errors import ConfigError
 from dsee_scale.export.export import export_model
+from dsee_scale.export.hub import push_to_hub
 from dsee_scale.export.lora import export_lora
 from tests.dist.run_inputs import write_inputs
 from tests.fake_hub import FakeHub, running_hub
@@ -146,3 +147,11 @@ def test_a_recipe_pushes_what_it_exported_and_one_that_cannot_keeps_it(hub, tmp_
     launch(plain(tmp_path, tmp_path / "again", export=export, **steps))
     assert hub.commits == {"me/run": 1} and set(saved.files) <= hub.repos["me/run"].keys()
     open_folder(pulled(hub, "me/run", tmp_path / "there"), ("export",)).verify_all()
+
+
+def test_a_repository_may_be_called_as_a_folder_here_is(hub, folders, tmp_path, monkeypatch):
+    (tmp_path / "me").mkdir()
+    (tmp_path / "me" / "model").symlink_to(folders / "model")
+    monkeypatch.chdir(tmp_path)
+    push_to_hub("me/model", "me/model")
+    assert "config.json" in hub.repos["me/model"]

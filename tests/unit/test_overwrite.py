@@ -12,9 +12,12 @@ from dsee_scale import PruneConfig
 from dsee_scale.checkpoint.adapter import save_adapter
 from dsee_scale.checkpoint.files import MANIFEST, sha256
 from dsee_scale.checkpoint.training_state import save_training_state
+from dsee_scale.data.tokenizer import open_tokenizer
 from dsee_scale.errors import ConfigError
 from dsee_scale.export.export import export_model
 from dsee_scale.export.from_files import export_files
+from dsee_scale.export.lora import export_lora, export_lora_files
+from tests.dist.run_inputs import write_inputs
 from tests.models import build, llama_config
 from tests.unit.test_adapter_files import LLAMA
 
@@ -110,6 +113,46 @@ def test_an_output_is_never_an_input(model, tmp_path):
     dsee_scale.inject(live, LLAMA)
     with pytest.raises(ConfigError, match="would delete what is read"):
         export_model(live, tmp_path / "model", overwrite=True)
+
+
+def test_a_base_that_the_adapter_names_is_an_input_too(tmp_path):
+    """Of an export from files, and of a LoRA's base beside it."""
+    build(llama_config()).save_pretrained(tmp_path / "raw")
+    base = dsee_scale.load_pretrained(tmp_path / "raw")
+    dsee_scale.inject(base, LLAMA)
+    dsee_scale.prune(base, PruneConfig(score="W", mask_update=False))
+    export_lora(base, tmp_path / "lora")
+    export_lora(base, tmp_path / "lora", overwrite=True)  # whose base is written anew
+    second = dsee_scale.load_pretrained(tmp_path / "lora" / "base")
+    dsee_scale.inject(second, LLAMA)
+    save_adapter(second, tmp_path / "second")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for work in (
+        lambda: export_files(tmp_path / "second", None, tmp_path / "lora" / "base", overwrite=True),
+        lambda: export_lora_files(tmp_path / "second", tmp_path / "lora", overwrite=True),
+        lambda: export_lora_files(
+            tmp_path / "second", tmp_path / "lora", base=tmp_path / "lora" / "base", overwrite=True
+        ),
+        lambda: export_lora(second, tmp_path / "lora", overwrite=True),
+    ):
+        with pytest.raises(ConfigError, match="would delete what is read"):
+            work()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_chat_templates_beyond_the_first_are_ours_as_long_as_they_are_as_written(model, tmp_path):
+    write_inputs(tmp_path)
+    tokenizer = open_tokenizer(str(tmp_path / "model"))
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    for overwrite in (False, True, True):
+        export_model(model, tmp_path / "out", tokenizer=tokenizer, overwrite=overwrite)
+    template = tmp_path / "out" / "additional_chat_templates" / "tools.jinja"
+    for change in ("mine", None):
+        other = template.with_name("notes.txt")
+        other.write_text("mine") if change is None else template.write_text(change)
+        with pytest.raises(ConfigError, match=r"changed since \(additional_chat_templates/"):
+            export_model(model, tmp_path / "out", tokenizer=tokenizer, overwrite=True)
+        template.write_text("{{ tools }}")
 
 
 def _exported(tmp_path: Path) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,3 +177,27 @@ def test_adapters_of_experts_are_as_large_as_planned(model_type):
     setting = Setting(gpus=2, rank=3, num_sparse=7, targets=("o_proj", "experts"))
     assert adapter_entries(shape, setting) == trained
     assert adapter_entries(shape, Setting(gpus=2, rank=3, num_sparse=7, targets=("down_proj",))) > 0
+
+
+def test_without_targets_only_what_the_model_has_is_planned(tmp_path, capsys):
+    """DeepSeek-V2-Lite has q_proj and no v_proj."""
+    sizes = dict(q_lora_rank=None, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
+    config = AutoConfig.for_model("deepseek_v2", **sizes, num_hidden_layers=2, hidden_size=64)
+    config.save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path), "--gpus", "8", "--gpu-memory", "80"]) == 0
+    assert "2 blocks of 64 experts" in capsys.readouterr().out
+
+
+def test_the_docs_table_of_70_billion_parameters_is_what_the_command_prints(capsys):
+    text = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
+    rows = re.findall(r"^\| (2|8|64) \| (bf16|nf4|bf16, offloaded) \| (.*) \|$", text, re.M)
+    assert len(rows) == 9
+    flags = {"bf16": [], "nf4": ["--quantize", "nf4"], "bf16, offloaded": ["--offload"]}
+    for gpus, base, numbers in rows:
+        main(["plan", "--model", "llama-3-70b", "--gpus", gpus, "--gpu-memory", "80", "--json", *flags[base]])
+        found = json.loads(capsys.readouterr().out)
+        phases = found["phases"]
+        sizes = [phases[name]["gpu"] for name in ("load", "decompose", "train", "prune", "export")]
+        sizes.append(max(phase["host"] for phase in phases.values()))
+        expected = [f"{size / GIB:.1f}" for size in sizes] + [f"{found['traffic'] / GIB:.0f}"]
+        assert numbers.split(" | ") == expected, (gpus, base)
