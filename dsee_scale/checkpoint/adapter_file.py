@@ -14,7 +14,7 @@ from dsee_scale.checkpoint.masks import check_kept, check_masks, open_masks
 from dsee_scale.checkpoint.record import AdapterRecord, trained_in_full
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec, aligned, write_dealt
 from dsee_scale.errors import FormatError
-from dsee_scale.partition import Partition
+from dsee_scale.partition import Partition, stored_dtype
 
 STEM = "dsee_adapter"
 KIND = "adapter"
@@ -78,7 +78,7 @@ def stream_adapter(partition: Partition, module: nn.Module, new: NewFolder) -> N
     layers, trained = adapted_layers(module), trained_in_full(module)
     specs = aligned(
         [spec for name, layer in layers.items() for spec in _layer_specs(name, layer)]
-        + [TensorSpec(name, param.dtype, tuple(partition.shape(param))) for name, param in trained.items()]
+        + [TensorSpec(name, partition.dtype(p), tuple(partition.shape(p))) for name, p in trained.items()]
     )
 
     def produce(shares: list[list[str]]) -> list[Tensor]:
@@ -91,7 +91,7 @@ def stream_adapter(partition: Partition, module: nn.Module, new: NewFolder) -> N
 def _layer_specs(name: str, layer: Any) -> list[TensorSpec]:
     """An adapted layer's tensors in the file."""
     return [
-        TensorSpec(f"{name}.{key}", torch.int32 if key in BUFFERS else layer.dsee_flat.dtype, shape)
+        TensorSpec(f"{name}.{key}", torch.int32 if key in BUFFERS else stored_dtype(layer.dsee_flat), shape)
         for key, shape in _tensor_shapes(layer.dsee_spec).items()
     ]
 

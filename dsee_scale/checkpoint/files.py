@@ -1,4 +1,4 @@
-"""Reading single files of saved folders, which may have come from anywhere: bounded, strict, with one error."""
+"""Saved folders as files: read bounded, strict and with one error, for they may be anyone's; put in place whole."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -106,3 +108,29 @@ def _check_bounds(value: Any, depth: int) -> None:
         raise ValueError(f"the number {str(value)[:30]}")
     for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _check_bounds(each, depth + 1)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`; what was there is moved aside first and deleted last, or put back."""
+    previous = folder.with_name(f".{folder.name}.previous")
+    replaced = folder.exists()
+    if replaced:
+        shutil.rmtree(previous, ignore_errors=True)
+        os.rename(folder, previous)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        if replaced:
+            os.rename(previous, folder)
+        raise
+    fsync_folder(folder.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Wait until the disk has what a folder lists."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError, safe_open
 
 from dsee_scale.checkpoint.contents import check_output, unlisted
-from dsee_scale.checkpoint.files import MANIFEST, is_inside, read_json, sha256
+from dsee_scale.checkpoint.files import MANIFEST, fsync_folder, is_inside, read_json, replace_folder, sha256
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import FormatError
 from dsee_scale.partition.port import Partition
@@ -183,7 +183,8 @@ class NewFolder:
             path.unlink()
         manifest = {"format": self.kind, "version": FORMAT_VERSION, "dsee_scale": __version__, "files": files}
         _write(self.partial / MANIFEST, manifest)
-        _fsync_folder(self.partial)
+        for inner in (self.partial, *(path for path in self.partial.rglob("*") if path.is_dir())):
+            fsync_folder(inner)
         replace_folder(self.partial, self.folder)
 
 
@@ -301,17 +302,6 @@ def open_folder(folder: str | Path, kinds: Sequence[str]) -> StoredFolder:
     return StoredFolder(path, str(kind), files)
 
 
-def replace_folder(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`; what was there is moved aside first and deleted last."""
-    previous = folder.with_name(f".{folder.name}.previous")
-    if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        os.rename(folder, previous)
-    os.rename(new, folder)
-    _fsync_folder(folder.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
 def _check_size(path: Path, record: Any) -> None:
     expected = record.get("size") if isinstance(record, dict) else None
     if not path.is_file():
@@ -340,11 +330,3 @@ def _write(path: Path, value: Any) -> None:
 def _flush(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,6 +14,7 @@ from torch import nn
 from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.errors import FormatError
+from dsee_scale.partition.exchange import stored_dtype
 from dsee_scale.partition.quantized import find_codecs
 
 REFIT = "dsee_refit"
@@ -53,7 +54,7 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     values = lasting_config(config.to_dict()) if hasattr(config, "to_dict") else None  # type: ignore[union-attr]
     codecs = find_codecs(model)
-    floating = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in codecs)
+    floating = (stored_dtype(p) for p in model.parameters() if p.is_floating_point() and id(p) not in codecs)
     full = json.loads(config.to_json_string()) if values is not None else {}  # type: ignore[union-attr]
     quantization = full.pop("quantization_config", None)
     full.pop(REFIT, None)

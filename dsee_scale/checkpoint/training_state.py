@@ -9,6 +9,7 @@ weights never enter it; of pruned ones there is one bit per entry. All ranks wri
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from pathlib import Path
@@ -30,7 +31,7 @@ from dsee_scale.checkpoint.masks import has_masks, masks_now, note_files, open_m
 from dsee_scale.checkpoint.record import CONFIG_FILE, COUNTERS, AdapterRecord, check_model, check_state
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec, part_name, write_dealt, write_tensors
 from dsee_scale.checkpoint.unfinished import UnfinishedState
-from dsee_scale.distributed import raise_on_all_ranks
+from dsee_scale.distributed import gather_objects, raise_on_all_ranks
 from dsee_scale.errors import ConfigError, FormatError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.engine_state import open_optimizer
@@ -95,6 +96,9 @@ def start_training_state(
         state = open_optimizer(model, optimizer)
         _check_boundary(model, state)
         record = _state_record(model, state, partition, extra)
+    # A rank that holds no entry of what is trained knows none.
+    record["moments"] = list(dict.fromkeys(itertools.chain(*gather_objects(record["moments"]))))
+    record["scalars"] = dict(itertools.chain(*(each.items() for each in gather_objects(record["scalars"]))))
     record["kept"] = kept = state.kept(list(record["scalars"]))
     record["steps"] = {name: int(kept.get(name, {}).get("step", 0)) for name in state.sizes}
     new = NewFolder(partition, folder, kind=KIND, later=True)
@@ -301,7 +305,10 @@ def _put_settings(model: Any, state: OptimizerState, values: dict[str, Any]) -> 
             put_scheduler_values(scheduler, values.get("lr_scheduler"), values.get("scheduler"))
     scaler, saved = _loss_scaler(model), values.get("loss_scaler")
     if scaler is not None and saved is not None and scaler.keys() == saved.keys():
-        vars(model.optimizer.loss_scaler).update(saved)
+        if (autocast := _autocast_scaler(model)) is not None:
+            autocast.load_state_dict(saved)
+        else:
+            vars(model.optimizer.loss_scaler).update(saved)
 
 
 def _put_counters(model: Any, counters: dict[str, int]) -> None:
@@ -327,7 +334,15 @@ def _scheduler(model: Any) -> Any:
 
 def _loss_scaler(model: Any) -> dict[str, Any] | None:
     """Where a dynamic loss scale (fp16) stands; None without one."""
+    if (autocast := _autocast_scaler(model)) is not None:
+        return dict(autocast.state_dict())
     scaler = getattr(getattr(model, "optimizer", None), "loss_scaler", None) if is_engine(model) else None
     if not getattr(scaler, "dynamic", False):
         return None
     return {key: value for key, value in vars(scaler).items() if isinstance(value, (bool, int, float))}
+
+
+def _autocast_scaler(model: Any) -> Any:
+    """The GradScaler that an engine has under `torch_autocast` in float16; None without one."""
+    optimizer = getattr(model, "optimizer", None) if is_engine(model) else None
+    return getattr(optimizer, "torch_autocast_gradscaler", None)

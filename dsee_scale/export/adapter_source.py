@@ -21,7 +21,7 @@ from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
 from dsee_scale.export.load import recorded_model
 from dsee_scale.export.structure import Structure, find_structure
-from dsee_scale.partition import Partition, open_partition
+from dsee_scale.partition import Partition, open_partition, stored_dtype
 from dsee_scale.pretrained import read_config
 
 
@@ -46,7 +46,7 @@ class LiveAdapter:
         layers: dict[str, Any] = self._layers
         self.specs = {name: layer.dsee_spec for name, layer in layers.items()}
         self.supports = {name: (layer.dsee_rows, layer.dsee_cols) for name, layer in layers.items()}
-        self.dtypes = {name: layer.dsee_flat.dtype for name, layer in layers.items()}
+        self.dtypes = {name: stored_dtype(layer.dsee_flat) for name, layer in layers.items()}
         self.config, self.pruned = model_state(module).config, model_state(module).pruned
         self.base, self.trained = base_identity(module), list(trained_in_full(module))
         self.gone = _removed_outputs(self.specs, find_structure(module, partition.shape))

@@ -34,7 +34,7 @@ from dsee_scale.export.writer import (
     trained_form,
     write_model,
 )
-from dsee_scale.partition import Partition, open_partition, unwrap
+from dsee_scale.partition import Partition, open_partition, stored_dtype, unwrap
 from dsee_scale.partition.quantized import holds_numbers
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,8 @@ class LiveModel:
             config = copy.deepcopy(self.config)
             if hasattr(config, "quantization_config"):
                 del config.quantization_config  # the weights are written decoded
-            config.dtype = str(module.dtype).removeprefix("torch.")
+            floating = (stored_dtype(param) for param in module.parameters() if param.is_floating_point())
+            config.dtype = str(next(floating, module.dtype)).removeprefix("torch.")
             config.architectures = [type(module).__name__]
             vars(config).pop(REFIT, None)
             mark = refit_mark(module)

@@ -6,6 +6,7 @@ from torch import nn
 
 from dsee_scale.errors import TargetError
 from dsee_scale.partition.dense import DensePartition
+from dsee_scale.partition.exchange import stored_dtype
 from dsee_scale.partition.port import Exchange, Partition, Shard
 from dsee_scale.partition.unknown_engines import reject_unknown_engines
 from dsee_scale.partition.zero3 import Zero3Partition, is_partitioned, keep_experts_together
@@ -17,6 +18,7 @@ __all__ = [
     "is_engine",
     "keep_experts_together",
     "open_partition",
+    "stored_dtype",
     "unwrap",
 ]
 

@@ -82,7 +82,11 @@ class Zero3State(OptimizerState):
         for index in range(len(self.zero.fp32_partitioned_groups_flat)):
             self.zero._reassign_or_swap_out_partitioned_parameters(index)
         self.zero.invalidate_secondary_tensor()
-        resident = [param for param in self.params if param.data.numel()]
+        resident: list[Any] = [
+            param
+            for param in self.params
+            if param.ds_status.name == "AVAILABLE"  # type: ignore[attr-defined]
+        ]
         for param, value in zip(resident, self.partition.gather(resident), strict=True):
             param.data.copy_(value)
         settle(self.params[0].device)

@@ -30,7 +30,10 @@ class Ranks:
     def dtype(self, param: nn.Parameter) -> torch.dtype:
         """Dtype of shards and whole copies: of a quantised weight, that of its decoded entries."""
         codec = self.codecs.get(id(param))
-        return param.dtype if codec is None else codec.dtype
+        return self._stored_dtype(param) if codec is None else codec.dtype
+
+    def _stored_dtype(self, param: nn.Parameter) -> torch.dtype:
+        return param.dtype
 
     def decode(self, param: nn.Parameter, stored: Tensor) -> Tensor:
         """A whole stored weight in its true shape, decoded if it is quantised. Local."""

@@ -17,7 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsee_scale.errors import PartitionError
-from dsee_scale.partition.exchange import AllToAll, Piece, is_partitioned, pieces_of, valid_stretch
+from dsee_scale.partition.exchange import (
+    AllToAll,
+    Piece,
+    is_partitioned,
+    pieces_of,
+    stored_dtype,
+    valid_stretch,
+)
 from dsee_scale.partition.port import Part, Shard, decoded
 from dsee_scale.partition.ranks import Ranks
 
@@ -82,6 +89,9 @@ class Zero3Partition(Ranks):
     def compute_device(self, param: Any) -> torch.device:
         """The accelerator, wherever the shard is offloaded to."""
         return self.device if is_partitioned(param) else param.device
+
+    def _stored_dtype(self, param: Any) -> torch.dtype:
+        return stored_dtype(param)
 
     def shard(self, param: Any) -> Shard:
         """This rank's stretch, without the padding."""

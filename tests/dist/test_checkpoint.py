@@ -20,6 +20,7 @@ from dsee_scale.checkpoint.adapter import load_adapter, save_adapter
 from dsee_scale.checkpoint.training_state import load_training_state, save_training_state
 from dsee_scale.export.export import export_model
 from dsee_scale.partition import open_partition, unwrap
+from dsee_scale.partition.optimizer_state import OptimizerState
 from tests.models import build, gpt2_config, llama_config, partition, token_batch, zero3_config
 
 GLOBAL_BATCH = 6
@@ -459,3 +460,57 @@ def test_a_mask_that_deepspeeds_checkpoint_brings_along_is_warned_of(
 ):
     """The shards of ZeRO-3 come after the state dict, so that the next use is the first to see them."""
     assert pools(2).run(loaded_by_deepspeed, str(tmp_path), engine, pruning, use) == [expected] * 2
+
+
+def saved_where_a_rank_holds_nothing(folder: str, empty: bool) -> None:
+    """As rank 1 would be whose share of each trained tensor is padding alone, right after a load."""
+    model = base_model("llama", "zero3", torch.float32)
+    dsee_scale.inject(model, FAMILIES["llama"][1])
+    engine = engine_for(model, "zero3", torch.float32)
+    train(engine, range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        if empty and dist.get_rank() == 1:
+            patch.setattr(OptimizerState, "moments", lambda _: [])
+            patch.setattr(OptimizerState, "scalars", lambda _: {})
+        save_training_state(engine, folder)
+
+
+def test_a_rank_that_holds_no_entry_follows_what_the_others_save(pools, tmp_path):
+    for name in ("usual", "empty"):
+        pools(2).run(saved_where_a_rank_holds_nothing, str(tmp_path / name), name == "empty")
+    assert contents(tmp_path / "usual") == contents(tmp_path / "empty")
+
+
+def scales(folder: str, stage: int) -> tuple[float, float]:
+    import deepspeed
+
+    def make(adapter: str | None) -> Any:
+        config = zero3_config(stage=stage)
+        config |= {
+            "torch_autocast": {"enabled": True, "dtype": "float16"},
+            "train_micro_batch_size_per_gpu": 3,
+        }
+        model = build(llama_config())
+        model = partition(model, config) if stage == 3 else model
+        if adapter is None:
+            dsee_scale.inject(model, FAMILIES["llama"][1])
+        else:
+            load_adapter(model, adapter)
+        params = dsee_scale.trainable_parameters(model)
+        return deepspeed.initialize(model=model, model_parameters=params, config=config)[0]
+
+    engine = make(None)
+    train(engine, range(1))
+    engine.optimizer.torch_autocast_gradscaler.update(new_scale=128.0)
+    train(engine, range(1, 2))
+    save_training_state(engine, folder)
+    again = make(folder)
+    before = again.optimizer.torch_autocast_gradscaler.get_scale()
+    load_training_state(again, folder)
+    return before, again.optimizer.torch_autocast_gradscaler.get_scale()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_scale_of_torch_autocast_in_float16_is_resumed(pools, tmp_path, stage):
+    for before, after in pools(2).run(scales, str(tmp_path / "state"), stage):
+        assert (before, after) == (65536.0, 128.0)

@@ -202,6 +202,23 @@ def test_an_error_while_saving_leaves_the_previous_content(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_previous_content(tmp_path, monkeypatch):
+    save(tmp_path / "out", {"x": torch.ones(3)})
+    rename, calls = os.rename, []
+
+    def fails(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(FormatError, match="Input/output error"):
+        save(tmp_path / "out", {"x": torch.zeros(3)}, overwrite=True)
+    assert len(calls) == 3 and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert torch.equal(load_file(tmp_path / "out" / "dsee_adapter.safetensors")["x"], torch.ones(3))
+
+
 def test_a_full_disk_names_the_file(tmp_path):
     file = HashedFile(tmp_path / "x")
     file._file.close()

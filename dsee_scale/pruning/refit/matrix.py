@@ -15,6 +15,7 @@ from dsee_scale.algorithms.delta import AdapterSpec, Delta, low_rank_block
 from dsee_scale.algorithms.refit import Factor, sparsegpt, to_storage
 from dsee_scale.algorithms.sweep import Count, Groups, Leading, Removal
 from dsee_scale.config import DSEEConfig, PruneConfig
+from dsee_scale.partition import stored_dtype
 from dsee_scale.passes.decompose_model import seeded
 
 PASSES = 8_000
@@ -101,7 +102,7 @@ def settle(module: nn.Module, job: Job, solved: Tensor, delta: Delta | None) -> 
     member = job.member
     if member.transposed:
         solved = solved.t().contiguous()
-    stored = to_storage(solved, member.param.dtype)
+    stored = to_storage(solved, stored_dtype(member.param))
     support = None
     if delta is not None:
         settings = model_state(module).config
@@ -110,7 +111,7 @@ def settle(module: nn.Module, job: Job, solved: Tensor, delta: Delta | None) -> 
         if job.keeps_low_rank:
             kept = solved != 0
             solved -= low_rank_block(delta, 0, len(solved)).to(solved)
-            stored = to_storage(solved.masked_fill_(~kept, 0), member.param.dtype)
+            stored = to_storage(solved.masked_fill_(~kept, 0), stored_dtype(member.param))
             stored.masked_fill_(kept & (stored == 0), torch.finfo(stored.dtype).tiny)
     return stored, support
 

@@ -269,7 +269,22 @@ def check_refit(
         )
     check_reachable(model, list(adapter_params(list(members.values())).values()))
     reject_encoder_decoder(unwrap(model))
-    return find_blocks(unwrap(model), list(members))
+    blocks = find_blocks(unwrap(model), list(members))
+    _reject_one_leaf(unwrap(model), blocks)
+    return blocks
+
+
+def _reject_one_leaf(module: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> None:
+    """Blocks that DeepSpeed fetches and releases together can't be run one after the other."""
+    inside = {id(block) for _, block in blocks}
+    for name, outer in module.named_modules():
+        leaf = getattr(outer, "_z3_leaf", False) and id(outer) not in inside
+        if leaf and not inside.isdisjoint(map(id, outer.modules())):
+            raise PartitionError(
+                f"ZeRO-3 fetches {name or 'the whole model'} as one leaf, by stage3_module_granularity_threshold or "
+                "set_z3_leaf_modules, and a re-fit goes block after block; lower it, or set refit=False. Nothing was "
+                "removed"
+            )
 
 
 def _stopped(module: nn.Module, error: BaseException, done: Sequence[str]) -> BaseException:
