@@ -135,6 +135,9 @@ class Partition(Protocol):
     def assign(self, params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
         """Collective. Set (small) trainable parameters from whole values that every rank holds."""
 
+    def holder(self, param: nn.Parameter, part: Part) -> int | None:
+        """Local. The rank in whose shard a part of a parameter begins; None where it is whole, or on every rank."""
+
     def exchange_bytes(
         self, params: Sequence[nn.Parameter], owners: Sequence[int], parts: Sequence[Part] | None = None
     ) -> int:

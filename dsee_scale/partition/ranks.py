@@ -35,6 +35,10 @@ class Ranks:
     def _stored_dtype(self, param: nn.Parameter) -> torch.dtype:
         return param.dtype
 
+    def holder(self, param: nn.Parameter, part: Part) -> int | None:
+        """See `Partition.holder`."""
+        return None
+
     def decode(self, param: nn.Parameter, stored: Tensor) -> Tensor:
         """A whole stored weight in its true shape, decoded if it is quantised. Local."""
         codec = self.codecs.get(id(param))

@@ -93,6 +93,10 @@ class Zero3Partition(Ranks):
     def _stored_dtype(self, param: Any) -> torch.dtype:
         return stored_dtype(param)
 
+    def holder(self, param: Any, part: Part) -> int | None:
+        """The rank in whose shard a part begins."""
+        return part[0] // int(param.ds_tensor.numel()) if part and is_partitioned(param) else None
+
     def shard(self, param: Any) -> Shard:
         """This rank's stretch, without the padding."""
         if not is_partitioned(param):

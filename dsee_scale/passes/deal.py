@@ -25,8 +25,22 @@ def deal(costs: Sequence[int], world_size: int) -> list[int]:
     return owners
 
 
-def rounds(sizes: Sequence[int], owners: Sequence[int], world_size: int, max_bytes: int) -> list[Round]:
-    """Split into rounds in which each owner receives at most `max_bytes` (at least one matrix)."""
+def rounds(
+    sizes: Sequence[int],
+    owners: Sequence[int],
+    world_size: int,
+    max_bytes: int,
+    holders: Sequence[int | None] | None = None,
+) -> list[Round]:
+    """Split into rounds in which each owner receives at most `max_bytes`, or one matrix.
+
+    Args:
+        sizes: bytes of each matrix.
+        owners: the rank that receives it.
+        world_size: number of ranks.
+        max_bytes: what an owner receives in a round, or a holder sends.
+        holders: the rank that holds most of it, as of an expert's matrix; None where each rank holds a share.
+    """
     queues = [
         sorted((i for i, owner in enumerate(owners) if owner == r), key=lambda i: (-sizes[i], i))
         for r in range(world_size)
@@ -34,11 +48,22 @@ def rounds(sizes: Sequence[int], owners: Sequence[int], world_size: int, max_byt
     result = []
     while any(queues):
         chosen: list[int] = []
-        for queue in queues:
-            room = max_bytes
-            while queue and (room == max_bytes or sizes[queue[0]] <= room):
-                room -= sizes[queue[0]]
-                chosen.append(queue.pop(0))
+        sent: dict[int | None, int] = {}
+        for owner, queue in enumerate(queues):
+            room, later = max_bytes, []
+            for at, index in enumerate(queue):
+                if sizes[queue[-1]] > room < max_bytes:  # not even the smallest
+                    later += queue[at:]
+                    break
+                holder, size = (holders[index] if holders else None), sizes[index]
+                sends = holder is None or not sent.get(holder) or sent[holder] + size <= max_bytes
+                if sends and (room == max_bytes or size <= room):
+                    room -= size
+                    sent[holder] = sent.get(holder, 0) + size
+                    chosen.append(index)
+                else:
+                    later.append(index)
+            queues[owner] = later
         chosen.sort()
         result.append(Round(tuple(chosen), tuple(owners[i] for i in chosen)))
     return result

@@ -80,7 +80,8 @@ def decompose_model(
     if not any(target.num_sparse for target in targets):
         return _share({}, pieces, targets, owners, partition)
     sizes = [piece.numel * piece.target.weight.element_size() for piece in pieces]
-    plan = rounds(sizes, owners, partition.world_size, config.decomposition.round_memory_mib << 20)
+    holders = [partition.holder(piece.target.weight, piece.part) for piece in pieces]
+    plan = rounds(sizes, owners, partition.world_size, config.decomposition.round_memory_mib << 20, holders)
     workspaces, lacking = _reserve(plan, pieces, partition, config)
     partition.raise_first(lacking)
     supports: dict[int, Support] = {}

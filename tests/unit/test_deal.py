@@ -56,6 +56,21 @@ def test_re_fitting_keeps_64_ranks_busy(simulation, model, ranks):
     assert simulation.refit_work(block, ranks) * ranks <= 1.1 * simulation.refit_work(block, 1)
 
 
+@pytest.mark.parametrize(("experts", "ranks", "each"), [(256, 16, 56), (8, 2, 224), (128, 8, 6), (60, 7, 20)])
+def test_no_rank_sends_more_in_a_round_than_an_owner_may_receive(experts, ranks, each):
+    """Experts lie in one rank's shard each, in order."""
+    holders = [expert * ranks // experts for expert in range(experts)]
+    owners = deal([each] * experts, ranks)
+    plan = rounds([each] * experts, owners, ranks, 64, holders)
+    most = max(64, each)
+    for one in plan:
+        for end in (owners, holders):
+            assert all(sum(each for i in one.indices if end[i] == rank) <= most for rank in range(ranks))
+    assert sorted(i for one in plan for i in one.indices) == list(range(experts))
+    a_round = max(1, 64 // each)
+    assert len(plan) <= 1.5 * -(-max(owners.count(rank) for rank in range(ranks)) // a_round)
+
+
 def test_every_matrix_travels_once_to_its_owner_and_no_round_is_too_large():
     sizes = [5, 3, 9, 1, 1, 7, 2, 4]
     owners = deal(sizes, 3)
