@@ -499,15 +499,18 @@ def scales(folder: str, stage: int) -> tuple[float, float]:
         params = dsee_scale.trainable_parameters(model)
         return deepspeed.initialize(model=model, model_parameters=params, config=config)[0]
 
-    engine = make(None)
-    train(engine, range(1))
-    engine.optimizer.torch_autocast_gradscaler.update(new_scale=128.0)
-    train(engine, range(1, 2))
-    save_training_state(engine, folder)
-    again = make(folder)
-    before = again.optimizer.torch_autocast_gradscaler.get_scale()
-    load_training_state(again, folder)
-    return before, again.optimizer.torch_autocast_gradscaler.get_scale()
+    with pytest.MonkeyPatch.context() as patch:
+        # Which DeepSpeed leaves set for every later engine of a process.
+        patch.setattr("deepspeed.runtime.torch_autocast.TORCH_AUTOCAST_INITIALIZED", False)
+        engine = make(None)
+        train(engine, range(1))
+        engine.optimizer.torch_autocast_gradscaler.update(new_scale=128.0)
+        train(engine, range(1, 2))
+        save_training_state(engine, folder)
+        again = make(folder)
+        before = again.optimizer.torch_autocast_gradscaler.get_scale()
+        load_training_state(again, folder)
+        return before, again.optimizer.torch_autocast_gradscaler.get_scale()
 
 
 @pytest.mark.parametrize("stage", [2, 3])
