@@ -37,9 +37,9 @@ WITHIN = (
     PruneConfig(sparsity=0.3, scope="global", score="WABS"),
     PruneConfig(sparsity=0.4, scope="row", score="W", modules=("*.experts.*",)),
     PruneConfig(sparsity=0.5, scope="matrix", score="random", modules=("*.experts.*",)),
+    PruneConfig(pattern="neurons", num_per_layer=4, refit=False),
     PruneConfig(pattern="2:4", score="W", modules=("*.experts.*",)),
     PruneConfig(sparsity=0.6, refit=False, modules=("*.experts.*",)),
-    PruneConfig(pattern="neurons", num_per_layer=4, refit=False),
     PruneConfig(pattern="experts", num_per_layer=1),
     PruneConfig(pattern="experts", sparsity=0.4, scope="global", score="frequency"),
 )
