@@ -244,8 +244,9 @@ def lowest_units_overall(
     """
     sizes = [len(found) for found in layer_scores]
     gone = [found.clone() for found in before]
-    spare = [size - floor - int(found.sum()) for size, found in zip(sizes, gone, strict=True)]
-    left = num_remove - sum(int(found.sum()) for found in gone)
+    counts = [sum(found.tolist()) for found in gone]
+    spare = [size - floor - count for size, count in zip(sizes, counts, strict=True)]
+    left = num_remove - sum(counts)
     assert left <= sum(max(0, each) for each in spare), (num_remove, sizes, floor)
     places = [(layer, unit) for layer, size in enumerate(sizes) for unit in range(size)]
     for place in torch.sort(torch.cat(list(layer_scores)), stable=True).indices.tolist():

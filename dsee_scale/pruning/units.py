@@ -277,7 +277,7 @@ def _overall_budget(layers: list[UnitLayer], gone: list[Tensor], config: PruneCo
     total = sum(layer.num_units for layer in layers)
     num_units = _rounded(config, total, layers[0])
     most = sum(
-        max(int(already.sum()), layer.num_units - _floor(layer, config))
+        max(sum(already.tolist()), layer.num_units - _floor(layer, config))
         for layer, already in zip(layers, gone, strict=True)
     )
     if num_units > most:

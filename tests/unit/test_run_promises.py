@@ -207,7 +207,10 @@ def files(folder: Path) -> list[str]:
 POOL = {"name": "a", "sparsity": 0.5}
 LATE = [
     ({"prune": {"score": "W", "modules": ["nope"]}}, "'nope' matches no linear layer"),
-    ({"prune": {"score": "W", "pools": [{**POOL, "modules": ["nope"]}]}}, "pool 'a' matches no weight"),
+    (
+        {"prune": {"score": "W", "pools": [{**POOL, "modules": ["nope"]}]}},
+        "pool 'a': modules 'nope' matches no weight",
+    ),
     ({"prune": {"score": "W", "pools": [POOL, {**POOL, "name": "b"}]}}, "pools 'a' and 'b' both hold"),
     ({"prune": {"score": "W", "pattern": "3:7"}}, "7"),
     ({"prune": {"pattern": "heads", "num_per_layer": 9, "score": "ABS"}}, "heads"),
