@@ -87,7 +87,7 @@ class UnitLayer:
         router: what chooses among the experts.
         router_name: its name in the model.
         top: experts that a token goes to.
-        in_group: experts that such a router takes from one group, at most.
+        in_group: experts that a router of several groups takes from one of them, at most.
     """
 
     name: str
@@ -197,7 +197,7 @@ def _in_experts(
                 router=inner(block, where.router, name),
                 router_name=f"{name}.{where.router}",
                 top=top,
-                in_group=_taken_from_a_group(model.config, where, top),
+                in_group=_taken_from_a_group(model.config, where, top) if groups > 1 else 0,
             )
         )
     return found

@@ -82,7 +82,7 @@ def multiply_by_bits_(words: Tensor, bits: Tensor) -> None:
     if words.device.type != "cpu":
         words.mul_(bits)
         return
-    # NumPy widens small blocks that stay in the cache, torch the whole: three quarters of its time.
+    # NumPy widens small blocks that stay in the cache, torch the whole.
     np.multiply(words.numpy(), bits.numpy().view(np.uint8), out=words.numpy())
 
 

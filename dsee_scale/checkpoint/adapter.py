@@ -273,8 +273,8 @@ def check_contents(
     with raise_on_all_ranks(partition):
         sums += [masked_sum(partition, params[name], masks, name) for name in expected]
     found = partition.sum_over_shards(torch.tensor(sums, dtype=torch.int64)).tolist()
-    sums_of = dict(zip(expected, found, strict=True))
-    others = [name for name, content in expected.items() if as_text(sums_of[name]) != content]
+    pairs = zip(expected.items(), found, strict=True)
+    others = [name for (name, content), total in pairs if as_text(total) != content]
     sampled = {name: params[name] for name in others if name in record.samples}
     if sampled and all(params[name].dtype is torch.float16 for name in others):
         # A checksum survives rounding from float32 to bfloat16, by way of float16 it doesn't.

@@ -14,8 +14,8 @@ from torch import nn
 from dsee_scale.adapters.state import model_state
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.errors import FormatError
-from dsee_scale.partition.exchange import stored_dtype
 from dsee_scale.partition.quantized import find_codecs
+from dsee_scale.partition.ranks import stored_dtype
 
 REFIT = "dsee_refit"
 """In the config of weights that a re-fit or an export with the update put in left: which ones, see `refit_mark`."""

@@ -71,9 +71,10 @@ class AdapterRecord:
 
     def is_other(self, name: str, weight: Tensor) -> bool:
         """Whether a whole weight is another one than the adapter was trained on, as far as its sample tells. Local."""
+        if name not in self.samples:
+            return False
         flat = weight.reshape(-1)
-        found = sample(Shard(flat, 0), flat.numel()).tolist()
-        return name in self.samples and is_other_sample(self.samples[name], found)
+        return is_other_sample(self.samples[name], sample(Shard(flat, 0), flat.numel()).tolist())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -116,16 +116,3 @@ def check_base_folder(record: AdapterRecord, base: Path, where: str) -> None:
     values = lasting_config(raw if config is None else config.to_dict())
     check_base(record.base, {"id": str(base), "config": values, "config_sha256": config_hash(values)}, where)
     check_refit(record, raw.get(REFIT), where)
-
-
-def write_generation_settings(base: Path, model_class: str, folder: Path) -> None:
-    """What transformers reads from an older base's config, where the base has no file for it. Local."""
-    import transformers
-
-    known = getattr(transformers, model_class, None)
-    if (base / "generation_config.json").is_file() or known is None or not known.can_generate():
-        return
-    settings = transformers.GenerationConfig.from_pretrained(
-        base, config_file_name="config.json", _from_model_config=True
-    )
-    settings.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])

@@ -27,7 +27,7 @@ from dsee_scale.checkpoint.record import CONFIG_FILE, AdapterRecord
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec
 from dsee_scale.config import UNIT_PATTERNS
 from dsee_scale.errors import FormatError
-from dsee_scale.export.adapter_source import check_base_folder, write_generation_settings
+from dsee_scale.export.adapter_source import check_base_folder
 from dsee_scale.export.load import is_recorded, recorded_model
 from dsee_scale.export.plan import (
     WEIGHTS_FILE,
@@ -183,7 +183,7 @@ class StoredModel:
             if mark is not None:
                 config[REFIT] = mark
             (new.partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            write_generation_settings(self.base_folder, str(identity["class"]), new.partial)
+            _write_generation_settings(self.base_folder, str(identity["class"]), new.partial)
 
     def _update(self, name: str) -> Delta:
         """D of one module, from the adapter's tensors."""
@@ -335,3 +335,16 @@ def _tied_to(record: AdapterRecord, model: nn.Module | None) -> dict[str, list[s
         sharing.setdefault(id(param), []).append(name)
     groups = [(set(names) & set(record.trained), names) for names in sharing.values()]
     return {next(iter(own)): [n for n in names if n not in own] for own, names in groups if len(own) == 1}
+
+
+def _write_generation_settings(base: Path, model_class: str, folder: Path) -> None:
+    """What transformers reads from an older base's config, where the base has no file for it. Local."""
+    import transformers
+
+    known = getattr(transformers, model_class, None)
+    if (base / "generation_config.json").is_file() or known is None or not known.can_generate():
+        return
+    settings = transformers.GenerationConfig.from_pretrained(
+        base, config_file_name="config.json", _from_model_config=True
+    )
+    settings.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])

@@ -6,8 +6,8 @@ from torch import nn
 
 from dsee_scale.errors import TargetError
 from dsee_scale.partition.dense import DensePartition
-from dsee_scale.partition.exchange import stored_dtype
 from dsee_scale.partition.port import Exchange, Partition, Shard
+from dsee_scale.partition.ranks import stored_dtype
 from dsee_scale.partition.unknown_engines import reject_unknown_engines
 from dsee_scale.partition.zero3 import Zero3Partition, is_partitioned, keep_experts_together
 

@@ -19,11 +19,6 @@ def is_partitioned(param: nn.Parameter) -> bool:
     return hasattr(param, "ds_id")
 
 
-def stored_dtype(param: nn.Parameter) -> torch.dtype:
-    """Dtype of a parameter's entries; of released ones of a leaf module DeepSpeed leaves an empty float32 tensor."""
-    return param.ds_tensor.dtype if is_partitioned(param) else param.dtype  # type: ignore[attr-defined, no-any-return]
-
-
 class AllToAll:
     """Matrices on their way to their owners: one `all_to_all_single` of bytes."""
 

@@ -16,6 +16,11 @@ from dsee_scale.partition.port import Exchange, Part, Shard, part_of
 from dsee_scale.partition.quantized import Codec, find_codecs
 
 
+def stored_dtype(param: nn.Parameter) -> torch.dtype:
+    """Dtype of a parameter's entries; of released ones of a leaf module DeepSpeed leaves an empty float32 tensor."""
+    return getattr(param, "ds_tensor", param).dtype
+
+
 class Ranks:
     """A group of processes, or the only one where torch.distributed is not initialised."""
 
@@ -30,10 +35,7 @@ class Ranks:
     def dtype(self, param: nn.Parameter) -> torch.dtype:
         """Dtype of shards and whole copies: of a quantised weight, that of its decoded entries."""
         codec = self.codecs.get(id(param))
-        return self._stored_dtype(param) if codec is None else codec.dtype
-
-    def _stored_dtype(self, param: nn.Parameter) -> torch.dtype:
-        return param.dtype
+        return stored_dtype(param) if codec is None else codec.dtype
 
     def holder(self, param: nn.Parameter, part: Part) -> int | None:
         """See `Partition.holder`."""

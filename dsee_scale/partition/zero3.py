@@ -22,7 +22,6 @@ from dsee_scale.partition.exchange import (
     Piece,
     is_partitioned,
     pieces_of,
-    stored_dtype,
     valid_stretch,
 )
 from dsee_scale.partition.port import Part, Shard, decoded
@@ -89,9 +88,6 @@ class Zero3Partition(Ranks):
     def compute_device(self, param: Any) -> torch.device:
         """The accelerator, wherever the shard is offloaded to."""
         return self.device if is_partitioned(param) else param.device
-
-    def _stored_dtype(self, param: Any) -> torch.dtype:
-        return stored_dtype(param)
 
     def holder(self, param: Any, part: Part) -> int | None:
         """The rank in whose shard a part begins."""

@@ -302,8 +302,7 @@ def _rounded(config: PruneConfig, num_units: int, layer: UnitLayer) -> int:
 
 def _floor(layer: UnitLayer, config: PruneConfig) -> int:
     """Units that stay; of experts one more than a token goes to, else there would be nothing to choose."""
-    grouped = layer.in_group * layer.groups if layer.groups > 1 else 0
-    return max(-(-config.min_per_layer // layer.unit_size), layer.top + 1, grouped)
+    return max(-(-config.min_per_layer // layer.unit_size), layer.top + 1, layer.in_group * layer.groups)
 
 
 def _reject_unequal(layer: UnitLayer, config: PruneConfig) -> None:

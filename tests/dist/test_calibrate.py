@@ -180,27 +180,37 @@ def test_bad_calibration_is_the_same_error_on_every_rank(pools, padding_only, wo
     assert all(unchanged for _, unchanged in found)
 
 
-def out_of_memory() -> tuple[str, bool]:
-    """Rank 1 has no room to solve its first matrix."""
+FIRST_NEEDS = {"look": (blocks, "_finite"), "solver": (matrix, "sparsegpt")}
+"""Where memory may end: to see whether a batch's activations are finite, and to solve the first matrix."""
+
+
+def out_of_memory(what: str) -> tuple[str, bool]:
+    """Rank 1 has no room."""
     engine = live("llama", zero3_config())
     before = whole_weights(engine)
 
-    def solve(*_: Any, **__: Any) -> None:
-        raise MemoryError("no room for a factorisation")
+    def none(*_: Any, **__: Any) -> None:
+        raise MemoryError("no room")
 
     with pytest.MonkeyPatch.context() as patch:
         if dist.get_rank() == 1:
-            patch.setattr(matrix, "sparsegpt", solve)
+            patch.setattr(*FIRST_NEEDS[what], none)
         with pytest.raises(PartitionError) as caught:
             dsee_scale.prune(engine, PruneConfig(), here(2))
     after = whole_weights(engine)
     return str(caught.value), all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_rank_without_memory_to_solve_is_the_same_error_on_every_rank(pools):
-    found = pools(2).run(out_of_memory)
-    assert found[0] == found[1] and found[0][1]
-    assert "out of memory while re-fitting a block; lower gram_memory_mib (now 4096)" in found[0][0]
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("look", "rank 1: MemoryError: no room"),
+        ("solver", "out of memory while re-fitting a block; lower gram_memory_mib (now 4096)"),
+    ],
+)
+def test_a_rank_without_memory_is_the_same_error_on_every_rank(pools, what, words):
+    found = pools(2).run(out_of_memory, what)
+    assert found[0] == found[1] and found[0][1] and words in found[0][0]
 
 
 def short_of(what: str) -> tuple[str, bool]:
@@ -277,29 +287,6 @@ def short_in_a_pass(what: str, error: Exception) -> tuple[str, set[str]]:
     after = whole_weights(model)
     changed = {each for each in before if not torch.equal(before[each], after[each])}
     return str(caught.value), {".".join(each.split(".")[:3]) for each in changed}
-
-
-def short_of_memory_for_a_look() -> tuple[str, bool]:
-    """Rank 1 has no room to see whether a batch's activations are finite."""
-    engine = live("llama", zero3_config())
-    before = whole_weights(engine)
-
-    def none(*_: Any) -> None:
-        raise MemoryError("no room")
-
-    with pytest.MonkeyPatch.context() as patch:
-        if dist.get_rank() == 1:
-            patch.setattr(blocks, "_finite", none)
-        with pytest.raises(PartitionError) as caught:
-            dsee_scale.prune(engine, PruneConfig(), here(2))
-    after = whole_weights(engine)
-    return str(caught.value), all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_a_rank_that_cannot_look_at_its_activations_says_so_on_all(pools):
-    found = pools(2).run(short_of_memory_for_a_look)
-    assert found[0] == found[1] and found[0][1]
-    assert "rank 1" in found[0][0] and "no room" in found[0][0]
 
 
 def lone_on_one_rank(call: str, lone: int) -> str:

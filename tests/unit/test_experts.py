@@ -527,10 +527,14 @@ def test_experts_whose_outputs_are_no_numbers_are_refused_and_none_is_ranked(las
         experts.gate_up_proj[2] = 3.0
         experts.down_proj[2] = 6e4
     before = experts.down_proj.clone()
-    for work in (dsee_scale.calibrate, lambda *data: dsee_scale.prune(*data[:1], REAP, *data[1:])):
-        with pytest.raises(CalibrationError, match="NaN or infinity"):
-            work(model, batches_of(4))
+    with pytest.raises(CalibrationError, match="NaN or infinity"):
+        dsee_scale.calibrate(model, batches_of(4))
+    with pytest.raises(CalibrationError, match="NaN or infinity"):
+        dsee_scale.prune(model, PruneConfig(pattern="experts", num_per_layer=1), batches_of(4))
     assert torch.equal(before, experts.down_proj)
 
 
-REAP = PruneConfig(pattern="experts", num_per_layer=1)
+def test_a_router_without_groups_that_takes_one_expert_is_told_of_one_more():
+    model = build(moe_config("qwen3_moe", num_experts_per_tok=1))
+    with pytest.raises(ConfigError, match=r"at least 2, one more than the 1 that each token goes to"):
+        dsee_scale.prune(model, PruneConfig(pattern="experts", num_per_layer=4, score="random"))
