@@ -59,7 +59,7 @@ OURS = {
     "ours, 70%": Ours([{"sparsity": 0.7, "block_steps": 96}]),
     "ours, 50% without S2": Ours([HALF], num_sparse=None),
     "ours, 50%, N = 0.1%": Ours([HALF], num_sparse=0.001),
-    "ours, 50%, every matrix alike": Ours([{**HALF, "scope": "matrix"}]),
+    "ours, 70%, every matrix alike": Ours([{"sparsity": 0.7, "block_steps": 96, "scope": "matrix"}]),
     "ours, 50%, without block steps": Ours([{"sparsity": 0.5}]),
     "ours, 2:4, without block steps": Ours([{"pattern": "2:4"}]),
     "ours, 50%, without block steps, distilled": Ours([{"sparsity": 0.5}], distilled=True),
@@ -78,11 +78,24 @@ OURS = {
     ),
     "magnitude, 50%, update beside the mask": Ours([{"sparsity": 0.5, "score": "W", "mask_update": False}]),
 }
-COMPRESSOR = {
-    "llm-compressor's Wanda then LoRA, 50%": "WandaPruningModifier",
-    "llm-compressor's SparseGPT then LoRA, 50%": "SparseGPTModifier",
+
+AMOUNTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "50%": ({"sparsity": 0.5}, {"sparsity": 0.5}),
+    "2:4": ({"pattern": "2:4"}, {"sparsity": 0.5, "mask_structure": "2:4"}),
+    "70%": ({"sparsity": 0.7}, {"sparsity": 0.7}),
 }
-PEERS = ("dense LoRA", "wanda then LoRA, 50%", *(COMPRESSOR if find_spec("llmcompressor") else ()))
+"""What a peer removes: arguments of `PruneConfig`, and of llm-compressor's modifiers."""
+OWL = "llm-compressor's SparseGPT then LoRA, 70% by OWL"
+WANDA = {f"wanda then LoRA, {amount}": settings for amount, (settings, _) in AMOUNTS.items()}
+COMPRESSOR = {
+    "llm-compressor's Wanda then LoRA, 50%": ("WandaPruningModifier", AMOUNTS["50%"][1]),
+    **{
+        f"llm-compressor's SparseGPT then LoRA, {amount}": ("SparseGPTModifier", settings)
+        for amount, (_, settings) in AMOUNTS.items()
+    },
+    OWL: ("SparseGPTModifier", AMOUNTS["70%"][1]),
+}
+PEERS = ("dense LoRA", *WANDA, *(COMPRESSOR if find_spec("llmcompressor") else ()))
 
 
 def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
@@ -136,13 +149,43 @@ def pruned_then_lora(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     """Prune the untuned model, tune it by PEFT with as many steps in all, merge under the mask."""
     model, batches = lab.base(), lab.calibration(seed)
     if row in COMPRESSOR:
-        _compress(model, batches, COMPRESSOR[row])
+        modifier, amount = COMPRESSOR[row]
+        if row == OWL:
+            amount = owl(model, batches, **amount)
+        _compress(model, batches, modifier, amount)
     else:
-        dsee_scale.prune(model, PruneConfig(sparsity=0.5, refit=False), batches)
+        dsee_scale.prune(model, PruneConfig(**WANDA[row], refit=False), batches)
     return {"pruned": lab.quality(model)} | _peft(lab, model, row, seed, masked=True)
 
 
-def _compress(model: nn.Module, batches: list[dict[str, Tensor]], modifier: str) -> None:
+def owl(
+    model: nn.Module,
+    batches: list[dict[str, Tensor]],
+    sparsity: float,
+    factor: float = 5.0,
+    reach: float = 0.08,
+) -> dict[str, Any]:
+    """A share for each block by its outliers, as OWL sets it (arXiv 2310.05175; the defaults are its authors').
+
+    A block whose |W| * norm of the input channel has more entries above `factor` times their mean keeps more, by
+    `reach` either way. llm-compressor 0.14's own OWL doesn't run, but its modifiers take one share for each block.
+    """
+    found = dsee_scale.calibrate(model, batches)
+    blocks: dict[str, list[Tensor]] = {}
+    for name, layer in block_linears(model).items():
+        norms = found.norms(name)
+        assert norms is not None
+        blocks.setdefault(name.rsplit(".", 2)[0], []).append((layer.weight.detach().abs() * norms).flatten())
+    parts = [torch.cat(each).float() for each in blocks.values()]
+    outliers = torch.stack([(part > factor * part.mean()).float().mean() for part in parts])
+    kept = 2 * reach * (outliers - outliers.min()) / (outliers.max() - outliers.min())
+    shares = sparsity - (kept - kept.mean())
+    return {"sparsity": shares.tolist(), "targets": [type(model.get_submodule(next(iter(blocks)))).__name__]}
+
+
+def _compress(
+    model: nn.Module, batches: list[dict[str, Tensor]], modifier: str, amount: dict[str, Any]
+) -> None:
     """One modifier of llm-compressor on the block weights, from the same rows, one at a time so that none is padded."""
     from llmcompressor import oneshot
     from llmcompressor.modifiers import pruning
@@ -152,7 +195,7 @@ def _compress(model: nn.Module, batches: list[dict[str, Tensor]], modifier: str)
         for batch in batches
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
-    settings = {"sparsity": 0.5, "mask_structure": "0:0", "targets": ["Linear"], "ignore": ["re:.*lm_head"]}
+    settings = {"mask_structure": "0:0", "targets": ["Linear"], "ignore": ["re:.*lm_head"], **amount}
     loader, recipe = DataLoader(rows, batch_size=None), getattr(pruning, modifier)(**settings)  # type: ignore[arg-type]
     oneshot(model=model, dataset=loader, recipe=recipe, pipeline="sequential", clear_sparse_session=True)
 
