@@ -24,7 +24,7 @@ from dsee_scale.checkpoint.identity import base_identity, base_label, check_base
 from dsee_scale.config import DSEEConfig
 from dsee_scale.errors import ConfigError, FormatError, TargetError
 from dsee_scale.partition.optimizer_state import as_kept
-from dsee_scale.partition.port import Partition, Shard
+from dsee_scale.partition.port import Partition
 from dsee_scale.passes.fingerprint import SAMPLED, is_other_sample, sample
 from dsee_scale.settings import type_problems
 
@@ -73,8 +73,8 @@ class AdapterRecord:
         """Whether a whole weight is another one than the adapter was trained on, as far as its sample tells. Local."""
         if name not in self.samples:
             return False
-        flat = weight.reshape(-1)
-        return is_other_sample(self.samples[name], sample(Shard(flat, 0), flat.numel()).tolist())
+        found = sample(weight)
+        return is_other_sample(self.samples[name][: len(found)], found)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -80,8 +80,15 @@ def samples(weights: Mapping[str, nn.Parameter], partition: Partition) -> dict[s
     known = {name: param for name, param in weights.items() if _has_numbers(param, partition)}
     chosen = dict(list(known.items())[:: -(-len(known) // MOST_SAMPLED) or 1])
     found = torch.zeros(len(chosen), SAMPLED)
-    for row, param in zip(found, chosen.values(), strict=True):
-        row += sample(partition.shard(param), partition.shape(param).numel())
+    here: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    for row, param in enumerate(chosen.values()):
+        columns, values = _sample(partition.shard(param), partition.shape(param).numel())
+        if columns:
+            places = torch.tensor(columns) + row * SAMPLED
+            here.setdefault(values.device, []).append((places, values))
+    for pairs in here.values():  # one copy to the host for each device, not for each weight
+        places, values = (torch.cat(each) for each in zip(*pairs, strict=True))
+        found.view(-1)[places] = _finite(values)
     numbers = partition.sum_over_shards(found).tolist()
     return {name: [float(f"{x:.6g}") for x in row] for name, row in zip(chosen, numbers, strict=True)}
 
@@ -91,14 +98,21 @@ def _has_numbers(param: nn.Parameter, partition: Partition) -> bool:
     return readable and id(param) not in partition.codecs
 
 
-def sample(shard: Shard, numel: int) -> Tensor:
-    """Local. (SAMPLED,) float32: what this shard has of a weight's sample, 0 elsewhere and for what is no number."""
-    positions = torch.arange(min(SAMPLED, numel)) * max(1, min(STRIDE, numel // SAMPLED)) - shard.start
-    here = ((positions >= 0) & (positions < shard.data.numel())).nonzero().flatten()
-    values = (
-        shard.data.detach()[positions[here].to(shard.data.device)].float().cpu().nan_to_num(0.0, 0.0, 0.0)
-    )
-    return torch.zeros(SAMPLED).index_copy_(0, here, values)
+def sample(weight: Tensor) -> list[float]:
+    """Local. The sample of a whole weight, 0 for what is no number; as long as it is, at most SAMPLED numbers."""
+    return _finite(_sample(Shard(weight.reshape(-1), 0), weight.numel())[1]).tolist()
+
+
+def _sample(shard: Shard, numel: int) -> tuple[list[int], Tensor]:
+    """Local. Which numbers of a weight's sample lie in this shard, and these, (K,) float32 on its device."""
+    step = max(1, min(STRIDE, numel // SAMPLED))
+    places = {k: k * step - shard.start for k in range(min(SAMPLED, numel))}
+    places = {k: place for k, place in places.items() if 0 <= place < shard.data.numel()}
+    return list(places), shard.data.detach()[list(places.values())].float()
+
+
+def _finite(values: Tensor) -> Tensor:
+    return values.cpu().nan_to_num(0.0, 0.0, 0.0)
 
 
 def is_other_sample(saved: Sequence[float], found: Sequence[float]) -> bool:
