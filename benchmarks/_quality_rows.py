@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -98,36 +98,42 @@ COMPRESSOR = {
 PEERS = ("dense LoRA", *WANDA, *(COMPRESSOR if find_spec("llmcompressor") else ()))
 
 
-def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
-    """Tune (or take the tuned start), prune, retune, export."""
-    how = OURS[row]
-    steps, more = (lab.args.steps, lab.args.retune_steps)[:: -1 if how.late else 1]
-    config = DSEEConfig(
-        rank=RANK,
-        alpha=ALPHA,
-        num_sparse=how.num_sparse,
-        target_modules=LINEARS,
-        trained_modules=("*norm",) if lab.args.trained_norms else (),
-        seed=seed,
-    )
-    tuned = lab.output / "tuned" / f"N={how.num_sparse}, {steps} steps, seed {seed}"
+def tuned_start(
+    lab: Lab, seed: int, steps: int, num_sparse: int | float | None = 64
+) -> tuple[nn.Module, Iterator[Any], Any]:
+    """A seed's tuned model, kept in the output folder; the batches that follow, and the optimizer's moments."""
+    tuned = lab.output / "tuned" / f"N={num_sparse}, {steps} steps, seed {seed}"
     model, source = lab.base(), lab.batches(seed)
     optimizer = tuned.with_name(f"{tuned.name}.pt")
     if optimizer.is_file():
         dsee_scale.load_adapter(model, tuned)
-        moments = torch.load(optimizer)
         for _ in range(steps):
             next(source)
-    else:
-        dsee_scale.inject(model, config)
-        moments = lab.train(model, source, steps)
-        dsee_scale.save_adapter(model, tuned, overwrite=True)
-        torch.save(moments, optimizer)
+        return model, source, torch.load(optimizer)
+    config = DSEEConfig(
+        rank=RANK,
+        alpha=ALPHA,
+        num_sparse=num_sparse,
+        target_modules=LINEARS,
+        trained_modules=("*norm",) if lab.args.trained_norms else (),
+        seed=seed,
+    )
+    dsee_scale.inject(model, config)
+    moments = lab.train(model, source, steps)
+    dsee_scale.save_adapter(model, tuned, overwrite=True)
+    torch.save(moments, optimizer)
+    return model, source, moments
+
+
+def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
+    """Tune (or take the tuned start), prune, retune, export."""
+    how = OURS[row]
+    steps, more = (lab.args.steps, lab.args.retune_steps)[:: -1 if how.late else 1]
+    model, source, moments = tuned_start(lab, seed, steps, how.num_sparse)
     found = {"tuned": lab.quality(model), "trained_share": trained_share(model)}
     teacher = None
     if how.distilled:
-        teacher = lab.base()
-        dsee_scale.load_adapter(teacher, tuned)
+        teacher, *_ = tuned_start(lab, seed, steps, how.num_sparse)
     calibration = lab.calibration(seed, how.calibration)
     for prunings, retune_steps in how.cuts or [(how.prunings, more)]:
         dsee_scale.prune(model, [PruneConfig(**each) for each in prunings], calibration)

@@ -74,8 +74,8 @@ class Partition(Protocol):
 
     `rank` and `world_size` are those of the processes that hold the model together; `codecs` says how quantised
     weights are stored, by the parameter's `id`; `replicated` whether every rank holds every weight, so that no forward
-    pass waits for another rank. A method that communicates says "Collective." and must be entered by every rank in the
-    same order.
+    pass waits for another rank; `edited` the `id` of each parameter that was written through this port. A method that
+    communicates says "Collective." and must be entered by every rank in the same order.
     """
 
     rank: int
@@ -83,6 +83,7 @@ class Partition(Protocol):
     replicated: bool
     device: torch.device
     codecs: Mapping[int, Codec]
+    edited: set[int]
 
     def shape(self, param: nn.Parameter) -> torch.Size:
         """True shape, whatever part of the parameter is here."""

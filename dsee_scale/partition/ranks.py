@@ -31,6 +31,7 @@ class Ranks:
         self.world_size = dist.get_world_size(group) if self.active else 1
         self.device = communication_device(group, device) if self.active else device
         self.codecs: Mapping[int, Codec] = find_codecs(model)
+        self.edited: set[int] = set()
 
     def dtype(self, param: nn.Parameter) -> torch.dtype:
         """Dtype of shards and whole copies: of a quantised weight, that of its decoded entries."""
@@ -53,6 +54,7 @@ class Ranks:
     @contextlib.contextmanager
     def edit(self, param: nn.Parameter) -> Iterator[list[Shard]]:
         """Every stored stretch of a weight, to write in place and alike; see `Partition.edit`. Local."""
+        self.edited.add(id(param))
         stretches = self._stored(param)
         yield stretches
         for stretch in stretches:

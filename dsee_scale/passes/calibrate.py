@@ -40,7 +40,7 @@ from dsee_scale.passes.fingerprint import fingerprint
 from dsee_scale.passes.pools import block_matrices
 from dsee_scale.passes.routed import Routed, RoutedSums, is_sum
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LEAST_TOKENS = 32
 """An expert that fewer tokens reached has no norms of its own."""
 

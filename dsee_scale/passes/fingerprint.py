@@ -27,17 +27,19 @@ SAMPLED, STRIDE = 8, 4099
 def fingerprint(module: nn.Module, partition: Partition) -> str:
     """Collective. SHA-256 over names, shapes, the record of prunings, the number of zeros, and what is trained.
 
-    Of the frozen weights the base model's name and one block's matrices stand for all: the others are what these came
-    with, changed by what the record lists. The same on any number of ranks.
+    Of the frozen weights the base model's name, one block's matrices and a few entries of each one stand for all. The
+    same on any number of ranks.
     """
     params, pruned = dict(module.named_parameters()), model_state(module).pruned
     adapters = {id(layer.dsee_flat) for layer in adapted_layers(module).values()}
-    digests = []
+    digests, frozen = [], {}
     for name, param in params.items():
         shard = partition.shard(param)
         if id(param) in adapters or (adapters and param.requires_grad):
             digests.append(position_sum(shard.data, shard.start))
-        elif name in pruned:
+            continue
+        frozen[name] = param
+        if name in pruned:
             digests.append(count_nonzero(shard.data))
     digests = partition.sum_over_shards(torch.tensor(digests, dtype=torch.int64)).tolist()
     shapes = {name: list(partition.shape(param)) for name, param in params.items()}
@@ -45,7 +47,12 @@ def fingerprint(module: nn.Module, partition: Partition) -> str:
     weights = {name: layer.weight for name, layer in last.items()}
     known = contents(weights, partition)  # type: ignore[arg-type]
     base = str(getattr(getattr(module, "config", None), "_name_or_path", ""))
-    text = json.dumps([base, shapes, known, pruned, digests], sort_keys=True)
+    # As `rounded_sum`: the dtype that a weight is loaded in changes nothing.
+    few = {
+        name: (torch.tensor(row).bfloat16() + 0.0).tolist()
+        for name, row in _samples(frozen, partition).items()
+    }
+    text = json.dumps([base, shapes, known, few, pruned, digests], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -77,8 +84,14 @@ def samples(weights: Mapping[str, nn.Parameter], partition: Partition) -> dict[s
 
     Of quantised weights there are none, which are other numbers for each kind of codes.
     """
-    known = {name: param for name, param in weights.items() if _has_numbers(param, partition)}
-    chosen = dict(list(known.items())[:: -(-len(known) // MOST_SAMPLED) or 1])
+    known = [name for name, param in weights.items() if _has_numbers(param, partition)]
+    chosen = {name: weights[name] for name in known[:: -(-len(known) // MOST_SAMPLED) or 1]}
+    return {name: [float(f"{x:.6g}") for x in row] for name, row in _samples(chosen, partition).items()}
+
+
+def _samples(weights: Mapping[str, nn.Parameter], partition: Partition) -> dict[str, list[float]]:
+    """Collective. Entries of all these weights that hold numbers."""
+    chosen = {name: param for name, param in weights.items() if _has_numbers(param, partition)}
     found = torch.zeros(len(chosen), SAMPLED)
     here: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
     for row, param in enumerate(chosen.values()):
@@ -89,8 +102,7 @@ def samples(weights: Mapping[str, nn.Parameter], partition: Partition) -> dict[s
     for pairs in here.values():  # one copy to the host for each device, not for each weight
         places, values = (torch.cat(each) for each in zip(*pairs, strict=True))
         found.view(-1)[places] = _finite(values)
-    numbers = partition.sum_over_shards(found).tolist()
-    return {name: [float(f"{x:.6g}") for x in row] for name, row in zip(chosen, numbers, strict=True)}
+    return dict(zip(chosen, partition.sum_over_shards(found).tolist(), strict=True))
 
 
 def _has_numbers(param: nn.Parameter, partition: Partition) -> bool:

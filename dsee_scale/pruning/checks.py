@@ -6,6 +6,8 @@ checks read, pretends meanwhile that the earlier ones are done.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from dsee_scale.adapters.removed_units import record_removed, removed_inputs
 from dsee_scale.adapters.state import MASK_UPDATE, model_state
 from dsee_scale.adapters.targets import reject_codes
 from dsee_scale.config import SCORES, PruneConfig
+from dsee_scale.distributed import gather_objects
 from dsee_scale.errors import CalibrationError, ConfigError, TargetError
 from dsee_scale.partition import Partition, open_partition, unwrap
 from dsee_scale.partition.engine_state import owned_by_deepspeed
@@ -189,7 +192,7 @@ def _reject_own_forward(member: Matrix, config: PruneConfig) -> None:
 
 
 def reject_uneven(partition: Partition, calibration: Any) -> None:
-    """Collective. Refuse calibration data that some ranks have and others lack, or have in another form.
+    """Collective. Refuse calibration data that some ranks lack, or have in another form, or statistics of their own.
 
     Raises:
         CalibrationError: on every rank.
@@ -206,6 +209,24 @@ def reject_uneven(partition: Partition, calibration: Any) -> None:
             f"`calibration` differs between the {partition.world_size} ranks: {found}; expected the same on all of "
             "them, each rank with batches of its own. Nothing was removed"
         )
+    digests = gather_objects(_digest(calibration) if isinstance(calibration, Statistics) else "")
+    if len(set(digests)) > 1:
+        other = next(rank for rank, digest in enumerate(digests) if digest != digests[0])
+        raise CalibrationError(
+            f"`calibration` differs between the ranks: rank {other}'s statistics are not rank 0's; expected what one "
+            "call of `calibrate` returned, or the same file on all of them. Nothing was removed"
+        )
+
+
+def _digest(statistics: Statistics) -> str:
+    """SHA-256 of all values. Local."""
+    gated = {name: list(sums) for name, sums in statistics.gated.items()}
+    found = hashlib.sha256(
+        json.dumps([statistics.fingerprint, dict(statistics.tokens), gated], sort_keys=True).encode()
+    )
+    for name in sorted(statistics.squares):
+        found.update(name.encode() + statistics.squares[name].cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _has_trained(param: nn.Parameter) -> bool:

@@ -27,6 +27,7 @@ from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.patterns import key_blocks, lowest_in_groups, whole_slabs
 from dsee_scale.algorithms.score import Ranking, key_bits, ranked_blocks
 from dsee_scale.algorithms.select import Cut, CutSearch, apply_cut_
+from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError
 from dsee_scale.partition import Partition, Shard
 from dsee_scale.passes.pools import WeightPool
@@ -51,10 +52,11 @@ def _find_cut(pool: WeightPool, rankings: dict[str, Ranking], partition: Partiti
     bits = key_bits(chosen, [partition.dtype(member.param) for member in pool.members])
     search = CutSearch(pool.num_remove, pool.total, bits, device=partition.device)
     while search.cut is None:
-        for member, begin in zip(pool.members, pool.starts, strict=True):
-            shard = member.shard(partition)
-            for _, ranked, position in _blocks(begin, shard, rankings[member.name], search):
-                search.count(ranked, begin + position)
+        with raise_on_all_ranks(partition):
+            for member, begin in zip(pool.members, pool.starts, strict=True):
+                shard = member.shard(partition)
+                for _, ranked, position in _blocks(begin, shard, rankings[member.name], search):
+                    search.count(ranked, begin + position)
         search.advance(partition.sum_over_shards(search.histogram))
     return search.cut
 
@@ -73,9 +75,10 @@ def _remove_below(
 ) -> dict[str, tuple[int, int]]:
     """Collective. Write the zeros to every stored copy; returns zeros and entries of each matrix."""
     zeros = torch.zeros(len(pool.members), dtype=torch.int64)
-    for index, (member, begin) in enumerate(zip(pool.members, pool.starts, strict=True)):
-        with member.edit(partition) as stretches:
-            zeros[index], *_ = [_apply_to(begin, each, rankings[member.name], cut) for each in stretches]
+    with raise_on_all_ranks(partition):
+        for index, (member, begin) in enumerate(zip(pool.members, pool.starts, strict=True)):
+            with member.edit(partition) as stretches:
+                zeros[index], *_ = [_apply_to(begin, each, rankings[member.name], cut) for each in stretches]
     counts = partition.sum_over_shards(zeros).tolist()
     return {member.name: (count, member.numel) for member, count in zip(pool.members, counts, strict=True)}
 
@@ -209,7 +212,7 @@ def _remove(
     for index, member in enumerate(members):
         how, ranking = groups[member.name], rankings[member.name]
         gone = _gone_in_cut_slabs(member, how, ranking, cuts[index], partition)
-        with member.edit(partition) as stretches:
+        with raise_on_all_ranks(partition), member.edit(partition) as stretches:
             for stored in stretches:
                 _zero_groups(stored, how, ranking, gone)
             shard = stretches[0].data
@@ -249,12 +252,13 @@ def _gone_in_cut_slabs(
     """Collective. What goes of each cut slab, from keys that every rank adds its part to."""
     if not cut:
         return {}
-    everyone = torch.zeros(len(cut), how.slab, dtype=torch.int32, device=partition.device)
-    shard = member.shard(partition)
-    for index, slab in enumerate(cut):
-        for keys, position in key_blocks(*_inside(shard, slab * how.slab, how.slab), ranking):
-            first = position - slab * how.slab
-            everyone[index, first : first + keys.numel()] = keys.to(everyone.device)
+    with raise_on_all_ranks(partition):
+        everyone = torch.zeros(len(cut), how.slab, dtype=torch.int32, device=partition.device)
+        shard = member.shard(partition)
+        for index, slab in enumerate(cut):
+            for keys, position in key_blocks(*_inside(shard, slab * how.slab, how.slab), ranking):
+                first = position - slab * how.slab
+                everyone[index, first : first + keys.numel()] = keys.to(everyone.device)
     whole = partition.sum_over_shards(everyone)
     return {slab: how.gone(whole[index]) for index, slab in enumerate(cut)}
 

@@ -33,86 +33,15 @@ from dsee_scale.pruning.checks import (
     note_pattern,
     reject_uneven,
 )
+from dsee_scale.pruning.half_done import whole_or_broken
 from dsee_scale.pruning.lowest import remove_in_rows, remove_lowest, remove_n_of_m
+from dsee_scale.pruning.prune_report import Counts, PruneReport
 from dsee_scale.pruning.rankings import find_rankings, reject_not_finite
 from dsee_scale.pruning.refit.sweep import check_refit, refit
 from dsee_scale.pruning.unit_scores import expert_scores, unit_scores
 from dsee_scale.pruning.units import UnitPlan, choose_units, zero_units
 
 logger = logging.getLogger(__name__)
-
-Counts = dict[str, tuple[int, int]]
-
-
-@dataclasses.dataclass(frozen=True)
-class PruneReport:
-    """What `prune` did; printing it shows a table.
-
-    Attributes:
-        matrices: weight's module name -> (zeros, entries).
-        seconds: time of the whole pass.
-        units: block and kind -> (heads, neurons or experts that are gone, all of them), for those patterns.
-        by_magnitude: matrices that no calibration token reached, and those of experts that fewer than 32 reached:
-            scored by |W| under score `wanda`, by |W + D| and not solved under a re-fit.
-        coverage: how much of the blocks the matrices are.
-    """
-
-    matrices: Counts
-    seconds: float
-    units: Counts = dataclasses.field(default_factory=dict)
-    by_magnitude: tuple[str, ...] = ()
-    coverage: Coverage | None = None
-
-    @property
-    def removed(self) -> int:
-        """Zeros in all pruned weights."""
-        return sum(zeros for zeros, _ in self.matrices.values())
-
-    @property
-    def total(self) -> int:
-        """Entries of all pruned weights."""
-        return sum(numel for _, numel in self.matrices.values())
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of the pruned weights' entries that is zero."""
-        return self.removed / self.total
-
-    def followed_by(self, later: PruneReport) -> PruneReport:
-        """This report and a later one, whose counts hold where both have a matrix."""
-        return PruneReport(
-            {**self.matrices, **later.matrices},
-            self.seconds + later.seconds,
-            {**self.units, **later.units},
-            (*self.by_magnitude, *later.by_magnitude),
-            later.coverage,
-        )
-
-    def __str__(self) -> str:
-        groups: dict[str, list[tuple[int, int]]] = {}
-        for name, counts in self.matrices.items():
-            groups.setdefault(name.rsplit(".", 1)[-1], []).append(counts)
-        lines = [
-            f"dsee_scale: {self.removed:,} of {self.total:,} weights are zero ({100 * self.sparsity:.2f}%), "
-            f"in {len(self.matrices)} matrices, {self.seconds:.1f} s"
-        ]
-        if self.coverage:
-            lines.append(f"  pruned were {self.coverage}")
-        for kind in dict.fromkeys(name.rsplit(" ", 1)[-1] for name in self.units):
-            layers = [counts for name, counts in self.units.items() if name.endswith(f" {kind}")]
-            gone, all_units = map(sum, zip(*layers, strict=True))
-            lines.append(f"  {gone:,} of {all_units:,} {kind} are gone, in {len(layers)} layers")
-        for suffix, found in groups.items():
-            shares = [100 * zeros / numel for zeros, numel in found]
-            mean = 100 * sum(z for z, _ in found) / sum(n for _, n in found)
-            lines.append(
-                f"  {len(found):4d} x {suffix:<16} {mean:5.1f}% (from {min(shares):.1f}% to {max(shares):.1f}%)"
-            )
-        if self.by_magnitude:
-            shown = ", ".join(self.by_magnitude[:8])
-            more = f" and {len(self.by_magnitude) - 8} more" if len(self.by_magnitude) > 8 else ""
-            lines.append(f"  too few calibration tokens reached {shown}{more}: scored by |W|")
-        return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -168,8 +97,9 @@ def prune(
         reject_uncounted(calibration, open_partition(module))
     with uncompiled(model):
         report = _prune_once(model, configs[0], calibration, progress)
-        for further in configs[1:]:
-            report = report.followed_by(_prune_once(model, further, calibration, progress))
+        for number, further in enumerate(configs[1:], 1):
+            later = _prune_once(model, further, calibration, progress, configs[:number])
+            report = report.followed_by(later)
     note_contents(module, open_partition(module))
     return dataclasses.replace(report, coverage=coverage) if coverage else report
 
@@ -235,26 +165,31 @@ def _check_all(model: nn.Module, configs: Sequence[PruneConfig]) -> Coverage:
 
 
 def _prune_once(
-    model: nn.Module, config: PruneConfig, calibration: Statistics | Batches | None, progress: bool | None
+    model: nn.Module,
+    config: PruneConfig,
+    calibration: Statistics | Batches | None,
+    progress: bool | None,
+    earlier: Sequence[PruneConfig] = (),
 ) -> PruneReport:
-    """Collective. One pattern."""
+    """Collective. One pattern; `earlier` are those of the same call that are done."""
     started = time.perf_counter()
     module = unwrap(model)
     partition = open_partition(module)
-    checked = check_pruning(model, config, partition)
-    plan, pools = checked.plan, checked.pools
-    reject_not_finite(pools, partition)
-    model_state(module).prunings += 1
-    units: Counts = {}
-    if plan:
-        units, few = _remove_units(model, plan, config, calibration, partition, progress)
-        matrices = _counts(by_expert(plan.pool.members, module, partition.shape), partition)
-    elif config.refit:
-        assert calibration is not None and not isinstance(calibration, Statistics)
-        few = refit(model, pools, config, calibration, checked.removed, partition, progress=progress)
-        matrices = _counts([member for pool in pools for member in pool.members], partition)
-    else:
-        matrices, few = _remove_entries(model, checked, config, calibration, partition, progress)
+    with whole_or_broken(module, partition, earlier):
+        checked = check_pruning(model, config, partition)
+        plan, pools = checked.plan, checked.pools
+        reject_not_finite(pools, partition)
+        model_state(module).prunings += 1
+        units: Counts = {}
+        if plan:
+            units, few = _remove_units(model, plan, config, calibration, partition, progress)
+            matrices = _counts(by_expert(plan.pool.members, module, partition.shape), partition)
+        elif config.refit:
+            assert calibration is not None and not isinstance(calibration, Statistics)
+            few = refit(model, pools, config, calibration, checked.removed, partition, progress=progress)
+            matrices = _counts([member for pool in pools for member in pool.members], partition)
+        else:
+            matrices, few = _remove_entries(model, checked, config, calibration, partition, progress)
     few = [name for name in few if matrices[name][0] < matrices[name][1]]  # experts that are gone see none
     report = PruneReport(matrices, time.perf_counter() - started, units, tuple(few), checked.coverage)
     if partition.rank == 0:
@@ -319,8 +254,9 @@ def _unreached(pools: Sequence[WeightPool], statistics: Statistics | None) -> li
 
 def _counts(members: Sequence[Matrix], partition: Partition) -> Counts:
     """Collective. Zeros and entries of each matrix."""
-    shards = [member.shard(partition).data for member in members]
-    zeros = torch.tensor([shard.numel() - count_nonzero(shard) for shard in shards])
+    with raise_on_all_ranks(partition):
+        shards = [member.shard(partition).data for member in members]
+        zeros = torch.tensor([shard.numel() - count_nonzero(shard) for shard in shards])
     counts = zip(members, partition.sum_over_shards(zeros).tolist(), strict=True)
     return {member.name: (count, member.numel) for member, count in counts}
 
@@ -341,9 +277,11 @@ def _statistics(
         return None
     if not isinstance(calibration, Statistics):
         return calibrate(model, calibration, modules=config.modules, progress=progress)
-    if calibration.fingerprint != fingerprint(unwrap(model), partition):
-        raise CalibrationError(
-            "the calibration statistics belong to another model, or to another state of its adapters or zeros; "
-            "call dsee_scale.calibrate again on this one. Nothing was removed"
-        )
+    now = fingerprint(unwrap(model), partition)
+    with raise_on_all_ranks(partition):
+        if calibration.fingerprint != now:
+            raise CalibrationError(
+                "the calibration statistics belong to another model, or to another state of its adapters or zeros; "
+                "call dsee_scale.calibrate again on this one. Nothing was removed"
+            )
     return calibration

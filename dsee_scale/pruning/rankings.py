@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dsee_scale.algorithms.score import Ranking, all_finite
 from dsee_scale.config import PruneConfig
+from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import TargetError
 from dsee_scale.partition import Partition
 from dsee_scale.passes.calibrate import Statistics
@@ -23,8 +24,9 @@ def find_rankings(
             raise TargetError(
                 f"the adapter of {name} holds NaN or infinity; load an earlier checkpoint first"
             )
-    deltas = {m.name: m.delta(whole[m.param_name]) for m in with_delta}
-    norms = {m.name: statistics.norms(m.name) for m in members} if statistics is not None else {}
+    with raise_on_all_ranks(partition):
+        deltas = {m.name: m.delta(whole[m.param_name]) for m in with_delta}
+        norms = {m.name: statistics.norms(m.name) for m in members} if statistics is not None else {}
     return {
         m.name: Ranking(
             mode=config.score,
@@ -41,19 +43,16 @@ def find_rankings(
 
 def reject_not_finite(pools: list[WeightPool], partition: Partition) -> None:
     """Collective. Name a weight or an adapter with NaN or infinity on every rank, before anything is written."""
-    error = None
-    for member in (member for pool in pools for member in pool.members):
-        if not all_finite(member.shard(partition).data):
-            error = TargetError(
-                f"{member.name}.weight holds NaN or infinity; expected finite weights: check the checkpoint it "
-                "came from. Nothing was removed"
-            )
-            break
-        first = not member.expert
-        if first and member.adapted and not all_finite(partition.shard(member.adapter.dsee_flat).data):
-            error = TargetError(
-                f"the adapter of {member.name} holds NaN or infinity; load an earlier checkpoint first. "
-                "Nothing was removed"
-            )
-            break
-    partition.raise_first(error)
+    with raise_on_all_ranks(partition):
+        for member in (member for pool in pools for member in pool.members):
+            if not all_finite(member.shard(partition).data):
+                raise TargetError(
+                    f"{member.name}.weight holds NaN or infinity; expected finite weights: check the checkpoint it "
+                    "came from. Nothing was removed"
+                )
+            first = not member.expert
+            if first and member.adapted and not all_finite(partition.shard(member.adapter.dsee_flat).data):
+                raise TargetError(
+                    f"the adapter of {member.name} holds NaN or infinity; load an earlier checkpoint first. "
+                    "Nothing was removed"
+                )

@@ -19,6 +19,7 @@ from dsee_scale.algorithms.patterns import (
 )
 from dsee_scale.algorithms.score import Ranking, random_scores
 from dsee_scale.config import PruneConfig
+from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import TargetError
 from dsee_scale.partition import Partition
 from dsee_scale.passes.calibrate import Statistics
@@ -34,16 +35,16 @@ def unit_scores(
     if how.mode == "random":
         return random_unit_scores(layers, how.seed)
     exponents = torch.zeros(EXPONENTS, dtype=torch.int64)
-    error: Exception | None = None
-    try:
-        for part in (part for layer in layers for part, _ in _scored(layer, how.mode)):
-            exponents += largest_exponent(_score_blocks(part, rankings, partition))
-    except ValueError as caught:
-        error = TargetError(str(caught))
-    partition.raise_first(error)
+    with raise_on_all_ranks(partition):
+        try:
+            for part in (part for layer in layers for part, _ in _scored(layer, how.mode)):
+                exponents += largest_exponent(_score_blocks(part, rankings, partition))
+        except ValueError as error:
+            raise TargetError(str(error)) from error
     entries = max(sum(p.shape[0] * p.shape[1] for p in x.parts) // x.num_units for x in layers)
     shift = fixed_point_shift(partition.sum_over_shards(exponents), entries)
-    sums = [_layer_sums(layer, rankings, shift, partition) for layer in layers]
+    with raise_on_all_ranks(partition):
+        sums = [_layer_sums(layer, rankings, shift, partition) for layer in layers]
     summed = partition.sum_over_shards(torch.cat(sums))
     signed = -summed if how.mode in RECIPROCAL else summed
     return list(signed.split([layer.num_units for layer in layers]))

@@ -25,6 +25,7 @@ from dsee_scale.algorithms.patterns import (
     lowest_units_overall,
 )
 from dsee_scale.config import SCORES, PruneConfig
+from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError, TargetError
 from dsee_scale.partition import Partition, unwrap
 from dsee_scale.passes.pools import WeightPool
@@ -134,9 +135,10 @@ def zero_units(model: nn.Module, chosen: Sequence[ChosenUnits], partition: Parti
 
     Peak extra memory per rank: a few blocks, and one int64 for each row or column of one matrix.
     """
-    zero_lines(model, partition, [one for each in chosen for one in _lines(each.layer, each.gone)])
-    for each in chosen:
-        record_removed(unwrap(model), each.layer, each.gone)
+    with raise_on_all_ranks(partition):
+        zero_lines(model, partition, [one for each in chosen for one in _lines(each.layer, each.gone)])
+        for each in chosen:
+            record_removed(unwrap(model), each.layer, each.gone)
 
 
 def _touched(part: Part) -> list[nn.Parameter]:

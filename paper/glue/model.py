@@ -27,7 +27,8 @@ from dsee_scale.config import SCORES, DecompositionConfig, DSEEConfig, Pool, Pru
 from dsee_scale.errors import ConfigError
 from dsee_scale.passes.inject_model import inject
 from dsee_scale.passes.pools import block_linears
-from dsee_scale.pruning.prune import PruneReport, prune
+from dsee_scale.pruning.prune import prune
+from dsee_scale.pruning.prune_report import PruneReport
 from paper.glue.arguments import SUPPORTS, GlueSettings, ModelArguments
 
 logger = logging.getLogger(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from transformers import Trainer, TrainingArguments
 
 import dsee_scale
 from dsee_scale import DSEECallback, DSEEConfig, PruneConfig
+from dsee_scale.adapters.state import model_state
 from dsee_scale.config import DecompositionConfig
-from dsee_scale.partition import open_partition, zero3
+from dsee_scale.partition import open_partition, unwrap, zero3
+from dsee_scale.pruning import lowest
+from tests.dist.test_inject_prune import engine_for
 from tests.models import build, llama_config, partition, token_batch, zero3_config
+from tests.unit.test_calibrate import make
 
 
 def refused_storage(attribute: str, call: str) -> str:
@@ -284,3 +289,79 @@ def calibrated_on_one_rank(refit: bool) -> str:
 def test_calibration_on_some_ranks_alone_is_refused_on_all(pools, refit):
     texts = pools(2).run(calibrated_on_one_rank, refit)
     assert texts[0] == texts[1] and "1 with nothing, 1 with batches" in texts[0]
+
+
+def injected_model(sharded: bool) -> torch.nn.Module:
+    """An engine under ZeRO-3, or DDP."""
+    if sharded:
+        return engine_for(make("llama"), zero3_config())
+    return torch.nn.parallel.DistributedDataParallel(make("llama"))
+
+
+def what_prune_says(model: torch.nn.Module, calibration: object) -> tuple[str, bool]:
+    """The error, and whether the model may be used on."""
+    with pytest.raises(dsee_scale.DSEEError) as caught:
+        dsee_scale.prune(model, PruneConfig(refit=False), calibration)
+    return f"{type(caught.value).__name__}: {caught.value}", model_state(unwrap(model)).broken is None
+
+
+def short_while_it_writes(where: str, sharded: bool) -> tuple[str, bool]:
+    model, write, calls = injected_model(sharded), getattr(lowest, where), 0
+
+    def short(*args: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 3 and torch.distributed.get_rank() == 1:
+            raise MemoryError("no room")
+        return write(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lowest, where, short)
+        return what_prune_says(model, [token_batch()])
+
+
+@pytest.mark.parametrize(
+    ("where", "sharded"), [("_zero_groups", True), ("_zero_groups", False), ("_inside", True)]
+)
+def test_a_rank_whose_memory_ends_while_it_writes_ends_the_pruning_on_all(pools, where, sharded):
+    found = pools(2).run(short_while_it_writes, where, sharded)
+    assert len(set(found)) == 1
+    assert found[0][0].startswith(
+        "PartitionError: pruning stopped half way: model.layers.0.self_attn.q_proj.weight"
+    )
+    assert found[0][0].count("MemoryError: no room") == 1 and not found[0][1]
+
+
+def statistics_of_ones_own(sharded: bool, other_model: bool) -> tuple[str, bool]:
+    model = injected_model(sharded)
+    statistics = dsee_scale.calibrate(model, [token_batch()])
+    if torch.distributed.get_rank() == 1:
+        other = "0" * 64 if other_model else statistics.fingerprint
+        squares = {name: value + 1 for name, value in statistics.squares.items()}
+        statistics = dataclasses.replace(statistics, squares=squares, fingerprint=other)
+    return what_prune_says(model, statistics)
+
+
+@pytest.mark.parametrize("other_model", [True, False])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_statistics_that_differ_between_ranks_are_refused_on_all(pools, sharded, other_model):
+    found = pools(2).run(statistics_of_ones_own, sharded, other_model)
+    assert len(set(found)) == 1 and found[0][1]
+    assert "differs between the ranks: rank 1's statistics are not rank 0's" in found[0][0]
+
+
+def statistics_of_another_model(sharded: bool) -> tuple[str, bool]:
+    model = injected_model(sharded)
+    statistics = dsee_scale.calibrate(model, [token_batch()])
+    embedding = unwrap(model).get_input_embeddings().weight
+    with torch.no_grad(), open_partition(model).edit(embedding) as stretches:
+        for stretch in stretches:
+            stretch.data.mul_(2)
+    return what_prune_says(model, statistics)
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_statistics_of_a_model_with_another_embedding_are_refused(pools, sharded):
+    found = pools(2).run(statistics_of_another_model, sharded)
+    assert len(set(found)) == 1 and found[0][1]
+    assert "belong to another model" in found[0][0]

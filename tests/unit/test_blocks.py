@@ -11,6 +11,7 @@ import dsee_scale
 from dsee_scale import PruneConfig
 from dsee_scale.errors import TargetError
 from tests.models import build, token_batch
+from tests.unit.test_calibrate import batches, inputs_of, make
 
 pytestmark = pytest.mark.unit
 WORDS = r"layers\.\d reads what an earlier block made beside its output.*set refit=False"
@@ -71,3 +72,19 @@ def test_a_second_output_that_the_next_block_reads_is_refused_and_one_that_none_
     refused(Chained(reads=True).requires_grad_(False), batch)
     model = Chained(reads=False).requires_grad_(False)
     assert dsee_scale.prune(model, PruneConfig(sparsity=0.5), [batch]).sparsity == pytest.approx(0.5)
+
+
+def test_a_later_block_is_solved_for_what_the_pruned_ones_before_it_give():
+    model, data = make("everything"), batches(1)
+    seen: list[torch.Tensor] = []
+    layer = model.model.layers[1].self_attn.q_proj
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    tuned = inputs_of(model, data)["model.layers.1.self_attn.q_proj"]
+    seen.clear()
+    dsee_scale.prune(model, PruneConfig(sparsity=0.4), data)
+    hook.remove()
+    last = seen[-1][
+        data[0]["attention_mask"].bool()
+    ].double()  # the last block runs last for its own statistics
+    torch.testing.assert_close(last, inputs_of(model, data)["model.layers.1.self_attn.q_proj"])
+    assert (last - tuned).norm() > 0.01 * tuned.norm()

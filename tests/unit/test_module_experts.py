@@ -62,7 +62,11 @@ def test_a_re_fit_goes_through_all_blocks_although_pruning_changes_the_routes(co
     """Of two tokens both may reach an expert, and fewer of them once earlier layers are pruned."""
     model = mixture()
     ids = torch.randint(0, 97, (1, tokens), generator=torch.Generator().manual_seed(0))
+    reached = dsee_scale.calibrate(model, [{"input_ids": ids}]).tokens
     report = dsee_scale.prune(model, config, [{"input_ids": ids}])
+    first = {name for name in report.matrices if ".layers.0." in name}
+    assert first & {*report.by_magnitude} == {name for name in first if not reached[name]}
+    assert (tokens == 12) == (not first & {*report.by_magnitude})
     assert any(".2.mlp.experts.1." in name for name in report.matrices)
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
 

@@ -65,9 +65,9 @@ def collect_grams(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Collective. X^T X / tokens of the inputs that this rank is a holder of, (I, I) float32, by leader.
 
-    Each token's x^T x counts by what the loss says, where it says something. An expert that too few tokens reached
-    gets the identity: its least weights go, the others stay as they are. Those experts' matrices are named besides,
-    the same on all ranks.
+    Each token's x^T x counts by what the loss says, where it says something. What too few tokens reached gets the
+    identity: its least weights go, the others stay as they are. Those matrices are named besides, the same on all
+    ranks.
 
     Raises:
         CalibrationError: an input is not finite.
@@ -108,11 +108,11 @@ def collect_grams(
             number += call.counts
     counts = partition.sum_over_ranks(torch.tensor(list(tokens.values()), dtype=torch.int64)).tolist()
     tokens = dict(zip(leaders, counts, strict=True))
-    few = [name for name in leaders if name not in linear and tokens[name] < LEAST_TOKENS]
+    few = {name for name in leaders if tokens[name] < (1 if name in linear else LEAST_TOKENS)}
     grams = _reduced(sums, tokens, holders, config, partition)
-    for name in grams.keys() & set(few):
+    for name in grams.keys() & few:
         grams[name] = torch.eye(len(grams[name]), device=device)
-    return grams, few
+    return grams, [job.member.name for job in jobs if job.leader in few]
 
 
 def add_gram_(gram_II: Tensor, x_TI: Tensor, weight_T: Tensor | None = None) -> None:

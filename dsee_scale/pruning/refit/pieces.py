@@ -7,7 +7,8 @@ and with it how many entries each piece loses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -15,7 +16,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from dsee_scale.algorithms.refit import DAMPING, Factor, factorise
+from dsee_scale.algorithms.refit import DAMPING, Factor, factorise, upper_inverse
 from dsee_scale.algorithms.score import keys
 from dsee_scale.algorithms.select import NUM_BINS, count_keys_, deal_removals
 from dsee_scale.algorithms.sweep import Count, Parts, Removal
@@ -25,6 +26,8 @@ from dsee_scale.partition.port import Part
 from dsee_scale.pruning.refit.matrix import Job, factor_cost, removal_of, rows_cost, solve
 from dsee_scale.pruning.refit.panels import is_wide, upper_inverse_by_panels
 from dsee_scale.pruning.refit.work import refitting_work
+
+logger = logging.getLogger(__name__)
 
 LEAST_ROWS = 128
 """Outputs of a piece at least: fewer would make narrow products."""
@@ -172,7 +175,7 @@ def solve_pieces(
             torch.empty(sum(sizes) + max(sizes), device=grams[wide[0]].device)
     counts = _numbers(pieces, grams, weights, config, partition)
     by_panels = partial(upper_inverse_by_panels, partition=partition)
-    factors = {name: factorise(grams[name], DAMPING, by_panels) for name in wide}
+    factors = {name: _factorise(name, grams[name], by_panels) for name in wide}
     with refitting_work(partition, config):
         solved = _solve_own(pieces, grams, factors, weights, counts, config, partition)
     factors.clear()
@@ -263,7 +266,7 @@ def _solve_own(
         sorted(mine, key=lambda i: (pieces[i].problem, i)), lambda i: pieces[i].problem
     ):
         gram = grams[problem]
-        factor = factors[problem] if problem in factors else factorise(gram, DAMPING)
+        factor = factors[problem] if problem in factors else _factorise(problem, gram)
         for name, of_matrix in groupby(of_problem, lambda i: pieces[i].name):
             own = list(of_matrix)
             job = pieces[own[0]].job
@@ -278,6 +281,25 @@ def _solve_own(
         del gram, factor
     grams.clear()
     return solved
+
+
+def _factorise(
+    problem: str, gram_II: Tensor, inverse: Callable[[Tensor], Tensor | None] = upper_inverse
+) -> Factor:
+    """`factorise`, saying what it met. Local where `inverse` is."""
+    factor = factorise(gram_II, DAMPING, inverse)
+    met = factor.record
+    if met.num_retries:
+        logger.warning(
+            "the inputs of %s are nearly dependent: their Gram matrix was factorised with %g times its mean diagonal "
+            "added, instead of %g, so what stays is corrected less; more calibration tokens may help",
+            problem,
+            met.damping,
+            DAMPING,
+        )
+    if met.num_dead:
+        logger.info("%d of the %d inputs of %s are zero in all tokens", met.num_dead, len(gram_II), problem)
+    return factor
 
 
 def _whole(

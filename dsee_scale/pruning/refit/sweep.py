@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dsee_scale.adapters.matrices import Matrix
-from dsee_scale.adapters.state import model_state, reject_broken
 from dsee_scale.algorithms.decompose import Support
 from dsee_scale.algorithms.delta import Delta
 from dsee_scale.config import PruneConfig
@@ -37,6 +36,7 @@ from dsee_scale.passes.blocks import Call, advance, capture, find_blocks
 from dsee_scale.passes.calibrate import InputSquares, Statistics, agreed_leaders, watching
 from dsee_scale.passes.pools import WeightPool
 from dsee_scale.pruning.checks import note_pattern
+from dsee_scale.pruning.half_done import stopped
 from dsee_scale.pruning.refit.block import (
     adapter_params,
     collect_grams,
@@ -89,7 +89,7 @@ def refit(
         progress: see `prune`.
 
     Returns:
-        The matrices of experts with too few tokens, pruned by |W + D| and not solved.
+        The matrices that too few tokens reached, pruned by |W + D| and not solved.
 
     Raises:
         CalibrationError: no batch or token, or activations that are not finite. Nothing was removed.
@@ -116,7 +116,10 @@ def refit(
                     with block_pass(partition, config, BATCHES), held(block, len(calls), config, partition):
                         advance(block, index, calls, module, partition)
             except BaseException as error:
-                raise _stopped(module, error, done) from error
+                if not done:
+                    raise
+                what = f"{done[0]} to {done[-1]} are pruned and re-fitted, later blocks are not"
+                raise stopped(module, error, what) from error
     note_refitted(module, [job.member for job in jobs])
     if not units:
         note_pattern(module, pools, config)
@@ -285,17 +288,3 @@ def _reject_one_leaf(module: nn.Module, blocks: Sequence[tuple[str, nn.Module]])
                 "set_z3_leaf_modules, and a re-fit goes block after block; lower it, or set refit=False. Nothing was "
                 "removed"
             )
-
-
-def _stopped(module: nn.Module, error: BaseException, done: Sequence[str]) -> BaseException:
-    """The error itself while nothing is written; else one that says what is, after which nothing goes on."""
-    if not done:
-        return error
-    message = (
-        f"pruning stopped half way: {done[0]} to {done[-1]} are pruned and re-fitted, later blocks are not "
-        f"({error or type(error).__name__}). "
-        "Load the model or the last checkpoint again"
-    )
-    model_state(module).broken = message
-    module.register_forward_pre_hook(lambda *_: reject_broken(module))
-    return PartitionError(message)
