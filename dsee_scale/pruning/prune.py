@@ -54,15 +54,16 @@ def prune(
 ) -> PruneReport:
     """Collective. Set the least important frozen weights to zero, in place, on the shards.
 
-    Exactly round(sparsity * entries) weights of each pool (with `refit`, of each matrix) are zero afterwards, ties
-    included; the same scores remove the same ones on any number of ranks. With `refit`, the default, the weights that
+    Exactly round(sparsity * entries) weights of each pool (of each matrix with scope `matrix`, of each output with
+    `row`) are zero afterwards, ties included; the same scores remove the same ones on any number of ranks. With `refit`, the default, the weights that
     stay are solved anew block after block, and W + D becomes the frozen weight. Weights that are zero already go
     first, so pruning again to a higher sparsity keeps earlier zeros. Masks need no memory: W is frozen, so its zeros
     stay. Several prunings are all checked before the first one removes anything.
 
     Peak extra memory per rank: whole copies of the adapters in float32, and a few blocks of 2 MiB (a GPU's together
     256 MiB); with `refit`, one block's inputs, up to `gram_memory_mib` of statistics and of the block's weights, the
-    parts of its matrices that the rank solves, and one whole matrix.
+    parts of its matrices that the rank solves, and one whole matrix; before that, where the loss sets the shares (scope
+    `global`, the default), what a backward pass through the model keeps of one batch, as a training step does.
 
     Args:
         model: a raw model (whole or partitioned), a DeepSpeed engine, a DDP or an Accelerate-prepared model.

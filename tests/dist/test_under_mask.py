@@ -28,11 +28,19 @@ GPT2 = (
         output_slices={"c_attn": ("q", "v")},
     ),
 )
-PRUNINGS = {"half": PruneConfig(sparsity=0.5, score="W"), "2:4": PruneConfig(pattern="2:4", score="WABS")}
+PRUNINGS = {
+    "half": PruneConfig(sparsity=0.5),
+    "2:4": PruneConfig(pattern="2:4"),
+    "half by size": PruneConfig(sparsity=0.5, score="W"),
+    "2:4 by size": PruneConfig(pattern="2:4", score="WABS"),
+}
 CASES = {
     "llama, half, bf16": (LLAMA, "half", torch.bfloat16, None, {}),
-    "llama, 2:4, fp32, checkpointing": (LLAMA, "2:4", torch.float32, False, {}),
-    "llama, half, fp32, reentrant": (LLAMA, "half", torch.float32, True, {}),
+    "llama, 2:4, fp32": (LLAMA, "2:4", torch.float32, None, {}),
+    "llama, half, bf16, ZeRO-2": (LLAMA, "half", torch.bfloat16, None, {"stage": 2}),
+    "llama, 2:4, bf16, hierarchical": (LLAMA, "2:4", torch.bfloat16, None, {"zero_hpz_partition_size": 2}),
+    "llama, 2:4 by size, fp32, checkpointing": (LLAMA, "2:4 by size", torch.float32, False, {}),
+    "llama, half by size, fp32, reentrant": (LLAMA, "half by size", torch.float32, True, {}),
     "llama, 2:4, bf16, offloaded": (
         LLAMA,
         "2:4",
@@ -40,7 +48,7 @@ CASES = {
         None,
         {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}},
     ),
-    "gpt2, half, fp32": (GPT2, "half", torch.float32, None, {}),
+    "gpt2, half by size, fp32": (GPT2, "half by size", torch.float32, None, {}),
 }
 
 
@@ -48,16 +56,17 @@ def retuned(folder: str, case: str) -> tuple[list[float], torch.Tensor, int]:
     """Tune, prune, retune under the mask, export; losses and logits of the live engine."""
     (config, dsee), pruning, dtype, reentrant, zero = CASES[case]
     ds_config = zero3_config(dtype, **zero)
-    if zero:
+    if "offload_param" in zero:
         ds_config["optimizer"]["params"].pop("torch_adam")
-    model: Any = partition(build(config(), dtype), ds_config)
+    model: Any = build(config(), dtype)
+    model = model if "stage" in zero else partition(model, ds_config)
     if reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     dsee_scale.inject(model, dsee)
     fill_adapters(model)
     engine = engine_for(model.train(), ds_config)
     train(engine, 2)
-    dsee_scale.prune(engine, PRUNINGS[pruning])
+    dsee_scale.prune(engine, PRUNINGS[pruning], [token_batch(seed=seed) for seed in (1, 2)])
     losses = train(engine, 3)
     dsee_scale.export_model(engine, folder, overwrite=True)
     engine.eval()
@@ -67,7 +76,9 @@ def retuned(folder: str, case: str) -> tuple[list[float], torch.Tensor, int]:
     return losses, logits, sum(bool(layer.dsee_under_mask) for layer in layers)
 
 
-@pytest.mark.parametrize("case, world_size", [*((case, 2) for case in CASES), ("llama, half, bf16", 1)])
+@pytest.mark.parametrize(
+    "case, world_size", [*((case, 2) for case in CASES), ("llama, half, bf16", 1), ("llama, 2:4, fp32", 1)]
+)
 def test_the_masked_export_has_the_logits_of_the_live_engine(pools, tmp_path, case, world_size):
     found = pools(world_size).run(retuned, str(tmp_path / "model"), case)
     dtype = CASES[case][2]

@@ -128,6 +128,8 @@ def evaluate_dequantised(folder: Path, form: str) -> float:
         PruneConfig(sparsity=0.4, scope="matrix", score="WABS"),
         PruneConfig(pattern="2:4", score="W"),
         PruneConfig(sparsity=0.5, score="random"),
+        PruneConfig(sparsity=0.5, refit=False),
+        PruneConfig(pattern="2:4", refit=False),
     ],
 )
 def test_codes_are_zeroed_where_the_dequantised_weight_would_be(folder, form, config):
@@ -138,7 +140,7 @@ def test_codes_are_zeroed_where_the_dequantised_weight_would_be(folder, form, co
     twin = copy.deepcopy(model).dequantize()
     for name, layer in layers.items():  # the deep copy is a model of its own
         assert twin.get_submodule(name).weight.dtype == torch.bfloat16 and layer.weight.dtype != torch.float32
-    report = dsee_scale.prune(model, config)
+    report = dsee_scale.prune(model, config, [{"input_ids": BATCH}])
     for name, layer in layers.items():
         after = port.decode(layer.weight, layer.weight.data)
         assert torch.equal(after[after != 0], before[name][after != 0])
@@ -161,6 +163,8 @@ def test_what_a_quantised_base_cannot_do_is_refused_by_name(folder):
     for pattern in ("heads", "neurons"):
         with pytest.raises(TargetError, match="prune an unquantised base"):
             dsee_scale.prune(model, PruneConfig(sparsity=0.5, pattern=pattern, score="W"))
+    with pytest.raises(TargetError, match="is quantised, and re-fitted values would have to be rounded"):
+        dsee_scale.prune(model, PruneConfig(sparsity=0.5), [{"input_ids": BATCH}])
 
 
 def test_a_row_length_that_the_cpu_decodes_wrongly_is_refused():
