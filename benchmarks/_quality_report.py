@@ -36,7 +36,8 @@ def print_table(job: str, cells: dict[str, list[dict[str, Any]]]) -> None:
     """One Markdown row for each row of the benchmark, means over seeds with their spread."""
     metrics = [name for name in {METRIC[job], "loss", "bleu"} if _has(cells, name)]
     metrics.sort(key=lambda name: (name != METRIC[job], name))
-    columns = [f"{phase}, {name}" for name in metrics for phase in PHASES if _has(cells, name, phase)]
+    phases = ("tuned", "pruned", "merged densely", "retuned", "exported")
+    columns = [f"{phase}, {name}" for name in metrics for phase in phases if _has(cells, name, phase)]
     print(f"| {job}, {METRIC_WORDS[job]} first | {' | '.join(columns)} | zeros | trained | seeds | minutes |")
     print("| --- |" + " ---: |" * (len(columns) + 4))
     for row, found in cells.items():

@@ -117,10 +117,7 @@ def refit(
                     with block_pass(partition, config, BATCHES), held(block, len(calls), config, partition):
                         advance(block, index, calls, module, partition)
             except BaseException as error:
-                if not done:
-                    raise
-                what = f"{done[0]} to {done[-1]} are pruned and re-fitted, later blocks are not"
-                raise stopped(module, error, what) from error
+                raise _after(done, module, error) from error
     note_refitted(module, [job.member for job in jobs])
     if not units:
         note_pattern(module, pools, config)
@@ -289,3 +286,10 @@ def _reject_one_leaf(module: nn.Module, blocks: Sequence[tuple[str, nn.Module]])
                 "set_z3_leaf_modules, and a re-fit goes block after block; lower it, or set refit=False. Nothing was "
                 "removed"
             )
+
+
+def _after(done: Sequence[str], module: nn.Module, error: BaseException) -> BaseException:
+    """What to raise once these blocks are written: the error itself while there are none."""
+    if not done:
+        return error
+    return stopped(module, error, f"{done[0]} to {done[-1]} are pruned and re-fitted, later blocks are not")
