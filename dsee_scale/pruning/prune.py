@@ -55,10 +55,10 @@ def prune(
     """Collective. Set the least important frozen weights to zero, in place, on the shards.
 
     Exactly round(sparsity * entries) weights of each pool (of each matrix with scope `matrix`, of each output with
-    `row`) are zero afterwards, ties included; the same scores remove the same ones on any number of ranks. With `refit`, the default, the weights that
-    stay are solved anew block after block, and W + D becomes the frozen weight. Weights that are zero already go
-    first, so pruning again to a higher sparsity keeps earlier zeros. Masks need no memory: W is frozen, so its zeros
-    stay. Several prunings are all checked before the first one removes anything.
+    `row`) are zero afterwards, ties included; the same scores remove the same ones on any number of ranks. With
+    `refit`, the default, the weights that stay are solved anew block after block, and W + D becomes the frozen weight.
+    Weights that are zero already go first, so pruning again to a higher sparsity keeps earlier zeros. Masks need no
+    memory: W is frozen, so its zeros stay. Several prunings are all checked before the first one removes anything.
 
     Peak extra memory per rank: whole copies of the adapters in float32, and a few blocks of 2 MiB (a GPU's together
     256 MiB); with `refit`, one block's inputs, up to `gram_memory_mib` of statistics and of the block's weights, the
@@ -79,7 +79,8 @@ def prune(
         TargetError: nothing to prune, a score that needs adapters on a model without, a weight with NaN.
         ConfigError: pools that are empty or overlap, groups or counts that do not fit the shapes.
         CalibrationError: calibration data that are missing, empty, not finite, or statistics of another state.
-        PartitionError: weights stored where an edit would not last (NVMe, quantised by DeepSpeed).
+        PartitionError: weights stored where an edit would not last (NVMe, quantised by DeepSpeed); or an error after
+            something was written: the message says what, and nothing goes on with the model.
     """
     model = getattr(model, "_orig_mod", model)
     module = unwrap(model)

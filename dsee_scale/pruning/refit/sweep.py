@@ -76,8 +76,7 @@ def refit(
 
     Peak extra memory per rank: one block's inputs; Gram matrices and the block's weights of up to
     `config.gram_memory_mib`, or one matrix's; what the rank solves of the block and then owns, in float32; one matrix
-    more, and the solver's workspace for one; with `block_steps`, what its description says. Before that, with scope
-    `global`, the activations of one batch for a backward pass through all blocks.
+    more, and the solver's workspace for one; with `block_steps`, what it says; for scope `global`, see `prune`.
 
     Args:
         model: what `prune` was given.
