@@ -30,6 +30,7 @@ from dsee_scale.passes.coverage import LEAST, Coverage, block_coverage
 from dsee_scale.passes.fingerprint import contents
 from dsee_scale.passes.pools import WeightPool, block_matrices, find_pools
 from dsee_scale.pruning.lowest import check_divisible
+from dsee_scale.pruning.refit.ready import ready_blocks
 from dsee_scale.pruning.units import UnitPlan, check_units_reachable, plan_units
 
 
@@ -176,6 +177,8 @@ def _reject_unready(
                     "dsee_scale.inject(model, ...) before the engine is made, or leave this module out of the pruning "
                     "(PruneConfig.modules) and of trained_modules"
                 )
+    if config.refit:
+        ready_blocks(module, pools, partition)
 
 
 def _reject_own_forward(member: Matrix, config: PruneConfig) -> None:

@@ -216,6 +216,7 @@ LATE = [
     ({"prune": {"pattern": "heads", "num_per_layer": 9, "score": "ABS"}}, "heads"),
     ({"prune": {"pattern": "neurons", "num_per_layer": 99, "score": "ABS"}}, "neurons"),
     ({"prune": [{"score": "W"}, {"score": "W", "modules": ["nope"]}]}, "'nope' matches no linear layer"),
+    ({"prune": {}, "model__quantization": {"load_in_4bit": True}}, "is quantised, and re-fitted values"),
     ({"dsee__trained_modules": ["o_proj"]}, "trained, so its zeros would not stay"),
     ({"dsee__target_modules": ["nope"]}, "nope"),
     ({"training__report_to": "nothing_like_it"}, "nothing_like_it"),

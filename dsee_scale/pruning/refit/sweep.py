@@ -22,17 +22,16 @@ from dsee_scale.algorithms.decompose import Support
 from dsee_scale.algorithms.delta import Delta
 from dsee_scale.config import PruneConfig
 from dsee_scale.distributed import show_progress
-from dsee_scale.errors import ConfigError, PartitionError, TargetError
+from dsee_scale.errors import ConfigError
 from dsee_scale.partition import Partition, unwrap
 from dsee_scale.passes.batches import (
     Batches,
     compute_device,
     evaluating,
-    reject_encoder_decoder,
     reject_uncounted,
     release_heap,
 )
-from dsee_scale.passes.blocks import Call, advance, capture, find_blocks
+from dsee_scale.passes.blocks import Call, advance, capture
 from dsee_scale.passes.calibrate import InputSquares, Statistics, agreed_leaders, watching
 from dsee_scale.passes.pools import WeightPool
 from dsee_scale.pruning.checks import note_pattern
@@ -50,6 +49,7 @@ from dsee_scale.pruning.refit.block import (
 from dsee_scale.pruning.refit.matrix import Job, settle
 from dsee_scale.pruning.refit.output import TO_LOWER, meet_outputs_, tuned_outputs
 from dsee_scale.pruning.refit.pieces import dealt, holders, owners_of, solve_pieces
+from dsee_scale.pruning.refit.ready import ready_blocks
 from dsee_scale.pruning.refit.units import note_refitted, unit_jobs, without_units
 from dsee_scale.pruning.refit.work import block_pass, held, refitting_work
 from dsee_scale.pruning.sensitivity_shares import find_shares
@@ -245,8 +245,7 @@ def check_refit(
     """The blocks, name and module, after refusing what no re-fit can do. Local, alike on all ranks.
 
     Raises:
-        TargetError: quantised weights, several devices, or weights outside of one list of blocks.
-        PartitionError: see `check_reachable`.
+        TargetError, PartitionError: see `ready_blocks` and `check_reachable`.
         ConfigError: within `torch.inference_mode`.
     """
     if torch.is_inference_mode_enabled():
@@ -254,37 +253,10 @@ def check_refit(
             "a re-fit takes gradients of the loss, which torch.inference_mode rules out; call prune outside of it, or "
             "set refit=False. Nothing was removed"
         )
-    members = {member.name: member for pool in pools for member in pool.members}
-    for name, member in members.items():
-        if id(member.param) in partition.codecs:
-            raise TargetError(
-                f"{name}.weight is quantised, and re-fitted values would have to be rounded to its codes again; set "
-                "refit=False to prune by wanda alone, or load the base unquantised. Nothing was removed"
-            )
-    devices = {partition.compute_device(member.param) for member in members.values()}
-    if len(devices) > 1:
-        raise TargetError(
-            f"the weights lie on several devices ({', '.join(sorted(map(str, devices)))}), and a re-fit runs all "
-            "on one; load it without a device_map, or set refit=False. Nothing was removed"
-        )
-    check_reachable(model, list(adapter_params(list(members.values())).values()))
-    reject_encoder_decoder(unwrap(model))
-    blocks = find_blocks(unwrap(model), list(members))
-    _reject_one_leaf(unwrap(model), blocks)
+    blocks = ready_blocks(unwrap(model), pools, partition)
+    members = [member for pool in pools for member in pool.members]
+    check_reachable(model, list(adapter_params(members).values()))
     return blocks
-
-
-def _reject_one_leaf(module: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> None:
-    """Blocks that DeepSpeed fetches and releases together can't be run one after the other."""
-    inside = {id(block) for _, block in blocks}
-    for name, outer in module.named_modules():
-        leaf = getattr(outer, "_z3_leaf", False) and id(outer) not in inside
-        if leaf and not inside.isdisjoint(map(id, outer.modules())):
-            raise PartitionError(
-                f"ZeRO-3 fetches {name or 'the whole model'} as one leaf, by stage3_module_granularity_threshold or "
-                "set_z3_leaf_modules, and a re-fit goes block after block; lower it, or set refit=False. Nothing was "
-                "removed"
-            )
 
 
 def _after(done: Sequence[str], module: nn.Module, error: BaseException) -> BaseException:
