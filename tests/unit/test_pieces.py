@@ -116,3 +116,27 @@ def test_inputs_that_are_gone_stay_out_of_pieces(small):
     for each, block in zip(gone, model.model.layers, strict=True):
         assert block.mlp.down_proj.weight.isfinite().all()
         assert not block.mlp.down_proj.weight[:, each].any()
+
+
+def test_what_the_solver_met_is_said(monkeypatch, caplog):
+    """A matrix that is factorised at the second try, and one with inputs that no token has."""
+    tries = 0
+
+    def fails_once(damped: torch.Tensor) -> torch.Tensor | None:
+        nonlocal tries
+        tries += 1
+        return None if tries == 1 else upper_inverse(damped)
+
+    monkeypatch.setattr(pieces, "factorise", lambda gram, damping, _: factorise(gram, damping, fails_once))
+    model = make("everything")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[:3] = 0  # its product with gate is then zero: down's inputs
+        model.model.layers[1].mlp.up_proj.dsee_B.zero_()
+        model.model.layers[1].mlp.up_proj.dsee_values.zero_()
+    with caplog.at_level("INFO"):
+        dsee_scale.prune(model, PruneConfig(sparsity=0.4, scope="matrix"), batches(1))
+    said = [record for record in caplog.records if "pieces" in record.name]
+    warnings = [record.getMessage() for record in said if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and "model.layers.0.mlp.down_proj are nearly dependent" in warnings[0]
+    assert "with 1 times its mean diagonal added, instead of 0.1" in warnings[0]
+    assert any("3 of the 53 inputs of model.layers.1.mlp.down_proj" in each.getMessage() for each in said)
