@@ -106,12 +106,15 @@ class Lab:
         done: int = 0,
         moments: dict[str, Any] | None = None,
         teacher: nn.Module | None = None,
+        factor: float = RETUNE_FACTOR,
+        warmup: float = 0.0,
     ) -> dict[str, Any]:
         """AdamW for so many steps, after those that are done.
 
-        One schedule over tune and retune, as in a recipe: a tenth of warm-up, then a linear decay to zero, at twice
-        the rate after the prune. The optimizer's moments go on across the prune. With a teacher, half of the loss is
-        the Kullback-Leibler divergence from its predictions.
+        One schedule over tune and retune, as in a recipe: a tenth of warm-up, then a linear decay to zero, at
+        `factor` times the rate after the prune, which rises from zero once more over a share `warmup` of the steps.
+        The optimizer's moments go on across the prune. With a teacher, half of the loss is the Kullback-Leibler
+        divergence from its predictions.
 
         Returns:
             The optimizer's state after these steps.
@@ -127,10 +130,10 @@ class Lab:
         factors = get_scheduler("linear", optimizer, math.ceil(0.1 * total), total).lr_lambdas[0]
         model.train()
         for step in range(steps):
-            factor = factors(done + step)
+            rate = factors(done + step)
             if done:
-                factor = min(1.0, RETUNE_FACTOR * factor)
-            optimizer.param_groups[0]["lr"] = self.args.rate * factor
+                rate = min(1.0, factor * rate) * min(1.0, (step + 1) / max(1.0, warmup * steps))
+            optimizer.param_groups[0]["lr"] = self.args.rate * rate
             batch = next(batches)
             logits = logits_of(model, module, batch)
             loss = label_loss(logits, batch["labels"], None)

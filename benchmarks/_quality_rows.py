@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.passes.pools import block_linears
+from dsee_scale.training.timeline import RETUNE_FACTOR
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-RANK, ALPHA = 4, 32
+RANK, SCALE = 4, 8
 Prunings = Sequence[dict[str, Any]]
 
 
@@ -32,6 +33,10 @@ class Ours:
         distilled: whether retune learns from the tuned model's predictions as well.
         late: whether tune and retune swap their numbers of steps.
         calibration: how often the job's number of calibration rows.
+        matrices: names of the adapted ones.
+        rank: theirs; alpha / rank is the same in all rows.
+        factor: by which the schedule's rate is multiplied after the first pruning; it stays below its peak.
+        warmup: share of the steps after a pruning over which the rate rises from zero once more.
     """
 
     prunings: Prunings = ()
@@ -40,6 +45,10 @@ class Ours:
     distilled: bool = False
     late: bool = False
     calibration: int = 1
+    matrices: Sequence[str] = LINEARS
+    rank: int = RANK
+    factor: float = RETUNE_FACTOR
+    warmup: float = 0.0
 
 
 HALF = {"sparsity": 0.5, "block_steps": 64}
@@ -62,6 +71,12 @@ OURS = {
     "ours, 70%, every matrix alike": Ours([{"sparsity": 0.7, "block_steps": 96, "scope": "matrix"}]),
     "ours, 50%, without block steps": Ours([{"sparsity": 0.5}]),
     "ours, 2:4, without block steps": Ours([{"pattern": "2:4"}]),
+    "ours, 50%, without block steps, query and value alone": Ours(
+        [{"sparsity": 0.5}], matrices=("q_proj", "v_proj"), rank=21
+    ),
+    "ours, 50%, without block steps, rate times 1": Ours([{"sparsity": 0.5}], factor=1.0),
+    "ours, 50%, without block steps, rate times 4": Ours([{"sparsity": 0.5}], factor=4.0),
+    "ours, 50%, without block steps, warmed up again": Ours([{"sparsity": 0.5}], warmup=0.1),
     "ours, 50%, without block steps, distilled": Ours([{"sparsity": 0.5}], distilled=True),
     "ours, 50%, without block steps, in three cuts": Ours(
         cuts=[([{"sparsity": share}], steps) for share, steps in THREE_CUTS]
@@ -99,10 +114,16 @@ PEERS = ("dense LoRA", *WANDA, *(COMPRESSOR if find_spec("llmcompressor") else (
 
 
 def tuned_start(
-    lab: Lab, seed: int, steps: int, num_sparse: int | float | None = 64
+    lab: Lab,
+    seed: int,
+    steps: int,
+    num_sparse: int | float | None = 64,
+    matrices: Sequence[str] = LINEARS,
+    rank: int = RANK,
 ) -> tuple[nn.Module, Iterator[Any], Any]:
     """A seed's tuned model, kept in the output folder; the batches that follow, and the optimizer's moments."""
-    tuned = lab.output / "tuned" / f"N={num_sparse}, {steps} steps, seed {seed}"
+    some = "" if matrices == LINEARS else f"rank {rank} on {', '.join(matrices)}, "
+    tuned = lab.output / "tuned" / f"{some}N={num_sparse}, {steps} steps, seed {seed}"
     model, source = lab.base(), lab.batches(seed)
     optimizer = tuned.with_name(f"{tuned.name}.pt")
     if optimizer.is_file():
@@ -111,10 +132,10 @@ def tuned_start(
             next(source)
         return model, source, torch.load(optimizer)
     config = DSEEConfig(
-        rank=RANK,
-        alpha=ALPHA,
+        rank=rank,
+        alpha=SCALE * rank,
         num_sparse=num_sparse,
-        target_modules=LINEARS,
+        target_modules=matrices,
         trained_modules=("*norm",) if lab.args.trained_norms else (),
         seed=seed,
     )
@@ -129,7 +150,7 @@ def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     """Tune (or take the tuned start), prune, retune, export."""
     how = OURS[row]
     steps, more = (lab.args.steps, lab.args.retune_steps)[:: -1 if how.late else 1]
-    model, source, moments = tuned_start(lab, seed, steps, how.num_sparse)
+    model, source, moments = tuned_start(lab, seed, steps, how.num_sparse, how.matrices, how.rank)
     found = {"tuned": lab.quality(model), "trained_share": trained_share(model)}
     teacher = None
     if how.distilled:
@@ -138,7 +159,16 @@ def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     for prunings, retune_steps in how.cuts or [(how.prunings, more)]:
         dsee_scale.prune(model, [PruneConfig(**each) for each in prunings], calibration)
         found["pruned"] = lab.quality(model)
-        moments = lab.train(model, source, retune_steps, done=steps, moments=moments, teacher=teacher)
+        moments = lab.train(
+            model,
+            source,
+            retune_steps,
+            done=steps,
+            moments=moments,
+            teacher=teacher,
+            factor=how.factor,
+            warmup=how.warmup,
+        )
         steps += retune_steps
     found["retuned"] = lab.quality(model)
     folder = lab.output / f"exported, {row}, seed {seed}"
@@ -211,7 +241,7 @@ def _peft(lab: Lab, model: nn.Module, row: str, seed: int, *, masked: bool) -> d
 
     torch.manual_seed(seed)
     masks = {name: layer.weight != 0 for name, layer in block_linears(model).items()} if masked else {}
-    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(LINEARS))
+    lora = LoraConfig(r=RANK, lora_alpha=SCALE * RANK, lora_dropout=0.0, target_modules=list(LINEARS))
     tuned = get_peft_model(model, lora)  # type: ignore[arg-type]
     for name, param in tuned.named_parameters():
         param.requires_grad_(param.requires_grad or (lab.args.trained_norms and "norm" in name))
