@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import BertConfig, BertForSequenceClassification
 
 import dsee_scale
-from dsee_scale import PruneConfig
+from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.adapters.linear import adapted_layers
 from dsee_scale.errors import PartitionError
 from dsee_scale.partition import unwrap
 from dsee_scale.pruning.refit import output
 from tests.dist.test_calibrate import ENGINES, live
-from tests.dist.test_inject_prune import train, whole_weights
+from tests.dist.test_inject_prune import engine_for, fill_adapters, train, whole_weights
 from tests.models import zero3_config
 from tests.unit.test_calibrate import batches, make
 
@@ -50,6 +52,78 @@ def test_ranks_with_the_same_batches_end_where_one_does(pools, family, engine):
         for name in adapted_layers(model):
             flat = f"{name}.dsee_flat"
             assert not torch.equal(found["trained"][flat], found["pruned"][flat]), name
+
+
+def encoder() -> torch.nn.Module:
+    """A classifier with all linear layers of its blocks adapted, and its head trained."""
+    sizes = dict(vocab_size=97, hidden_size=36, intermediate_size=53, num_hidden_layers=2)
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(
+        BertConfig(**sizes, num_attention_heads=3, max_position_embeddings=64, num_labels=3)
+    ).eval()
+    targets = ("query", "key", "value", "dense")
+    dsee_scale.inject(
+        model, DSEEConfig(rank=3, num_sparse=7, target_modules=targets, trained_modules=("classifier",))
+    )
+    fill_adapters(model)
+    return model
+
+
+def decoder() -> torch.nn.Module:
+    return make("everything")
+
+
+def replicas(model: torch.nn.Module) -> torch.nn.Module:
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+
+def under_zero3(model: torch.nn.Module) -> Any:
+    return engine_for(model, zero3_config())
+
+
+REFITS = {
+    "by the loss": PruneConfig(sparsity=0.4),
+    "2:4": PruneConfig(pattern="2:4", modules=("*.self*",)),
+    "with steps": CONFIG,
+}
+
+
+def refitted(
+    kind: Callable[[], torch.nn.Module], wrap: Callable[[torch.nn.Module], Any], config: PruneConfig
+) -> dict[str, torch.Tensor]:
+    """After a prune that sees the same batches on every rank."""
+    model = wrap(kind())
+    dsee_scale.prune(model, config, labelled(kind))
+    return whole_weights(model)
+
+
+def labelled(kind: Callable[[], torch.nn.Module]) -> list[dict[str, torch.Tensor]]:
+    labels = {"labels": torch.tensor([0, 2])} if kind is encoder else {}
+    return [batch | labels for batch in batches(3)]
+
+
+@pytest.mark.parametrize("case", list(REFITS))
+@pytest.mark.parametrize(
+    ("kind", "wrap", "ranks"),
+    [(decoder, replicas, 2), (encoder, replicas, 2), (encoder, under_zero3, 2), (encoder, under_zero3, 3)],
+)
+def test_ddp_and_encoders_end_where_one_process_does(pools, kind, wrap, ranks, case):
+    model = kind()
+    before = whole_weights(model)
+    report = dsee_scale.prune(model, REFITS[case], labelled(kind))
+    expected = whole_weights(model)
+    assert report.matrices and report.removed
+    everywhere = pools(ranks).run(refitted, kind, wrap, REFITS[case])
+    for found in everywhere:
+        for name, other in expected.items():
+            assert torch.equal(found[name], everywhere[0][name]), name
+            if name.removesuffix(".weight") not in report.matrices:
+                assert torch.equal(found[name], before[name]) or "dsee" in name, name
+                continue
+            same = (found[name] == 0) == (other == 0)
+            assert same.float().mean() > 0.99, name
+            assert (found[name] - other)[same].norm() < 0.05 * other.norm(), name
+            assert not torch.equal(found[name][found[name] != 0], before[name][found[name] != 0]), name
 
 
 UNITS = {

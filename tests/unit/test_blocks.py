@@ -6,10 +6,13 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import dsee_scale
 from dsee_scale import PruneConfig
 from dsee_scale.errors import TargetError
+from dsee_scale.passes.blocks import capture
+from dsee_scale.pruning.refit import sweep
 from tests.models import build, token_batch
 from tests.unit.test_calibrate import batches, inputs_of, make
 
@@ -88,3 +91,24 @@ def test_a_later_block_is_solved_for_what_the_pruned_ones_before_it_give():
     ].double()  # the last block runs last for its own statistics
     torch.testing.assert_close(last, inputs_of(model, data)["model.layers.1.self_attn.q_proj"])
     assert (last - tuned).norm() > 0.01 * tuned.norm()
+
+
+class SeenError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("on_cpu", "place"), [(True, "cpu"), (False, "meta")])
+def test_all_that_blocks_are_called_with_is_kept_where_the_setting_says(monkeypatch, on_cpu, place):
+    """`meta` stands for the device that computes."""
+
+    def watched(*args: object) -> None:
+        kept: list[Tensor] = []
+        for call in capture(*args):
+            pytree.tree_map_only(Tensor, kept.append, (call.hidden, call.arguments))
+        assert len(kept) > 4 and {tensor.device.type for tensor in kept} == {place}
+        raise SeenError
+
+    monkeypatch.setattr(sweep, "capture", watched)
+    monkeypatch.setattr(sweep, "compute_device", lambda *_: torch.device("meta"))
+    with pytest.raises(SeenError):
+        dsee_scale.prune(make("llama"), PruneConfig(inputs_on_cpu=on_cpu), batches(2))
