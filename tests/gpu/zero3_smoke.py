@@ -20,7 +20,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "global": [{"sparsity": 0.5, "score": "WABS"}],
     "2:4": [{"pattern": "2:4"}],
     "units": [{"pattern": "heads", "num_per_layer": 2}, {"pattern": "neurons", "num_per_layer": 12}],
-    "inputs on the CPU": [{"sparsity": 0.5, "inputs_on_cpu": True, "block_steps": 4}],
+    "inputs on the CPU": [{"sparsity": 0.5, "inputs_on_cpu": True}],
     "offload": [{"sparsity": 0.5}],
 }
 DEVICE_TARGETS = ("q_proj", "v_proj", "down_proj")
