@@ -3,7 +3,8 @@
     python benchmarks/growth.py [--quick] [--json] [--shapes 1b 1.7b 3.4b]
     python benchmarks/growth.py --plot docs/growth.png LINES.jsonl
 
-Random bf16 weights under ZeRO-3 on two ranks of one thread each; a fresh process for each size.
+Random bf16 weights under ZeRO-3 on two ranks of one thread each; fresh processes for each size. All sizes in turn, as
+many rounds as asked, and medians of them; a round's passes run once, since each changes its model.
 
 - inject: supports of all q and v matrices by decomposition;
 - score: statistics of all linear layers over 128 tokens a rank;
@@ -23,6 +24,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,6 +45,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--shapes", choices=SHAPES, nargs="+", default=["1b", "1.7b", "3.4b"])
     arguments.add_argument("--ranks", type=int, default=2)
+    arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--folder", help="where exports go for a moment (default: the temporary folder)")
     arguments.add_argument("--plot", type=Path, help="only draw the lines of earlier runs into this file")
     arguments.add_argument("lines", type=Path, nargs="*", help="what earlier runs with --json printed")
@@ -58,20 +61,25 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> None:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # the ranks read it when they start
     report, first = Report("growth", args.json), {}
-    for shape in ["small"] if args.quick else args.shapes:
-        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            ranks = run_on(args.ranks, run_passes, shape, folder)
-        billions = ranks[0]["parameters"] / 1e9
+    shapes, rounds = (["small"], 1) if args.quick else (args.shapes, args.rounds)
+    runs: dict[str, list[list[dict[str, Any]]]] = {shape: [] for shape in shapes}
+    for _ in range(rounds):
+        for shape in shapes:
+            with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+                runs[shape].append(run_on(args.ranks, run_passes, shape, folder))
+    for shape in shapes:
+        some = runs[shape][0][0]
+        billions, widest = some["parameters"] / 1e9, some["widest"] / 2**20
         for name in PASSES:
-            seconds = max(rank["seconds"][name] for rank in ranks) / billions
-            cpu = max(rank["cpu"][name] for rank in ranks) / billions
-            memory = max(rank["memory"][name] for rank in ranks) / 2**20
+            seconds, cpu, memory = (
+                statistics.median(max(rank[what][name] for rank in ranks) for ranks in runs[shape]) / unit
+                for what, unit in (("seconds", billions), ("cpu", billions), ("memory", 2**20))
+            )
             peers = first.setdefault(name, (seconds, cpu, memory))
             case, details = f"{shape}, {args.ranks} ranks", {"billions": billions}
             report.add(case, f"{name}, time per billion", "s", seconds, peers[0], **details)
             report.add(case, f"{name}, processor time per billion", "s", cpu, peers[1], **details)
             report.add(case, f"{name}, peak beyond before", "MiB", memory, peers[2], **details)
-            widest = ranks[0]["widest"] / 2**20
             report.add(case, f"{name}, peak over widest weight", "1", memory / widest, **details)
 
 
