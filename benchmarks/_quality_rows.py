@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,7 +111,8 @@ COMPRESSOR = {
     },
     OWL: ("SparseGPTModifier", AMOUNTS["70%"][1]),
 }
-PEERS = ("dense LoRA", *WANDA, *(COMPRESSOR if find_spec("llmcompressor") else ()))
+UNTUNED = "untuned"
+PEERS = (UNTUNED, "dense LoRA", *WANDA, *(COMPRESSOR if find_spec("llmcompressor") else ()))
 
 
 def tuned_start(
@@ -174,6 +176,11 @@ def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     folder = lab.output / f"exported, {row}, seed {seed}"
     dsee_scale.export_model(model, folder, tokenizer=lab.tokenizer, overwrite=True)
     return found | judged(lab, folder)
+
+
+def untuned(lab: Lab, row: str, seed: int) -> dict[str, Any]:
+    """The model as it came, before anything."""
+    return {"trained_share": 0.0} | judged(lab, Path(lab.args.model))
 
 
 def dense_lora(lab: Lab, row: str, seed: int) -> dict[str, Any]:

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _quality_jobs import CALIBRATION, EVALUATION, METRIC, METRIC_WORDS, RATE
 from _quality_lab import Lab, judged
 from _quality_report import print_table, print_tables, save_plot
-from _quality_rows import OURS, PEERS, dense_lora, ours, pruned_then_lora
+from _quality_rows import OURS, PEERS, UNTUNED, dense_lora, ours, pruned_then_lora, untuned
 from _report import Report, parser
 
 
@@ -49,7 +49,7 @@ def cell(lab: Lab, row: str, seed: int) -> dict[str, Any]:
             )
         return known
     measure: Callable[[Lab, str, int], dict[str, Any]]
-    measure = dense_lora if row == "dense LoRA" else ours if row in OURS else pruned_then_lora
+    measure = {UNTUNED: untuned, "dense LoRA": dense_lora}.get(row, ours if row in OURS else pruned_then_lora)
     started = time.perf_counter()
     found = measure(lab, row, seed) | {"seconds": time.perf_counter() - started, "settings": settings}
     path.parent.mkdir(parents=True, exist_ok=True)
