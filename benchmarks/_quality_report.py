@@ -10,6 +10,7 @@ from typing import Any
 
 from _quality_jobs import METRIC, METRIC_WORDS
 
+UNTUNED = "untuned"
 FAR = 1.2
 """A loss beyond so many times the worst exported one is written at the edge."""
 PHASES = {"tuned": "o", "pruned": "v", "retuned": "^", "exported": "s"}
@@ -25,11 +26,18 @@ def kept_cells(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def print_tables(folder: Path) -> None:
-    """The tables of all jobs that have finished cells, the best row first."""
+    """A page with the tables of all jobs that have finished cells, the best row first."""
+    print("# Quality, every row and column\n")
+    print(
+        "Printed by `benchmarks/quality.py --plot`; [Benchmarks](benchmarks.md) says what was asked and what was found."
+    )
+    print(
+        "Rows are sorted by what is exported. Minutes are those of one core of a CPU, often beside other work."
+    )
     for job in METRIC:
         if cells := kept_cells(folder / job):
+            print(f"\n## {job}\n")
             print_table(job, {row: cells[row] for row in _sorted(job, cells)})
-            print()
 
 
 def print_table(job: str, cells: dict[str, list[dict[str, Any]]]) -> None:
@@ -87,6 +95,8 @@ def save_plot(folder: Path, path: Path) -> None:
     from matplotlib.figure import Figure
 
     jobs = {job: cells for job in METRIC if (cells := kept_cells(folder / job))}
+    for cells in jobs.values():
+        cells.pop(UNTUNED, None)  # too far from all others
     height = 0.8 + 0.32 * max(map(len, jobs.values()))
     figure = Figure(figsize=(5.2 * len(jobs), height), layout="constrained")
     panels = figure.subplots(1, len(jobs), squeeze=False)[0]

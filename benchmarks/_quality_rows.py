@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from _quality_lab import Lab, judged, trained_share
+from _quality_report import UNTUNED
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -111,7 +112,6 @@ COMPRESSOR = {
     },
     OWL: ("SparseGPTModifier", AMOUNTS["70%"][1]),
 }
-UNTUNED = "untuned"
 PEERS = (UNTUNED, "dense LoRA", *WANDA, *(COMPRESSOR if find_spec("llmcompressor") else ()))
 
 

@@ -4,13 +4,13 @@
     python benchmarks/quality.py --job sentiment [--seeds 1 2 3] [--rows "dense LoRA" "ours, 50%"]
     python benchmarks/quality.py --job e2e --files devset.csv
     python benchmarks/quality.py --job text --files train.txt test.txt
-    python benchmarks/quality.py --cells benchmarks/quality_cells --plot docs/quality.png    # measures nothing
+    python benchmarks/quality.py --cells benchmarks/quality_cells --plot docs/quality.png > docs/quality.md
     python benchmarks/quality.py --judge runs/sentiment/model [--unseen SEED]                 # exported ones alone
 
 Every row of a seed starts from the same weights and batches and gets as many steps in all as dense LoRA (PEFT), at
 most 1% of the parameters trained: rank 4 on all linear layers. The tuned start of a seed is shared.
 Each finished cell is kept in --cells, so the script may be stopped and goes on; those that the docs' tables are of are
-in benchmarks/quality_cells. With --plot it draws what is there and prints its tables.
+in benchmarks/quality_cells. With --plot it measures nothing, draws what is there and prints its tables.
 Exported models are judged in stock transformers, zeros are counted in their files. One process, any device.
 Rows of llm-compressor's are there where it is installed (pip install llmcompressor).
 """
@@ -33,8 +33,8 @@ from dsee_scale.recipe.parsing import cache_folder
 sys.path.insert(0, str(Path(__file__).parent))
 from _quality_jobs import CALIBRATION, EVALUATION, METRIC, METRIC_WORDS, RATE
 from _quality_lab import Lab, judged
-from _quality_report import print_table, print_tables, save_plot
-from _quality_rows import OURS, PEERS, UNTUNED, dense_lora, ours, pruned_then_lora, untuned
+from _quality_report import UNTUNED, print_table, print_tables, save_plot
+from _quality_rows import OURS, PEERS, dense_lora, ours, pruned_then_lora, untuned
 from _report import Report, parser
 
 

@@ -153,3 +153,11 @@ def test_no_link_between_files_is_dead():
         if "://" not in target and not (page.parent / target).exists()
     ]
     assert len(pages) > 20 and not links
+
+
+def test_the_quality_page_is_what_the_script_prints_of_the_kept_cells(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import _quality_report
+
+    _quality_report.print_tables(ROOT / "benchmarks" / "quality_cells")
+    assert capsys.readouterr().out == (ROOT / "docs" / "quality.md").read_text()
