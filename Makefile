@@ -27,7 +27,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 # Two files at a time, those that start ranks first: much of what a rank does is to wait for another one.
 test: setup  ## All tests, real DeepSpeed in 1, 2 and 3 processes included
 	failed=0; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/dist tests/unit tests/paper tests/fuzz || failed=1; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40 tests/dist tests/unit tests/paper tests/fuzz || failed=1; \
 	$(BIN)/python -m pytest tests/gpu || failed=1; \
 	exit $$failed
 
