@@ -126,7 +126,7 @@ def flat_gradient(
     gradient = torch.empty_like(flat)
     to_a, to_b, to_values = spec.split(gradient)
     torch.mul(da.view(-1, *to_a.shape).sum(0) if spec.shared_a else da, spec.scaling, out=to_a)
-    torch.mul(dright[:, : spec.rank], spec.scaling, out=to_b)
+    to_b.copy_(dright[:, : spec.rank] * spec.scaling)
     if fold is not None:
         dvalues = dright.take(fold.in_right)  # needs no contiguous copy
     if spec.num_sparse:
