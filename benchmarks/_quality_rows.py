@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
+from dsee_scale.adapters.linear import restore_under_mask
+from dsee_scale.adapters.state import MASK_UPDATE, model_state
 from dsee_scale.passes.pools import block_linears
 from dsee_scale.training.timeline import RETUNE_FACTOR
 
@@ -39,6 +41,7 @@ class Ours:
         rank: theirs; alpha / rank is the same in all rows.
         factor: by which the schedule's rate is multiplied after the first pruning; it stays below its peak.
         warmup: share of the steps after a pruning over which the rate rises from zero once more.
+        anew: whether the pruning takes all of the update into the weight, so that B restarts at zero, without moments.
     """
 
     prunings: Prunings = ()
@@ -51,6 +54,7 @@ class Ours:
     rank: int = RANK
     factor: float = RETUNE_FACTOR
     warmup: float = 0.0
+    anew: bool = False
 
 
 HALF = {"sparsity": 0.5, "block_steps": 64}
@@ -79,6 +83,9 @@ OURS = {
     "ours, 50%, without block steps, rate times 1": Ours([{"sparsity": 0.5}], factor=1.0),
     "ours, 50%, without block steps, rate times 4": Ours([{"sparsity": 0.5}], factor=4.0),
     "ours, 50%, without block steps, warmed up again": Ours([{"sparsity": 0.5}], warmup=0.1),
+    "ours, 50%, without block steps, update anew": Ours(
+        [{"sparsity": 0.5, "mask_update": False}], warmup=0.1, anew=True
+    ),
     "ours, 50%, without block steps, distilled": Ours([{"sparsity": 0.5}], distilled=True),
     "ours, 50%, without block steps, in three cuts": Ours(
         cuts=[([{"sparsity": share}], steps) for share, steps in THREE_CUTS]
@@ -160,13 +167,17 @@ def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     calibration = lab.calibration(seed, how.calibration)
     for prunings, retune_steps in how.cuts or [(how.prunings, more)]:
         dsee_scale.prune(model, [PruneConfig(**each) for each in prunings], calibration)
+        if how.anew:
+            for pruned in model_state(model).pruned.values():
+                pruned[MASK_UPDATE] = True
+            restore_under_mask(model)
         found["pruned"] = lab.quality(model)
         moments = lab.train(
             model,
             source,
             retune_steps,
             done=steps,
-            moments=moments,
+            moments=None if how.anew else moments,
             teacher=teacher,
             factor=how.factor,
             warmup=how.warmup,
