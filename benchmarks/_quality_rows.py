@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from _quality_lab import Lab, judged, trained_share
@@ -18,7 +19,9 @@ import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
 from dsee_scale.adapters.linear import restore_under_mask
 from dsee_scale.adapters.state import MASK_UPDATE, model_state
+from dsee_scale.algorithms.refit import DAMPING
 from dsee_scale.passes.pools import block_linears
+from dsee_scale.pruning.refit import pieces
 from dsee_scale.training.timeline import RETUNE_FACTOR
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -41,6 +44,7 @@ class Ours:
         rank: theirs; alpha / rank is the same in all rows.
         factor: by which the schedule's rate is multiplied after the first pruning; it stays below its peak.
         warmup: share of the steps after a pruning over which the rate rises from zero once more.
+        damping: of the Gram matrices, as a fraction of their mean diagonal.
         anew: whether the pruning takes all of the update into the weight, so that B restarts at zero, without moments.
     """
 
@@ -54,6 +58,7 @@ class Ours:
     rank: int = RANK
     factor: float = RETUNE_FACTOR
     warmup: float = 0.0
+    damping: float = DAMPING
     anew: bool = False
 
 
@@ -86,6 +91,7 @@ OURS = {
     "ours, 50%, without block steps, update anew": Ours(
         [{"sparsity": 0.5, "mask_update": False}], warmup=0.1, anew=True
     ),
+    "ours, 50%, without block steps, damping 1%": Ours([{"sparsity": 0.5}], damping=0.01),
     "ours, 50%, without block steps, distilled": Ours([{"sparsity": 0.5}], distilled=True),
     "ours, 50%, without block steps, in three cuts": Ours(
         cuts=[([{"sparsity": share}], steps) for share, steps in THREE_CUTS]
@@ -166,7 +172,8 @@ def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
         teacher, *_ = tuned_start(lab, seed, steps, how.num_sparse)
     calibration = lab.calibration(seed, how.calibration)
     for prunings, retune_steps in how.cuts or [(how.prunings, more)]:
-        dsee_scale.prune(model, [PruneConfig(**each) for each in prunings], calibration)
+        with patch.object(pieces, "DAMPING", how.damping):
+            dsee_scale.prune(model, [PruneConfig(**each) for each in prunings], calibration)
         if how.anew:
             for pruned in model_state(model).pruned.values():
                 pruned[MASK_UPDATE] = True

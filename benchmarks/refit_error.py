@@ -4,8 +4,9 @@
     python benchmarks/refit_error.py --job e2e --files devset.csv [--quick] [--json]
 
 All linear layers of some blocks of untuned SmolLM2-135M, each with its own inputs of the dense model: Gram matrices
-of the job's calibration rows to choose and solve by, those of as many other training rows to judge by. Prints the mean
-over matrices of |X (W - V)^T|^2 / |X W^T|^2; the peer is Wanda, which keeps the values of what stays.
+of the job's calibration rows to choose and solve by, those of its held-out rows to judge by (of sentences about films,
+as many other training rows: no two of them have anything in common). Prints the mean over matrices of
+|X (W - V)^T|^2 / |X W^T|^2; the peer is Wanda, which keeps the values of what stays.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dsee_scale.passes.pools import block_linears
 from dsee_scale.recipe.parsing import cache_folder
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _quality_jobs import CALIBRATION, METRIC, RATE
+from _quality_jobs import CALIBRATION, EVALUATION, METRIC, RATE
 from _quality_lab import Lab
 from _report import Report, parser
 from quality import shortened
@@ -85,6 +86,13 @@ def grams(model: nn.Module, names: list[str], batches: list[dict[str, Tensor]]) 
     return found
 
 
+def held_out(lab: Lab, more: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Batches to judge by."""
+    rows = [{"input_ids": ids, "labels": labels} for ids, labels in lab.job.evaluation.answers]
+    size = lab.job.batch_size
+    return [lab.collate(rows[at : at + size]) for at in range(0, len(rows), size)] or more
+
+
 def amount_of(words: str, weight: Tensor) -> Removal:
     """How many entries of a matrix go."""
     if words == "2:4":
@@ -103,19 +111,21 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=1)
     arguments.add_argument("--output", default="runs/quality")
     args = arguments.parse_args()
-    args.rate, args.num_eval = RATE[args.job], 16
+    args.rate, args.num_eval = RATE[args.job], EVALUATION[args.job]
     args.num_calibration = args.num_calibration or CALIBRATION[args.job]
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.files is None:
         args.files = [cache_folder() / "movie-sentiment" / f"{part}.csv" for part in ("train", "validation")]
     if args.quick:
+        args.num_eval = 32
         args.num_calibration, args.output = 32, f"{args.output}-quick"
         args.model = shortened(args.model, Path(args.output) / "shortened", blocks=1)
     lab, report = Lab(args), Report("refit_error", args.json)
     model, batches = lab.base().eval(), lab.batches(args.seed)
     names = [name for name in block_linears(model) if int(name.split(".")[2]) % args.every == 0]
     number = -(-args.num_calibration // lab.job.batch_size)
-    known, unknown = (grams(model, names, [next(batches) for _ in range(number)]) for _ in range(2))
+    seen, more = ([next(batches) for _ in range(number)] for _ in range(2))
+    known, unknown = grams(model, names, seen), grams(model, names, held_out(lab, more))
     for amount in AMOUNTS[:1] if args.quick else AMOUNTS:
         peer = None
         for words, solve in SOLVERS.items():
