@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from _quality_jobs import Job, load_job
+from _quality_jobs import CALIBRATION, EVALUATION, METRIC, RATE, Job, load_job
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
@@ -19,7 +20,52 @@ import dsee_scale
 from dsee_scale.data.encoding import collator
 from dsee_scale.evaluation.evaluate import Tally, evaluate, generate_texts
 from dsee_scale.passes.label_logits import label_loss, logits_at, predicting, select_logits
+from dsee_scale.recipe.parsing import cache_folder
 from dsee_scale.training.timeline import RETUNE_FACTOR
+
+
+def add_arguments(arguments: argparse.ArgumentParser) -> None:
+    """What every script with a `Lab` is asked; `settle` puts in what wasn't said."""
+    arguments.add_argument("--model", default=str(cache_folder() / "smollm2-135m-instruct"))
+    arguments.add_argument("--job", choices=list(METRIC), default="sentiment")
+    arguments.add_argument("--files", type=Path, nargs="+", help="the job's data, see quality.py")
+    arguments.add_argument("--steps", type=int, default=30, help="of tune")
+    arguments.add_argument("--retune_steps", type=int, default=60)
+    arguments.add_argument("--rate", type=float, help="highest learning rate; default: the job's")
+    arguments.add_argument(
+        "--num_calibration", type=int, help="training rows that a pruning looks at; default: the job's"
+    )
+    arguments.add_argument("--num_eval", type=int, help="held-out rows; default: the job's")
+    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments.add_argument("--output", default="runs/quality", help="for models on the way")
+
+
+def settle(args: argparse.Namespace, quick_blocks: int = 4) -> bool:
+    """The job's defaults, and what `--quick` changes; whether the model is there."""
+    if args.quick:
+        args.steps, args.retune_steps, args.num_eval, args.num_calibration = 1, 1, 16, 16
+        args.output += "-quick"
+    args.rate = args.rate or RATE[args.job]
+    args.num_calibration = args.num_calibration or CALIBRATION[args.job]
+    args.num_eval = args.num_eval or EVALUATION[args.job]
+    args.trained_norms = getattr(args, "trained_norms", False)
+    if args.files is None:
+        args.files = [cache_folder() / "movie-sentiment" / f"{part}.csv" for part in ("train", "validation")]
+    if not Path(args.model).is_dir():
+        print(f"{args.model} is missing; run python examples/demo/demo_inputs.py", file=sys.stderr)
+        return False
+    if args.quick:
+        args.model = shortened(args.model, Path(args.output) / "shortened", quick_blocks)
+    return True
+
+
+def shortened(model: str, folder: Path, blocks: int) -> str:
+    """A folder with a model's first blocks alone."""
+    AutoModelForCausalLM.from_pretrained(model, num_hidden_layers=blocks, dtype="auto").save_pretrained(
+        folder
+    )
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return str(folder)
 
 
 class Lab:

@@ -25,14 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from dsee_scale.recipe.parsing import cache_folder
-
 sys.path.insert(0, str(Path(__file__).parent))
-from _quality_jobs import CALIBRATION, EVALUATION, METRIC, METRIC_WORDS, RATE
-from _quality_lab import Lab, judged
+from _quality_jobs import METRIC, METRIC_WORDS
+from _quality_lab import Lab, add_arguments, judged, settle
 from _quality_report import UNTUNED, print_table, print_tables, save_plot
 from _quality_rows import OURS, PEERS, dense_lora, ours, pruned_then_lora, untuned
 from _report import Report, parser
@@ -59,36 +54,15 @@ def cell(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     return found
 
 
-def shortened(model: str, folder: Path, blocks: int = 4) -> str:
-    """A folder with a model's first blocks alone."""
-    AutoModelForCausalLM.from_pretrained(model, num_hidden_layers=blocks, dtype="auto").save_pretrained(
-        folder
-    )
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    return str(folder)
-
-
 def main() -> None:
     """Measure what is missing, print all."""
-    cache = cache_folder()
     arguments = parser(__doc__)
-    arguments.add_argument("--model", default=str(cache / "smollm2-135m-instruct"))
-    arguments.add_argument("--job", choices=list(METRIC), default="sentiment")
-    arguments.add_argument("--files", type=Path, nargs="+", help="the job's data, see above")
+    add_arguments(arguments)
     arguments.add_argument("--rows", nargs="+", default=[*PEERS, *OURS], choices=[*PEERS, *OURS])
     arguments.add_argument("--seeds", type=int, nargs="+", default=[1])
-    arguments.add_argument("--steps", type=int, default=30, help="of tune")
-    arguments.add_argument("--retune_steps", type=int, default=60)
-    arguments.add_argument("--rate", type=float, help="highest learning rate; default: the job's")
     arguments.add_argument(
         "--trained_norms", action="store_true", help="train the norms besides the adapters, in every row"
     )
-    arguments.add_argument(
-        "--num_calibration", type=int, help="training rows that a pruning looks at; default: the job's"
-    )
-    arguments.add_argument("--num_eval", type=int, help="held-out rows; default: the job's")
-    arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments.add_argument("--output", default="runs/quality", help="for models on the way")
     arguments.add_argument(
         "--cells", type=Path, help="for the finished cells' numbers; default: OUTPUT/cells"
     )
@@ -105,25 +79,16 @@ def main() -> None:
         help="with --judge, sentiment: judge by all training rows that no row of this seed has seen (about 5,400)",
     )
     args = arguments.parse_args()
-    if args.quick:
-        args.steps, args.retune_steps, args.num_eval, args.num_calibration = 1, 1, 16, 16
-        args.rows = ["dense LoRA", "ours, 50%"]
-        args.output += "-quick"
-    args.cells = args.cells or Path(args.output) / "cells"
     if args.plot:
-        print_tables(args.cells)
-        save_plot(args.cells, args.plot)
-        return
-    args.rate = args.rate or RATE[args.job]
-    args.num_calibration = args.num_calibration or CALIBRATION[args.job]
-    args.num_eval = args.num_eval or EVALUATION[args.job]
-    if args.files is None:
-        args.files = [cache / "movie-sentiment" / f"{part}.csv" for part in ("train", "validation")]
-    if not Path(args.model).is_dir():
-        print(f"quality: {args.model} is missing; run python examples/demo/demo_inputs.py", file=sys.stderr)
+        cells = args.cells or Path(args.output) / "cells"
+        print_tables(cells)
+        save_plot(cells, args.plot)
         return
     if args.quick:
-        args.model = shortened(args.model, Path(args.output) / "shortened")
+        args.rows = ["dense LoRA", "ours, 50%"]
+    if not settle(args):
+        return
+    args.cells = args.cells or Path(args.output) / "cells"
     lab, report = Lab(args), Report("quality", args.json)
     if args.judge:
         if args.unseen is not None:
@@ -132,14 +97,14 @@ def main() -> None:
             for metric, value in judged(lab, folder)["exported"].items():
                 report.add(f"{args.job}: {folder}", metric, "", value)
         return
-    cells = {row: [cell(lab, row, seed) for seed in args.seeds] for row in args.rows}
+    rows = {row: [cell(lab, row, seed) for seed in args.seeds] for row in args.rows}
     metric, words = METRIC[args.job], METRIC_WORDS[args.job]
-    peer = [one["exported"][metric] for one in cells.get("dense LoRA", [])]
-    for row, found in cells.items():
+    peer = [one["exported"][metric] for one in rows.get("dense LoRA", [])]
+    for row, found in rows.items():
         value = statistics.mean(one["exported"][metric] for one in found)
         report.add(f"{args.job}: {row}", words, "", value, statistics.mean(peer) if peer else None)
     if not args.json:
-        print_table(args.job, cells)
+        print_table(args.job, rows)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,10 @@ from torch import Tensor, nn
 from dsee_scale.algorithms.refit import refit_kept, sparsegpt
 from dsee_scale.algorithms.sweep import Count, Groups, Removal
 from dsee_scale.passes.pools import block_linears
-from dsee_scale.recipe.parsing import cache_folder
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _quality_jobs import CALIBRATION, EVALUATION, METRIC, RATE
-from _quality_lab import Lab
+from _quality_lab import Lab, add_arguments, settle
 from _report import Report, parser
-from quality import shortened
 
 AMOUNTS = ("50%", "70%", "2:4")
 Solve = Callable[[Tensor, Tensor, Removal], Tensor]
@@ -103,23 +100,12 @@ def amount_of(words: str, weight: Tensor) -> Removal:
 def main() -> None:
     """Measure every solver on every matrix."""
     arguments = parser(__doc__)
-    arguments.add_argument("--model", default=str(cache_folder() / "smollm2-135m-instruct"))
-    arguments.add_argument("--job", choices=list(METRIC), default="sentiment")
-    arguments.add_argument("--files", type=Path, nargs="+", help="the job's data, see quality.py")
+    add_arguments(arguments)
     arguments.add_argument("--every", type=int, default=7, help="take each so many-th block")
-    arguments.add_argument("--num_calibration", type=int)
     arguments.add_argument("--seed", type=int, default=1)
-    arguments.add_argument("--output", default="runs/quality")
     args = arguments.parse_args()
-    args.rate, args.num_eval = RATE[args.job], EVALUATION[args.job]
-    args.num_calibration = args.num_calibration or CALIBRATION[args.job]
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.files is None:
-        args.files = [cache_folder() / "movie-sentiment" / f"{part}.csv" for part in ("train", "validation")]
-    if args.quick:
-        args.num_eval = 32
-        args.num_calibration, args.output = 32, f"{args.output}-quick"
-        args.model = shortened(args.model, Path(args.output) / "shortened", blocks=1)
+    if not settle(args, quick_blocks=1):
+        return
     lab, report = Lab(args), Report("refit_error", args.json)
     model, batches = lab.base().eval(), lab.batches(args.seed)
     names = [name for name in block_linears(model) if int(name.split(".")[2]) % args.every == 0]
