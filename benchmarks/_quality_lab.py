@@ -40,7 +40,7 @@ def add_arguments(arguments: argparse.ArgumentParser) -> None:
     arguments.add_argument("--output", default="runs/quality", help="for models on the way")
 
 
-def settle(args: argparse.Namespace, quick_blocks: int = 4) -> bool:
+def settle(args: argparse.Namespace, quick_blocks: int = 2) -> bool:
     """The job's defaults, and what `--quick` changes; whether the model is there."""
     if args.quick:
         args.steps, args.retune_steps, args.num_eval, args.num_calibration = 1, 1, 16, 16

@@ -12,16 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 WIDTHS = (44, 26, 9, 12, 12, 8)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with `--json` and `--quick`; add what the benchmark needs besides."""
+    if not torch.cuda.is_available():  # else DeepSpeed says among our lines that it found nothing but a CPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     result = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
