@@ -91,15 +91,18 @@ REFITS = {
 def refitted(
     kind: Callable[[], torch.nn.Module], wrap: Callable[[torch.nn.Module], Any], config: PruneConfig
 ) -> dict[str, torch.Tensor]:
-    """After a prune that sees the same batches on every rank."""
+    """After a prune in which every rank sees its own part of the batches; all of them where each is a step's."""
     model = wrap(kind())
-    dsee_scale.prune(model, config, labelled(kind))
+    data = labelled(kind)
+    dsee_scale.prune(
+        model, config, data if config.block_steps else data[dist.get_rank() :: dist.get_world_size()]
+    )
     return whole_weights(model)
 
 
 def labelled(kind: Callable[[], torch.nn.Module]) -> list[dict[str, torch.Tensor]]:
     labels = {"labels": torch.tensor([0, 2])} if kind is encoder else {}
-    return [batch | labels for batch in batches(3)]
+    return [batch | labels for batch in batches(6)]
 
 
 @pytest.mark.parametrize("case", list(REFITS))
