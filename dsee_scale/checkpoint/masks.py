@@ -228,8 +228,9 @@ def _keep_blocks(
         at += count
 
 
-SAMPLED = 1024
+SAMPLED = 4096
 """Entries of a shard that are looked at, to notice weights that were changed from outside."""
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 def link_masks(partition: Partition, new: NewFolder, module: nn.Module) -> dict[str, int] | None:
@@ -305,7 +306,17 @@ def _sample(partition: Partition, weights: Mapping[str, nn.Parameter]) -> list[i
     numbers = []
     for param in weights.values():
         data = partition.shard(param).data
-        bits = data[data.numel() // 2 :][:SAMPLED] != 0
+        bits = data[_spread(data.numel(), data.device)] != 0
         # Read one by one: with parameters on the host, DeepSpeed leaves small ones on the GPU.
         numbers.append(int((bits * torch.arange(1, bits.numel() + 1, device=bits.device)).sum()))
     return numbers
+
+
+def _spread(numel: int, device: torch.device) -> Tensor:
+    """Indices of at most SAMPLED entries that leave out no row, column or stretch much longer than others."""
+    if numel <= SAMPLED:
+        return torch.arange(numel, device=device)
+    step = int(GOLDEN_RATIO * numel)
+    while math.gcd(step, numel) != 1:
+        step += 1
+    return torch.arange(SAMPLED, device=device) * step % numel

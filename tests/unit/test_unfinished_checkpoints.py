@@ -92,6 +92,22 @@ def test_weights_that_someone_else_loads_get_masks_of_their_own(tmp_path):
     assert (model.get_parameter(name) == 0).any(), "masks that the model lacks are applied"
 
 
+@pytest.mark.parametrize("line", ["row", "column"])
+def test_weights_that_lack_one_line_alone_are_told_from_dense_ones(tmp_path, line):
+    """Removed units leave few zeros, next to each other."""
+    model = build(llama_config(hidden_size=256, num_attention_heads=4, num_key_value_heads=4, intermediate_size=300))
+    dsee_scale.inject(model, LLAMA)
+    dsee_scale.prune(model, PruneConfig(pattern="neurons", score="W", num_per_layer=1))
+    save_training_state(model, tmp_path / "a")
+    of_neurons = "gate_proj.weight" if line == "row" else "down_proj.weight"
+    name = next(name for name, _ in model.named_parameters() if name.endswith(of_neurons))
+    model.load_state_dict({name: torch.ones_like(model.get_parameter(name))}, strict=False)
+    save_training_state(model, tmp_path / "b")
+    assert not os.path.samefile(sound(tmp_path / "a"), sound(tmp_path / "b"))
+    load_training_state(model, tmp_path / "a", settings=False)
+    assert (model.get_parameter(name) == 0).any()
+
+
 def test_a_resumed_model_goes_on_with_the_files_and_masks_are_read_once(tmp_path, monkeypatch):
     save_training_state(tuned(llama_config(), LLAMA), tmp_path / "a")
     model = build(llama_config())
