@@ -67,14 +67,7 @@ PRIVATE = {
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_rng_state": ("checkpoint",),
     "_maybe_log_save_evaluate": (
-        "tr_loss",
-        "grad_norm",
-        "model",
-        "trial",
-        "epoch",
-        "ignore_keys_for_eval",
-        "start_time",
-        "learning_rate",
+        "tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time", "learning_rate",
     ),
     "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
     "_run_epoch": (
@@ -91,7 +84,7 @@ PRIVATE = {
         "steps_trained_in_current_epoch",
     ),
     "_save_checkpoint": ("model", "trial"),
-}
+}  # fmt: skip
 """The Trainer's private methods that are overridden, with their parameters: alike in transformers 5.3 to 5.24."""
 
 
@@ -223,7 +216,12 @@ class AdapterCheckpoints(Base):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The parent's forward and backward pass, which a checkpoint of the step before had the time of."""
-        loss: Tensor = super().training_step(*args, **kwargs)
+        try:
+            loss: Tensor = super().training_step(*args, **kwargs)
+        except Exception:
+            if self.args.world_size == 1:  # other ranks may have met no error, and would not join
+                self._finish_checkpoint()
+            raise
         self._finish_checkpoint()
         return loss
 

@@ -95,7 +95,9 @@ def test_weights_that_someone_else_loads_get_masks_of_their_own(tmp_path):
 @pytest.mark.parametrize("line", ["row", "column"])
 def test_weights_that_lack_one_line_alone_are_told_from_dense_ones(tmp_path, line):
     """Removed units leave few zeros, next to each other."""
-    model = build(llama_config(hidden_size=256, num_attention_heads=4, num_key_value_heads=4, intermediate_size=300))
+    model = build(
+        llama_config(hidden_size=256, num_attention_heads=4, num_key_value_heads=4, intermediate_size=300)
+    )
     dsee_scale.inject(model, LLAMA)
     dsee_scale.prune(model, PruneConfig(pattern="neurons", score="W", num_per_layer=1))
     save_training_state(model, tmp_path / "a")
@@ -184,3 +186,19 @@ def test_a_trainers_checkpoint_is_there_after_the_next_step_or_before_someone_is
     assert seen.found == expected
     masks = [sound(tmp_path / "run" / f"checkpoint-{step}") for step in (2, 4, 6)]
     assert all(os.path.samefile(masks[0], other) for other in masks)
+
+
+def test_a_step_that_fails_does_not_take_the_checkpoint_before_it_along(tmp_path):
+    model, calls = model_of(), []
+    dsee_scale.inject(model, CONFIG)
+    trainer = trainer_of(model, tmp_path / "run", DSEECallback())
+
+    def fail_in_the_third_step(module: Any, args: Any) -> None:
+        calls.append(module.training)
+        if sum(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.register_forward_pre_hook(fail_in_the_third_step)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    open_folder(tmp_path / "run" / "checkpoint-2", ("training_state",)).verify_all()
