@@ -12,7 +12,8 @@ does neither, and `flushed` adds that to its side. Our ways to save and load:
 - save, until it is whole: without a step in between;
 - save after a pruning: the same, with the masks written anew;
 - load: into an engine whose weights have the checkpoint's masks from `load_adapter`, as in a resumed run;
-- load, masks applied: into one that lacks them.
+- load, masks applied: into one that lacks them;
+- one pass over the weights: reading and writing those that are masked, once, without which no mask is applied.
 
 Sizes are compared with
 
@@ -46,6 +47,7 @@ OURS = (
     "save after a pruning",
     "load",
     "load, masks applied",
+    "one pass over the weights",
 )
 
 
@@ -69,7 +71,7 @@ def main() -> None:
     sizes, counts = ranks[0]["sizes"], ranks[0]["counts"]
     seconds["ours save, added to training"] = seconds["step and save"] - seconds["step"]
     for what in OURS:
-        peer = seconds["deepspeed load" if what.startswith("load") else "deepspeed save"]
+        peer = seconds["deepspeed save" if what.startswith("save") else "deepspeed load"]
         report.add(case, what, "s", seconds[f"ours {what}"], peer, step=seconds["step"])
     report.add(f"{case}, flushed", "save", "s", seconds["ours save"], seconds["deepspeed flushed save"])
     report.add(f"{case}, without frozen", "save", "s", seconds["ours save"], seconds["without frozen save"])
@@ -115,6 +117,7 @@ def measure(model: str, folder: str, rounds: int) -> dict[str, Any]:
         save_training_state,
         start_training_state,
     )
+    from dsee_scale.partition import open_partition
 
     engine, counts = build_engine(model)
     ours, whole, partial = (f"{folder}/{name}" for name in ("ours", "deepspeed", "partial"))
@@ -132,6 +135,13 @@ def measure(model: str, folder: str, rounds: int) -> dict[str, Any]:
     def forget_masks() -> None:
         model_state(engine.module).masks = None
 
+    weights = [p for name, p in engine.module.named_parameters() if name in model_state(engine.module).pruned]
+    partition = open_partition(engine)
+
+    def pass_over_weights() -> None:
+        for weight in weights:
+            partition.shard(weight).data.view(torch.int16).mul_(1)
+
     def as_before_a_pruning() -> None:
         forget_masks()
         model_state(engine.module).pruned.clear()
@@ -146,6 +156,7 @@ def measure(model: str, folder: str, rounds: int) -> dict[str, Any]:
         "step and save": save_beside_a_step,
         "ours load": lambda: load_training_state(engine, ours),
         "ours load, masks applied": lambda: (as_before_a_pruning(), load_training_state(engine, ours)),
+        "ours one pass over the weights": pass_over_weights,
         "deepspeed save": lambda: engine.save_checkpoint(whole, tag="step"),
         "deepspeed flushed save": lambda: (engine.save_checkpoint(whole, tag="step"), flush(whole)),
         "deepspeed load": lambda: engine.load_checkpoint(whole, tag="step"),

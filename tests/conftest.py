@@ -1,4 +1,4 @@
-"""Settings for every test: one thread a process, no hub, no GPU unless asked for."""
+"""Settings for every test: one thread a process, no hub; without a GPU, Triton's kernels in its interpreter."""
 
 from __future__ import annotations
 
@@ -10,4 +10,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported, e.g. by PEFT
 torch.set_num_threads(1)
