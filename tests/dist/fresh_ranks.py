@@ -25,6 +25,8 @@ PLACES = {
     "step": ("dsee_scale.training.base_trainer", "AdapterTrainer.training_step"),
     "prune": ("dsee_scale.training.trainer", "prune"),
     "save": ("dsee_scale.training.base_trainer", "AdapterTrainer._save_checkpoint"),
+    "settle": ("dsee_scale.checkpoint.folder", "NewFolder.settle"),
+    "commit": ("dsee_scale.checkpoint.folder", "NewFolder.commit"),
     "export": ("dsee_scale.training.run", "export_model"),
     "check": ("dsee_scale.training.run", "check_export"),
 }

@@ -48,11 +48,12 @@ PRUNED, STEPS = 14, 24
 def random_kill(rng: random.Random, step: int) -> Fault:
     """A moment that a run comes to which goes on from this step (0: from the beginning): where, when, which rank."""
     left = STEPS - step
-    places = ["load"] if left < 3 else ["load", "step", "step", "save", "save"]
+    places = ["load"] if left < 3 else ["load", "step", "step", "save", "settle", "commit"]
     places += ["decompose"] * 2 if step == 0 else []
     places += ["prune"] * 4 if PRUNED - 2 <= step <= PRUNED else []
     place = rng.choice(places)
-    calls = {"step": min(5, left), "save": min(2, left // 2), "decompose": 2}
+    saves = min(2, left // 2)
+    calls = {"step": min(5, left), "save": saves, "settle": 2 * saves, "commit": saves, "decompose": 2}
     return Fault(place, 1 + rng.randrange(calls.get(place, 1)), rng.random() * 0.06, rank=rng.randrange(2))
 
 
@@ -96,7 +97,7 @@ def test_twenty_random_kills_of_a_rank_cost_nothing_but_time(inputs, tmp_path):
         said = Path(f"{killed}.log.{1 - fault.rank}").read_text()
         assert f"rank {1 - fault.rank} lost another rank during" in said
         places.add(fault.place)
-    assert KILLS < 20 or places == {"load", "decompose", "step", "save", "prune"}
+    assert KILLS < 20 or places == {"load", "decompose", "step", "save", "settle", "commit", "prune"}
     assert launch(killed, "--resume") == [0, 0], logs(killed)
     assert outcome(run) == outcome(alone.parent / "run")
 
