@@ -24,19 +24,22 @@ def floor(*, bytes_moved: float = 0, flops: float = 0) -> float:
 def frozen_flops(config: Any, sequences: int, length: int, *, forward_only: bool = False) -> float:
     """FLOPs of a step of a frozen Llama: forward, forward again of what was checkpointed, gradients of activations.
 
+    The forward pass of a block is done again up to its last product, whose output nobody needs.
+
     Args:
         config: of transformers.
         sequences: of a batch.
         length: tokens of each, of which causal attention looks at half the pairs.
-        forward_only: without the rest of the step.
+        forward_only: the forward pass alone, with the logits of each sequence's last token.
     """
     tokens = sequences * length
     blocks = config.num_hidden_layers * sum(map(math.prod, matrices(config)))
+    last = config.num_hidden_layers * config.hidden_size * config.intermediate_size
     head = config.vocab_size * config.hidden_size
     attention = 2 * tokens * length * config.hidden_size * config.num_hidden_layers
     if forward_only:
-        return 2 * tokens * (blocks + head) + attention
-    return 2 * tokens * (3 * blocks + 2 * head) + 4 * attention
+        return 2 * (tokens * blocks + sequences * head) + attention
+    return 2 * tokens * (3 * blocks - last + 2 * head) + 4 * attention
 
 
 def adapter_flops(sizes: Iterable[tuple[int, int]], rank: int, tokens: int) -> float:
@@ -52,12 +55,16 @@ def masked_flops(sizes: Iterable[tuple[int, int]], rank: int, tokens: int) -> fl
 def step_floors(
     config: Any, targets: Iterable[str], rank: int, sequences: int, length: int
 ) -> dict[str, float]:
-    """Seconds of checkpointed steps: of the frozen model, ours, ours under the mask, and what adapters add."""
+    """Seconds of checkpointed steps: of the frozen model, ours, ours under the mask, and what adapters add.
+
+    Where adapters are trained nobody may need the gradient of the first block's input.
+    """
     sizes = [size for name, size in zip(LINEARS, matrices(config), strict=True) if name in targets]
     flops = frozen_flops(config, sequences, length)
     added = config.num_hidden_layers * adapter_flops(sizes, rank, sequences * length)
     masked = config.num_hidden_layers * masked_flops(sizes, rank, sequences * length)
-    each = {"frozen": flops, "ours": flops + added, "masked": flops + masked, "added": added}
+    rest = flops - 2 * sequences * length * sum(math.prod(matrices(config)[k]) for k in (0, 2, 3))
+    each = {"frozen": flops, "ours": rest + added, "masked": rest + masked, "added": added}
     return {side: floor(flops=count) for side, count in each.items()}
 
 
@@ -70,6 +77,18 @@ def matrices(config: Any) -> list[tuple[int, int]]:
     hidden, width = config.hidden_size, config.intermediate_size
     narrow = hidden * config.num_key_value_heads // config.num_attention_heads
     return [(hidden, hidden)] * 2 + [(narrow, hidden)] * 2 + [(width, hidden)] * 2 + [(hidden, width)]
+
+
+def linear_entries(config: Any, kind: str = "") -> int:
+    """Entries of the blocks' linear layers; where "heads" are pruned of q, k, v and o, "neurons" of the others."""
+    sizes = matrices(config)
+    touched = {"heads": sizes[:4], "neurons": sizes[4:]}.get(kind, sizes)
+    return config.num_hidden_layers * sum(map(math.prod, touched))
+
+
+def prune_bytes(config: Any, kind: str) -> float:
+    """Bytes of a pruning of half of a bfloat16 model: each entry read once; all written, of units those that go."""
+    return (3 if kind in ("heads", "neurons") else 4) * linear_entries(config, kind)
 
 
 def residual_bytes(tokens: int, rows: int, columns: int, width: int) -> float:

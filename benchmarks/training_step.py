@@ -245,12 +245,14 @@ def main() -> None:
     arguments.add_argument("--worker", help=argparse.SUPPRESS)
     arguments.add_argument("--memory-of", default="", help=argparse.SUPPRESS)
     arguments = arguments.parse_args()
+    if missing := {"peft", "ours", "frozen"}.difference(arguments.sides):
+        raise SystemExit(f"--sides: `masked` alone can be left out; missing: {', '.join(sorted(missing))}")
     if arguments.worker:
         return worker(arguments)
     if arguments.quick:
         arguments.layers, arguments.lengths, arguments.rounds = 4, [32], 5
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    report = Report("training_step", arguments.json, device=device)
+    report = Report("training_step", arguments.json, device=device, blocks=arguments.layers)
     for targets in [arguments.targets] if arguments.targets else TARGETS:
         report_case(arguments, targets, report)
     return None
