@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import numpy as np
@@ -97,6 +98,11 @@ def zero_where_zero_(target: Tensor, weight: Tensor) -> Tensor:
     by_bits = target.device.type == "cpu" and target.element_size() == width and width in INTEGERS
     if torch.compiler.is_compiling():
         return target.masked_fill_(weight == 0, 0)
+    if _in_one_pass(target, weight):
+        from dsee_scale.algorithms.triton_zeros import fill_zeros_
+
+        fill_zeros_(*(each.detach().view(INTEGERS[each.element_size()]) for each in (target, weight)))
+        return target
     # In blocks: on the CPU they stay in a core's cache, on an accelerator they bound the mask's memory.
     rows = max(1, (CPU_CHUNK if by_bits else DEVICE_CHUNK) // max(1, math.prod(target.shape[1:])))
     for part, weights in zip(target.split(rows), weight.detach().split(rows), strict=True):
@@ -107,3 +113,15 @@ def zero_where_zero_(target: Tensor, weight: Tensor) -> Tensor:
         bits = weights.view(INTEGERS[width])
         part.view(bits.dtype).mul_(bits.bitwise_and(torch.iinfo(bits.dtype).max).clamp_max_(1))
     return target
+
+
+def _in_one_pass(target: Tensor, weight: Tensor) -> bool:
+    """Whether a kernel of our own reads both: on one GPU with Triton, where no gradient has to know of it."""
+    return (
+        target.device.type == "cuda"
+        and target.device == weight.device
+        and all(each.is_contiguous() and each.element_size() in INTEGERS for each in (target, weight))
+        and weight.is_floating_point()
+        and not target.requires_grad
+        and importlib.util.find_spec("triton") is not None
+    )

@@ -9,7 +9,8 @@ import torch
 
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig
-from dsee_scale.algorithms import bits, delta, loops
+from dsee_scale.algorithms import bits, delta
+from dsee_scale.algorithms.loops import torch_loops
 from dsee_scale.algorithms.select import CutSearch
 from dsee_scale.passes.calibrate import calibrate
 from dsee_scale.passes.pools import block_linears
@@ -48,8 +49,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
         (delta, "BLOCK_ENTRIES"),
         (delta, "DEVICE_BLOCK_ENTRIES"),
-        (loops, "CPU_CHUNK"),
-        (loops, "DEVICE_CHUNK"),
+        (torch_loops, "CPU_CHUNK"),
+        (torch_loops, "DEVICE_CHUNK"),
     ):
         monkeypatch.setattr(module, name, 64)
 

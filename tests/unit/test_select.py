@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
-from dsee_scale.algorithms import compiled, loops
+from dsee_scale.algorithms import loops
+from dsee_scale.algorithms.loops import choose, compiled
 from dsee_scale.algorithms.score import Ranking, key_bits, keys, random_scores, ranked_blocks
 from dsee_scale.algorithms.score import scores as score_of
 from dsee_scale.algorithms.select import Cut, CutSearch, apply_cut_, global_cut, num_removed
@@ -309,3 +310,9 @@ def test_without_numba_the_plain_loops_are_used(monkeypatch):
     assert isinstance(loops.choose_loops(compiled.LOAD_FROM, device), loops.TorchLoops)
     with pytest.raises(RuntimeError, match=r"dsee_scale\[fast\]"):
         loops.choose_loops(10, device, True)
+
+
+def test_without_triton_a_gpu_uses_the_plain_loops(monkeypatch):
+    monkeypatch.setattr(choose, "_triton_loops", choose._triton_loops.__wrapped__)
+    monkeypatch.setattr(choose.importlib.util, "find_spec", lambda name: None)
+    assert isinstance(loops.choose_loops(2**40, torch.device("cuda")), loops.TorchLoops)

@@ -11,35 +11,17 @@ Shapes: T tokens, N entries, U distinct targets, M and J the widths of target an
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Concatenate, ParamSpec
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dsee_scale.adapters.support import Route
-
-P = ParamSpec("P")
+from dsee_scale.algorithms.current_gpu import on_its_gpu
 
 BLOCK_T = 128
 BLOCK_T_WIDE = 512
 """Tokens per program: in `accumulate_`, and in `value_gradient_`."""
-
-
-def on_its_gpu(
-    launch: Callable[Concatenate[Tensor, P], None],
-) -> Callable[Concatenate[Tensor, P], None]:
-    """Triton starts kernels on the current GPU: make that the first argument's meanwhile."""
-
-    @functools.wraps(launch)
-    def guarded(target: Tensor, *args: P.args, **kwargs: P.kwargs) -> None:
-        with torch.cuda.device(target.get_device()):  # -1 of a CPU tensor: nothing is done
-            launch(target, *args, **kwargs)
-
-    return guarded
 
 
 @on_its_gpu

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsee_scale.adapters.kernels.triton_kernels import on_its_gpu
+from dsee_scale.algorithms.current_gpu import on_its_gpu
 from dsee_scale.algorithms.delta import AdapterSpec
 
 BLOCK_M, BLOCK_N = 64, 128

@@ -1,50 +1,15 @@
-"""The inner loops of exact selection in torch operators, for any device, and the choice of a faster twin.
-
-`ranked` is a 1-D contiguous tensor of 16 or 32 bits an entry: integer keys, or a weight whose bits without
-the sign are its keys. Both forms are read through a view, so nothing is copied but one chunk at a time.
-"""
+"""The inner loops of exact selection in torch operators, for any device; nothing is copied but one chunk at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dsee_scale.algorithms import bits, compiled
+from dsee_scale.algorithms import bits
 from dsee_scale.algorithms.bits import CPU_CHUNK, DEVICE_CHUNK, INTEGERS
-
-BINS = 2**16
-
-
-class Loops(Protocol):
-    """What a selection does with every entry. Tensors of one call lie on one device."""
-
-    def count_digits(self, ranked: Tensor, shift: int, prefix: int, histogram: Tensor) -> None:
-        """Count the 16 key bits at `shift`, of keys whose bits above those equal `prefix`.
-
-        Args:
-            ranked: (n,) entries.
-            shift: 0, or 16 for the high half of 32-bit keys.
-            prefix: the key's bits above, 0 if there are none.
-            histogram: (65536,) int64, added to.
-        """
-
-    def count_ties(self, ranked: Tensor, key: int, offset: int, shift: int, histogram: Tensor) -> None:
-        """Add 1 to bin (offset + i) >> shift of `histogram` for each entry i whose key is `key`."""
-
-    def zero_up_to_(self, weight: Tensor, ranked: Tensor, last: int) -> int | Tensor:
-        """Zero, in place, the entries of `weight` whose keys are at most `last`.
-
-        Args:
-            weight: (n,) contiguous, 16 or 32 bits an entry.
-            ranked: (n,) its keys; may be `weight` itself.
-            last: largest key that goes, at least 0.
-
-        Returns:
-            How many entries that are; on an accelerator a tensor of no dimension, for which nobody has waited.
-        """
+from dsee_scale.algorithms.loops.protocol import BINS
 
 
 class TorchLoops:
@@ -84,24 +49,6 @@ class TorchLoops:
             gone = key.numel() - torch.count_nonzero(kept)
             removed = removed + (int(gone) if bits.is_host(gone.device) else gone)
         return removed
-
-
-def choose_loops(num_entries: int, device: torch.device, use_compiled: bool | None = None) -> Loops:
-    """The loops for entries on `device`.
-
-    Args:
-        num_entries: entries that are going to be processed, in all; tells whether compiling pays.
-        device: where they lie.
-        use_compiled: True or False to insist. Results are the same.
-
-    Raises:
-        RuntimeError: `use_compiled` is True but numba cannot be imported.
-    """
-    if bits.is_host(device) and use_compiled is not False:
-        fast = compiled.load(1 if use_compiled else num_entries, insist=bool(use_compiled))
-        if fast is not None:
-            return fast
-    return TorchLoops()
 
 
 def in_key_width(ranked: Tensor, key_bits: int) -> Iterator[tuple[int, Tensor]]:

@@ -1,6 +1,6 @@
 """The inner loops of exact selection, compiled for one CPU thread by numba (the optional extra `fast`).
 
-The twin of `loops.TorchLoops`, with the same results; benchmarks/masks.py measures both. The loops are
+The twin of `TorchLoops`, with the same results; benchmarks/masks.py measures both. The loops are
 single-threaded because the ranks of a machine share its cores. Compiling takes about a second per process
 and is not cached on disk (site-packages may be read-only, or shared by machines that differ), so it is
 only begun for a pool where it pays; once begun, every pool uses it.
@@ -49,7 +49,7 @@ def _compile() -> CompiledLoops | None:
 
 
 class CompiledLoops:
-    """CPU tensors only; see `loops.Loops` for what each method does."""
+    """CPU tensors only; see `Loops` for what each method does."""
 
     def __init__(self, compile_loop: Any) -> None:
         self._digits = compile_loop(_digits)

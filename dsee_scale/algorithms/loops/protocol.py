@@ -1,0 +1,42 @@
+"""What a selection does with every entry, whoever does it.
+
+`ranked` is a 1-D contiguous tensor of 16 or 32 bits an entry: integer keys, or a weight whose bits without
+the sign are its keys. Both forms are read through a view.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+BINS = 2**16
+
+
+class Loops(Protocol):
+    """Tensors of one call lie on one device."""
+
+    def count_digits(self, ranked: Tensor, shift: int, prefix: int, histogram: Tensor) -> None:
+        """Count the 16 key bits at `shift`, of keys whose bits above those equal `prefix`.
+
+        Args:
+            ranked: (n,) entries.
+            shift: 0, or 16 for the high half of 32-bit keys.
+            prefix: the key's bits above, 0 if there are none.
+            histogram: (65536,) int64, added to.
+        """
+
+    def count_ties(self, ranked: Tensor, key: int, offset: int, shift: int, histogram: Tensor) -> None:
+        """Add 1 to bin (offset + i) >> shift of `histogram` for each entry i whose key is `key`."""
+
+    def zero_up_to_(self, weight: Tensor, ranked: Tensor, last: int) -> int | Tensor:
+        """Zero, in place, the entries of `weight` whose keys are at most `last`.
+
+        Args:
+            weight: (n,) contiguous, 16 or 32 bits an entry.
+            ranked: (n,) its keys; may be `weight` itself.
+            last: largest key that goes, at least 0.
+
+        Returns:
+            How many entries that are; on an accelerator a tensor of no dimension, for which nobody has waited.
+        """
