@@ -228,7 +228,7 @@ def _keep_blocks(
         at += count
 
 
-SAMPLED = 4096
+SAMPLED = 1024
 """Entries of a shard that are looked at, to notice weights that were changed from outside."""
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
