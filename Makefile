@@ -18,11 +18,11 @@ setup: $(VENV)/.ready  ## Virtual environment with pinned versions
 
 # torch goes in first and pinned: any later requirement is then satisfied by it. Its CUDA builds bring their own triton;
 # elsewhere the kernels' tests run in triton's interpreter.
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,quant,docs]'
-	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet triton==3.8.0
+	$(BIN)/python -c 'import triton' 2>/dev/null || test `uname` != Linux || $(BIN)/pip install --quiet triton==3.8.0
 	$(BIN)/python tests/dist/extensions.py
 	touch $@
 

@@ -102,6 +102,7 @@ def zero_where_zero_(target: Tensor, weight: Tensor) -> Tensor:
         from dsee_scale.algorithms.triton_zeros import fill_zeros_
 
         fill_zeros_(*(each.detach().view(INTEGERS[each.element_size()]) for each in (target, weight)))
+        torch.autograd.graph.increment_version(target)
         return target
     # In blocks: on the CPU they stay in a core's cache, on an accelerator they bound the mask's memory.
     rows = max(1, (CPU_CHUNK if by_bits else DEVICE_CHUNK) // max(1, math.prod(target.shape[1:])))

@@ -28,7 +28,7 @@ from dsee_scale.algorithms.bits import (
 from dsee_scale.checkpoint.folder import NewFolder, StoredFolder
 from dsee_scale.checkpoint.tensors import TensorReader, TensorSpec, write_dealt
 from dsee_scale.errors import FormatError
-from dsee_scale.partition.port import Partition
+from dsee_scale.partition.port import Partition, Shard
 from dsee_scale.passes.fingerprint import rounded_sum
 
 STEM = "dsee_masks"
@@ -230,7 +230,6 @@ def _keep_blocks(
 
 SAMPLED = 1024
 """Entries of a shard that are looked at, to notice weights that were changed from outside."""
-GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 def link_masks(partition: Partition, new: NewFolder, module: nn.Module) -> dict[str, int] | None:
@@ -305,18 +304,18 @@ def _sample(partition: Partition, weights: Mapping[str, nn.Parameter]) -> list[i
     """
     numbers = []
     for param in weights.values():
-        data = partition.shard(param).data
-        bits = data[_spread(data.numel(), data.device)] != 0
+        shard = partition.shard(param)
+        bits = shard.data[_spread(shard)] != 0
         # Read one by one: with parameters on the host, DeepSpeed leaves small ones on the GPU.
         numbers.append(int((bits * torch.arange(1, bits.numel() + 1, device=bits.device)).sum()))
     return numbers
 
 
-def _spread(numel: int, device: torch.device) -> Tensor:
-    """Indices of at most SAMPLED entries that leave out no row, column or stretch much longer than others."""
+def _spread(shard: Shard) -> Tensor:
+    """Indices of at most SAMPLED entries of a shard: one at random in each stretch, other ones in each shard."""
+    numel = shard.data.numel()
     if numel <= SAMPLED:
-        return torch.arange(numel, device=device)
-    step = int(GOLDEN_RATIO * numel)
-    while math.gcd(step, numel) != 1:
-        step += 1
-    return torch.arange(SAMPLED, device=device) * step % numel
+        return torch.arange(numel, device=shard.data.device)
+    generator = torch.Generator().manual_seed(shard.start)
+    within = torch.randint(numel // SAMPLED, (SAMPLED,), generator=generator)
+    return (torch.arange(SAMPLED) * numel // SAMPLED + within).to(shard.data.device)

@@ -71,16 +71,8 @@ PRIVATE = {
     ),
     "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
     "_run_epoch": (
-        "model",
-        "epoch",
-        "train_dataloader",
-        "steps_in_epoch",
-        "num_update_steps_per_epoch",
-        "trial",
-        "ignore_keys_for_eval",
-        "start_time",
-        "resume_from_checkpoint",
-        "epochs_trained",
+        "model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial",
+        "ignore_keys_for_eval", "start_time", "resume_from_checkpoint", "epochs_trained",
         "steps_trained_in_current_epoch",
     ),
     "_save_checkpoint": ("model", "trial"),
@@ -156,6 +148,14 @@ class AdapterCheckpoints(Base):
         """
         check_trainer(transformers.Trainer)
         self._unfinished, self._kept = None, set()
+        try:
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+        except BaseException:
+            if self.args.world_size == 1:  # other ranks may have met no error, and would not join
+                self._finish_checkpoint()
+            raise
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:
         if not resume_from_checkpoint:
             return super().train(None, *args, **kwargs)
         if resume_from_checkpoint is True:
@@ -216,12 +216,7 @@ class AdapterCheckpoints(Base):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The parent's forward and backward pass, which a checkpoint of the step before had the time of."""
-        try:
-            loss: Tensor = super().training_step(*args, **kwargs)
-        except Exception:
-            if self.args.world_size == 1:  # other ranks may have met no error, and would not join
-                self._finish_checkpoint()
-            raise
+        loss: Tensor = super().training_step(*args, **kwargs)
         self._finish_checkpoint()
         return loss
 

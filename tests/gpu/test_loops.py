@@ -106,7 +106,9 @@ def zeroed(weight: torch.Tensor, ranked: torch.Tensor | None, last: int) -> list
     for each in (TritonLoops(), loops.TorchLoops()):
         whole = torch.cat([weight[:0].new_ones(3), weight, weight.new_ones(5)])
         part = whole[3 : 3 + weight.numel()]
+        version = part._version
         removed = each.zero_up_to_(part, part if ranked is None else ranked, last)
+        assert part._version > version or not part.numel(), "a backward pass would take the changed weight"
         assert not isinstance(each, TritonLoops) or not weight.numel() or isinstance(removed, torch.Tensor)
         found.append((whole.view(bits.INTEGERS[whole.element_size()]), int(removed)))
     return found
@@ -195,8 +197,9 @@ def test_zeros_are_put_in_as_torch_fills_them(monkeypatch, shape, weight_dtype, 
     target = entries("special", size, torch.float32, 2).roll(1).to(dtype).view(shape)
     expected = target.clone().masked_fill_(weight == 0, 0)
     monkeypatch.setattr(bits, "_in_one_pass", lambda *args: True)
+    version = target._version
     found = bits.zero_where_zero_(target, weight)
-    assert found is target
+    assert found is target and target._version > version
     assert torch.equal(*(each.view(bits.INTEGERS[each.element_size()]) for each in (found, expected)))
 
 

@@ -118,6 +118,12 @@ def test_only_cases_that_failed_or_were_stopped_are_errors(gpu, monkeypatch):
         assert chosen(gpu, monkeypatch, outcome=outcome)[0] == code
 
 
+def test_a_dry_run_has_time_for_every_case_and_leaving_one_out_is_an_error(gpu, monkeypatch):
+    code, (cases, _, seconds, _) = chosen(gpu, monkeypatch, "--tiny", outcome="left out: no time was left")
+    assert code == 1 and seconds >= sum(case.seconds for case in cases)
+    assert chosen(gpu, monkeypatch, "--quick", outcome="left out: no time was left")[0] == 1
+
+
 def test_a_quick_run_is_a_dry_run_of_a_few_cases(gpu, monkeypatch):
     _, (cases, _, seconds, _) = chosen(gpu, monkeypatch, "--quick", "--json")
     assert [case.name for case in cases] == ["residual", "semi_structured"] and seconds <= 45

@@ -14,12 +14,14 @@ import dsee_scale
 from dsee_scale import DSEECallback, PruneConfig
 from dsee_scale.checkpoint.adapter import load_adapter
 from dsee_scale.checkpoint.folder import HashedFile, open_folder
+from dsee_scale.checkpoint.masks import _spread
 from dsee_scale.checkpoint.training_state import (
     load_training_state,
     save_training_state,
     start_training_state,
 )
 from dsee_scale.errors import FormatError
+from dsee_scale.partition.port import Shard
 from tests.models import build, llama_config
 from tests.unit.test_adapter_files import LLAMA, tuned
 from tests.unit.test_trainer_callback import CONFIG, model_of, trainer_of
@@ -188,7 +190,16 @@ def test_a_trainers_checkpoint_is_there_after_the_next_step_or_before_someone_is
     assert all(os.path.samefile(masks[0], other) for other in masks)
 
 
-def test_a_step_that_fails_does_not_take_the_checkpoint_before_it_along(tmp_path):
+class Failing(TrainerCallback):
+    """Runs out of memory when the third step begins."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("place", ["forward", "callback"])
+def test_an_error_does_not_take_the_checkpoint_before_it_along(tmp_path, place):
     model, calls = model_of(), []
     dsee_scale.inject(model, CONFIG)
     trainer = trainer_of(model, tmp_path / "run", DSEECallback())
@@ -198,7 +209,24 @@ def test_a_step_that_fails_does_not_take_the_checkpoint_before_it_along(tmp_path
         if sum(calls) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    model.register_forward_pre_hook(fail_in_the_third_step)
+    if place == "forward":
+        model.register_forward_pre_hook(fail_in_the_third_step)
+    else:
+        trainer.add_callback(Failing())
     with pytest.raises(torch.OutOfMemoryError):
         trainer.train()
     open_folder(tmp_path / "run" / "checkpoint-2", ("training_state",)).verify_all()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2048, 2048), (2048, 5632), (4096, 4096)])
+def test_a_sample_leaves_out_no_head_and_no_range_of_columns(rows, columns):
+    seen = []
+    for rank in range(2):
+        half = torch.zeros(1).expand(rows * columns // 2)
+        shard = Shard(half, rank * half.numel())
+        seen.append(shard.start + _spread(shard))
+    positions = torch.cat(seen)
+    for lines, length in ((positions // columns, rows), (positions % columns, columns)):
+        found = lines.unique()
+        gaps = torch.cat([found, torch.tensor([length])]).diff()
+        assert int(gaps.max()) <= 48 and int(found[0]) <= 48

@@ -59,6 +59,7 @@ class TritonLoops:
             return 0
         removed = torch.zeros((), dtype=torch.int64, device=weight.device)
         _launch_zero(_words(weight), _words(ranked), removed, last)
+        torch.autograd.graph.increment_version(weight)  # as torch's operators do: a backward pass may need it
         return removed
 
 
