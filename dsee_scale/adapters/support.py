@@ -8,13 +8,13 @@ Shapes: T tokens, O outputs, I inputs, N entries of S2 (over all slices), U dist
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dsee_scale.algorithms.current_gpu import has_triton
 from dsee_scale.algorithms.delta import AdapterSpec
 from dsee_scale.errors import TargetError
 
@@ -29,7 +29,7 @@ def choose_method(num_entries: int, shape: tuple[int, int], device: torch.device
     Triton does either, and `bags` stands in where Triton is missing: `gather` would need atomics there.
     """
     if device.type == "cuda":
-        return "triton" if importlib.util.find_spec("triton") else "bags"
+        return "triton" if has_triton() else "bags"
     return "gather" if num_entries <= sum(shape) // 4 else "bags"
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from dsee_scale.algorithms.current_gpu import has_triton
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integers as wide as a float, by bytes."""
@@ -124,5 +125,5 @@ def _in_one_pass(target: Tensor, weight: Tensor) -> bool:
         and all(each.is_contiguous() and each.element_size() in INTEGERS for each in (target, weight))
         and weight.is_floating_point()
         and not target.requires_grad
-        and importlib.util.find_spec("triton") is not None
+        and has_triton()
     )

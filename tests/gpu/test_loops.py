@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds, o
 import dsee_scale  # noqa: E402
 from dsee_scale import DSEEConfig, PruneConfig  # noqa: E402
 from dsee_scale.algorithms import bits, loops, select  # noqa: E402
-from dsee_scale.algorithms.loops import triton_loops  # noqa: E402
+from dsee_scale.algorithms.loops import choose, triton_loops  # noqa: E402
 from dsee_scale.algorithms.loops.triton_loops import TritonLoops  # noqa: E402
 from dsee_scale.algorithms.select import apply_cut_, global_cut  # noqa: E402
 from tests.dist.test_inject_prune import fill_adapters  # noqa: E402
@@ -180,7 +180,9 @@ def test_a_model_is_pruned_alike(monkeypatch, score, dtype, scope):
     assert all(torch.equal(param, found[1][1][name]) for name, param in found[0][1].items())
 
 
-def test_a_gpu_with_triton_takes_these_loops_unless_one_insists():
+def test_a_gpu_with_triton_takes_these_loops_unless_one_insists(monkeypatch):
+    monkeypatch.setattr(choose, "_triton_loops", choose._triton_loops.__wrapped__)
+    monkeypatch.setattr(choose, "has_triton", lambda: True)
     gpu = torch.device("cuda", 0)
     assert isinstance(loops.choose_loops(10, gpu), TritonLoops)
     assert isinstance(loops.choose_loops(10, gpu, False), loops.TorchLoops)

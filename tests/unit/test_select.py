@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
-from dsee_scale.algorithms import loops
+from dsee_scale.algorithms import current_gpu, loops
 from dsee_scale.algorithms.loops import choose, compiled
 from dsee_scale.algorithms.score import Ranking, key_bits, keys, random_scores, ranked_blocks
 from dsee_scale.algorithms.score import scores as score_of
@@ -312,7 +312,17 @@ def test_without_numba_the_plain_loops_are_used(monkeypatch):
         loops.choose_loops(10, device, True)
 
 
-def test_without_triton_a_gpu_uses_the_plain_loops(monkeypatch):
+def test_without_a_triton_that_works_a_gpu_uses_the_plain_loops(monkeypatch):
+    gpu = torch.device("cuda")
     monkeypatch.setattr(choose, "_triton_loops", choose._triton_loops.__wrapped__)
-    monkeypatch.setattr(choose.importlib.util, "find_spec", lambda name: None)
-    assert isinstance(loops.choose_loops(2**40, torch.device("cuda")), loops.TorchLoops)
+    monkeypatch.setattr(choose, "has_triton", current_gpu.has_triton.__wrapped__)
+    monkeypatch.setattr(torch, "zeros", refuse)
+    monkeypatch.setattr(current_gpu.importlib.util, "find_spec", lambda name: name)
+    with pytest.warns(UserWarning, match="RuntimeError: no C compiler.*slower"):
+        assert isinstance(loops.choose_loops(2**40, gpu), loops.TorchLoops)
+    monkeypatch.setattr(current_gpu.importlib.util, "find_spec", lambda name: None)
+    assert isinstance(loops.choose_loops(2**40, gpu), loops.TorchLoops)
+
+
+def refuse(*args, **kwargs):
+    raise RuntimeError("no C compiler")

@@ -11,7 +11,6 @@ Shapes: T tokens, O outputs, I inputs, R rank, N entries of S2, W the slice's wi
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from dsee_scale.adapters.kernels.lowrank_sparse import compute_dtype
 from dsee_scale.algorithms.bits import zero_where_zero_
+from dsee_scale.algorithms.current_gpu import has_triton
 from dsee_scale.algorithms.delta import AdapterSpec, Delta, merged_weight
 from dsee_scale.partition.quantized import Codec
 
@@ -107,8 +107,9 @@ def _decoded(weight: Tensor, layer: MaskedLayer) -> Tensor:
 
 def _fused(weight: Tensor, flat: Tensor) -> bool:
     """Whether one kernel forms the merged weight: on a GPU with Triton, not in float64."""
-    on_gpu = weight.device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    return on_gpu and torch.float64 not in (weight.dtype, flat.dtype) and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or torch.float64 in (weight.dtype, flat.dtype):
+        return False
+    return weight.device.type == "cuda" and has_triton()
 
 
 def _merged(weight: Tensor, flat: Tensor, layer: MaskedLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
 
 from dsee_scale.algorithms import bits
+from dsee_scale.algorithms.current_gpu import has_triton
 from dsee_scale.algorithms.loops.compiled import load
 from dsee_scale.algorithms.loops.protocol import Loops
 from dsee_scale.algorithms.loops.torch_loops import TorchLoops
@@ -37,8 +37,8 @@ def choose_loops(num_entries: int, device: torch.device, use_compiled: bool | No
 
 @functools.cache
 def _triton_loops() -> Loops | None:
-    """None where Triton is not installed."""
-    if importlib.util.find_spec("triton") is None:
+    """None where Triton can't be used."""
+    if not has_triton():
         return None
     from dsee_scale.algorithms.loops.triton_loops import TritonLoops
 
