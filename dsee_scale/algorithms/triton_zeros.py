@@ -5,17 +5,15 @@ Runs on CPU tensors through Triton's interpreter (TRITON_INTERPRET=1, set before
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from dsee_scale.algorithms.current_gpu import on_its_gpu
 
 BLOCK = 2048
 """Entries per program."""
 
 
-@on_its_gpu
 def fill_zeros_(target: Tensor, weight: Tensor) -> None:
     """Set `target` to +0 where `weight` is zero of either sign; what else it holds stays bit for bit.
 
@@ -25,7 +23,9 @@ def fill_zeros_(target: Tensor, weight: Tensor) -> None:
     """
     size = target.numel()
     if size:
-        _fill_zeros[(triton.cdiv(size, BLOCK),)](target, weight, size, BLOCK=BLOCK)
+        # Not `on_its_gpu`: whoever asks there whether Triton works starts this kernel.
+        with torch.cuda.device(target.get_device()):
+            _fill_zeros[(triton.cdiv(size, BLOCK),)](target, weight, size, BLOCK=BLOCK)
 
 
 @triton.jit
