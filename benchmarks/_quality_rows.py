@@ -112,6 +112,7 @@ OURS = {
 AMOUNTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "50%": ({"sparsity": 0.5}, {"sparsity": 0.5}),
     "2:4": ({"pattern": "2:4"}, {"sparsity": 0.5, "mask_structure": "2:4"}),
+    "60%": ({"sparsity": 0.6}, {"sparsity": 0.6}),
     "70%": ({"sparsity": 0.7}, {"sparsity": 0.7}),
 }
 """What a peer removes: arguments of `PruneConfig`, and of llm-compressor's modifiers."""
