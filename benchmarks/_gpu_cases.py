@@ -15,6 +15,7 @@ import torch._dynamo  # before any zero.Init context
 from _floors import floor, frozen_flops, linear_entries, prune_bytes, residual_bytes
 from _gpu_report import DEVICE, GOALS, ON_GPU, Goal, GpuReport, report_step, seconds
 from _ranks import free_port, peak_memory
+from masks import magnitude, mask_in_place
 from torch import Tensor, nn
 
 RANK, NUM_SPARSE = 16, 64
@@ -164,7 +165,7 @@ def stepper(model: nn.Module, tokens: Tensor) -> Callable[[], None]:
 
 
 def masks_case(report: GpuReport, options: argparse.Namespace) -> None:
-    """Prunings of a whole model."""
+    """The exact mask of a whole model alone, and prunings of it."""
     import dsee_scale
 
     model = build(options)
@@ -177,8 +178,28 @@ def masks_case(report: GpuReport, options: argparse.Namespace) -> None:
         "2:4": {"pattern": "2:4"},
         **{k: {"pattern": k, "sparsity": 0.5, "scope": "matrix"} for k in ("heads", "neurons")},
     }
+    report.attempt("mask, W", time_mask, report, model)
     for name, settings in kinds.items():
         report.attempt(f"prune, {name}", time_prune, report, model, batches, name, {"score": "W", **settings})
+
+
+def time_mask(report: GpuReport, model: nn.Module) -> None:
+    """The exact mask alone, chosen and applied: the fastest of three times, of new random weights each."""
+    weights, took = block_weights(model), []
+    for _ in range(3):
+        renew_(weights)
+        took += seconds(partial(mask_in_place, weights, magnitude(weights), None), repeats=1, warm_up=0)
+    bound = floor(bytes_moved=prune_bytes(model.config, "W"))
+    report.timed("mask, W", "time", min(took), bound, goal=GOALS["mask bandwidth"])
+
+
+def block_weights(model: nn.Module) -> list[Tensor]:
+    return [param.data for name, param in model.named_parameters() if name.endswith("proj.weight")]
+
+
+def renew_(weights: list[Tensor]) -> None:
+    for weight in weights:
+        weight.normal_(std=0.02)
 
 
 def time_prune(
@@ -188,18 +209,15 @@ def time_prune(
     import dsee_scale
 
     model, took = copy.deepcopy(base), []
-    weights = [param for key, param in model.named_parameters() if key.endswith("proj.weight")]
+    weights = block_weights(model)
     for _ in range(2):
-        for weight in weights:
-            weight.data.normal_(std=0.02)
+        renew_(weights)
         seen = dsee_scale.calibrate(model, batches, progress=False) if name == "wanda" else None
         run = partial(dsee_scale.prune, model, dsee_scale.PruneConfig(**settings), seen, progress=False)
         took += seconds(run, repeats=1, warm_up=0)
     case, entries = f"prune, {name}", linear_entries(model.config, name)
     bound = floor(bytes_moved=prune_bytes(model.config, name))
     report.timed(case, "time", min(took), bound, entries=entries, goal=GOALS["prune"])
-    if name == "W":
-        report.timed(case, "time, by bandwidth", min(took), bound, goal=GOALS["mask bandwidth"])
 
 
 def supports_case(report: GpuReport, options: argparse.Namespace) -> None:

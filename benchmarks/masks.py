@@ -38,7 +38,7 @@ def make_weights(side: int, dtype: torch.dtype, count: int = 2, values: int | No
     return [(torch.randn(side, side, generator=generator) * 0.02).to(dtype) for _ in range(count)]
 
 
-def mask_in_place(weights: list[Tensor], rankings: list[Ranking], use_compiled: bool) -> int:
+def mask_in_place(weights: list[Tensor], rankings: list[Ranking], use_compiled: bool | None) -> int | Tensor:
     """What `dsee_scale.prune` does with one pool that lies in one process."""
     total = sum(weight.numel() for weight in weights)
     starts = [sum(weight.numel() for weight in weights[:i]) for i in range(len(weights))]
