@@ -10,6 +10,9 @@ round for 16-bit keys, two for 32-bit ones). If the entries that tie at that key
 rounds count them per block of positions, then inside the chosen block. So a message is 512 KiB whatever
 the model's size, and a cut can be applied to any stored copy of a weight with nothing more to say.
 
+A round before the first may count a sample. It says between which digits the cut lies, so that the loops need tell
+no others apart; should it turn out to lie elsewhere, the first round is run once more for all digits.
+
 Patterns with a structure (N:M, heads, neurons) choose inside small groups and need no such search; they
 belong into a module of their own beside this one.
 """
@@ -17,28 +20,23 @@ belong into a module of their own beside this one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dsee_scale.algorithms.loops import BINS, Loops, choose_loops, in_key_width
+from dsee_scale.algorithms.loops import BINS, INFINITY_DIGIT, Loops, Window, choose_loops, in_key_width
 
-INFINITY_DIGIT = 0x7F80
-"""The 16 high bits of infinity, in float32 as in bfloat16; only NaN lies above."""
+STRETCH, STEP = 2**10, 2**16
+"""A sample is the first so many entries of so many,"""
+MARGIN = 2**-8
+"""and the cut is looked for this share of all entries to either side of where the sample has it."""
 
 Wants = Callable[[int, int], bool]
 """(position, numel) -> whether a block matters in this round."""
 
 Blocks = Callable[[Wants], Iterable[tuple[Tensor, int]]]
 """Called once a round; gives (ranked, position) of the blocks that lie here."""
-
-KEY_SHIFT = 19
-"""Bits of a float32 key that a bin leaves out: 16 bins for each power of two."""
-NUM_BINS = 1 << (31 - KEY_SHIFT)
-SWAY = 0.6
-"""How far a matrix may be from the common sparsity: this part of the way to none, or to all."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,7 @@ class CutSearch:
         *,
         device: torch.device | str = "cpu",
         use_compiled: bool | None = None,
+        sampled: bool = False,
     ) -> None:
         """Begin a search; num_remove 0 or total needs no round.
 
@@ -91,6 +90,8 @@ class CutSearch:
             key_bits: 16 or 32.
             device: where `histogram` shall lie (for NCCL: the GPU), whatever device the entries are on.
             use_compiled: insist on compiled or plain loops on the CPU; None chooses by `total`.
+            sampled: whether a round over a sample comes first; the same on every rank. It pays for large pools on an
+                accelerator whose weights are their own keys.
         """
         assert 0 <= num_remove <= total, (num_remove, total)
         assert key_bits in (16, 32), key_bits
@@ -100,7 +101,8 @@ class CutSearch:
         self._key_bits = key_bits
         self._total = total
         self._use_compiled = use_compiled
-        self._round: _KeyRound | _TieRound = _KeyRound(key_bits - 16, 0, total)
+        first = _KeyRound(key_bits - 16, 0, total)
+        self._round: _SampleRound | _KeyRound | _TieRound = _SampleRound(first) if sampled else first
         self._below = num_remove
         self._expected = total
         if num_remove == 0:
@@ -145,21 +147,30 @@ class CutSearch:
             RuntimeError: not every entry was counted exactly once.
         """
         assert self.cut is None, "the search is over"
-        counts = summed.to("cpu")
-        first = _KeyRound(self._key_bits - 16, 0, self._total)
-        if self._round == first and counts[INFINITY_DIGIT + 1 :].any():
+        counts = summed.to("cpu", copy=True)
+        self._counts.zero_()
+        self._elsewhere.clear()
+        if isinstance(self._round, _SampleRound):
+            self._round = self._round.first.between(window_of(counts, self._below / self._total))
+            return
+        if self._first() and counts[INFINITY_DIGIT + 1 :].any():
             raise ValueError("a score is NaN: the weights or the adapter hold NaN or infinity")
         through = counts.cumsum(0)
         if int(through[-1]) != self._expected:
             raise RuntimeError(f"{int(through[-1])} entries were counted, expected {self._expected}")
         bin = int(torch.searchsorted(through, self._below, right=True))
+        if isinstance(self._round, _KeyRound) and self._round.blurs(bin):
+            self._round = self._round.between(None)
+            return
         self._expected = int(counts[bin])
         self._below -= int(through[bin]) - self._expected
         self._round = self._round.inside(bin)
-        self._counts.zero_()
-        self._elsewhere.clear()
         if self._below == 0:
             self._finish(*self._round.first())
+
+    def _first(self) -> bool:
+        """Whether this round counts the highest digit of all entries."""
+        return isinstance(self._round, _KeyRound) and self._round.shift == self._key_bits - 16
 
     def _finish(self, key: int, position: int) -> None:
         self.cut = Cut(key, position, self._key_bits)
@@ -172,12 +183,24 @@ class _KeyRound:
     shift: int
     prefix: int
     total: int
+    window: Window | None = None
 
     def wants(self, position: int, numel: int) -> bool:
         return numel > 0
 
     def count(self, loops: Loops, ranked: Tensor, position: int, histogram: Tensor) -> None:
-        loops.count_digits(ranked, self.shift, self.prefix, histogram)
+        loops.count_digits(ranked, self.shift, self.prefix, histogram, self.window)
+
+    def between(self, window: Window | None) -> _KeyRound:
+        """The same round, with another window."""
+        return replace(self, window=window)
+
+    def blurs(self, bin: int) -> bool:
+        """Whether other digits may have been counted as this one."""
+        if self.window is None:
+            return False
+        low, high = self.window
+        return 0 < low >= bin or INFINITY_DIGIT > high <= bin
 
     def inside(self, bin: int) -> _KeyRound | _TieRound:
         prefix = self.prefix << 16 | bin
@@ -188,6 +211,30 @@ class _KeyRound:
     def first(self) -> tuple[int, int]:
         """Lowest (key, position) that this round looks at."""
         return self.prefix << (self.shift + 16), 0
+
+
+@dataclass(frozen=True)
+class _SampleRound:
+    """Looks at some of what the first round looks at."""
+
+    first: _KeyRound
+
+    def wants(self, position: int, numel: int) -> bool:
+        return numel > 0
+
+    def count(self, loops: Loops, ranked: Tensor, position: int, histogram: Tensor) -> None:
+        whole = ranked.numel() // STEP * STEP
+        part = ranked[:whole].view(-1, STEP)[:, :STRETCH].reshape(-1) if whole else ranked[:STRETCH]
+        self.first.count(loops, part, position, histogram)
+
+
+def window_of(sample: Tensor, share: float) -> Window | None:
+    """Digits between which the entry at `share` of all lies, by a sample's (65536,) counts; None if it's empty."""
+    through = sample.cumsum(0)
+    shares = torch.tensor([share - MARGIN, share + MARGIN], dtype=torch.float64)
+    low, high = torch.searchsorted(through.double(), shares * through[-1]).tolist()
+    low, high = max(0, min(low - 1, INFINITY_DIGIT - 1)), min(high + 1, INFINITY_DIGIT)
+    return (low, high) if through[-1] and low < high else None
 
 
 @dataclass(frozen=True)
@@ -229,6 +276,7 @@ def global_cut(
     *,
     device: torch.device | str = "cpu",
     use_compiled: bool | None = None,
+    sampled: bool = False,
 ) -> Cut:
     """Run a whole search. Collective if `reduce` is.
 
@@ -240,11 +288,12 @@ def global_cut(
         reduce: sums a (65536,) int64 tensor over the ranks; the default is for one process.
         device: where the tensor that is reduced shall lie.
         use_compiled: see CutSearch.
+        sampled: see CutSearch.
 
     Returns:
         The cut, the same on every rank.
     """
-    search = CutSearch(num_remove, total, key_bits, device=device, use_compiled=use_compiled)
+    search = CutSearch(num_remove, total, key_bits, device=device, use_compiled=use_compiled, sampled=sampled)
     while search.cut is None:
         for ranked, position in blocks(search.wants):
             search.count(ranked, position)
@@ -280,49 +329,3 @@ def apply_cut_(
         if split < part.numel() and cut.key > 0:
             removed = removed + loops.zero_up_to_(entries[split:], part[split:], cut.key - 1)
     return removed
-
-
-def count_keys_(histogram_B: Tensor, keys: Tensor) -> None:
-    """Add keys (see `score.keys`) to a matrix's (NUM_BINS,) int64 histogram; those of zeros alone to bin 0."""
-    bins = torch.maximum(keys >> KEY_SHIFT, keys.clamp_max(1))
-    histogram_B += torch.bincount(bins.flatten(), minlength=NUM_BINS).to(histogram_B.device)
-
-
-def deal_removals(histograms_MB: Tensor, num_remove: int) -> list[int]:
-    """Entries that each matrix loses, by one threshold for all but no farther from the common share than SWAY.
-
-    Where the zeros of some matrices leave no room for the least share of the others, there is no least share.
-
-    Args:
-        histograms_MB: (M, NUM_BINS) int64; bin 0 holds the entries that are zero already, which always go.
-        num_remove: how many go in all, at most the number of entries.
-
-    Returns:
-        M numbers that sum to `num_remove`; where at least as many entries are zero already, exactly those.
-    """
-    counts = histograms_MB.cpu().numpy()
-    numel = counts.sum(1)
-    share = num_remove / max(1, numel.sum())
-    least = np.maximum(np.floor((1 - SWAY) * share * numel), counts[:, 0])
-    if least.sum() > num_remove:
-        least = counts[:, 0]
-    most = np.maximum(np.ceil((1 - (1 - SWAY) * (1 - share)) * numel), least)
-    below = np.concatenate([np.zeros((len(counts), 1)), counts.cumsum(1)], axis=1)
-
-    def at(threshold: float) -> np.ndarray:
-        whole = min(int(threshold), counts.shape[1] - 1)
-        inside = below[:, whole] + (threshold - whole) * counts[:, whole]
-        return np.clip(inside, least, most)
-
-    low, high = 0.0, float(counts.shape[1])
-    for _ in range(64):
-        middle = (low + high) / 2
-        low, high = (middle, high) if at(middle).sum() < num_remove else (low, middle)
-    wanted = at(high)
-    dealt = np.floor(wanted).astype(np.int64)
-    left = num_remove - int(dealt.sum())
-    room = np.flatnonzero(dealt < numel)
-    # The largest fractions first, then in the matrices' order.
-    for index in room[np.argsort(-(wanted - dealt)[room], kind="stable")][: max(0, left)]:
-        dealt[index] += 1
-    return dealt.tolist()

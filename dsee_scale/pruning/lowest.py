@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dsee_scale.adapters.matrices import Matrix
-from dsee_scale.algorithms.bits import count_nonzero
+from dsee_scale.algorithms.bits import count_nonzero, is_host
 from dsee_scale.algorithms.patterns import key_blocks, lowest_in_groups, whole_slabs
 from dsee_scale.algorithms.score import Ranking, key_bits, ranked_blocks
 from dsee_scale.algorithms.select import Cut, CutSearch, apply_cut_
@@ -31,6 +31,9 @@ from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import ConfigError
 from dsee_scale.partition import Partition, Shard
 from dsee_scale.passes.pools import WeightPool
+
+SAMPLE_FROM = 2**26
+"""Entries of a pool on an accelerator from which a sample is worth its message."""
 
 
 def remove_lowest(
@@ -50,7 +53,9 @@ def _find_cut(pool: WeightPool, rankings: dict[str, Ranking], partition: Partiti
     """Collective. The exact threshold of a pool: a few fixed-size histograms, summed over shards."""
     chosen = [rankings[member.name] for member in pool.members]
     bits = key_bits(chosen, [partition.dtype(member.param) for member in pool.members])
-    search = CutSearch(pool.num_remove, pool.total, bits, device=partition.device)
+    cheap = all(ranking.by_magnitude for ranking in chosen) and not is_host(partition.device)
+    sampled = cheap and pool.total >= SAMPLE_FROM
+    search = CutSearch(pool.num_remove, pool.total, bits, device=partition.device, sampled=sampled)
     while search.cut is None:
         with raise_on_all_ranks(partition):
             for member, begin in zip(pool.members, pool.starts, strict=True):
@@ -74,22 +79,24 @@ def _remove_below(
     pool: WeightPool, rankings: dict[str, Ranking], cut: Cut, partition: Partition
 ) -> dict[str, tuple[int, int]]:
     """Collective. Write the zeros to every stored copy; returns zeros and entries of each matrix."""
-    zeros = torch.zeros(len(pool.members), dtype=torch.int64)
+    found = []
     with raise_on_all_ranks(partition):
-        for index, (member, begin) in enumerate(zip(pool.members, pool.starts, strict=True)):
+        for member, begin in zip(pool.members, pool.starts, strict=True):
             with member.edit(partition) as stretches:
-                zeros[index], *_ = [_apply_to(begin, each, rankings[member.name], cut) for each in stretches]
+                own, *_ = [_apply_to(begin, each, rankings[member.name], cut) for each in stretches]
+            found.append(own)
+        zeros = torch.tensor([int(count) for count in found])  # on an accelerator one wait for all
     counts = partition.sum_over_shards(zeros).tolist()
     return {member.name: (count, member.numel) for member, count in zip(pool.members, counts, strict=True)}
 
 
-def _apply_to(begin: int, stored: Shard, ranking: Ranking, cut: Cut) -> int:
+def _apply_to(begin: int, stored: Shard, ranking: Ranking, cut: Cut) -> int | Tensor:
     if cut.key == 0:  # as many as were to go, or more, are zero already
         return stored.data.numel() - count_nonzero(stored.data)
-    zeros: int | torch.Tensor = 0
+    zeros: int | Tensor = 0
     for entries, ranked, position in ranked_blocks(stored.data, stored.start, ranking):
         zeros = zeros + apply_cut_(entries, ranked, begin + position, cut)
-    return int(zeros)  # one wait for each matrix on an accelerator
+    return zeros
 
 
 Counts = dict[str, tuple[int, int]]

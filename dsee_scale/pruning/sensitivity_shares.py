@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from dsee_scale.algorithms.score import Ranking, ranked_blocks
-from dsee_scale.algorithms.select import NUM_BINS, count_keys_, deal_removals
 from dsee_scale.config import PruneConfig
 from dsee_scale.distributed import log_rank0
 from dsee_scale.partition import Partition
@@ -18,6 +17,7 @@ from dsee_scale.passes.batches import Batches
 from dsee_scale.passes.calibrate import Statistics
 from dsee_scale.passes.pools import WeightPool
 from dsee_scale.passes.sensitivity import has_loss, output_gradients
+from dsee_scale.pruning.common_threshold import NUM_BINS, count_keys_, deal_removals
 from dsee_scale.pruning.rankings import find_rankings
 
 logger = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ from dsee_scale.algorithms import bits, loops, select  # noqa: E402
 from dsee_scale.algorithms.loops import choose, triton_loops  # noqa: E402
 from dsee_scale.algorithms.loops.triton_loops import TritonLoops  # noqa: E402
 from dsee_scale.algorithms.select import apply_cut_, global_cut  # noqa: E402
+from dsee_scale.pruning import lowest  # noqa: E402
 from tests.dist.test_inject_prune import fill_adapters  # noqa: E402
 from tests.models import build, llama_config  # noqa: E402
 
@@ -70,6 +71,27 @@ def test_digits_are_counted_as_torch_counts_them(dtype, kind, numel, first):
     top = 8 * weight.element_size() - 16
     ours, theirs = histograms(lambda each, counts: each.count_digits(weight, top, 0, counts), start=7)
     assert torch.equal(ours, theirs) and int(ours.sum()) == numel + 7 * loops.BINS
+
+
+@pytest.mark.parametrize(("numel", "first"), SIZES)
+@pytest.mark.parametrize("kind", ["normal", "coarse", "special"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 2, 9, 65])
+def test_digits_outside_of_a_window_count_as_its_edges(dtype, kind, numel, first, width):
+    weight = entries(kind, numel, dtype, first)
+    top = 8 * weight.element_size() - 16
+    low = (key_of(weight, numel // 2) >> top if numel else 7) - width // 2
+    low = min(max(low, 0), loops.INFINITY_DIGIT - width)
+    high = low + width
+    ours, exact = histograms(lambda each, counts: each.count_digits(weight, top, 0, counts, (low, high)))
+    assert int(ours.sum()) == numel
+    if width > triton_loops.WIDEST:
+        assert torch.equal(ours, exact)
+        return
+    infinity = loops.INFINITY_DIGIT
+    assert torch.equal(ours[low + 1 : high], exact[low + 1 : high])
+    assert ours[low] == exact[: low + 1].sum() and ours[high] == exact[high : infinity + 1].sum()
+    assert ours[infinity + 1] == exact[infinity + 1 :].sum()
 
 
 @pytest.mark.parametrize("kind", ["normal", "coarse", "special", "was half"])
@@ -137,7 +159,8 @@ def test_keys_of_their_own_say_what_goes(numel, dtype):
 @pytest.mark.parametrize("sparsity", [0.31, 0.999])
 @pytest.mark.parametrize("kind", ["normal", "coarse"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_whole_selection_removes_what_it_removes_with_torch(monkeypatch, dtype, kind, sparsity):
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_whole_selection_removes_what_it_removes_with_torch(monkeypatch, sampled, dtype, kind, sparsity):
     """Two blocks of a pool; the second begins at an odd place."""
     total, results = 2000, []
     num_remove = round(sparsity * total)
@@ -145,7 +168,8 @@ def test_a_whole_selection_removes_what_it_removes_with_torch(monkeypatch, dtype
         monkeypatch.setattr(select, "choose_loops", lambda *args, chosen=chosen: chosen)
         weight = entries(kind, total, dtype, 1)
         blocks = [(weight[:601], 0), (weight[601:], 601)]
-        cut = global_cut(lambda wants, blocks=blocks: blocks, num_remove, total, 8 * weight.element_size())
+        bits = 8 * weight.element_size()
+        cut = global_cut(lambda wants, blocks=blocks: blocks, num_remove, total, bits, sampled=sampled)
         assert sum(int(apply_cut_(part, part, position, cut)) for part, position in blocks) == num_remove
         results.append((cut, weight))
     assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
@@ -165,7 +189,12 @@ def test_a_nan_is_refused(monkeypatch, key_bits):
     ("score", "dtype"), [("W", torch.bfloat16), ("W", torch.float32), ("WABS", torch.bfloat16)]
 )
 def test_a_model_is_pruned_alike(monkeypatch, score, dtype, scope):
+    """Where keys cost nothing, after a sample, as on a GPU."""
     monkeypatch.setattr(triton_loops, "BLOCK", 1024)
+    monkeypatch.setattr(lowest, "SAMPLE_FROM", 0)
+    monkeypatch.setattr(lowest, "is_host", lambda device: False)
+    samples, count = [], select._SampleRound.count
+    monkeypatch.setattr(select._SampleRound, "count", lambda *words: samples.append(1) or count(*words))
     found = []
     for chosen in (TritonLoops(), loops.TorchLoops()):
         monkeypatch.setattr(select, "choose_loops", lambda *args, chosen=chosen: chosen)
@@ -176,6 +205,9 @@ def test_a_model_is_pruned_alike(monkeypatch, score, dtype, scope):
             config = PruneConfig(sparsity=sparsity, score=score, scope=scope, refit=False)
             report = dsee_scale.prune(model, config)
         found.append((report.matrices, dict(model.named_parameters())))
+    assert bool(samples) == (
+        score == "W" or scope == "matrix"
+    )  # one without an adapter is ranked by |w| alone
     assert found[0][0] == found[1][0]
     assert all(torch.equal(param, found[1][1][name]) for name, param in found[0][1].items())
 

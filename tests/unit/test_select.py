@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
-from dsee_scale.algorithms import current_gpu, loops
+from dsee_scale.algorithms import current_gpu, loops, select
 from dsee_scale.algorithms.loops import choose, compiled
 from dsee_scale.algorithms.score import Ranking, key_bits, keys, random_scores, ranked_blocks
 from dsee_scale.algorithms.score import scores as score_of
@@ -137,6 +137,56 @@ def test_messages_have_the_same_size_whatever_the_model_is():
         sizes |= messages
     assert CutSearch(1, 10**12, 16).histogram.nbytes == CutSearch(1, 2, 32).histogram.nbytes == 2**19
     assert sizes == {2**19}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "wandering"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sparsity", [0.0003, 0.5, 0.97])
+def test_a_sampled_search_finds_the_same_cut(kind, dtype, sparsity, monkeypatch):
+    """Loops that blur all digits outside of the window; "wandering" scales mislead a sample of first entries."""
+    monkeypatch.setattr(select, "choose_loops", lambda *_: BlurredLoops())
+    for name, value in (("STRETCH", 64), ("STEP", 256), ("MARGIN", 0.02)):
+        monkeypatch.setattr(select, name, value)
+    numel, bits = 300_000, 32 if dtype == torch.float32 else 16
+    weight = make_weight("normal" if kind == "wandering" else kind, numel, dtype, 3)
+    if kind == "wandering":
+        weight *= 1 + torch.arange(numel) // select.STRETCH % (select.STEP // select.STRETCH)
+    blocks = [(weight[:130_001], 0), (weight[130_001:], 130_001)]
+    num_remove = num_removed(sparsity, numel)
+    asked = []
+    found = [
+        global_cut(
+            lambda wants, rounds=rounds: rounds.append(1) or blocks, num_remove, numel, bits, sampled=sampled
+        )
+        for sampled in (False, True)
+        for rounds in [asked.append([]) or asked[-1]]
+    ]
+    assert found[0] == found[1]
+    plain, sampled = map(len, asked)
+    misled = kind == "wandering" and sparsity == 0.5
+    assert sampled == plain + (2 if misled else 1)
+
+
+class BlurredLoops(loops.TorchLoops):
+    """Tells nothing apart that it need not."""
+
+    def count_digits(self, ranked, shift, prefix, histogram, window=None):
+        counts = torch.zeros_like(histogram)
+        super().count_digits(ranked, shift, prefix, counts)
+        if window is not None:
+            low, high = window
+            counts[low] += counts[:low].sum()
+            counts[high] += counts[high + 1 : loops.INFINITY_DIGIT + 1].sum()
+            counts[:low] = counts[high + 1 : loops.INFINITY_DIGIT + 1] = 0
+        histogram += counts
+
+
+def test_a_sample_of_nothing_leaves_the_search_as_it_was():
+    search = CutSearch(1, 2, 32, sampled=True)
+    search.advance(search.histogram)
+    search.count(torch.tensor([2.0, 1.0]), 0)
+    search.advance(search.histogram)
+    assert search.cut == Cut(0x40000000, 0, 32)  # the first key with the digit of 2
 
 
 @pytest.mark.parametrize("num_remove", [1, 3_214_987_651, 12_999_999_999])
@@ -278,12 +328,13 @@ def test_blocks_outside_the_chosen_tie_block_are_not_wanted():
     assert asked == [list(range(10))] * 3 + [[3]]
 
 
+@pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("bits", [16, 32])
-def test_a_nan_score_is_refused(bits):
+def test_a_nan_score_is_refused(bits, sampled):
     weight = torch.ones(10, dtype=torch.bfloat16 if bits == 16 else torch.float32)
     weight[3] = -float("nan")
     with pytest.raises(ValueError, match="NaN"):
-        global_cut(lambda wants: [(weight, 0)], 5, 10, bits)
+        global_cut(lambda wants: [(weight, 0)], 5, 10, bits, sampled=sampled)
 
 
 def test_a_block_that_is_missing_or_counted_twice_is_noticed():

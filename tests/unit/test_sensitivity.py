@@ -10,7 +10,6 @@ from transformers import FalconConfig, OPTConfig
 import dsee_scale
 from dsee_scale import PruneConfig
 from dsee_scale.algorithms.score import keys
-from dsee_scale.algorithms.select import NUM_BINS, SWAY, count_keys_, deal_removals
 from dsee_scale.config import Pool
 from dsee_scale.errors import CalibrationError
 from dsee_scale.partition import open_partition
@@ -18,6 +17,7 @@ from dsee_scale.passes.blocks import find_blocks
 from dsee_scale.passes.pools import block_linears
 from dsee_scale.passes.sensitivity import Sensitivity, has_loss, output_gradients
 from dsee_scale.pruning import sensitivity_shares
+from dsee_scale.pruning.common_threshold import NUM_BINS, SWAY, count_keys_, deal_removals
 from dsee_scale.pruning.refit import pieces
 from tests.models import build
 from tests.unit.test_calibrate import batches, make

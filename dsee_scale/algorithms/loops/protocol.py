@@ -11,12 +11,19 @@ from typing import Protocol
 from torch import Tensor
 
 BINS = 2**16
+INFINITY_DIGIT = 0x7F80
+"""The 16 high bits of infinity, in float32 as in bfloat16; only NaN lies above."""
+
+Window = tuple[int, int]
+"""Digits (low, high), 0 <= low < high <= INFINITY_DIGIT, between which alone digits need be told apart."""
 
 
 class Loops(Protocol):
     """Tensors of one call lie on one device."""
 
-    def count_digits(self, ranked: Tensor, shift: int, prefix: int, histogram: Tensor) -> None:
+    def count_digits(
+        self, ranked: Tensor, shift: int, prefix: int, histogram: Tensor, window: Window | None = None
+    ) -> None:
         """Count the 16 key bits at `shift`, of keys whose bits above those equal `prefix`.
 
         Args:
@@ -24,6 +31,8 @@ class Loops(Protocol):
             shift: 0, or 16 for the high half of 32-bit keys.
             prefix: the key's bits above, 0 if there are none.
             histogram: (65536,) int64, added to.
+            window: of the highest digit, where that saves time: those below the window may be counted as its low one,
+                those above it as its high one, all of NaN as INFINITY_DIGIT + 1.
         """
 
     def count_ties(self, ranked: Tensor, key: int, offset: int, shift: int, histogram: Tensor) -> None:

@@ -5,7 +5,8 @@ show. Runs on CPU tensors through Triton's interpreter (TRITON_INTERPRET=1, set 
 
 Floats crowd: some thousand values of the high digit hold nearly all entries of a weight. So that digit is counted in
 private copies of the histogram, which the programs share by turns. Zero, the commonest of digits (of pruned weights;
-of the low halves of what was bfloat16), is added up within a program first.
+of the low halves of what was bfloat16), is added up within a program first. In a narrow window every digit is, so that
+an entry costs no atomic addition.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dsee_scale.algorithms.bits import INTEGERS
 from dsee_scale.algorithms.current_gpu import on_its_gpu
-from dsee_scale.algorithms.loops.protocol import BINS
+from dsee_scale.algorithms.loops.protocol import BINS, INFINITY_DIGIT, Window
 
 BLOCK = 4096
 """Entries per program."""
@@ -27,6 +28,8 @@ COPY_FROM = 2**20
 """each for as many entries: filling and adding one up moves 1/4 byte for each of them."""
 AT_ONCE = 2**30
 """Entries counted in int32."""
+WIDEST = 64
+"""Digits of a window that are added up one after the other at most."""
 ALIGNED = 16
 """Bytes at whose multiples the widest loads begin."""
 
@@ -34,9 +37,14 @@ ALIGNED = 16
 class TritonLoops:
     """GPU tensors only; see `Loops` for what each method does."""
 
-    def count_digits(self, ranked: Tensor, shift: int, prefix: int, histogram: Tensor) -> None:
+    def count_digits(
+        self, ranked: Tensor, shift: int, prefix: int, histogram: Tensor, window: Window | None = None
+    ) -> None:
         """See Loops."""
         if not ranked.numel():
+            return
+        if window is not None and window[1] - window[0] <= WIDEST:
+            _launch_window(_words(ranked), histogram, shift, *window)
             return
         if shift + 16 < 8 * ranked.element_size():
             _launch_digits(_words(ranked), histogram, shift, prefix, copies=1, within=True)
@@ -96,6 +104,16 @@ def _launch_digits(
 
 
 @on_its_gpu
+def _launch_window(words: Tensor, histogram: Tensor, shift: int, low: int, high: int) -> None:
+    magnitude = _magnitude(words)
+    words, lead = _from_boundary(words)
+    _window[(triton.cdiv(words.numel(), BLOCK),)](
+        words, histogram, lead, words.numel(), shift, low, high,
+        MAGNITUDE=magnitude, INFINITY=INFINITY_DIGIT, BLOCK=BLOCK,
+    )  # fmt: skip
+
+
+@on_its_gpu
 def _launch_ties(words: Tensor, histogram: Tensor, key: int, offset: int, shift: int) -> None:
     magnitude = _magnitude(words)
     words, lead = _from_boundary(words)
@@ -145,6 +163,29 @@ def _digits(
         tl.atomic_add(copy, zeros.to(counts.dtype.element_ty), sem="relaxed")
     ones = tl.full((BLOCK,), 1, counts.dtype.element_ty)
     tl.atomic_add(copy + digit, ones, mask=here & (digit != 0), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["lead", "stop", "shift", "low", "high"])
+def _window(
+    words, histogram, lead, stop, shift, low, high,
+    MAGNITUDE: tl.constexpr, INFINITY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = at + tl.arange(0, BLOCK)
+    digit = (_load(words, at, lead, stop, BLOCK).to(tl.int32) & MAGNITUDE) >> shift
+    here = (offsets >= lead) & (offsets < stop)
+    nan = digit > INFINITY
+    digit = tl.where(nan, INFINITY + 1, tl.minimum(tl.maximum(digit, low), high))
+    for each in range(low, high + 1):
+        _add_count(histogram, here, digit, each)
+    _add_count(histogram, here, digit, INFINITY + 1)
+
+
+@triton.jit
+def _add_count(histogram, here, digit, each):
+    count = tl.sum((here & (digit == each)).to(tl.int32), 0)
+    if count > 0:
+        tl.atomic_add(histogram + each, count.to(tl.int64), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["lead", "stop", "key", "offset", "shift"])

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from dsee_scale.algorithms.refit import DAMPING, Factor, factorise, upper_inverse
 from dsee_scale.algorithms.score import keys
-from dsee_scale.algorithms.select import NUM_BINS, count_keys_, deal_removals
 from dsee_scale.algorithms.sweep import Count, Parts, Removal
 from dsee_scale.config import PruneConfig
 from dsee_scale.partition import Partition
 from dsee_scale.partition.port import Part
+from dsee_scale.pruning.common_threshold import NUM_BINS, count_keys_, deal_removals
 from dsee_scale.pruning.refit.matrix import Job, factor_cost, removal_of, rows_cost, solve
 from dsee_scale.pruning.refit.panels import is_wide, upper_inverse_by_panels
 from dsee_scale.pruning.refit.work import refitting_work
