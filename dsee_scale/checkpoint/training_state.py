@@ -36,6 +36,7 @@ from dsee_scale.errors import ConfigError, FormatError
 from dsee_scale.partition import Partition, is_engine, open_partition, unwrap
 from dsee_scale.partition.engine_state import open_optimizer
 from dsee_scale.partition.optimizer_state import MASTER, OptimizerState
+from dsee_scale.pruning.zero_lines import clear_waiting
 from dsee_scale.random_state import random_state, set_random_state
 from dsee_scale.scheduler_values import put_scheduler_values, scheduler_values
 
@@ -95,6 +96,8 @@ def start_training_state(
     with raise_on_all_ranks(partition):
         state = open_optimizer(model, optimizer)
         _check_boundary(model, state)
+        for keeper in state.keepers:
+            clear_waiting(keeper)
         record = _state_record(model, state, partition, extra)
     # A rank that holds no entry of what is trained knows none.
     record["moments"] = list(dict.fromkeys(itertools.chain(*gather_objects(record["moments"]))))
@@ -179,6 +182,8 @@ def load_training_state(
     apply_masks(partition, module, record, masks)
     note_files(module, masks_now(partition, module, record.kept), stored)
     with raise_on_all_ranks(partition):
+        for keeper in state.keepers:  # what waits is no longer to be cleared of the moments that are read now
+            clear_waiting(keeper)
         _put_all(state, values, tensors, moments=is_engine(model) or optimizer is not None)
         if settings:
             _put_settings(model, state, values)

@@ -201,7 +201,7 @@ class DSEECallback(GradientCallback):
         log_within_step(trainer, {"sparsity": report.sparsity, "pruned_weights": report.removed})
 
     def _wants_inputs(self) -> bool:
-        return any(SCORES[config.score].activations for config in self.configs)
+        return any(config.refit or SCORES[config.score].activations for config in self.configs)
 
     def _watch_inputs(self) -> None:
         """Note inputs while a pruning is to come that looks at them, and no longer: a note is a copy to the host."""

@@ -78,14 +78,14 @@ class OptimizerState:
     """Master values and moments of trained parameters, by parameter name.
 
     Args:
-        stretches, sizes, sharded: see the attributes.
-        keepers: the torch optimizers; the first one's groups hold the settings.
+        stretches, sizes, keepers, sharded: see the attributes.
         group: process group over which ranks hold different stretches.
         device: where that group's tensors must lie.
 
     Attributes:
         stretches: what this rank holds, by parameter name; a name may be missing here.
         sizes: true number of entries of every trained parameter.
+        keepers: the torch optimizers; the first one's groups hold the settings.
         sharded: whether ranks hold different stretches.
     """
 
@@ -99,7 +99,7 @@ class OptimizerState:
         sharded: bool = False,
         device: torch.device,
     ) -> None:
-        self.stretches, self.sizes, self._keepers = dict(stretches), dict(sizes), keepers
+        self.stretches, self.sizes, self.keepers = dict(stretches), dict(sizes), keepers
         self._process_group, self.sharded, self._device = group, sharded, device
 
     def moments(self) -> list[str]:
@@ -108,7 +108,7 @@ class OptimizerState:
         Raises:
             ConfigError: an optimizer keeps something that is neither of the shape of what it trains nor one number.
         """
-        return list(dict.fromkeys(key for keeper in self._keepers for key in _contents(keeper)[0]))
+        return list(dict.fromkeys(key for keeper in self.keepers for key in _contents(keeper)[0]))
 
     def scalars(self) -> dict[str, str]:
         """What the single numbers are, `step` and so on, that stand beside the moments, as `_kind` has it.
@@ -116,13 +116,13 @@ class OptimizerState:
         Raises:
             ConfigError: as `moments`.
         """
-        found = {key: kind for keeper in self._keepers for key, kind in _contents(keeper)[1].items()}
+        found = {key: kind for keeper in self.keepers for key, kind in _contents(keeper)[1].items()}
         return dict(sorted(found.items()))
 
     @property
     def optimizer_name(self) -> str | None:
         """The class of the optimizer that keeps the state; None without one."""
-        return type(self._keepers[0]).__name__ if self._groups() else None
+        return type(self.keepers[0]).__name__ if self._groups() else None
 
     def expect_moments(
         self, saved: Sequence[str], where: Path, scalars: Mapping[str, str], optimizer: str | None
@@ -141,7 +141,7 @@ class OptimizerState:
         """
         advice = "resume with the optimizer of the saved run, or call load_adapter alone to begin anew with this one"
         here = self.optimizer_name
-        module = type(self._keepers[0]).__module__
+        module = type(self.keepers[0]).__module__
         own = set(scalars) != {"step"} or (module.startswith("torch.optim") and here not in ("Adam", "AdamW"))
         if own and here is not None and optimizer not in (None, here):
             raise FormatError(
@@ -150,7 +150,7 @@ class OptimizerState:
             )
         for stretch in self.stretches.values():
             make_state(stretch.optimizer, stretch.flat, stretch.group)
-        for keeper in self._keepers:
+        for keeper in self.keepers:
             if is_bitsandbytes(keeper):
                 kept = kept_moments(keeper)
                 differ = bool(kept) and set(kept) != set(saved)
@@ -266,7 +266,7 @@ class OptimizerState:
         return found
 
     def _groups(self) -> list[dict[str, Any]]:
-        return self._keepers[0].param_groups
+        return self.keepers[0].param_groups
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """Sum of what is zero on all ranks but one, as integers: every bit survives, -0.0 and NaN too."""

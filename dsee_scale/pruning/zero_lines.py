@@ -79,7 +79,7 @@ def zero_lines(model: nn.Module, partition: Partition, lines: Sequence[Lines]) -
 
     Local, after `check_reachable`. A moment that is left would move a zeroed parameter on without any gradient.
     A DeepSpeed engine knows its optimizer; the moments of any other torch optimizer are cleared when it makes its
-    next step.
+    next step, or is saved before that (`clear_waiting`).
 
     Args:
         model: what `prune` was given.
@@ -123,8 +123,8 @@ def _clear_moments(stretch: Stretch, lines: Lines) -> None:
 
 
 @torch.no_grad()
-def _clear_before_step(optimizer: Any, *_: Any) -> None:
-    """Clear the moments of the lines that wait, once. Runs before any torch optimizer's step."""
+def clear_waiting(optimizer: Any, *_: Any) -> None:
+    """Clear the moments of the lines that wait, once. Before any torch optimizer's step or checkpoint."""
     trained = {id(one) for group in optimizer.param_groups for one in group["params"]}
     masters = optimizer.masters if isinstance(optimizer, MasterWeights) else {}
     for param in list(_WAITING):
@@ -141,7 +141,7 @@ def _clear_later(lines: Sequence[Lines]) -> None:
     The hook cannot take itself off: it stays, idle.
     """
     if not _HOOKS:
-        _HOOKS.append(register_optimizer_step_pre_hook(_clear_before_step))
+        _HOOKS.append(register_optimizer_step_pre_hook(clear_waiting))
     for one in lines:
         if one.param.grad is not None:
             one.clear(one.param.grad.view(-1), 0)

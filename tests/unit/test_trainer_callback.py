@@ -107,6 +107,32 @@ def test_it_prunes_on_the_way_saves_no_base_weight_and_resumes_exactly(tmp_path,
         assert torch.equal(block_linears(again)[module].weight == 0, mask)
 
 
+AT_A_SAVE = {
+    "refit": PruneConfig(),
+    "heads": PruneConfig(pattern="heads", num_per_layer=2, score="W", refit=False),
+    "neurons refit by magnitude": PruneConfig(pattern="neurons", num_per_layer=8, score="W", refit=True),
+}
+
+
+@pytest.mark.parametrize("name", list(AT_A_SAVE))
+def test_a_checkpoint_of_the_very_step_that_pruned_resumes_exactly(tmp_path, name):
+    """What the optimizer is to forget of removed lines and old supports is forgotten there too."""
+    prune = AT_A_SAVE[name]
+    config = dataclasses.replace(CONFIG, target_modules=("q_proj", "o_proj", "up_proj", "down_proj"))
+    model = build(llama_config(num_attention_heads=4, num_key_value_heads=2, hidden_size=32))
+    model.save_pretrained(tmp_path / "published")
+    dsee_scale.inject(model, config)
+    trainer_of(model, tmp_path / "run", DSEECallback(prune, 2)).train()
+    again = model_of((tmp_path / "run" / "base") if prune.refit else (tmp_path / "published"))
+    dsee_scale.load_adapter(again, tmp_path / "run" / "checkpoint-2")
+    resumed = trainer_of(again, tmp_path / "run", DSEECallback(prune, 2))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    for found, wanted in zip(flats(again), flats(model), strict=True):
+        assert torch.equal(found, wanted)
+    for found, wanted in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_inputs_are_noted_until_the_last_pruning_and_no_longer(tmp_path):
     """On a GPU each note waits for a copy to the host."""
     model = model_of()
