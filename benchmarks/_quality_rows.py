@@ -116,6 +116,9 @@ AMOUNTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "70%": ({"sparsity": 0.7}, {"sparsity": 0.7}),
 }
 """What a peer removes: arguments of `PruneConfig`, and of llm-compressor's modifiers."""
+DENSE = "dense LoRA"
+RAISED = ", rate doubled as ours"
+"""A peer's row in which the rate is multiplied as it is after our prune, from the same step on."""
 OWL = "llm-compressor's SparseGPT then LoRA, 70% by OWL"
 WANDA = {f"wanda then LoRA, {amount}": settings for amount, (settings, _) in AMOUNTS.items()}
 COMPRESSOR = {
@@ -124,9 +127,10 @@ COMPRESSOR = {
         f"llm-compressor's SparseGPT then LoRA, {amount}": ("SparseGPTModifier", settings)
         for amount, (_, settings) in AMOUNTS.items()
     },
+    f"llm-compressor's SparseGPT then LoRA, 50%{RAISED}": ("SparseGPTModifier", AMOUNTS["50%"][1]),
     OWL: ("SparseGPTModifier", AMOUNTS["70%"][1]),
 }
-PEERS = (UNTUNED, "dense LoRA", *WANDA, *(COMPRESSOR if find_spec("llmcompressor") else ()))
+PEERS = (UNTUNED, DENSE, DENSE + RAISED, *WANDA, *(COMPRESSOR if find_spec("llmcompressor") else ()))
 
 
 def tuned_start(
@@ -272,7 +276,9 @@ def _peft(lab: Lab, model: nn.Module, row: str, seed: int, *, masked: bool) -> d
     for name, param in tuned.named_parameters():
         param.requires_grad_(param.requires_grad or (lab.args.trained_norms and "norm" in name))
     share = trained_share(tuned)
-    lab.train(tuned, lab.batches(seed), lab.args.steps + lab.args.retune_steps)
+    source, done = lab.batches(seed), lab.args.steps if row.endswith(RAISED) else 0
+    moments = lab.train(tuned, source, done) if done else None
+    lab.train(tuned, source, lab.args.steps + lab.args.retune_steps - done, done=done, moments=moments)
     found: dict[str, Any] = {"retuned": lab.quality(tuned.base_model.model), "trained_share": share}
     merged = tuned.merge_and_unload()
     if masked:

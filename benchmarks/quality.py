@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _quality_jobs import METRIC, METRIC_WORDS
 from _quality_lab import Lab, add_arguments, judged, settle
 from _quality_report import UNTUNED, print_table, print_tables, save_plot
-from _quality_rows import OURS, PEERS, dense_lora, ours, pruned_then_lora, untuned
+from _quality_rows import DENSE, OURS, PEERS, RAISED, dense_lora, ours, pruned_then_lora, untuned
 from _report import Report, parser
 
 
@@ -44,7 +44,8 @@ def cell(lab: Lab, row: str, seed: int) -> dict[str, Any]:
             )
         return known
     measure: Callable[[Lab, str, int], dict[str, Any]]
-    measure = {UNTUNED: untuned, "dense LoRA": dense_lora}.get(row, ours if row in OURS else pruned_then_lora)
+    dense = {UNTUNED: untuned, DENSE: dense_lora, DENSE + RAISED: dense_lora}
+    measure = dense.get(row, ours if row in OURS else pruned_then_lora)
     started = time.perf_counter()
     found = measure(lab, row, seed) | {"seconds": time.perf_counter() - started, "settings": settings}
     path.parent.mkdir(parents=True, exist_ok=True)
