@@ -96,8 +96,7 @@ def start_training_state(
     with raise_on_all_ranks(partition):
         state = open_optimizer(model, optimizer)
         _check_boundary(model, state)
-        for keeper in state.keepers:
-            clear_waiting(keeper)
+        clear_waiting(state.keepers)
         record = _state_record(model, state, partition, extra)
     # A rank that holds no entry of what is trained knows none.
     record["moments"] = list(dict.fromkeys(itertools.chain(*gather_objects(record["moments"]))))
@@ -182,8 +181,7 @@ def load_training_state(
     apply_masks(partition, module, record, masks)
     note_files(module, masks_now(partition, module, record.kept), stored)
     with raise_on_all_ranks(partition):
-        for keeper in state.keepers:  # what waits is no longer to be cleared of the moments that are read now
-            clear_waiting(keeper)
+        clear_waiting(state.keepers)  # not later, of the moments that are read now
         _put_all(state, values, tensors, moments=is_engine(model) or optimizer is not None)
         if settings:
             _put_settings(model, state, values)

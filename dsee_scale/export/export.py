@@ -63,7 +63,7 @@ def export_model(
     Args:
         model: a raw model, a DeepSpeed engine, or what Accelerate or DDP made of it. It is not changed.
         folder: output folder; parents are made.
-        delta: `masked` writes (W + D) * M, as sparse as W; `dense` writes W * M + D; both are plain models
+        delta: `masked` writes (W + D) * M, as sparse as `prune` made W; `dense` writes W * M + D; both are plain models
             that stock transformers loads. `separate` writes W * M, with the adapter in `folder/adapter`;
             `none` writes W * M alone, the base that adapters belong to after `refit`. Removed heads and neurons are
             cut out of the files of the first two; of the others they stay as zeros.

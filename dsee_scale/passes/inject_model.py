@@ -15,8 +15,9 @@ from torch import nn
 from dsee_scale.adapters.experts import attach_experts, fused_experts, let_gradients_through
 from dsee_scale.adapters.linear import adapted_layers, attach, restore_under_mask, weight_name
 from dsee_scale.adapters.matrices import find_matrices
-from dsee_scale.adapters.state import MASK_UPDATE, model_state, reject_peft
+from dsee_scale.adapters.state import MANY_ZEROS, MASK_UPDATE, model_state, reject_peft
 from dsee_scale.adapters.targets import Target, find_modules, find_targets
+from dsee_scale.algorithms.bits import count_nonzero
 from dsee_scale.algorithms.decompose import Support
 from dsee_scale.algorithms.score import all_finite
 from dsee_scale.config import UNIT_PATTERNS, DSEEConfig
@@ -103,6 +104,7 @@ def inject(model: nn.Module, config: DSEEConfig, *, progress: bool | None = None
     apply_adapters(model, config, targets, supports, trained, partition)
     _mask_updates(model)
     warn_of_random_weights(model)
+    _warn_of_zeros(model, partition)
     report = _report(model, targets, partition, time.perf_counter() - started)
     if partition.rank == 0:
         logger.info("%s", report)
@@ -197,6 +199,24 @@ def set_trainable(model: nn.Module, trained_modules: list[str]) -> None:
         for param in modules[name].parameters():
             if param.is_floating_point():
                 param.requires_grad_(True)
+
+
+def _warn_of_zeros(model: nn.Module, partition: Partition) -> None:
+    """Collective. Say that a base which is sparse already will not stay so: nothing records its zeros as a mask."""
+    layers = [layer for layer in adapted_layers(model).values() if not layer.dsee_under_mask]
+    shards = [partition.shard(each.weight).data for each in layers if id(each.weight) not in partition.codecs]
+    sizes = [sum(map(count_nonzero, shards)), sum(shard.numel() for shard in shards)]
+    kept, numel = partition.sum_over_shards(torch.tensor(sizes)).tolist()
+    if numel and kept < (1 - MANY_ZEROS) * numel:
+        share = 1 - kept / numel
+        log_rank0(
+            logger,
+            "%.1f%% of the adapted weights are zero already, and nothing records these zeros as a mask: updates will "
+            "fill them, and the export will be dense. To keep them, call dsee_scale.prune(model, PruneConfig(sparsity="
+            "%.3f, score='W')) after inject (pattern='2:4' for such a base), for which zeros are the first to go",
+            100 * share,
+            share,
+        )
 
 
 def warn_of_random_weights(model: nn.Module) -> None:

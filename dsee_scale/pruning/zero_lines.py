@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,9 +122,14 @@ def _clear_moments(stretch: Stretch, lines: Lines) -> None:
             stretch.write(key, moment)
 
 
+def clear_waiting(optimizers: Iterable[Any]) -> None:
+    """Clear the moments of the lines that wait, once. Before a torch optimizer's step or checkpoint."""
+    for optimizer in optimizers:
+        _clear_waiting(optimizer)
+
+
 @torch.no_grad()
-def clear_waiting(optimizer: Any, *_: Any) -> None:
-    """Clear the moments of the lines that wait, once. Before any torch optimizer's step or checkpoint."""
+def _clear_waiting(optimizer: Any, *_: Any) -> None:
     trained = {id(one) for group in optimizer.param_groups for one in group["params"]}
     masters = optimizer.masters if isinstance(optimizer, MasterWeights) else {}
     for param in list(_WAITING):
@@ -141,7 +146,7 @@ def _clear_later(lines: Sequence[Lines]) -> None:
     The hook cannot take itself off: it stays, idle.
     """
     if not _HOOKS:
-        _HOOKS.append(register_optimizer_step_pre_hook(clear_waiting))
+        _HOOKS.append(register_optimizer_step_pre_hook(_clear_waiting))
     for one in lines:
         if one.param.grad is not None:
             one.clear(one.param.grad.view(-1), 0)

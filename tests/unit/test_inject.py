@@ -290,6 +290,29 @@ def test_a_frozen_head_that_was_in_no_file_is_named(tmp_path, caplog):
     assert "no adapter file" not in caplog.text
 
 
+@pytest.mark.parametrize("pruning", [PruneConfig(score="W"), PruneConfig(pattern="2:4", score="W")])
+def test_a_base_that_is_sparse_already_is_named_and_one_prune_keeps_its_zeros(tmp_path, caplog, pruning):
+    config = DSEEConfig(rank=2, num_sparse=3, target_modules=("down_proj",))
+    sparse = build(llama_config(intermediate_size=48))
+    dsee_scale.inject(sparse, config)
+    assert "zero already" not in caplog.text
+    dsee_scale.prune(sparse, dataclasses.replace(pruning, modules=("down_proj",)))
+    dsee_scale.export_model(sparse, tmp_path / "sparse")
+    for kept in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+        zeros = model.model.layers[0].mlp.down_proj.weight == 0
+        caplog.clear()
+        dsee_scale.inject(model, config)
+        assert "50.0% of the adapted weights are zero already" in caplog.text
+        if kept:
+            dsee_scale.prune(model, dataclasses.replace(pruning, modules=("down_proj",)))
+        for layer in adapted_layers(model).values():
+            torch.nn.init.normal_(layer.dsee_flat)
+        dsee_scale.export_model(model, tmp_path / f"again {kept}")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / f"again {kept}")
+        assert torch.equal(again.model.layers[0].mlp.down_proj.weight == 0, zeros) == kept
+
+
 def test_frozen_rows_of_a_resized_vocabulary_are_named(tmp_path, caplog):
     build(llama_config(tie_word_embeddings=False)).save_pretrained(tmp_path / "base")
 
