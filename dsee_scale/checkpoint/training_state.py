@@ -181,7 +181,7 @@ def load_training_state(
     apply_masks(partition, module, record, masks)
     note_files(module, masks_now(partition, module, record.kept), stored)
     with raise_on_all_ranks(partition):
-        clear_waiting(state.keepers)  # not later, of the moments that are read now
+        clear_waiting(state.keepers)
         _put_all(state, values, tensors, moments=is_engine(model) or optimizer is not None)
         if settings:
             _put_settings(model, state, values)
@@ -325,10 +325,9 @@ def _put_counters(model: Any, counters: dict[str, int]) -> None:
 
 def _put_generators(partition: Partition, tensors: TensorReader, saved_ranks: int) -> None:
     source = partition.rank % saved_ranks
-    prefix = f"{source}/"
     with damaged(tensors.paths[0] if tensors.paths else RANDOM):
-        state = {n.removeprefix(prefix): tensors.read(n) for n in tensors.names() if n.startswith(prefix)}
-        set_random_state(state, shift=partition.rank - source)
+        names = [name for name in tensors.names() if name.startswith(f"{source}/")]
+        set_random_state({n.partition("/")[2]: tensors.read(n) for n in names}, shift=partition.rank - source)
 
 
 def _scheduler(model: Any) -> Any:

@@ -16,7 +16,7 @@ With scope `row` the group is all inputs of an output.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,12 +41,26 @@ def remove_lowest(
 ) -> dict[str, tuple[int, int]]:
     """Collective. Unstructured pruning, one threshold for each pool; zeros and entries of each matrix."""
     matrices: dict[str, tuple[int, int]] = {}
+    pools = [part for pool in pools for part in _comparable(pool, rankings)]
     with tqdm(total=len(pools), desc="prune", unit="pool", disable=hidden) as bar:
         for pool in pools:
             cut = _find_cut(pool, rankings, partition)
             matrices.update(_remove_below(pool, rankings, cut, partition))
             bar.update()
     return matrices
+
+
+def _comparable(pool: WeightPool, rankings: dict[str, Ranking]) -> Iterator[WeightPool]:
+    """Matrices that no token reached lose the pool's share each: |W| is no measure beside |W + D| times a norm."""
+    alone = [m for m in pool.members if rankings[m.name].mode == "wanda" and rankings[m.name].norms is None]
+    if len(alone) in (0, len(pool.members)):
+        yield pool
+        return
+    apart = [WeightPool(m.name, pool.sparsity, (m,)) for m in alone]
+    names = {m.name for m in alone}
+    rest = WeightPool(pool.name, pool.sparsity, tuple(m for m in pool.members if m.name not in names))
+    left = pool.num_remove - sum(each.num_remove for each in apart)
+    yield from (*apart, replace(rest, sparsity=left / rest.total))
 
 
 def _find_cut(pool: WeightPool, rankings: dict[str, Ranking], partition: Partition) -> Cut:

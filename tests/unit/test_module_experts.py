@@ -50,6 +50,22 @@ def mixture() -> nn.Module:
     return model.requires_grad_(False)
 
 
+@pytest.mark.parametrize("scale", [0.02, 50.0])
+def test_under_one_threshold_an_expert_without_tokens_loses_the_same_share(scale):
+    """However large the inputs are, by which what others lose is multiplied."""
+    model = mixture()
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            nn.init.constant_(norm.weight, scale)
+    batches = [{"input_ids": torch.randint(0, 97, (1, 2), generator=torch.Generator().manual_seed(0))}]
+    report = dsee_scale.prune(model, PruneConfig(refit=False, scope="global"), batches)
+    assert report.by_magnitude
+    for name in report.by_magnitude:
+        gone, numel = report.matrices[name]
+        assert gone == round(numel / 2), name
+    assert report.removed == round(report.total / 2)
+
+
 CONFIGS = {
     "loss": PruneConfig(sparsity=0.5),
     "2:4": PruneConfig(pattern="2:4", modules=("*gate_proj", "*attn*")),
