@@ -181,7 +181,6 @@ def load_training_state(
     apply_masks(partition, module, record, masks)
     note_files(module, masks_now(partition, module, record.kept), stored)
     with raise_on_all_ranks(partition):
-        clear_waiting(state.keepers)
         _put_all(state, values, tensors, moments=is_engine(model) or optimizer is not None)
         if settings:
             _put_settings(model, state, values)
@@ -287,6 +286,7 @@ def _check_parameters(
 
 
 def _put_all(state: OptimizerState, values: dict[str, Any], tensors: TensorReader, *, moments: bool) -> None:
+    clear_waiting(state.keepers)
     kept = values["kept"] if moments else {}
     if moments:
         state.put_kept(kept, values["scalars"])
