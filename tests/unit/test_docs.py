@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -161,3 +163,60 @@ def test_the_quality_page_is_what_the_script_prints_of_the_kept_cells(monkeypatc
 
     _quality_report.print_tables(ROOT / "benchmarks" / "quality_cells")
     assert capsys.readouterr().out == (ROOT / "docs" / "quality.md").read_text()
+
+
+QUALITY = {
+    "sentiment, accuracy (loss)": "sentiment",
+    "E2E, loss in nats per token": "e2e",
+    "text, perplexity": "text",
+}
+"""How the header of a table of docs/benchmarks.md begins -> the folder of the cells that it is about."""
+
+
+def test_the_tables_of_quality_are_rows_of_the_kept_cells(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from _quality_report import METRIC, kept_cells
+
+    checked = 0
+    job: str | None = None
+    known: list[list[list[float]]] = []
+    for line in (ROOT / "docs" / "benchmarks.md").read_text().splitlines():
+        if not line.startswith("|"):
+            job = None
+        if not line.startswith("|") or line.startswith("| ---"):
+            continue
+        cells = [cell.strip(" *") for cell in line.replace("**", "").strip("|").split("|")]
+        named = [folder for start, folder in QUALITY.items() if cells[0].strip().startswith(start)]
+        if named and "retuned" in line:
+            job, phases = named[0], [cell.strip() for cell in cells if cell.strip() in PHASES]
+            rows = [*kept_cells(CELLS / job).values(), *kept_cells(CELLS / "norms_trained" / job).values()]
+            known = [[means(found, phase, METRIC[job]) for phase in phases] for found in rows]
+            continue
+        if job is not None:
+            stated = [numbers(cell) for cell in cells[1 : 1 + len(known[0])]]
+            assert any(all(map(agree, stated, row)) for row in known), f"no cells of {job} give: {line}"
+            checked += 1
+    assert checked > 40
+
+
+CELLS = ROOT / "benchmarks" / "quality_cells"
+PHASES = ("tuned", "pruned", "retuned", "exported")
+
+
+def means(found: list[dict[str, Any]], phase: str, metric: str) -> list[float]:
+    """Mean and deviation of a row's metric after a phase; nothing where the phase doesn't occur."""
+    values = [cell[phase][metric] for cell in found if phase in cell]
+    return (
+        [statistics.mean(values), *([statistics.stdev(values)] if len(values) > 1 else [])] if values else []
+    )
+
+
+def numbers(cell: str) -> list[str]:
+    """A mean and its deviation as they are written; what stands in brackets is another metric."""
+    return re.findall(r"\d+\.\d+", re.sub(r"\(.*?\)", "", cell))
+
+
+def agree(stated: list[str], found: list[float]) -> bool:
+    return len(stated) == len(found) and all(
+        f"{value:.{len(text.partition('.')[2])}f}" == text for text, value in zip(stated, found, strict=True)
+    )
