@@ -84,7 +84,7 @@ def measure_statistics(report: Report, case: str, model: nn.Module, tokens: int,
     import dsee_scale
     from dsee_scale.partition import open_partition
     from dsee_scale.passes.blocks import capture, find_blocks, run_block
-    from dsee_scale.passes.calibrate import watching
+    from dsee_scale.passes.inputs.watch import watching
     from dsee_scale.passes.pools import block_linears
     from dsee_scale.pruning.refit.block import add_gram_
 
@@ -99,7 +99,8 @@ def measure_statistics(report: Report, case: str, model: nn.Module, tokens: int,
     call = capture(model, [(name, block)], [batch], partition, torch.device("cpu"))[0]
     inputs: dict[str, Tensor] = {}
     inside = {n: layer for n, layer in layers.items() if n.startswith(f"{name}.")}
-    with watching(inside, lambda n, x: inputs.__setitem__(n, x.clone())):
+    # What layers share is taken once, as a re-fit takes it.
+    with watching(inside, lambda n, x: inputs.__setitem__(n, x.clone()), again=lambda n: None):
         run_block(block, 0, call, call.hidden, model, partition)
     sums = {n: torch.zeros(x.shape[1], x.shape[1]) for n, x in inputs.items()}
 

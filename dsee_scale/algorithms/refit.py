@@ -22,6 +22,7 @@ and two of the Gram matrix.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -39,6 +40,8 @@ COLUMNS = 512
 """Outputs that take those steps together: few enough that the passes over them cost little beside the products."""
 RETRIES = 6
 """How often the damping may grow by ten."""
+LEAST_MEAN = 1e-30
+"""A Gram matrix with a lower mean diagonal counts as zero: its smaller entries are lost to float32."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class RefitRecord:
     Attributes:
         damping: what was added to the Gram matrix's diagonal, as a fraction of its mean.
         num_retries: how often the factorisation failed and the damping grew by ten.
-        num_dead: inputs that were zero in every token.
+        num_dead: inputs that were zero, or next to it, in every token.
     """
 
     damping: float
@@ -71,17 +74,19 @@ class Refit:
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """A factorised Gram matrix: (G + added I)^-1 = U^T U, U upper triangular.
+    """A factorised Gram matrix: (G / scale + added I)^-1 = U^T U, U upper triangular.
 
     Attributes:
         upper: (I, I) float32, U.
         added: what was added to the diagonal.
         record: what it took.
+        scale: about G's mean diagonal, so that nothing overflows; a power of four, so that it rounds nothing.
     """
 
     upper: Tensor
     added: float
     record: RefitRecord
+    scale: float = 1.0
 
 
 @torch.no_grad()
@@ -217,8 +222,8 @@ def upper_inverse(reversed_II: Tensor) -> Tensor | None:
     return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
 
 
-def _damped_reversed(gram_II: Tensor, added: float) -> Tensor:
-    found = gram_II.flip(0, 1)
+def _damped_reversed(gram_II: Tensor, scale: float, added: float) -> Tensor:
+    found = gram_II.flip(0, 1).mul_(1 / scale)
     found.diagonal().add_(added)
     return found
 
@@ -240,14 +245,17 @@ def factorise(
         raise ValueError("the Gram matrix holds NaN or infinity: the calibration's activations do")
     diagonal = gram_II.diagonal()
     mean = float(diagonal.double().mean())
+    if abs(mean) < LEAST_MEAN:  # No token said anything: every entry counts for itself, as by magnitude.
+        record = RefitRecord(damping, 0, len(gram_II))
+        return Factor(torch.eye(len(gram_II), device=gram_II.device), 1.0, record)
     num_dead = int((diagonal == 0).sum())
-    if mean == 0:  # No token said anything: every entry counts for itself, as by magnitude.
-        return Factor(torch.eye(len(gram_II), device=gram_II.device), 1.0, RefitRecord(damping, 0, num_dead))
+    scale = 4.0 ** math.floor(math.log(abs(mean), 4))
     for retry in range(RETRIES + 1):
         fraction = damping * 10**retry
-        upper = inverse(_damped_reversed(gram_II, fraction * mean))  # held on to by nobody else
+        added = fraction * mean / scale
+        upper = inverse(_damped_reversed(gram_II, scale, added))  # held on to by nobody else
         if upper is not None and all_finite(upper):
-            return Factor(upper, fraction * mean, RefitRecord(fraction, retry, num_dead))
+            return Factor(upper, added, RefitRecord(fraction, retry, num_dead), scale)
     raise ValueError(
         f"the Gram matrix is not positive semidefinite: its factorisation fails even with {fraction:g} times "
         f"its mean diagonal added"
@@ -268,7 +276,7 @@ def _solve(
         for start in range(0, w_IO.shape[1], COLUMNS):
             here = slice(start, start + COLUMNS)
             v_IO[:, here] = _conjugate_gradients(
-                v_IO[:, here].contiguous(), w_IO[:, here], gone_IO[:, here], gram_II, factor.added, num_steps
+                v_IO[:, here].contiguous(), w_IO[:, here], gone_IO[:, here], gram_II, factor, num_steps
             )
     # An entry that happens to be solved as 0 would count as removed.
     v_IO = torch.where((v_IO == 0) & ~gone_IO, _smallest(torch.float32, v_IO.device), v_IO)
@@ -276,15 +284,16 @@ def _solve(
 
 
 def _conjugate_gradients(
-    v_IO: Tensor, w_IO: Tensor, gone_IO: Tensor, gram_II: Tensor, added: float, num_steps: int
+    v_IO: Tensor, w_IO: Tensor, gone_IO: Tensor, gram_II: Tensor, factor: Factor, num_steps: int
 ) -> Tensor:
-    """Lower tr((W - V) (G + added I) (W - V)^T) over the kept entries, each output on its own, from V in place."""
-    inverse_I = (gram_II.diagonal() + added).reciprocal_()[:, None]
+    """Lower tr((W - V) (G / scale + added I) (W - V)^T) over the kept entries, by output, from V in place."""
+    shrink, added = 1 / factor.scale, factor.added
+    inverse_I = (gram_II.diagonal() * shrink + added).reciprocal_()[:, None]
     kept_IO = (~gone_IO).float()  # on a CPU several times as fast a factor as a mask to fill
     product_IO, scratch_IO = torch.empty_like(v_IO), torch.empty_like(v_IO)
 
     def residual(x_IO: Tensor) -> Tensor:
-        return torch.addmm(x_IO, gram_II, x_IO, beta=added, out=product_IO).mul_(kept_IO)
+        return torch.addmm(x_IO, gram_II, x_IO, beta=added, alpha=shrink, out=product_IO).mul_(kept_IO)
 
     def sums(a_IO: Tensor, b_IO: Tensor) -> Tensor:
         return torch.mul(a_IO, b_IO, out=scratch_IO).sum(dim=0)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import PartitionError
 from dsee_scale.partition.exchange import (
     AllToAll,
@@ -246,14 +247,13 @@ class Zero3Partition(Ranks):
     ) -> None:
         order = sorted(pieces, key=lambda i: owners[i])  # what comes from rank 0, from rank 1, ...
         at, sent = 0, [0] * self.world_size
-        for rank in range(self.world_size):
-            for i in order:
-                if owners[i] != self.rank:
-                    continue
-                stretch = pieces[i].cut(values[i], rank).to(self.device).view(torch.uint8)
-                workspace[at : at + stretch.numel()].copy_(stretch)
-                at += stretch.numel()
-                sent[rank] += stretch.numel()
+        with raise_on_all_ranks(self):  # a copy in another dtype or on another device takes memory
+            for rank in range(self.world_size):
+                for piece, value in ((pieces[i], values[i]) for i in order if owners[i] == self.rank):
+                    stretch = piece.cut(value, rank).to(self.device).view(torch.uint8)
+                    workspace[at : at + stretch.numel()].copy_(stretch)
+                    at += stretch.numel()
+                    sent[rank] += stretch.numel()
         coming = [0] * self.world_size
         for i in order:
             coming[owners[i]] += pieces[i].bytes_on(self.rank)

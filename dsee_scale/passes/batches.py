@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dsee_scale.distributed import raise_on_all_ranks
 from dsee_scale.errors import CalibrationError, DSEEError, TargetError
 from dsee_scale.partition import Partition, unwrap
+from dsee_scale.passes.inputs.masks import mask_problem, num_counted
 from dsee_scale.passes.label_logits import logits_at
 
 NO_TOKEN = (
@@ -101,7 +102,7 @@ def _problem(module: nn.Module, batch: Any, partition: Partition) -> str | None:
     unknown = [str(key) for key in batch if key != "labels" and key not in signature]
     if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
         return f"{type(module).__name__} takes no {', '.join(unknown)}"
-    return _ids_problem(module, batch, partition)
+    return mask_problem(batch) or _ids_problem(module, batch, partition)
 
 
 def _ids_problem(module: nn.Module, batch: Mapping[str, Any], partition: Partition) -> str | None:
@@ -189,8 +190,7 @@ def reject_uncounted(batches: Sequence[Any], partition: Partition) -> None:
     Raises:
         CalibrationError: the same on every rank.
     """
-    masks = [token_mask(batch) for batch in batches]
-    counted = sum(1 if mask is None else int(mask.sum()) for mask in masks)
+    counted = sum(map(num_counted, batches))
     tokens, empty = partition.sum_over_ranks(torch.tensor([counted, int(not batches)])).tolist()
     _reject_empty(empty, partition)
     if not tokens:
@@ -207,6 +207,10 @@ def _reject_empty(empty: int, partition: Partition) -> None:
 
 def reject_lone_batch(batches: Any) -> None:
     """One batch would be iterated by key or by row. Local."""
+    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise CalibrationError(
+            f"calibration is a {type(batches).__name__}; expected an iterable of batches, such as [batch]"
+        )
     if isinstance(batches, (Mapping, Tensor)):
         raise CalibrationError(
             f"calibration is one batch (a {type(batches).__name__}); expected an iterable of batches, such as [batch]"
@@ -247,11 +251,12 @@ def in_step(module: nn.Module, batches: Batches, partition: Partition) -> Iterat
     Raises:
         CalibrationError: a rank has no batch at all, or one that is no input of the model.
     """
-    left = iter(batches)
+    left: Iterator[Any] | None = None
     batch = last = _END
     while True:
         wrong = None
         try:
+            left = iter(batches) if left is None else left
             if (batch := next(left, _END)) is not _END:
                 batch = named(module, batch)
                 wrong = problem(module, batch, partition)
@@ -342,9 +347,3 @@ def map_tensors(change: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(change(each) for each in value)
     return value
-
-
-def token_mask(batch: Any) -> Tensor | None:
-    """(B, T) bool, which tokens of a batch count; None for all."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None

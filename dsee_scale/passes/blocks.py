@@ -28,12 +28,15 @@ from dsee_scale.passes.batches import (
     map_tensors,
     run_model,
     to_device,
-    token_mask,
 )
+from dsee_scale.passes.decompose_model import explain_shortage
+from dsee_scale.passes.inputs.masks import token_mask
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 _SINGLE = "hidden_states"
 NO_SUCCESSOR = "does not simply continue from the block before it"
+TO_LOWER = "the number of calibration batches on each rank, or set inputs_on_cpu"
+"""Where memory ends for what is kept between blocks."""
 READS_BESIDE = "reads what an earlier block made beside its output, such as shared keys and values"
 
 
@@ -62,7 +65,7 @@ def find_blocks(module: nn.Module, wanted: Sequence[str]) -> list[tuple[str, nn.
     """The repeated blocks that hold the wanted modules, all of their list, in order.
 
     Raises:
-        TargetError: some lie outside of one list of blocks, or two blocks share a weight.
+        TargetError: some lie outside of one list of blocks, or two blocks or two layers of one share a weight.
     """
     lists = [name for name, each in module.named_modules() if isinstance(each, nn.ModuleList) and len(each)]
     outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
@@ -81,17 +84,23 @@ def find_blocks(module: nn.Module, wanted: Sequence[str]) -> list[tuple[str, nn.
 
 
 def _reject_shared(blocks: Sequence[tuple[str, nn.Module]], module: nn.Module, wanted: Sequence[str]) -> None:
-    """A weight that is solved for one block's inputs would change under another block that has it too."""
+    """A weight that is solved for one layer's inputs would change under another layer or block that has it too."""
     names, params = set(wanted), module.named_parameters(remove_duplicate=False)
     solved = {id(param) for name, param in params if not names.isdisjoint((name, name.rpartition(".")[0]))}
-    first: dict[int, str] = {}
+    first: dict[int, tuple[str, str]] = {}
     for name, block in blocks:
-        for within, param in block.named_parameters():
-            other = first.setdefault(id(param), name)
-            if other != name and id(param) in solved:
+        for layer, owner in block.named_modules(prefix=name):
+            for own, param in owner.named_parameters(prefix=layer, recurse=False):
+                there = first.setdefault(id(param), (name, layer))
+                if there == (name, layer) or id(param) not in solved:
+                    continue
+                kind, one, other = "block", name, there[0]
+                if one == other:
+                    kind, one, other = "layer", layer, there[1]
+                what = own.removeprefix(f"{one}.")
                 raise TargetError(
-                    f"{name} and {other} share {within}, and refit solves a weight for one block's inputs; leave it "
-                    "out with `modules`, or set refit=False. Nothing was removed"
+                    f"{one} and {other} share {what}, and refit solves a weight for one {kind}'s inputs; leave it out "
+                    "with `modules`, give each its own copy, or set refit=False. Nothing was removed"
                 )
 
 
@@ -127,6 +136,10 @@ def capture(
                 run_model(model, batch, partition)
         finally:
             watch.close()
+        if watch.failed is not None:  # the others go on: follow, with what room there is, then fail together
+            error = error or explain_shortage(watch.failed, "while keeping the blocks' inputs", TO_LOWER)
+            calls.clear()
+            continue
         calls.append(Call(batch, counts, watch.hidden, watch.arguments, watch.keywords))
         try:
             if counts and not _finite(watch.last, token_mask(batch)):
@@ -167,6 +180,7 @@ class _Capture:
         self._beside: list[weakref.ref[Tensor]] = []
         self._contents: dict[int, tuple[Any, dict[Any, Any]]] = {}
         self.last: Tensor | None = None
+        self.failed: Exception | None = None
         self._handles = []
         for index, (_, block) in enumerate(blocks):
             before = functools.partial(self._before, index)
@@ -174,6 +188,14 @@ class _Capture:
             self._handles.append(block.register_forward_hook(self._after))
 
     def _before(self, index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Changes nothing once something failed here: the other ranks wait within this forward pass."""
+        try:
+            return self._noted(index, args, kwargs) if self.failed is None else None
+        except (MemoryError, RuntimeError) as error:  # what PyTorch raises without memory
+            self.failed, self.arguments, self._stored = error, [], {}
+            return None
+
+    def _noted(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if index != len(self.arguments):  # one that is used twice, left out, or called out of turn
             self._break(index, NO_SUCCESSOR)
         rest = {key: None if key in CACHES else value for key, value in kwargs.items()}
@@ -290,7 +312,8 @@ def _is_cache(value: Any) -> bool:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one is other or (
-        one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+        (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+        and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
     )
 
 

@@ -1,18 +1,16 @@
 """What the linear layers see: their inputs' size over calibration data, for scores that look at activations.
 
 Batches are the user's own model inputs. Each rank brings its own (data parallel); positions that the attention mask
-leaves out do not count. Layers that read the same tensor (q, k and v; gate and up) share one record.
+leaves out do not count. Layers that read the same tensors (q, k and v; gate and up) share one record.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,8 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dsee_scale.adapters.targets import find_modules, linear_kind, matches
-from dsee_scale.algorithms.score import sum_of_squares
-from dsee_scale.distributed import gather_objects, raise_on_all_ranks, show_progress
+from dsee_scale.distributed import raise_on_all_ranks, show_progress
 from dsee_scale.errors import CalibrationError, FormatError
 from dsee_scale.partition import Partition, open_partition, unwrap
 from dsee_scale.passes.batches import (
@@ -33,12 +30,13 @@ from dsee_scale.passes.batches import (
     reject_encoder_decoder,
     reject_lone_batch,
     run_model,
-    token_mask,
     uncompiled,
 )
 from dsee_scale.passes.fingerprint import fingerprint
+from dsee_scale.passes.inputs.masks import num_counted
+from dsee_scale.passes.inputs.watch import InputSquares, agreed_leaders, watching
 from dsee_scale.passes.pools import block_matrices
-from dsee_scale.passes.routed import Routed, RoutedSums, is_sum
+from dsee_scale.passes.routed import RoutedSums, is_sum
 
 FORMAT_VERSION = 3
 LEAST_TOKENS = 32
@@ -128,48 +126,13 @@ class Statistics:
         return cls(squares, tokens, found, gated)
 
 
-Take = Callable[[str, Tensor], None]
-
-
-class InputSquares:
-    """Sums of the squares of the layers' inputs, by the first layer that reads each; what `watching` hands out."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._tokens: dict[str, int] = {}
-
-    def take(self, name: str, x_TI: Tensor) -> None:
-        """Add one batch's input of a layer. Local."""
-        total = sum_of_squares(x_TI)
-        self._sums[name] = total if name not in self._sums else self._sums[name].add_(total)
-        self._tokens[name] = self._tokens.get(name, 0) + x_TI.shape[0]
-
-    def reduce(
-        self, layers: Mapping[str, nn.Module], leaders: Mapping[str, str], partition: Partition
-    ) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Collective. Sums and tokens over all ranks, every layer with an entry of its own."""
-        squares: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
-        for name in layers:
-            leader = leaders[name]
-            if leader in squares:
-                squares[name], counts[name] = squares[leader], counts[leader]
-                continue
-            width = _num_inputs(layers[name], partition)
-            mine = self._sums.get(leader, torch.zeros(width, dtype=torch.float64))
-            tokens = torch.tensor([self._tokens.get(leader, 0)], dtype=torch.float64)
-            total = partition.sum_over_ranks(torch.cat([mine.cpu(), tokens]))
-            squares[name], counts[name] = total[:-1].float(), int(total[-1])
-        return squares, counts
-
-
 @torch.no_grad()
 def calibrate(
     model: nn.Module, batches: Batches, *, modules: Sequence[str] = (), progress: bool | None = None
 ) -> Statistics:
     """Collective. Run batches through the model, adapters active, and sum the squares of each layer's inputs.
 
-    Peak extra memory per rank: one float64 vector for each distinct input, and one layer's input in float32.
+    Peak extra memory per rank: one float64 vector for each layer, and one layer's input in float32.
 
     Args:
         model: a raw model, whole or partitioned, or an engine.
@@ -182,8 +145,9 @@ def calibrate(
         The statistics, the same on every rank.
 
     Raises:
-        CalibrationError: a rank without batches, a batch that is no input of the model, no token that counts, or
-            activations that are not finite; the same on every rank.
+        CalibrationError: a rank without batches, a batch that is no input of the model, no token that counts, a mask
+            that does not say what of a layer's input is padding, or activations that are not finite; the same on every
+            rank.
         TargetError: an encoder with a decoder.
     """
     model = getattr(model, "_orig_mod", model)
@@ -193,8 +157,8 @@ def calibrate(
     with raise_on_all_ranks(partition, what="reading the calibration batches"):
         reject_lone_batch(batches)
     layers, experts = _layers(module, modules, partition)
-    sums = InputSquares()
-    with uncompiled(model), evaluating(module), watching(layers, sums.take, experts) as watch:
+    sums, counted = InputSquares(), 0
+    with uncompiled(model), evaluating(module), watching(layers, sums.take, experts, sums.again) as watch:
         for batch, counts in tqdm(
             in_step(module, batches, partition),
             desc="calibrate",
@@ -203,7 +167,11 @@ def calibrate(
         ):
             with watch.batch(batch, counts):
                 run_model(model, batch, partition, short_logits=not modules)
-    leaders = agreed_leaders(watch.leaders, layers)
+            counted += num_counted(batch) if counts else 0
+    partition.raise_first(watch.problem)
+    if not partition.sum_over_ranks(torch.tensor([counted])).item():
+        raise CalibrationError(NO_TOKEN)
+    leaders = agreed_leaders(watch.read, layers)
     for each in experts.values():
         each.reduce(partition)
     squares, tokens = sums.reduce(layers, leaders, partition)
@@ -231,16 +199,6 @@ def _layers(
     return layers, {name: RoutedSums(name, named[name], partition.shape) for name in owners}
 
 
-def agreed_leaders(found: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
-    """Collective. Under whose name each layer's input is collected, the same on all ranks.
-
-    A layer that some rank's tokens never reach is unknown there; where two ranks saw different things it stands alone.
-    """
-    everyone = gather_objects(dict(found))
-    seen = {name: {one[name] for one in everyone if name in one} for name in names}
-    return {name: next(iter(one)) if len(one) == 1 else name for name, one in seen.items()}
-
-
 def checked(statistics: Statistics) -> Statistics:
     """The statistics themselves. Local, alike on all ranks.
 
@@ -262,86 +220,3 @@ def checked(statistics: Statistics) -> Statistics:
     if not any(statistics.tokens.values()):
         raise CalibrationError(NO_TOKEN)
     return statistics
-
-
-def _num_inputs(layer: nn.Module, partition: Partition) -> int:
-    rows, cols = partition.shape(layer.weight)  # type: ignore[arg-type]
-    return int(rows if linear_kind(layer) == "conv1d" else cols)
-
-
-class Watch:
-    """Pre-forward hooks on linear layers that hand out each distinct input once, without the padding.
-
-    Attributes:
-        leaders: module name -> the module under whose name its input is handed out.
-    """
-
-    def __init__(self, take: Take) -> None:
-        self.leaders: dict[str, str] = {}
-        self._take = take
-        self._counts = True
-        self._mask: Tensor | None = None
-        self._last: tuple[str, Tensor] | None = None
-
-    @contextlib.contextmanager
-    def batch(self, batch: Any, counts: bool = True) -> Iterator[None]:
-        """While this batch runs; one that does not count runs for the other ranks' sake alone."""
-        self._mask, self._counts = token_mask(batch), counts
-        try:
-            yield
-        finally:
-            self._last = None
-
-    def see(self, name: str, x: Tensor) -> None:
-        """One layer is about to read x, (..., I)."""
-        # The tensor is held on to, so that no other one can lie at its address meanwhile.
-        if self._last is not None and _same(self._last[1], x):
-            self.leaders[name] = self._last[0]
-            return
-        self._last = (name, x)
-        self.leaders[name] = name
-        if self._counts:
-            self._take(name, self._counted(x))
-
-    def see_routed(self, sums: Routed, values: tuple[Any, ...]) -> None:
-        """A module with experts is about to be called with these values."""
-        if self._counts:
-            sums.add(values, None if self._mask is None else self._mask.reshape(-1))
-
-    def _counted(self, x: Tensor) -> Tensor:
-        """(T, I), the tokens that count; all that there are where the mask is of another length."""
-        flat, mask = x.reshape(-1, x.shape[-1]), self._mask
-        if mask is None or mask.numel() != flat.shape[0]:
-            return flat
-        return flat[mask.reshape(-1).to(flat.device)]
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one is other or (one.data_ptr() == other.data_ptr() and one.shape == other.shape)
-
-
-@contextlib.contextmanager
-def watching(
-    layers: Mapping[str, nn.Module], take: Take, experts: Mapping[str, Routed] | None = None
-) -> Iterator[Watch]:
-    """Hooks on the layers, and on modules with experts, for as long as the context lasts."""
-    watch = Watch(take)
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda _, args, kwargs: watch.see(name, args[0] if args else next(iter(kwargs.values())))
-
-    def routed(sums: Routed) -> Callable[..., None]:
-        return lambda _, args, kwargs: watch.see_routed(sums, (*args, *kwargs.values()))
-
-    handles = [
-        layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()
-    ]
-    handles += [
-        sums.module.register_forward_pre_hook(routed(sums), with_kwargs=True)
-        for sums in (experts or {}).values()
-    ]
-    try:
-        yield watch
-    finally:
-        for handle in handles:
-            handle.remove()

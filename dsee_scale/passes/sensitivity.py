@@ -26,8 +26,8 @@ from dsee_scale.passes.batches import (
     no_cache,
     to_device,
     together,
-    token_mask,
 )
+from dsee_scale.passes.inputs.masks import token_mask
 from dsee_scale.passes.label_logits import IGNORED, label_loss, logits_at, output_layer, predicting
 
 

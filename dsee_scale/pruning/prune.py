@@ -95,7 +95,7 @@ def prune(
             calibration = [named(module, batch) for batch in calibration]
     _reject_uncalibrated(configs, calibration)
     coverage = _check_all(model, configs) if len(configs) > 1 else None
-    if coverage and wanted and isinstance(calibration, list):
+    if wanted and isinstance(calibration, list):
         reject_uncounted(calibration, open_partition(module))
     with uncompiled(model):
         report = _prune_once(model, configs[0], calibration, progress)
@@ -181,7 +181,6 @@ def _prune_once(
         checked = check_pruning(model, config, partition)
         plan, pools = checked.plan, checked.pools
         reject_not_finite(pools, partition)
-        model_state(module).prunings += 1
         units: Counts = {}
         if plan:
             units, few = _remove_units(model, plan, config, calibration, partition, progress)
@@ -192,6 +191,7 @@ def _prune_once(
             matrices = _counts([member for pool in pools for member in pool.members], partition)
         else:
             matrices, few = _remove_entries(model, checked, config, calibration, partition, progress)
+        model_state(module).prunings += 1
     few = [name for name in few if matrices[name][0] < matrices[name][1]]  # experts that are gone see none
     report = PruneReport(matrices, time.perf_counter() - started, units, tuple(few), checked.coverage)
     if partition.rank == 0:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsee_scale.algorithms.score import Ranking, ranked_blocks
 from dsee_scale.config import PruneConfig
-from dsee_scale.distributed import log_rank0
+from dsee_scale.distributed import log_rank0, raise_on_all_ranks
 from dsee_scale.partition import Partition
 from dsee_scale.passes.batches import Batches
 from dsee_scale.passes.calibrate import Statistics
@@ -94,20 +94,15 @@ def find_shares(
         )
         return Shares()
     members = [member for pool in pools for member in pool.members]
-    found = output_gradients(
-        model,
-        {member.name: member.module for member in members},
-        {member.name: member.outputs_by_inputs[0] for member in members},
-        blocks,
-        batches,
-        partition,
-        progress=progress,
-    )
-    tokens = _token_weights(found.tokens, {member.name: leaders[member.name] for member in members})
+    layers = {member.name: member.module for member in members}
+    sizes = {member.name: member.outputs_by_inputs[0] for member in members}
+    found = output_gradients(model, layers, sizes, blocks, batches, partition, progress=progress)
+    with raise_on_all_ranks(partition):
+        tokens = _token_weights(found.tokens, {member.name: leaders[member.name] for member in members})
+        outputs = {name: _output_weights(each) for name, each in found.outputs.items()}
     tokens = _tempered(tokens, sorted({leaders[member.name] for member in members}), partition)
     if config.n_of_m:
         return Shares(tokens=tokens)
-    outputs = {name: _output_weights(each) for name, each in found.outputs.items()}
     rankings = find_rankings(pools, config, partition, statistics)
     sparsity = _dealt(pools, rankings, outputs, removed, partition)
     relative = {name: each / each.square().mean().sqrt() for name, each in outputs.items()}
@@ -153,15 +148,16 @@ def _histograms(
 
     What no token reached, as an expert that is a module, scores lowest.
     """
-    histograms = torch.zeros(len(pool.members), NUM_BINS, dtype=torch.int64, device=partition.device)
-    for histogram, member in zip(histograms, pool.members, strict=True):
-        ranking, norms = rankings[member.name], rankings[member.name].norms
-        if norms is None:  # no token reached it
-            norms = torch.zeros(member.num_inputs)
-        ranking = dataclasses.replace(ranking, norms=norms, outputs=outputs[member.name])
-        shard = member.shard(partition)
-        for _, keys, _ in ranked_blocks(shard.data, shard.start, ranking):
-            count_keys_(histogram, keys)
+    with raise_on_all_ranks(partition):
+        histograms = torch.zeros(len(pool.members), NUM_BINS, dtype=torch.int64, device=partition.device)
+        for histogram, member in zip(histograms, pool.members, strict=True):
+            ranking, norms = rankings[member.name], rankings[member.name].norms
+            if norms is None:  # no token reached it
+                norms = torch.zeros(member.num_inputs)
+            ranking = dataclasses.replace(ranking, norms=norms, outputs=outputs[member.name])
+            shard = member.shard(partition)
+            for _, keys, _ in ranked_blocks(shard.data, shard.start, ranking):
+                count_keys_(histogram, keys)
     histograms = partition.sum_over_shards(histograms)
     for histogram, member in zip(histograms, pool.members, strict=True):
         if member.name in removed:
@@ -199,14 +195,15 @@ def _tempered(
 
     Where the loss is asked at one token of a row, as in classification, few tokens would count otherwise.
     """
-    sums = torch.zeros(len(leaders), len(TEMPERS), 3, dtype=torch.float64)
-    for row, leader in zip(sums, leaders, strict=True):
-        flat = torch.cat([torch.empty(0), *weights.get(leader, [])]).double()
-        for entry, power in zip(row, TEMPERS, strict=True):
-            tempered = flat**power
-            entry.copy_(
-                torch.stack([tempered.sum(), tempered.square().sum(), tempered.new_tensor(len(flat))])
-            )
+    with raise_on_all_ranks(partition):
+        sums = torch.zeros(len(leaders), len(TEMPERS), 3, dtype=torch.float64)
+        for row, leader in zip(sums, leaders, strict=True):
+            flat = torch.cat([torch.empty(0), *weights.get(leader, [])]).double()
+            for entry, power in zip(row, TEMPERS, strict=True):
+                tempered = flat**power
+                entry.copy_(
+                    torch.stack([tempered.sum(), tempered.square().sum(), tempered.new_tensor(len(flat))])
+                )
     total, squares, count = partition.sum_over_ranks(sums).unbind(-1)
     enough = (total.square() >= EFFECTIVE * squares * count).int()
     powers = dict(zip(leaders, enough.argmax(1).tolist(), strict=True))

@@ -11,16 +11,17 @@ import torch
 import torch.distributed as dist
 
 import dsee_scale
-from dsee_scale import PruneConfig, Statistics
+from dsee_scale import DSEEConfig, PruneConfig, Statistics
 from dsee_scale.adapters.linear import adapted_layers
-from dsee_scale.errors import CalibrationError, PartitionError, TargetError
+from dsee_scale.errors import CalibrationError, ConfigError, PartitionError, TargetError
 from dsee_scale.partition import unwrap
 from dsee_scale.partition.zero3 import Zero3Partition
 from dsee_scale.passes import blocks
 from dsee_scale.pruning.refit import block, matrix, output, pieces
 from tests.dist.test_inject_prune import engine_for, train, whole_weights
 from tests.models import zero3_config
-from tests.unit.test_calibrate import Adding, batches, make
+from tests.unit.test_calibrate import SHARING, Adding, batches, make
+from tests.unit.test_calibration_batches import Reader
 from tests.unit.test_pieces import make_small
 
 ROWS = PruneConfig(sparsity=0.4, refit=False)
@@ -304,6 +305,86 @@ def test_one_batch_in_place_of_a_list_on_one_rank_is_said_on_all(pools, call, lo
     found = pools(2).run(lone_on_one_rank, call, lone)
     assert found[0] == found[1]
     assert "one batch" in found[0] and ("1 with batches" in found[0] or "expected an iterable" in found[0])
+
+
+class Closed:
+    """Batches that one rank cannot open."""
+
+    def __iter__(self) -> Iterator[Any]:
+        if dist.get_rank() == 1:
+            raise OSError("cannot open the calibration file")
+        return iter(here(2))
+
+
+def closed_on_one_rank(call: str) -> str:
+    model = torch.nn.parallel.DistributedDataParallel(make("llama"))
+    with pytest.raises((CalibrationError, ConfigError)) as caught:
+        dsee_scale.prune(model, PruneConfig(), Closed()) if call == "prune" else dsee_scale.calibrate(
+            model, Closed()
+        )
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("call", ["prune", "calibrate"])
+@pytest.mark.timeout(60)
+def test_batches_that_one_rank_cannot_open_are_said_on_all(pools, call):
+    one, two = pools(2).run(closed_on_one_rank, call)
+    assert one == two and "OSError: cannot open the calibration file" in one
+
+
+def adapted(model: torch.nn.Module, target: str, ds_config: dict[str, Any]) -> Any:
+    """An engine of a model whose adapters change nothing yet."""
+    dsee_scale.inject(model, DSEEConfig(rank=2, num_sparse=4, target_modules=(target,)))
+    return engine_for(model, ds_config)
+
+
+def short_on_one_rank(ds_config: dict[str, Any], refit: bool) -> tuple[str, bool]:
+    """Of rank 1's tokens a layer sees some; the mask of rank 0 leaves out nothing."""
+    torch.manual_seed(0)
+    engine = adapted(Reader(lambda x: x[:, :7]), "whole", ds_config)
+    before = whole_weights(engine)
+    batch = batches(3)[2]
+    if dist.get_rank() == 0:
+        batch["attention_mask"] = torch.ones(2, 12)
+    with pytest.raises(CalibrationError) as caught:
+        dsee_scale.prune(engine, PruneConfig(refit=refit, scope="matrix" if refit else None), [batch])
+    after = whole_weights(engine)
+    return str(caught.value), all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_a_mask_that_fits_none_of_a_layers_calls_on_one_rank_is_said_on_all(pools, refit):
+    one, two = pools(2).run(short_on_one_rank, zero3_config(), refit)
+    assert one == two and one[1] and "layers.0.part.cut reads inputs of shape (2, 7)" in one[0]
+
+
+def shared(ds_config: dict[str, Any], family: str) -> tuple[Statistics, list[set[str]]]:
+    """Statistics, and which layers have one record."""
+    if family == "llama":
+        found = statistics(family, ds_config, dist.get_world_size())
+    else:
+        world_size = dist.get_world_size()
+        engine = adapted(SHARING[family](), {"empty": "gate", "deberta 2": "value_proj"}[family], ds_config)
+        found = dsee_scale.calibrate(engine, here(world_size))
+    by_record: dict[int, set[str]] = {}
+    for name, squares in found.squares.items():
+        by_record.setdefault(id(squares), set()).add(name)
+    return found, sorted(by_record.values(), key=min)
+
+
+@pytest.mark.parametrize("family", ["llama", "deberta 2", "empty"])
+def test_the_same_layers_share_a_record_on_any_number_of_ranks_under_zero3(pools, family):
+    model = make(family) if family == "llama" else SHARING[family]()
+    expected = dsee_scale.calibrate(model, batches(5))
+    groups: list[list[set[str]]] = []
+    for world_size in (1, 2, 3):
+        for found, sharing in pools(world_size).run(shared, zero3_config(), family):
+            groups.append(sharing)
+            assert found.tokens == expected.tokens
+            for name, value in expected.squares.items():
+                torch.testing.assert_close(found.squares[name], value, rtol=1e-5, atol=1e-7)
+    assert all(each == groups[0] for each in groups)
+    assert max(map(len, groups[0])) == {"llama": 3, "deberta 2": 2, "empty": 1}[family]
 
 
 FAILURES = {

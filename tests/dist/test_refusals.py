@@ -14,9 +14,10 @@ import dsee_scale
 from dsee_scale import DSEECallback, DSEEConfig, PruneConfig
 from dsee_scale.adapters.state import model_state
 from dsee_scale.config import DecompositionConfig
-from dsee_scale.partition import open_partition, unwrap, zero3
-from dsee_scale.pruning import lowest
-from tests.dist.test_inject_prune import engine_for
+from dsee_scale.partition import exchange, open_partition, unwrap, zero3
+from dsee_scale.passes import blocks
+from dsee_scale.pruning import lowest, sensitivity_shares
+from tests.dist.test_inject_prune import engine_for, whole_weights
 from tests.models import build, llama_config, partition, token_batch, zero3_config
 from tests.unit.test_calibrate import make
 
@@ -298,10 +299,10 @@ def injected_model(sharded: bool) -> torch.nn.Module:
     return torch.nn.parallel.DistributedDataParallel(make("llama"))
 
 
-def what_prune_says(model: torch.nn.Module, calibration: object) -> tuple[str, bool]:
+def what_prune_says(model: torch.nn.Module, calibration: object, refit: bool = False) -> tuple[str, bool]:
     """The error, and whether the model may be used on."""
     with pytest.raises(dsee_scale.DSEEError) as caught:
-        dsee_scale.prune(model, PruneConfig(refit=False), calibration)
+        dsee_scale.prune(model, PruneConfig(refit=refit), calibration)
     return f"{type(caught.value).__name__}: {caught.value}", model_state(unwrap(model)).broken is None
 
 
@@ -330,6 +331,41 @@ def test_a_rank_whose_memory_ends_while_it_writes_ends_the_pruning_on_all(pools,
         "PartitionError: pruning stopped half way: model.layers.0.self_attn.q_proj.weight"
     )
     assert found[0][0].count("MemoryError: no room") == 1 and not found[0][1]
+
+
+SHORT = {
+    "kept": (blocks._Capture, "_kept", "lower the number of calibration batches"),
+    "alike": (blocks, "_same", "lower the number of calibration batches"),
+    "tokens": (sensitivity_shares, "_token_weights", "rank 1: MemoryError: no room"),
+    "histogram": (sensitivity_shares, "count_keys_", "rank 1: MemoryError: no room"),
+    "whole": (exchange.Piece, "whole", "lower gram_memory_mib (now 4096)"),
+    "cut": (exchange.Piece, "cut", "pruning stopped half way: "),
+}
+"""Where memory ends in a re-fit, and what is said then."""
+
+
+def short_in_a_refit(where: str) -> tuple[str, bool, bool]:
+    model = injected_model(sharded=True)
+    before = whole_weights(model)
+
+    def short(*_: object) -> None:
+        raise MemoryError("no room")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.distributed.get_rank() == 1:
+            patch.setattr(*SHORT[where][:2], short)
+        said = what_prune_says(model, [token_batch(), token_batch(seed=1)], refit=True)
+    after = whole_weights(model)
+    return *said, all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("where", list(SHORT))
+def test_a_rank_whose_memory_ends_between_two_messages_of_a_refit_leaves_no_other_waiting(pools, where):
+    found = pools(2).run(short_in_a_refit, where)
+    text, usable, unchanged = found[0]
+    assert found[0] == found[1] and unchanged
+    assert text.startswith("PartitionError: ") and text.count("no room") == 1 and SHORT[where][2] in text
+    assert usable == (where != "cut")  # by then the block counts as written
 
 
 def statistics_of_ones_own(sharded: bool, other_model: bool) -> tuple[str, bool]:

@@ -10,9 +10,10 @@ from torch.utils import _pytree as pytree
 
 import dsee_scale
 from dsee_scale import PruneConfig
+from dsee_scale.algorithms.refit import Refit, sparsegpt
 from dsee_scale.errors import TargetError
 from dsee_scale.passes.blocks import capture
-from dsee_scale.pruning.refit import sweep
+from dsee_scale.pruning.refit import matrix, sweep
 from tests.models import build, token_batch
 from tests.unit.test_calibrate import batches, inputs_of, make
 
@@ -91,6 +92,76 @@ def test_a_later_block_is_solved_for_what_the_pruned_ones_before_it_give():
     ].double()  # the last block runs last for its own statistics
     torch.testing.assert_close(last, inputs_of(model, data)["model.layers.1.self_attn.q_proj"])
     assert (last - tuned).norm() > 0.01 * tuned.norm()
+
+
+class Tied(nn.Module):
+    """Two layers with other inputs and one weight; or one layer under two names."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8, bias=False)
+        self.second = self.first if twice else nn.Linear(8, 8, bias=False)
+        self.second.weight = self.first.weight
+        self.twice = twice
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.first(x) if self.twice else self.second(self.first(x).tanh()))
+
+
+class Stack(nn.Module):
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Tied(twice) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.layers:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("modules", [(), ("first",), ("second",)])
+def test_a_weight_that_two_layers_of_a_block_share_is_not_solved_for_one_of_them(modules):
+    model = Stack(twice=False).requires_grad_(False)
+    batch = {"x": torch.randn(40, 8, generator=torch.Generator().manual_seed(0))}
+    before = model.layers[0].first.weight.clone()
+    words = r"layers\.0\.second and layers\.0\.first share weight, .*refit=False.*Nothing was removed"
+    with pytest.raises(TargetError, match=words):
+        dsee_scale.prune(model, PruneConfig(sparsity=0.5, modules=modules), [batch])
+    assert torch.equal(model.layers[0].first.weight, before)
+    report = dsee_scale.prune(model, PruneConfig(sparsity=0.5, modules=modules, refit=False), [batch])
+    assert report.sparsity == pytest.approx(0.5)
+
+
+def test_one_layer_under_two_names_is_solved():
+    model = Stack(twice=True).requires_grad_(False)
+    batch = {"x": torch.randn(40, 8, generator=torch.Generator().manual_seed(0))}
+    assert dsee_scale.prune(model, PruneConfig(sparsity=0.5), [batch]).sparsity == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-19, 1e-20, 1e-22])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_layer_that_hands_on_next_to_nothing_is_refitted(layer, scale):
+    model = make("llama")
+    values = model.model.layers[layer].self_attn.v_proj
+    values.weight.data.mul_(scale)
+    report = dsee_scale.prune(model, PruneConfig(sparsity=0.5, scope="matrix"), batches(2))
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert all(param.isfinite().all() for param in model.parameters())
+
+
+def test_a_matrix_that_cannot_be_solved_or_stored_is_named(monkeypatch):
+    def far(*args: object, **settings: object) -> Refit:
+        found = sparsegpt(*args, **settings)
+        return Refit(found.weight * torch.inf, found.record)
+
+    def fails(*_: object, **__: object) -> Refit:
+        raise ValueError("the weight or its update holds NaN or infinity")
+
+    for solver, words in ((far, "too large for torch.float32"), (fails, "its update holds NaN")):
+        monkeypatch.setattr(matrix, "sparsegpt", solver)
+        named = rf"^model\.layers\.0\.\w+\.\w+_proj cannot be re-fitted: .*{words}.*Nothing was removed"
+        with pytest.raises(TargetError, match=named):
+            dsee_scale.prune(make("llama"), PruneConfig(sparsity=0.5, scope="matrix"), batches(2))
 
 
 class SeenError(Exception):

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    DebertaConfig,
+    DebertaForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+)
 
 import dsee_scale
 from dsee_scale import DSEEConfig, PruneConfig, Statistics
 from dsee_scale.adapters.linear import adapted_layers, is_adapted
+from dsee_scale.adapters.state import model_state
 from dsee_scale.adapters.targets import linear_kind
 from dsee_scale.adapters.units import find_units
 from dsee_scale.errors import CalibrationError, ConfigError, FormatError, PartitionError, TargetError
@@ -102,6 +112,174 @@ def test_statistics_are_the_inputs_squares_without_padding(family):
     for name, x_TI in expected.items():
         assert found.tokens[name] == len(x_TI) == 2 * 4 * 12 - (1 + 2 + 3 + 4)
         torch.testing.assert_close(found.squares[name].double(), x_TI.square().sum(0), rtol=1e-5, atol=1e-7)
+
+
+def exact_sums(model: nn.Module, data: list[dict[str, torch.Tensor]]) -> dict[str, tuple[torch.Tensor, int]]:
+    """Each layer's squares and tokens over all its calls; of calls that the mask fits, what it keeps."""
+    found: dict[str, tuple[torch.Tensor, int]] = {}
+    masks: list[torch.Tensor] = []
+
+    def add(name: str, x: torch.Tensor) -> None:
+        mask = masks[-1]
+        flat = x[mask] if x.shape[:2] == mask.shape else x.reshape(-1, x.shape[-1])
+        squares, tokens = found.get(name, (torch.zeros(x.shape[-1], dtype=torch.float64), 0))
+        found[name] = (squares + flat.double().square().sum(0), tokens + len(flat))
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0].clone()))
+        for name, layer in block_linears(model).items()
+    ]
+    with torch.no_grad():
+        for batch in data:
+            masks.append(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool())
+            model.eval()(**batch)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def deberta(version: int) -> nn.Module:
+    """Its layers also read embeddings of relative positions: the second's query and key, layers of the first's own."""
+    sizes: dict[str, Any] = dict(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
+    )
+    sizes |= dict(max_position_embeddings=64, relative_attention=True, pos_att_type=["p2c", "c2p"])
+    sizes |= dict(max_relative_positions=-1, type_vocab_size=0, position_biased_input=False)
+    torch.manual_seed(0)
+    if version == 1:
+        return DebertaForSequenceClassification(DebertaConfig(**sizes)).requires_grad_(False)
+    sizes |= dict(position_buckets=8, norm_rel_ebd="layer_norm", share_att_key=True)
+    return DebertaV2ForSequenceClassification(DebertaV2Config(**sizes)).requires_grad_(False)
+
+
+class ReadsTwice(nn.Module):
+    """A block whose layers share an input in one of b's calls; a reads it before it changes in place, if it does."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.in_place = nn.Linear(16, 16), nn.Linear(16, 16), in_place
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states.clone()
+        if self.in_place:
+            return hidden_states + self.a(x) + self.b(x.mul_(3))
+        return x + self.b(torch.tanh(self.a(x) + self.b(x)))
+
+
+class Embedded(nn.Module):
+    def __init__(self, block: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.emb, self.layers = nn.Embedding(97, 16), nn.ModuleList(block() for _ in range(2))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = self.emb(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+class CallsAll(nn.Module):
+    """Experts as a list, all of them called, with no token where none is routed there; outputs as wide as inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 3, bias=False)
+        self.experts = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(16, 16), "down": nn.Linear(16, 16)}) for _ in range(3)
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states.reshape(-1, 16)
+        chosen, found = self.gate(x).argmax(-1).clamp(max=1), x.clone()  # none goes to the last one
+        for index, expert in enumerate(self.experts):
+            at = (chosen == index).nonzero().flatten()
+            found = found.index_add(0, at, expert["down"](expert["up"](x[at])))
+        return found.view_as(hidden_states)
+
+
+def embedded(block: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return Embedded(block).requires_grad_(False)
+
+
+def few_tokens() -> list[dict[str, torch.Tensor]]:
+    """So few that experts see none of some batches, the last among them."""
+    return [{"input_ids": token_batch(batch=1, length=2 - seed // 12, seed=seed)} for seed in range(13)]
+
+
+SHARING: dict[str, Callable[[], nn.Module]] = {
+    "deberta 1": lambda: deberta(1),
+    "deberta 2": lambda: deberta(2),
+    "twice": lambda: embedded(lambda: ReadsTwice(False)),
+    "in place": lambda: embedded(lambda: ReadsTwice(True)),
+    "empty": lambda: embedded(CallsAll),
+}
+
+
+@pytest.mark.parametrize("case", list(SHARING))
+def test_layers_that_share_some_inputs_alone_have_sums_of_their_own(case):
+    model, data = SHARING[case](), batches()
+    if case in ("twice", "in place", "empty"):
+        data = few_tokens()
+    found, expected = dsee_scale.calibrate(model, data), exact_sums(model, data)
+    for name in block_linears(model):
+        squares, tokens = expected[name]
+        assert found.tokens[name] == tokens, name
+        torch.testing.assert_close(found.squares[name].double(), squares, rtol=1e-5, atol=1e-7)
+
+
+def test_layers_that_share_every_input_share_one_record():
+    found = dsee_scale.calibrate(make("llama"), batches())
+    layer = "model.layers.1."
+    for group in (
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+    ):
+        assert len({id(found.squares[layer + name]) for name in group}) == 1
+    assert len({id(value) for value in found.squares.values()}) == 2 * 4
+    found = dsee_scale.calibrate(deberta(2), batches())
+    query, key, value = (
+        found.squares[f"deberta.encoder.layer.0.attention.self.{name}_proj"]
+        for name in ("query", "key", "value")
+    )
+    assert query is key and query is not value
+    with torch.inference_mode():  # tensors that tell of no change
+        alike = dsee_scale.calibrate(make("llama"), batches()).squares
+    for name, value in dsee_scale.calibrate(make("llama"), batches()).squares.items():
+        assert torch.equal(alike[name], value)
+
+
+@pytest.mark.parametrize("case", ["deberta 2", "twice", "in place", "empty"])
+def test_a_matrix_is_refitted_for_its_own_inputs_whatever_else_is_pruned(case):
+    """Alone it shares with nobody."""
+    names = {"deberta 2": "value_proj", "twice": "b", "in place": "b", "empty": "layers.0.experts.1.up"}
+    data = few_tokens() if case == "empty" else [{"input_ids": token_batch(seed=seed)} for seed in range(6)]
+    weights = []
+    for modules in ((names[case],), ()):
+        model = SHARING[case]()
+        dsee_scale.prune(model, PruneConfig(modules=modules, scope="matrix"), data)
+        first = next(n for n in block_linears(model) if n.endswith("." + names[case]) or n == names[case])
+        weights.append(model.get_submodule(first).weight)
+    assert torch.equal(*weights)
+
+
+class Beside(nn.Module):
+    """A block whose last layer reads what it returns, as the next block's first one does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = self.a(hidden_states)
+        self.b(x)
+        return x
+
+
+def test_layers_of_two_blocks_are_solved_for_inputs_of_their_own():
+    model = embedded(Beside)
+    report = dsee_scale.prune(model, PruneConfig(scope="matrix"), [{"input_ids": token_batch()}])
+    assert not report.by_magnitude
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -303,6 +481,37 @@ def test_bad_calibration_is_refused_and_nothing_is_removed(refit, data, words):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [
+        ("empty", PruneConfig(refit=False)),  # experts, which see padding
+        ("deberta 1", PruneConfig(refit=False)),  # positions, which are no padding
+        ("deberta 2", PruneConfig(refit=False, modules=("query_proj", "classifier"))),
+        ("deberta 1", PruneConfig()),
+    ],
+)
+def test_padding_alone_is_refused_whatever_else_layers_see(case, config):
+    model, refused = (
+        SHARING[case](),
+        pytest.raises(CalibrationError, match="no token of the calibration batches"),
+    )
+    before = [param.clone() for param in model.parameters()]
+    with refused:
+        dsee_scale.prune(model, config, padding_only())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    with pytest.raises(CalibrationError, match="no token of the calibration batches counts"):
+        dsee_scale.calibrate(model, padding_only(), modules=config.modules)
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_refused_pruning_is_not_counted(refit):
+    model = make("llama")
+    for data, counted in ((["no batch"], 0), (batches(), 1)):
+        with pytest.raises(CalibrationError) if not counted else contextlib.nullcontext():
+            dsee_scale.prune(model, PruneConfig(refit=refit), data)
+        assert model_state(model).prunings == counted
+
+
 @pytest.mark.parametrize("refit", [False, True])
 def test_activations_that_are_not_finite_are_named(refit):
     model = make("llama")
@@ -454,10 +663,48 @@ def test_a_refit_that_fails_while_it_writes_marks_the_model(monkeypatch, place):
         raise MemoryError("no memory is left")
 
     monkeypatch.setattr(sweep, place, failing)
-    with pytest.raises(PartitionError, match="stopped half way"):
+    words = {"write_back": "layers.0 may be", "advance": "layers.0 to model.layers.0 are"}[place]
+    with pytest.raises(PartitionError, match=f"stopped half way: model.{words} pruned and re-fitted, later"):
         dsee_scale.prune(model, PruneConfig(), batches())
     with pytest.raises(PartitionError, match="stopped half way"):
         model(token_batch())
+
+
+def test_a_block_that_is_being_written_is_told_from_those_that_are_done(monkeypatch):
+    model, write, calls = make("llama"), sweep.write_back, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError("no memory is left")
+        return write(*args)
+
+    monkeypatch.setattr(sweep, "write_back", failing)
+    words = r"layers\.0 to model\.layers\.0 are pruned and re-fitted, model\.layers\.1 may be, later blocks are not"
+    with pytest.raises(PartitionError, match=words):
+        dsee_scale.prune(model, PruneConfig(), batches())
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="an older torch")
+def test_a_cpu_multiplies_in_float32_while_it_solves_and_as_before_after(monkeypatch):
+    """Where bfloat16 is allowed within float32 products, which CPUs with AMX then use."""
+    cpu, seen, solve = torch.backends.mkldnn.matmul, [], sweep.solve_pieces
+
+    def solving(*given):
+        seen.append(cpu.fp32_precision)
+        return solve(*given)
+
+    monkeypatch.setattr(sweep, "solve_pieces", solving)
+    gpu = torch.backends.cuda.matmul
+    before, precisions = torch.get_float32_matmul_precision(), (cpu.fp32_precision, gpu.fp32_precision)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        dsee_scale.prune(make("everything"), PruneConfig(scope="matrix"), batches(2))
+        assert cpu.fp32_precision == "bf16" and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+        cpu.fp32_precision, gpu.fp32_precision = precisions
+    assert set(seen) == {"ieee"}
 
 
 def test_statistics_from_before_a_further_pruning_or_training_are_refused():

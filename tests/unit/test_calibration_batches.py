@@ -27,6 +27,7 @@ from dsee_scale.errors import CalibrationError, TargetError
 from dsee_scale.partition import open_partition
 from dsee_scale.passes.batches import _malloc_trim, named, problem
 from dsee_scale.passes.blocks import capture, find_blocks
+from dsee_scale.passes.inputs.watch import Watch
 from dsee_scale.passes.pools import block_linears
 from tests.models import build, llama_config, token_batch
 from tests.unit.test_calibrate import batches, make
@@ -183,6 +184,206 @@ def test_a_loader_that_fails_is_a_calibration_error():
 
     with pytest.raises(CalibrationError, match="cannot be read: OSError: the disk is gone"):
         dsee_scale.calibrate(make("llama"), loader())
+
+
+@pytest.mark.parametrize("given", [None, 3])
+def test_what_cannot_be_iterated_is_named(given):
+    with pytest.raises(
+        CalibrationError, match=f"calibration is a {type(given).__name__}; expected an iterable of"
+    ):
+        dsee_scale.calibrate(make("llama"), given)
+
+
+def test_batches_may_be_given_by_position():
+    """As a map-style data set gives them."""
+
+    class Rows:
+        def __getitem__(self, index):
+            return batches(2)[index]
+
+    assert (
+        dsee_scale.calibrate(make("llama"), Rows()).tokens
+        == dsee_scale.calibrate(make("llama"), batches(2)).tokens
+    )
+
+
+def chunked(chunk: int) -> torch.nn.Module:
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=97
+    )
+    config = BertConfig(max_position_embeddings=16, chunk_size_feed_forward=chunk, **sizes)
+    return BertForSequenceClassification(config).requires_grad_(False)
+
+
+def test_layers_that_are_called_in_chunks_leave_out_their_padding():
+    expected, found = (dsee_scale.calibrate(chunked(size), batches()) for size in (0, 4))
+    assert found.tokens == expected.tokens and set(found.tokens.values()) == {2 * 4 * 12 - 10}
+    for name, squares in expected.squares.items():
+        torch.testing.assert_close(found.squares[name], squares)
+    labelled = [{**batch, "labels": torch.tensor([0, 1])} for batch in batches()]
+    models = chunked(0), chunked(4)
+    for model in models:
+        dsee_scale.prune(model, PruneConfig(scope="matrix"), labelled)
+    for one, two in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
+
+
+class Cut(torch.nn.Module):
+    """A block whose second layer sees as many positions as it likes."""
+
+    def __init__(self, calls, name):
+        super().__init__()
+        self.calls, self.name = calls, name
+        self.whole, self.part = torch.nn.Linear(8, 8), torch.nn.ModuleDict({name: torch.nn.Linear(8, 8)})
+
+    def forward(self, hidden_states):
+        x = self.whole(hidden_states)
+        for call in self.calls:
+            self.part[self.name](call(x))
+        return x
+
+
+class Reader(torch.nn.Module):
+    def __init__(self, *calls, name="cut"):
+        super().__init__()
+        self.emb, self.layers = torch.nn.Embedding(97, 8), torch.nn.ModuleList([Cut(calls, name)])
+        self.requires_grad_(False)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.layers[0](self.emb(input_ids))
+
+
+KEPT = 2 * 12 - 3
+CALLS = {
+    "heads": ([lambda x: x.view(2, 12, 2, 4).repeat(1, 1, 1, 2)], 2 * KEPT),
+    "beside": ([lambda x: x, lambda x: x[:, :5]], KEPT + 10),
+    "beside, first": ([lambda x: x[:1, :7], lambda x: x], KEPT + 7),
+    "chunks": ([lambda x: x[:, :7], lambda x: x[:, 7:]], KEPT),
+    "of a row": ([lambda x: x[:, 0]], 2),
+    "of all rows": ([lambda x: x[:1, :7]], 7),
+    "flat": ([lambda x: x.reshape(-1, 8)], KEPT),
+    "sequence first": ([lambda x: x.transpose(0, 1)], KEPT),
+    "as many": ([lambda x: x.reshape(1, -1, 8)], 24),
+    "few chunks": ([lambda x: x[:, :7]], "(2, 7)"),
+    "long chunks": ([lambda x: x[:, :7], lambda x: x[:, :7]], "(2, 7)"),
+    "some": ([lambda x: x.reshape(-1, 8)[:17]], "(17,)"),
+    "chunks and all": ([lambda x: x[:, :7], lambda x: x], "(2, 7)"),
+}
+
+
+@pytest.mark.parametrize("refit", [True, False])
+@pytest.mark.parametrize("case", list(CALLS))
+def test_a_mask_that_fits_no_call_of_a_layer_is_refused(case, refit):
+    calls, counted = CALLS[case]
+    model, data = Reader(*calls), [batches(3)[2]]
+    if not isinstance(counted, str):
+        assert dsee_scale.calibrate(model, data).tokens["layers.0.part.cut"] == counted
+        return
+    before = [param.clone() for param in model.parameters()]
+    words = f"layers.0.part.cut reads inputs of shape {counted}.* expected .*2, 12.* batches without padding"
+    with pytest.raises(CalibrationError, match=words.replace("(", r"\(").replace(")", r"\)")):
+        dsee_scale.prune(model, PruneConfig(refit=refit, scope="matrix" if refit else None), data)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    whole = [{"input_ids": batch["input_ids"], "attention_mask": torch.ones(2, 12)} for batch in data]
+    dsee_scale.prune(model, PruneConfig(refit=refit, scope="matrix" if refit else None), whole)
+
+
+def test_experts_that_are_modules_see_single_tokens_and_towers_of_their_own_other_inputs():
+    class Expert(Cut):
+        def __init__(self):
+            super().__init__([], "up")
+            self.experts = torch.nn.ModuleList([torch.nn.Linear(8, 8)])
+
+        def forward(self, hidden_states):
+            x = self.whole(hidden_states)
+            self.experts[0](x.reshape(-1, 8)[:17])
+            return x
+
+    class Pictures(Reader):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.patches = (
+                torch.nn.ModuleList([Expert()]),
+                torch.nn.ModuleList([torch.nn.Linear(8, 8)]),
+            )
+
+        def forward(self, input_ids, attention_mask=None):
+            self.patches[0](torch.ones(2, 9, 8))
+            return super().forward(input_ids)
+
+    tokens = dsee_scale.calibrate(Pictures().requires_grad_(False), [batches(3)[2]]).tokens
+    assert [tokens[f"layers.0.{name}"] for name in ("whole", "experts.0")] == [KEPT, 17]
+    assert tokens["patches.0"] == 18
+
+
+def test_fused_experts_that_see_some_of_the_tokens_are_told_too():
+    """They are handed all tokens with the experts that each goes to."""
+
+    class Sums:
+        def add(self, values, kept):
+            self.kept = kept
+
+    sums, batch = Sums(), batches(3)[2]
+    watch = Watch(lambda *_: None, None)
+    for tokens, words in ((24, "None"), (17, r"layers.0.mlp.experts reads inputs of shape (17,)")):
+        with watch.batch(batch):
+            watch.see("layers.0.q", torch.ones(2, 12, 8))
+            watch.see_routed("layers.0.mlp.experts", sums, (torch.ones(tokens, 8),))
+        assert words in str(watch.problem)
+        assert (
+            torch.equal(sums.kept, batch["attention_mask"].bool().view(-1))
+            if tokens == 24
+            else sums.kept is None
+        )
+
+
+def with_whole_masks(data, kind):
+    """The same batches with masks of (batch, 1, queries, keys)."""
+    found = []
+    for batch in data:
+        seen = batch["attention_mask"].bool()[:, None, None, :] & torch.ones(12, 12, dtype=torch.bool).tril()
+        if kind == "additive":
+            seen = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        found.append({**batch, "attention_mask": seen})
+    return found
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_a_mask_of_queries_and_keys_leaves_out_keys_that_no_query_sees(kind):
+    data = batches()
+    expected = dsee_scale.calibrate(make("llama"), data)
+    found = dsee_scale.calibrate(make("llama"), with_whole_masks(data, kind))
+    assert found.tokens == expected.tokens
+    for name, squares in expected.squares.items():
+        torch.testing.assert_close(found.squares[name], squares, rtol=1e-4, atol=1e-6)
+    shared = [{"input_ids": IDS, "attention_mask": torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()}]
+    assert set(dsee_scale.calibrate(make("llama"), shared).tokens.values()) == {24}
+
+
+FILLED = torch.ones(2, 1, 12, 12, dtype=torch.bool).tril()
+FILLED[:, :, :3] = True  # queries that see nothing, on the left, are often given everything
+UNCLEAR = {
+    "int64": (FILLED.long(), "int64"),
+    "ones and zeros": (FILLED.float(), "values above 0"),
+    "three": (torch.ones(2, 12, 12), r"of shape \(2, 12, 12\)"),
+    "keys": (torch.ones(2, 1, 12, 9, dtype=torch.bool), r"9 keys, and input_ids are \(2, 12\)"),
+    "more rows": (torch.ones(3, 1, 12, 12, dtype=torch.bool), r"3 rows"),
+    "filled": (FILLED, "queries that see every key"),
+    "a mapping": ({"full_attention": FILLED}, "dict"),
+}
+
+
+@pytest.mark.parametrize("case", list(UNCLEAR))
+def test_a_mask_that_does_not_say_which_tokens_are_padding_is_refused(case):
+    mask, words = UNCLEAR[case]
+    model = make("llama")
+    assert words.split("\\")[0] in str(
+        problem(model, {"input_ids": IDS, "attention_mask": mask}, open_partition(model))
+    )
+    for refit in (True, False):
+        with pytest.raises(CalibrationError, match=f"attention_mask .*{words}"):
+            dsee_scale.prune(model, PruneConfig(refit=refit), [{"input_ids": IDS, "attention_mask": mask}])
 
 
 def test_none_among_the_batches_does_not_end_them():

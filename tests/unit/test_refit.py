@@ -199,6 +199,35 @@ def test_damping_grows_until_the_factorisation_holds() -> None:
         sparsegpt(weight, torch.eye(60) - 2 * torch.ones(60, 60) / 1e-6, Count(240))
 
 
+@pytest.mark.parametrize("power", [-49, -20, 20, 60])
+@pytest.mark.parametrize("removal", [Count(2000), Groups(2, 4)])
+def test_the_scale_of_the_inputs_makes_no_difference(removal: Count | Groups, power: int) -> None:
+    """Exact powers of two: the same bit for bit. Mean diagonals from 1e-30 to 1e36."""
+    weight, gram = problem(30, 140)
+    gram /= gram.diagonal().mean()
+    kept = weight.abs() > 0.5
+    scaled = gram * 4.0**power
+    expected, found = (sparsegpt(weight, each, removal) for each in (gram, scaled))
+    assert torch.equal(found.weight, expected.weight) and found.record == expected.record
+    expected, found = (refit_kept(weight, each, kept) for each in (gram, scaled))
+    assert torch.equal(found.weight, expected.weight) and found.record == expected.record
+    torch.testing.assert_close(
+        sparsegpt(weight, scaled * 2, removal).weight, sparsegpt(weight, gram, removal).weight
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-31, 1e-38, 1e-40, 1e-44])
+def test_inputs_that_are_next_to_nothing_count_as_none(scale: float) -> None:
+    weight, gram = problem(30, 140)
+    gram *= scale / gram.diagonal().mean()
+    none = torch.zeros_like(gram)
+    found = sparsegpt(weight, gram, Count(2000))
+    torch.testing.assert_close(found.weight, sparsegpt(weight, none, Count(2000)).weight)
+    assert found.record == sparsegpt(weight, none, Count(2000)).record
+    kept = weight.abs() > 0.5
+    torch.testing.assert_close(refit_kept(weight, gram, kept).weight, weight * kept)
+
+
 def test_inputs_that_make_no_sense_are_refused() -> None:
     weight, gram = problem(8, 12)
     with pytest.raises(ValueError, match="Gram matrix of shape"):

@@ -21,7 +21,8 @@ from dsee_scale.partition import Partition
 from dsee_scale.partition.port import Part
 from dsee_scale.passes.batches import compute_device
 from dsee_scale.passes.blocks import Call, run_block
-from dsee_scale.passes.calibrate import LEAST_TOKENS, watching
+from dsee_scale.passes.calibrate import LEAST_TOKENS
+from dsee_scale.passes.inputs.watch import watching
 from dsee_scale.passes.routed import RoutedInputs
 from dsee_scale.pruning.refit.matrix import Job
 from dsee_scale.pruning.refit.panels import is_wide
@@ -78,10 +79,8 @@ def collect_grams(
     device = compute_device(module, partition)
     # A rank without the memory must not leave the others in a forward pass.
     with refitting_work(partition, config):
-        sums = {
-            name: torch.zeros(job.member.num_inputs, job.member.num_inputs, device=device)
-            for name, job in leaders.items()
-        }
+        sizes = {name: job.member.num_inputs for name, job in leaders.items()}
+        sums = {name: torch.zeros(size, size, device=device) for name, size in sizes.items()}
     tokens = dict.fromkeys(leaders, 0)
     number = 0  # of batches that count
 
@@ -106,12 +105,13 @@ def collect_grams(
             with watch.batch(call.batch, call.counts):
                 run_block(block, index, call, call.hidden, module, partition)
             number += call.counts
+    partition.raise_first(watch.problem)
     counts = partition.sum_over_ranks(torch.tensor(list(tokens.values()), dtype=torch.int64)).tolist()
     tokens = dict(zip(leaders, counts, strict=True))
     few = {name for name in leaders if tokens[name] < (1 if name in linear else LEAST_TOKENS)}
     grams = _reduced(sums, tokens, holders, config, partition)
     for name in grams.keys() & few:
-        grams[name] = torch.eye(len(grams[name]), device=device)
+        grams[name].zero_().fill_diagonal_(1)  # in place: without memory others would be left waiting
     return grams, [job.member.name for job in jobs if job.leader in few]
 
 
@@ -179,7 +179,9 @@ def own_weights(
 ) -> tuple[dict[int, Tensor], dict[str, Delta]]:
     """Collective. W + D of this rank's pieces by index, (rows, I) float32, zero where W is; and D of what it owns."""
     params, ranks, parts = request = request_for(pieces)
-    whole = partition.start_exchange(params, ranks, reserve(request, config, partition), parts).wait()
+    exchange = partition.start_exchange(params, ranks, reserve(request, config, partition), parts)
+    with refitting_work(partition, config):
+        whole = exchange.wait()
     members = {piece.name: piece.job.member for piece in pieces}
     small = adapter_params(list(members.values()))
     flats = partition.gather(list(small.values())) if small else []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from dsee_scale.algorithms.delta import AdapterSpec, Delta, low_rank_block
 from dsee_scale.algorithms.refit import Factor, sparsegpt, to_storage
 from dsee_scale.algorithms.sweep import Count, Groups, Leading, Removal
 from dsee_scale.config import DSEEConfig, PruneConfig
+from dsee_scale.errors import DSEEError, TargetError
 from dsee_scale.partition import stored_dtype
 from dsee_scale.passes.decompose_model import seeded
 
@@ -87,6 +89,19 @@ def factor_cost(inputs: int) -> int:
     return 2 * inputs**3 // 3
 
 
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """An error of the arithmetic says whose it is. Local."""
+    try:
+        yield
+    except DSEEError:
+        raise
+    except ValueError as error:
+        raise TargetError(
+            f"{name} cannot be re-fitted: {error}; leave it out with `modules`, or set refit=False. Nothing was removed"
+        ) from error
+
+
 def settle(module: nn.Module, job: Job, solved: Tensor, delta: Delta | None) -> tuple[Tensor, Support | None]:
     """Local. The new weight as stored, and the adapter's new support.
 
@@ -98,7 +113,17 @@ def settle(module: nn.Module, job: Job, solved: Tensor, delta: Delta | None) -> 
         job: the matrix.
         solved: (O, I) float32, what `solve` found; overwritten.
         delta: the adapter's update; None for none.
+
+    Raises:
+        TargetError: an entry is NaN, or too large for the weight's dtype.
     """
+    with naming(job.member.name):
+        return _settled(module, job, solved, delta)
+
+
+def _settled(
+    module: nn.Module, job: Job, solved: Tensor, delta: Delta | None
+) -> tuple[Tensor, Support | None]:
     member = job.member
     if member.transposed:
         solved = solved.t().contiguous()

@@ -22,8 +22,8 @@ from dsee_scale.algorithms.score import all_finite
 from dsee_scale.config import PruneConfig
 from dsee_scale.partition import Partition, unwrap
 from dsee_scale.partition.engine_state import no_leaf_gradients
-from dsee_scale.passes.batches import token_mask
 from dsee_scale.passes.blocks import Call, run_block
+from dsee_scale.passes.inputs.masks import token_mask
 from dsee_scale.passes.sensitivity import frozen, graph_from
 from dsee_scale.pruning.refit.matrix import Job
 from dsee_scale.pruning.refit.work import held, refitting_work

@@ -23,7 +23,7 @@ from dsee_scale.config import PruneConfig
 from dsee_scale.partition import Partition
 from dsee_scale.partition.port import Part
 from dsee_scale.pruning.common_threshold import NUM_BINS, count_keys_, deal_removals
-from dsee_scale.pruning.refit.matrix import Job, factor_cost, removal_of, rows_cost, solve
+from dsee_scale.pruning.refit.matrix import Job, factor_cost, naming, removal_of, rows_cost, solve
 from dsee_scale.pruning.refit.panels import is_wide, upper_inverse_by_panels
 from dsee_scale.pruning.refit.work import refitting_work
 
@@ -277,7 +277,8 @@ def _solve_own(
             parts = [weights.pop(i) for i in own]
             weight = parts[0] if len(parts) == 1 else torch.cat(parts)
             del parts
-            solved[name] = solve(job, rows, weight, gram, removal, factor)
+            with naming(name):
+                solved[name] = solve(job, rows, weight, gram, removal, factor)
         del gram, factor
     grams.clear()
     return solved
@@ -287,7 +288,8 @@ def _factorise(
     problem: str, gram_II: Tensor, inverse: Callable[[Tensor], Tensor | None] = upper_inverse
 ) -> Factor:
     """`factorise`, saying what it met. Local where `inverse` is."""
-    factor = factorise(gram_II, DAMPING, inverse)
+    with naming(problem):
+        factor = factorise(gram_II, DAMPING, inverse)
     met = factor.record
     if met.num_retries:
         logger.warning(
@@ -298,7 +300,8 @@ def _factorise(
             DAMPING,
         )
     if met.num_dead:
-        logger.info("%d of the %d inputs of %s are zero in all tokens", met.num_dead, len(gram_II), problem)
+        text = "%d of the %d inputs of %s are zero, or next to it, in all tokens"
+        logger.info(text, met.num_dead, len(gram_II), problem)
     return factor
 
 

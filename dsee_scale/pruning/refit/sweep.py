@@ -32,7 +32,8 @@ from dsee_scale.passes.batches import (
     release_heap,
 )
 from dsee_scale.passes.blocks import Call, advance, capture
-from dsee_scale.passes.calibrate import InputSquares, Statistics, agreed_leaders, watching
+from dsee_scale.passes.calibrate import Statistics
+from dsee_scale.passes.inputs.watch import InputSquares, agreed_leaders, watching
 from dsee_scale.passes.pools import WeightPool
 from dsee_scale.pruning.checks import note_pattern
 from dsee_scale.pruning.half_done import stopped
@@ -96,9 +97,8 @@ def refit(
         TargetError: a quantised weight, or blocks that do not follow each other. Nothing was removed.
         PartitionError: out of memory; the message says which blocks are done.
     """
-    module = unwrap(model)
-    blocks = check_refit(model, pools, partition)
-    done, unsolved = list[str](), list[str]()
+    module, blocks = unwrap(model), check_refit(model, pools, partition)
+    begun, done, unsolved = list[str](), list[str](), list[str]()
     with evaluating(module):
         calls, jobs = _jobs(model, pools, blocks, batches, removed, units, config, partition, progress)
         bar = tqdm(blocks, desc="refit", unit="block", disable=not show_progress(progress))
@@ -108,15 +108,16 @@ def refit(
                 solved, owners, few = _solve_block(model, block, index, here, calls, config, partition)
                 workspace = reserve(request_for(whole_pieces(here, owners)), config, partition)
                 unsolved += few
-                done.append(name)  # from here on it counts as written
+                begun.append(name)  # from here on it may be written
                 write_back(model, here, owners, solved, workspace, config, partition)
                 zero_units(model, [each for each in units if each.layer.name == name], partition)
+                done.append(name)
                 del solved, workspace
                 if index + 1 < len(blocks):
                     with block_pass(partition, config, BATCHES), held(block, len(calls), config, partition):
                         advance(block, index, calls, module, partition)
             except BaseException as error:
-                raise _after(done, module, error) from error
+                raise _after(begun, done, module, error) from error
     note_refitted(module, [job.member for job in jobs])
     if not units:
         note_pattern(module, pools, config)
@@ -131,14 +132,21 @@ def _first_inputs(
     config: PruneConfig,
     partition: Partition,
 ) -> tuple[list[Call], dict[str, str], Statistics]:
-    """Collective. The first block's inputs; by matrix the first one that reads the same; sums over linear inputs."""
+    """Collective. The first block's inputs; by matrix the first one that reads the same; sums over linear inputs.
+
+    Raises:
+        CalibrationError: see `calibrate`.
+    """
     where = torch.device("cpu") if config.inputs_on_cpu else compute_device(unwrap(model), partition)
     layers = {name: member.module for name, (member, _) in members.items() if member.expert is None}
     sums = InputSquares()
-    with watching(layers, sums.take) as watch:
+    with watching(layers, sums.take, again=sums.again) as watch:
         calls = capture(model, blocks, batches, partition, where, watch.batch)
+    partition.raise_first(watch.problem)
     reject_uncounted([call.batch for call in calls if call.counts], partition)
-    leaders = agreed_leaders(watch.leaders, members)
+    # Each block is run for itself, so layers of two blocks share nothing.
+    of_block = {each: name.encode() for name, _ in blocks for each in layers if each.startswith(name + ".")}
+    leaders = agreed_leaders({name: read + of_block[name] for name, read in watch.read.items()}, members)
     return calls, leaders, Statistics(*sums.reduce(layers, leaders, partition), fingerprint="")
 
 
@@ -177,15 +185,24 @@ def _jobs(
 
 @contextlib.contextmanager
 def _exact() -> Iterator[None]:
-    """float32 as it is, no TF32, by PyTorch's newer setting where there is one: after it, the older one fails."""
-    matmul: Any = torch.backends.cuda.matmul
-    name, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(matmul, name)
-    setattr(matmul, name, exact)
+    """float32 as it is, by PyTorch's newer setting where there is one: after it, the older one fails.
+
+    No TF32 on GPUs, and no bfloat16 on CPUs with AMX, both of which `set_float32_matmul_precision` may have allowed.
+    """
+    gpu: Any = torch.backends.cuda.matmul
+    cpu: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    settings: list[tuple[Any, str, Any]] = [(gpu, "fp32_precision", "ieee"), (cpu, "fp32_precision", "ieee")]
+    if not hasattr(gpu, "fp32_precision"):
+        settings[0] = (gpu, "allow_tf32", False)
+    settings = [each for each in settings if hasattr(*each[:2])]
+    before = [getattr(where, name) for where, name, _ in settings]
+    for where, name, exact in settings:
+        setattr(where, name, exact)
     try:
         yield
     finally:
-        setattr(matmul, name, before)
+        for (where, name, _), value in zip(settings, before, strict=True):
+            setattr(where, name, value)
 
 
 @_exact()
@@ -259,8 +276,13 @@ def check_refit(
     return blocks
 
 
-def _after(done: Sequence[str], module: nn.Module, error: BaseException) -> BaseException:
-    """What to raise once these blocks are written: the error itself while there are none."""
-    if not done:
+def _after(
+    begun: Sequence[str], done: Sequence[str], module: nn.Module, error: BaseException
+) -> BaseException:
+    """What to raise once the writing of these blocks has begun: the error itself while there are none."""
+    if not begun:
         return error
-    return stopped(module, error, f"{done[0]} to {done[-1]} are pruned and re-fitted, later blocks are not")
+    what = [f"{done[0]} to {done[-1]} are pruned and re-fitted"] if done else []
+    if len(begun) > len(done):
+        what.append(f"{begun[-1]} may be" if done else f"{begun[-1]} may be pruned and re-fitted")
+    return stopped(module, error, f"{', '.join(what)}, later blocks are not")
