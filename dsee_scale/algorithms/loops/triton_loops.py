@@ -158,9 +158,7 @@ def _digits(
         here = here & ((key >> (shift + 16)) == prefix)
     digit = (key >> shift) & 0xFFFF
     copy = counts + (tl.program_id(0) % copies) * stride
-    zeros = tl.sum((here & (digit == 0)).to(tl.int32), 0)
-    if zeros > 0:
-        tl.atomic_add(copy, zeros.to(counts.dtype.element_ty), sem="relaxed")
+    _add_count(copy, here, digit, 0)
     ones = tl.full((BLOCK,), 1, counts.dtype.element_ty)
     tl.atomic_add(copy + digit, ones, mask=here & (digit != 0), sem="relaxed")
 
@@ -174,8 +172,7 @@ def _window(
     offsets = at + tl.arange(0, BLOCK)
     digit = (_load(words, at, lead, stop, BLOCK).to(tl.int32) & MAGNITUDE) >> shift
     here = (offsets >= lead) & (offsets < stop)
-    nan = digit > INFINITY
-    digit = tl.where(nan, INFINITY + 1, tl.minimum(tl.maximum(digit, low), high))
+    digit = tl.where(digit > INFINITY, INFINITY + 1, tl.minimum(tl.maximum(digit, low), high))
     for each in range(low, high + 1):
         _add_count(histogram, here, digit, each)
     _add_count(histogram, here, digit, INFINITY + 1)
@@ -185,7 +182,7 @@ def _window(
 def _add_count(histogram, here, digit, each):
     count = tl.sum((here & (digit == each)).to(tl.int32), 0)
     if count > 0:
-        tl.atomic_add(histogram + each, count.to(tl.int64), sem="relaxed")
+        tl.atomic_add(histogram + each, count.to(histogram.dtype.element_ty), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["lead", "stop", "key", "offset", "shift"])
