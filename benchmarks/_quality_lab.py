@@ -152,6 +152,7 @@ class Lab:
         done: int = 0,
         moments: dict[str, Any] | None = None,
         teacher: nn.Module | None = None,
+        top: int = 0,
         factor: float = RETUNE_FACTOR,
         warmup: float = 0.0,
     ) -> dict[str, Any]:
@@ -160,7 +161,7 @@ class Lab:
         One schedule over tune and retune, as in a recipe: a tenth of warm-up, then a linear decay to zero, at
         `factor` times the rate after the prune, which rises from zero once more over a share `warmup` of the steps.
         The optimizer's moments go on across the prune. With a teacher, half of the loss is the Kullback-Leibler
-        divergence from its predictions.
+        divergence from its predictions, as far as its `top` highest logits tell them.
 
         Returns:
             The optimizer's state after these steps.
@@ -186,7 +187,7 @@ class Lab:
             if teacher is not None:
                 with torch.no_grad():
                     wanted = logits_of(teacher.eval(), teacher, batch)
-                loss = 0.5 * loss + 0.5 * divergence(logits, wanted, batch["labels"])
+                loss = 0.5 * loss + 0.5 * divergence(logits, wanted, batch["labels"], top)
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -201,10 +202,12 @@ def logits_of(model: nn.Module, inner: nn.Module, batch: dict[str, Tensor]) -> T
     return logits
 
 
-def divergence(logits: Tensor, wanted: Tensor, labels: Tensor) -> Tensor:
-    """Kullback-Leibler divergence from the wanted predictions, mean over labels."""
-    found, aim = (select_logits(each, predicting(labels)).log_softmax(-1) for each in (logits, wanted))
-    return nn.functional.kl_div(found, aim, log_target=True, reduction="batchmean")
+def divergence(logits: Tensor, wanted: Tensor, labels: Tensor, top: int) -> Tensor:
+    """Kullback-Leibler divergence from the predictions by the `top` highest wanted logits, mean over labels."""
+    found, aim = (select_logits(each, predicting(labels)) for each in (logits, wanted))
+    highest, tokens = aim.topk(top, dim=-1)
+    found = found.log_softmax(-1).gather(-1, tokens)
+    return nn.functional.kl_div(found, highest.log_softmax(-1), log_target=True, reduction="batchmean")
 
 
 def trained_share(model: nn.Module) -> float:

@@ -37,7 +37,7 @@ class Ours:
         prunings: arguments of `PruneConfig`, at one time.
         num_sparse: N.
         cuts: instead of one pruning, several ones, each with the steps of retune that follow.
-        distilled: whether retune learns from the tuned model's predictions as well.
+        distilled: from how many of the tuned model's highest logits retune learns as well.
         late: whether tune and retune swap their numbers of steps.
         calibration: how often the job's number of calibration rows.
         matrices: names of the adapted ones.
@@ -51,7 +51,7 @@ class Ours:
     prunings: Prunings = ()
     num_sparse: int | float | None = 64
     cuts: Sequence[tuple[Prunings, int]] = ()
-    distilled: bool = False
+    distilled: int = 0
     late: bool = False
     calibration: int = 1
     matrices: Sequence[str] = LINEARS
@@ -92,7 +92,7 @@ OURS = {
         [{"sparsity": 0.5, "mask_update": False}], warmup=0.1, anew=True
     ),
     "ours, 50%, without block steps, damping 1%": Ours([{"sparsity": 0.5}], damping=0.01),
-    "ours, 50%, without block steps, distilled": Ours([{"sparsity": 0.5}], distilled=True),
+    "ours, 50%, without block steps, distilled from 64 logits": Ours([{"sparsity": 0.5}], distilled=64),
     "ours, 50%, without block steps, in three cuts": Ours(
         cuts=[([{"sparsity": share}], steps) for share, steps in THREE_CUTS]
     ),
@@ -119,7 +119,7 @@ AMOUNTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 DENSE = "dense LoRA"
 RAISED = ", rate doubled as ours"
 """A peer's row in which the rate is multiplied as it is after our prune, from the same step on."""
-OWL = "llm-compressor's SparseGPT then LoRA, 70% by OWL"
+OWL = {f"llm-compressor's SparseGPT then LoRA, {amount} by OWL": AMOUNTS[amount][1] for amount in ("60%", "70%")}
 WANDA = {f"wanda then LoRA, {amount}": settings for amount, (settings, _) in AMOUNTS.items()}
 COMPRESSOR = {
     "llm-compressor's Wanda then LoRA, 50%": ("WandaPruningModifier", AMOUNTS["50%"][1]),
@@ -128,7 +128,7 @@ COMPRESSOR = {
         for amount, (_, settings) in AMOUNTS.items()
     },
     f"llm-compressor's SparseGPT then LoRA, 50%{RAISED}": ("SparseGPTModifier", AMOUNTS["50%"][1]),
-    OWL: ("SparseGPTModifier", AMOUNTS["70%"][1]),
+    **{row: ("SparseGPTModifier", settings) for row, settings in OWL.items()},
 }
 PEERS = (UNTUNED, DENSE, DENSE + RAISED, *WANDA, *(COMPRESSOR if find_spec("llmcompressor") else ()))
 
@@ -191,6 +191,7 @@ def ours(lab: Lab, row: str, seed: int) -> dict[str, Any]:
             done=steps,
             moments=None if how.anew else moments,
             teacher=teacher,
+            top=how.distilled,
             factor=how.factor,
             warmup=how.warmup,
         )
@@ -216,7 +217,7 @@ def pruned_then_lora(lab: Lab, row: str, seed: int) -> dict[str, Any]:
     model, batches = lab.base(), lab.calibration(seed)
     if row in COMPRESSOR:
         modifier, amount = COMPRESSOR[row]
-        if row == OWL:
+        if row in OWL:
             amount = owl(model, batches, **amount)
         _compress(model, batches, modifier, amount)
     else:

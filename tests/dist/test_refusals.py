@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -292,10 +293,10 @@ def test_calibration_on_some_ranks_alone_is_refused_on_all(pools, refit):
     assert texts[0] == texts[1] and "1 with nothing, 1 with batches" in texts[0]
 
 
-def injected_model(sharded: bool) -> torch.nn.Module:
+def injected_model(sharded: bool, **zero: Any) -> torch.nn.Module:
     """An engine under ZeRO-3, or DDP."""
     if sharded:
-        return engine_for(make("llama"), zero3_config())
+        return engine_for(make("llama"), zero3_config(**zero))
     return torch.nn.parallel.DistributedDataParallel(make("llama"))
 
 
@@ -344,8 +345,8 @@ SHORT = {
 """Where memory ends in a re-fit, and what is said then."""
 
 
-def short_in_a_refit(where: str) -> tuple[str, bool, bool]:
-    model = injected_model(sharded=True)
+def short_in_a_refit(where: str, zero: dict[str, int]) -> tuple[str, bool, bool]:
+    model = injected_model(sharded=True, **zero)
     before = whole_weights(model)
 
     def short(*_: object) -> None:
@@ -359,9 +360,10 @@ def short_in_a_refit(where: str) -> tuple[str, bool, bool]:
     return *said, all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("zero", [{}, {"zero_hpz_partition_size": 2}], ids=["zero3", "hierarchical"])
 @pytest.mark.parametrize("where", list(SHORT))
-def test_a_rank_whose_memory_ends_between_two_messages_of_a_refit_leaves_no_other_waiting(pools, where):
-    found = pools(2).run(short_in_a_refit, where)
+def test_a_rank_whose_memory_ends_between_two_messages_of_a_refit_leaves_no_other_waiting(pools, where, zero):
+    found = pools(2).run(short_in_a_refit, where, zero)
     text, usable, unchanged = found[0]
     assert found[0] == found[1] and unchanged
     assert text.startswith("PartitionError: ") and text.count("no room") == 1 and SHORT[where][2] in text
