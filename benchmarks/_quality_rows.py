@@ -119,7 +119,9 @@ AMOUNTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 DENSE = "dense LoRA"
 RAISED = ", rate doubled as ours"
 """A peer's row in which the rate is multiplied as it is after our prune, from the same step on."""
-OWL = {f"llm-compressor's SparseGPT then LoRA, {amount} by OWL": AMOUNTS[amount][1] for amount in ("60%", "70%")}
+OWL = {
+    f"llm-compressor's SparseGPT then LoRA, {amount} by OWL": AMOUNTS[amount][1] for amount in ("60%", "70%")
+}
 WANDA = {f"wanda then LoRA, {amount}": settings for amount, (settings, _) in AMOUNTS.items()}
 COMPRESSOR = {
     "llm-compressor's Wanda then LoRA, 50%": ("WandaPruningModifier", AMOUNTS["50%"][1]),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DummyOptim
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -50,7 +50,6 @@ def main() -> None:
 
     dsee_scale.save_adapter(model, f"{args.output_dir}/adapter")
     dsee_scale.export_model(model, f"{args.output_dir}/model", delta="masked")
-    accelerator.end_training()
 
 
 def make_optimizer(
@@ -102,3 +101,4 @@ def train(
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # last: gloo's threads may abort a process that still holds an engine
