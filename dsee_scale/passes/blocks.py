@@ -31,12 +31,14 @@ from dsee_scale.passes.batches import (
 )
 from dsee_scale.passes.decompose_model import explain_shortage
 from dsee_scale.passes.inputs.masks import token_mask
+from dsee_scale.passes.inputs.watch import version_of
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 _SINGLE = "hidden_states"
 NO_SUCCESSOR = "does not simply continue from the block before it"
 TO_LOWER = "the number of calibration batches on each rank, or set inputs_on_cpu"
 """Where memory ends for what is kept between blocks."""
+CHANGES = "changes in place what it is called with beside its input"
 READS_BESIDE = "reads what an earlier block made beside its output, such as shared keys and values"
 
 
@@ -176,7 +178,7 @@ class _Capture:
         self.broken: str | None = None
         self._names = [name for name, _ in blocks]
         self._storage = storage
-        self._stored: dict[int, tuple[Tensor, Tensor]] = {}
+        self._stored: dict[int, tuple[Tensor, Tensor, int]] = {}
         self._beside: list[weakref.ref[Tensor]] = []
         self._contents: dict[int, tuple[Any, dict[Any, Any]]] = {}
         self.last: Tensor | None = None
@@ -230,8 +232,9 @@ class _Capture:
         if isinstance(value, Tensor):
             value = value.plain if isinstance(value, _Watched) else value
             if id(value) not in self._stored:
-                # The original is held on to, so that no other one gets its id.
-                self._stored[id(value)] = (value, value.to(self._storage))
+                # The model may write the next batch's into it. It is held on to, so that no other one gets its id.
+                copied = value.detach().to(self._storage, copy=True)
+                self._stored[id(value)] = (value, copied, version_of(value))
             return self._stored[id(value)][1]
         return map_tensors(self._kept, value)
 
@@ -248,6 +251,8 @@ class _Capture:
 
     def _after(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         self.last = first_tensor(output)
+        if any(version_of(each) != version for each, _, version in self._stored.values()):
+            self._break(len(self.arguments) - 1, CHANGES)
         for each in output[1:] if isinstance(output, (tuple, list)) else ():
             made = each if isinstance(each, (tuple, list)) else (each,)
             self._beside += [
@@ -261,7 +266,7 @@ class _Capture:
 
     def _is_new(self, value: Tensor) -> bool:
         """Whether it is none that a block was called with and hands through."""
-        return self._is_made(value) or not any(_same_place(each, value) for each, _ in self._stored.values())
+        return self._is_made(value) or not any(_same_place(each, value) for each, *_ in self._stored.values())
 
     def close(self) -> None:
         for handle in self._handles:

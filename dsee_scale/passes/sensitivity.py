@@ -27,7 +27,7 @@ from dsee_scale.passes.batches import (
     to_device,
     together,
 )
-from dsee_scale.passes.inputs.masks import token_mask
+from dsee_scale.passes.inputs.masks import fitting, token_mask
 from dsee_scale.passes.label_logits import IGNORED, label_loss, logits_at, output_layer, predicting
 
 
@@ -270,11 +270,10 @@ def _watching(
     def take(name: str, gradient: Tensor) -> None:
         if not watch.counts:
             return
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        all_tokens = len(flat) == watch.total
-        if watch.mask is not None and watch.mask.numel() == len(flat):
-            flat = flat[watch.mask.reshape(-1).to(flat.device)]
-        squares = flat.float().square()
+        all_tokens = gradient.shape[:-1].numel() == watch.total
+        kept = None if watch.mask is None else fitting(watch.mask, gradient.shape[:-1])
+        counted = gradient if kept is None else gradient[kept.to(gradient.device)]
+        squares = counted.reshape(-1, gradient.shape[-1]).float().square()
         sums[name].add_(squares.sum(0, dtype=torch.float64).cpu())
         watch.add(name, squares.sum(1), all_tokens=all_tokens)
 

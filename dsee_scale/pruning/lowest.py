@@ -59,7 +59,8 @@ def _comparable(pool: WeightPool, rankings: dict[str, Ranking]) -> Iterator[Weig
     apart = [WeightPool(m.name, pool.sparsity, (m,)) for m in alone]
     names = {m.name for m in alone}
     rest = WeightPool(pool.name, pool.sparsity, tuple(m for m in pool.members if m.name not in names))
-    left = pool.num_remove - sum(each.num_remove for each in apart)
+    # Where all are tiny, rounding each may take more than the pool's, or less.
+    left = min(max(pool.num_remove - sum(each.num_remove for each in apart), 0), rest.total - 1)
     yield from (*apart, replace(rest, sparsity=left / rest.total))
 
 

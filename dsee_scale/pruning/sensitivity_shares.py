@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from dsee_scale.adapters.matrices import Matrix
 from dsee_scale.algorithms.score import Ranking, ranked_blocks
 from dsee_scale.config import PruneConfig
 from dsee_scale.distributed import log_rank0, raise_on_all_ranks
@@ -104,7 +105,7 @@ def find_shares(
     if config.n_of_m:
         return Shares(tokens=tokens)
     rankings = find_rankings(pools, config, partition, statistics)
-    sparsity = _dealt(pools, rankings, outputs, removed, partition)
+    sparsity = _dealt(pools, rankings, found.outputs, outputs, removed, partition)
     relative = {name: each / each.square().mean().sqrt() for name, each in outputs.items()}
     return Shares(sparsity, relative, tokens)
 
@@ -122,44 +123,45 @@ def _without_experts(pools: Sequence[WeightPool]) -> list[WeightPool]:
 def _dealt(
     pools: Sequence[WeightPool],
     rankings: dict[str, Ranking],
+    gradients: Mapping[str, Tensor],
     outputs: Mapping[str, Tensor],
     removed: Mapping[str, Tensor],
     partition: Partition,
 ) -> dict[str, float]:
-    """Collective. The share of each matrix that goes."""
-    sparsity = {}
+    """Collective. The share of each matrix that goes; the pool's, where no token or no gradient tells one."""
+    sparsity: dict[str, float] = {}
     for pool in pools:
-        histograms = _histograms(pool, rankings, outputs, removed, partition)
+        told = [
+            m for m in pool.members if rankings[m.name].norms is not None and bool(gradients[m.name].any())
+        ]
+        sparsity |= {member.name: pool.sparsity for member in pool.members}
+        if not told:
+            continue
+        histograms = _histograms(told, rankings, outputs, removed, partition)
         total = int(histograms.sum())
         dealt = deal_removals(histograms, min(round(pool.sparsity * total), total - 1))
-        for member, histogram, count in zip(pool.members, histograms, dealt, strict=True):
+        for member, histogram, count in zip(told, histograms, dealt, strict=True):
             sparsity[member.name] = count / max(1, int(histogram.sum()))
     return sparsity
 
 
 def _histograms(
-    pool: WeightPool,
+    members: Sequence[Matrix],
     rankings: Mapping[str, Ranking],
     outputs: Mapping[str, Tensor],
     removed: Mapping[str, Tensor],
     partition: Partition,
 ) -> Tensor:
-    """Collective. (members, NUM_BINS): how the scores of each matrix are spread, without the inputs that are gone.
-
-    What no token reached, as an expert that is a module, scores lowest.
-    """
+    """Collective. (members, NUM_BINS): how the scores of each matrix are spread, without the inputs that are gone."""
     with raise_on_all_ranks(partition):
-        histograms = torch.zeros(len(pool.members), NUM_BINS, dtype=torch.int64, device=partition.device)
-        for histogram, member in zip(histograms, pool.members, strict=True):
-            ranking, norms = rankings[member.name], rankings[member.name].norms
-            if norms is None:  # no token reached it
-                norms = torch.zeros(member.num_inputs)
-            ranking = dataclasses.replace(ranking, norms=norms, outputs=outputs[member.name])
+        histograms = torch.zeros(len(members), NUM_BINS, dtype=torch.int64, device=partition.device)
+        for histogram, member in zip(histograms, members, strict=True):
+            ranking = dataclasses.replace(rankings[member.name], outputs=outputs[member.name])
             shard = member.shard(partition)
             for _, keys, _ in ranked_blocks(shard.data, shard.start, ranking):
                 count_keys_(histogram, keys)
     histograms = partition.sum_over_shards(histograms)
-    for histogram, member in zip(histograms, pool.members, strict=True):
+    for histogram, member in zip(histograms, members, strict=True):
         if member.name in removed:
             histogram[0] -= int(removed[member.name].sum()) * member.outputs_by_inputs[0]
     return histograms

@@ -17,6 +17,7 @@ from dsee_scale.adapters.state import model_state
 from dsee_scale.config import DecompositionConfig
 from dsee_scale.partition import exchange, open_partition, unwrap, zero3
 from dsee_scale.passes import blocks
+from dsee_scale.passes.inputs import watch
 from dsee_scale.pruning import lowest, sensitivity_shares
 from tests.dist.test_inject_prune import engine_for, whole_weights
 from tests.models import build, llama_config, partition, token_batch, zero3_config
@@ -339,6 +340,8 @@ SHORT = {
     "alike": (blocks, "_same", "lower the number of calibration batches"),
     "tokens": (sensitivity_shares, "_token_weights", "rank 1: MemoryError: no room"),
     "histogram": (sensitivity_shares, "count_keys_", "rank 1: MemoryError: no room"),
+    "squares": (watch, "sum_of_squares", "lower the number of tokens in a calibration batch"),
+    "padding": (watch.Kept, "of", "lower the number of tokens in a calibration batch"),
     "whole": (exchange.Piece, "whole", "lower gram_memory_mib (now 4096)"),
     "cut": (exchange.Piece, "cut", "pruning stopped half way: "),
 }
@@ -368,6 +371,25 @@ def test_a_rank_whose_memory_ends_between_two_messages_of_a_refit_leaves_no_othe
     assert found[0] == found[1] and unchanged
     assert text.startswith("PartitionError: ") and text.count("no room") == 1 and SHORT[where][2] in text
     assert usable == (where != "cut")  # by then the block counts as written
+
+
+def short_in_a_calibration() -> str:
+    model = injected_model(sharded=True)
+
+    def short(*_: object) -> None:
+        raise MemoryError("no room")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.distributed.get_rank() == 1:
+            patch.setattr(watch, "sum_of_squares", short)
+        with pytest.raises(dsee_scale.PartitionError) as caught:
+            dsee_scale.calibrate(model, [token_batch()])
+    return str(caught.value)
+
+
+def test_a_rank_whose_memory_ends_while_it_calibrates_leaves_no_other_waiting(pools):
+    texts = pools(2).run(short_in_a_calibration)
+    assert texts[0] == texts[1] and "lower the number of tokens in a calibration batch: no room" in texts[0]
 
 
 def statistics_of_ones_own(sharded: bool, other_model: bool) -> tuple[str, bool]:

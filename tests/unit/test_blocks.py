@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import transformers
@@ -13,6 +15,7 @@ from dsee_scale import PruneConfig
 from dsee_scale.algorithms.refit import Refit, sparsegpt
 from dsee_scale.errors import TargetError
 from dsee_scale.passes.blocks import capture
+from dsee_scale.pruning.refit import block as block_module
 from dsee_scale.pruning.refit import matrix, sweep
 from tests.models import build, token_batch
 from tests.unit.test_calibrate import batches, inputs_of, make
@@ -76,6 +79,54 @@ def test_a_second_output_that_the_next_block_reads_is_refused_and_one_that_none_
     refused(Chained(reads=True).requires_grad_(False), batch)
     model = Chained(reads=False).requires_grad_(False)
     assert dsee_scale.prune(model, PruneConfig(sparsity=0.5), [batch]).sparsity == pytest.approx(0.5)
+
+
+class Beside(nn.Module):
+    """Its blocks are called with a buffer that holds something of the batch's, and that they may add to."""
+
+    def __init__(self, adds: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"lin": nn.Linear(8, 8)}) for _ in range(2))
+        self.adds = adds
+        self.register_buffer("beside", torch.zeros(8), persistent=False)
+        for block in self.layers:
+            block.forward = functools.partial(self.run_block, block)  # type: ignore[method-assign]
+
+    def run_block(self, block: nn.ModuleDict, x: Tensor, beside: Tensor) -> Tensor:
+        if self.adds:
+            beside.add_(1)
+        return x + block["lin"](x * beside)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.beside.copy_(x.mean(0))
+        for block in self.layers:
+            x = block(x, self.beside)
+        return x
+
+
+def test_what_blocks_are_called_with_is_that_batchs_and_stays_as_it_is(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    data = [{"x": torch.randn(40, 8, generator=generator)} for _ in range(3)]
+    seen: dict[str, Tensor] = {}
+    reduced = block_module._reduced
+
+    def noted(*args: object) -> dict[str, Tensor]:
+        found = reduced(*args)
+        seen.update({name: gram.clone() for name, gram in found.items()})
+        return found
+
+    monkeypatch.setattr(block_module, "_reduced", noted)
+    dsee_scale.prune(Beside(adds=False).requires_grad_(False), PruneConfig(scope="matrix"), data)
+    rows = torch.cat([batch["x"] * batch["x"].mean(0) for batch in data])
+    torch.testing.assert_close(seen["layers.0.lin"], rows.t() @ rows / len(rows))
+
+    model = Beside(adds=True).requires_grad_(False)
+    before = [param.clone() for param in model.parameters()]
+    with pytest.raises(
+        TargetError, match=r"layers\.0 changes in place what it is called with.*set refit=False"
+    ):
+        dsee_scale.prune(model, PruneConfig(scope="matrix"), data)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_a_later_block_is_solved_for_what_the_pruned_ones_before_it_give():

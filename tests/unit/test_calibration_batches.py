@@ -29,7 +29,7 @@ from dsee_scale.passes.batches import _malloc_trim, named, problem
 from dsee_scale.passes.blocks import capture, find_blocks
 from dsee_scale.passes.inputs.watch import Watch
 from dsee_scale.passes.pools import block_linears
-from tests.models import build, llama_config, token_batch
+from tests.models import build, llama_config, moe_config, token_batch
 from tests.unit.test_calibrate import batches, make
 
 pytestmark = pytest.mark.unit
@@ -229,6 +229,27 @@ def test_layers_that_are_called_in_chunks_leave_out_their_padding():
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("refit", [True, False])
+def test_keys_and_values_that_all_heads_share_leave_out_their_padding(refit):
+    """DeepSeek-V3's are as wide as one head: (B, 1, T, rank)."""
+    model, alone = (build(moe_config("deepseek_v3")).requires_grad_(False) for _ in range(2))
+    data = [{**batch, "position_ids": torch.arange(12).expand(2, 12)} for batch in batches(3)]
+    rows = [
+        {"input_ids": ids[mask.bool()][None]}
+        for batch in data
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    found, expected = dsee_scale.calibrate(model, data), dsee_scale.calibrate(alone, rows)
+    name = "model.layers.0.self_attn.kv_b_proj"
+    assert found.tokens[name] == expected.tokens[name] == 3 * 24 - 6
+    torch.testing.assert_close(found.squares[name], expected.squares[name])
+    settings = PruneConfig(refit=refit, scope="matrix", modules=("kv_b_proj",))
+    for each, given in ((model, data), (alone, rows)):
+        dsee_scale.prune(each, settings, given)
+    for one, two in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
+
+
 class Cut(torch.nn.Module):
     """A block whose second layer sees as many positions as it likes."""
 
@@ -265,6 +286,7 @@ CALLS = {
     "flat": ([lambda x: x.reshape(-1, 8)], KEPT),
     "sequence first": ([lambda x: x.transpose(0, 1)], KEPT),
     "as many": ([lambda x: x.reshape(1, -1, 8)], 24),
+    "one head": ([lambda x: x[:, None]], KEPT),
     "few chunks": ([lambda x: x[:, :7]], "(2, 7)"),
     "long chunks": ([lambda x: x[:, :7], lambda x: x[:, :7]], "(2, 7)"),
     "some": ([lambda x: x.reshape(-1, 8)[:17]], "(17,)"),

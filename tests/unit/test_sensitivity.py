@@ -20,7 +20,7 @@ from dsee_scale.pruning import sensitivity_shares
 from dsee_scale.pruning.common_threshold import NUM_BINS, SWAY, count_keys_, deal_removals
 from dsee_scale.pruning.refit import pieces
 from tests.models import build
-from tests.unit.test_calibrate import batches, make
+from tests.unit.test_calibrate import batches, deberta, make
 
 
 def labelled(count: int = 3) -> list[dict[str, torch.Tensor]]:
@@ -250,6 +250,18 @@ def test_each_pool_loses_exactly_its_share_and_matrices_differ():
         lowest = (1 - SWAY) * sparsity
         for zeros, total in counts:
             assert lowest - 0.01 < zeros / total < 1 - (1 - SWAY) * (1 - sparsity) + 0.01
+
+
+def test_a_matrix_that_the_loss_tells_nothing_of_loses_its_pools_share():
+    """DeBERTa's projections of positions read nothing that begins at the first block's input."""
+    model = deberta(1)
+    data = [{**batch, "labels": torch.tensor([0, 1])} for batch in batches()]
+    report = dsee_scale.prune(model, PruneConfig(sparsity=0.5), data)
+    shares = {name: zeros / total for name, (zeros, total) in report.matrices.items()}
+    assert report.sparsity == pytest.approx(0.5, abs=1e-3)
+    positions = {name for name in shares if ".pos_" in name}
+    assert len(positions) == 4 and all(shares[name] == pytest.approx(0.5) for name in positions)
+    assert max(shares.values()) > 0.55 and min(shares.values()) < 0.45
 
 
 def histograms(scores: list[torch.Tensor]) -> torch.Tensor:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
 
 from dsee_scale.errors import CalibrationError
 from dsee_scale.partition import open_partition
@@ -73,6 +79,21 @@ def encoder(kind: type[torch.nn.Module], **changes: object) -> torch.nn.Module:
     return kind(BertConfig(**sizes, max_position_embeddings=16, num_labels=3, **changes)).requires_grad_(
         False
     )
+
+
+def test_padding_of_a_model_whose_sequence_comes_first_is_left_out():
+    """XLNet's layers give (T, B, O); its padding is on the left."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=97, d_model=16, n_layer=2, n_head=2, d_inner=24, num_labels=2, dropout=0.0)
+    sizes["initializer_range"] = 0.3  # so that every token says something
+    model = XLNetForSequenceClassification(XLNetConfig(**sizes)).requires_grad_(False)
+    kinds = [torch.tensor([at % 2]) for at in range(len(SEQUENCES))]
+    alone = [{**batch, "labels": kind} for batch, kind in zip(ALONE, kinds, strict=True)]
+    together = [padded(pair[::-1], "left") for pair in PAIRS]
+    for batch, pair in zip(together, (kinds[1::-1], kinds[:1:-1]), strict=True):
+        del batch["position_ids"]
+        batch["labels"] = torch.cat(pair)
+    assert_alike(found(model, together), found(model, alone))
 
 
 def test_several_classes_for_one_text_are_labels():

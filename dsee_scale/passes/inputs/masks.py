@@ -105,11 +105,13 @@ class Kept:
         if mask is None or not lead.numel():
             return None
         tower = _tower(name)
-        if (fitting := _fitting(mask, lead, tower in self._towers)) is not None:
+        if (fits := fitting(mask, lead, tower in self._towers)) is not None:
             self._fit.add(name)
             self._towers.add(tower)
-            return fitting
-        if name in self._fit or _stands_apart(name, lead, mask):
+            return fits
+        # One row that is longer than the batch's, where layers read that: positions.
+        longer = len(lead) == 2 and lead[0] == len(mask) == 1 and lead[1] > mask.shape[1]
+        if name in self._fit or _stands_apart(name, lead, mask) or (longer and tower in self._towers):
             return None
         self._other.setdefault(name, tuple(lead))
         if len(lead) != 2 or lead[0] != len(mask) or tower not in self._towers:
@@ -134,14 +136,15 @@ class Kept:
         return None
 
 
-def _fitting(mask: Tensor, lead: torch.Size, beside: bool) -> Tensor | None:
+def fitting(mask: Tensor, lead: torch.Size, beside: bool = False) -> Tensor | None:
     """The mask (B, T) in the order of an input of all tokens: by rows, the sequence first, or flat; None for others.
 
     Beside layers that read all tokens one row of as many vectors is something else, such as DeBERTa's positions.
     """
     if lead[:2] in (mask.shape, mask.t().shape):
         return mask if lead[:2] == mask.shape else mask.t()
-    flat = lead.numel() == mask.numel() and (len(lead) == 1 or not beside)
+    one_head = [size for size in lead if size != 1] == [size for size in mask.shape if size != 1]
+    flat = lead.numel() == mask.numel() and (len(lead) == 1 or one_head or not beside)
     return mask.reshape(lead) if flat else None
 
 

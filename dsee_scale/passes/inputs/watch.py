@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from dsee_scale.adapters.targets import linear_kind
 from dsee_scale.algorithms.score import sum_of_squares
 from dsee_scale.distributed import gather_objects
-from dsee_scale.errors import CalibrationError
 from dsee_scale.partition import Partition
+from dsee_scale.passes.decompose_model import explain_shortage
 from dsee_scale.passes.inputs.masks import Kept, token_mask
 from dsee_scale.passes.routed import Routed
 
 Take = Callable[[str, Tensor], None]
+TO_LOWER = "the number of tokens in a calibration batch"
 
 
 class InputSquares:
@@ -85,13 +86,13 @@ class Watch:
 
     Attributes:
         read: module name -> digest of the inputs that it was called with, in order, over batches that count.
-        problem: why tokens of a batch that has run can't be told from padding; the first that was found. Raise it on
-            all ranks before anything is done with what was handed out.
+        problem: what failed, or why tokens of a batch that has run can't be told from padding; the first that was
+            found. Raise it on all ranks before anything is done with what was handed out.
     """
 
     def __init__(self, take: Take, again: Callable[[str], None] | None) -> None:
         self.read: dict[str, bytes] = {}
-        self.problem: CalibrationError | None = None
+        self.problem: Exception | None = None
         self._take, self._again = take, again
         self._counts = True
         self._kept = Kept(None)
@@ -101,7 +102,8 @@ class Watch:
     @contextlib.contextmanager
     def batch(self, batch: Any, counts: bool = True) -> Iterator[None]:
         """While this batch runs; one that does not count runs for the other ranks' sake alone."""
-        self._kept, self._counts = Kept(token_mask(batch)), counts
+        self._counts = counts
+        self._safely("a batch", lambda: setattr(self, "_kept", Kept(token_mask(batch))))
         try:
             yield
             self.problem = self.problem or self._kept.problem()
@@ -110,12 +112,27 @@ class Watch:
 
     def see(self, name: str, x: Tensor) -> None:
         """One layer is about to read x, (..., I)."""
-        if not self._counts or not x.numel():  # experts may be called with no token
+        if x.numel():  # experts may be called with no token
+            self._safely(name, lambda: self._see(name, x))
+
+    def see_routed(self, name: str, sums: Routed, values: tuple[Any, ...]) -> None:
+        """A module with experts is about to be called with these values."""
+        self._safely(name, lambda: self._see_routed(name, sums, values))
+
+    def _safely(self, name: str, look: Callable[[], None]) -> None:
+        """Once something failed here nothing more is looked at: the other ranks wait within this forward pass."""
+        if not self._counts or self.problem is not None:
             return
+        try:
+            look()
+        except Exception as error:
+            self.problem = explain_shortage(error, f"at the inputs of {name}", TO_LOWER)
+
+    def _see(self, name: str, x: Tensor) -> None:
         again = self._last is not None and _same(*self._last, x)
         if not again:
             # The tensor is held on to, so that no other one can lie at its address meanwhile.
-            self._last = (x, -1 if x.is_inference() else x._version)
+            self._last = (x, version_of(x))
             self._number += 1
         self.read[name] = hashlib.blake2b(
             self.read.get(name, b"") + self._number.to_bytes(8, "little"), digest_size=16
@@ -126,11 +143,14 @@ class Watch:
             return
         self._take(name, (x if kept is None else x[kept.to(x.device)]).reshape(-1, x.shape[-1]))
 
-    def see_routed(self, name: str, sums: Routed, values: tuple[Any, ...]) -> None:
-        """A module with experts is about to be called with these values."""
-        if self._counts:
-            kept = self._kept.of(name, values[0].shape[:-1])
-            sums.add(values, None if kept is None else kept.reshape(-1))
+    def _see_routed(self, name: str, sums: Routed, values: tuple[Any, ...]) -> None:
+        kept = self._kept.of(name, values[0].shape[:-1])
+        sums.add(values, None if kept is None else kept.reshape(-1))
+
+
+def version_of(x: Tensor) -> int:
+    """A number that each change in place raises; of inference tensors, whose changes nobody counts, -1."""
+    return -1 if x.is_inference() else x._version
 
 
 def _same(last: Tensor, version: int, x: Tensor) -> bool:
