@@ -103,7 +103,7 @@ class Watch:
     def batch(self, batch: Any, counts: bool = True) -> Iterator[None]:
         """While this batch runs; one that does not count runs for the other ranks' sake alone."""
         self._counts = counts
-        self._safely("a batch", lambda: setattr(self, "_kept", Kept(token_mask(batch))))
+        self._safely("a batch", self._begin, batch)
         try:
             yield
             self.problem = self.problem or self._kept.problem()
@@ -113,20 +113,23 @@ class Watch:
     def see(self, name: str, x: Tensor) -> None:
         """One layer is about to read x, (..., I)."""
         if x.numel():  # experts may be called with no token
-            self._safely(name, lambda: self._see(name, x))
+            self._safely(name, self._see, name, x)
 
     def see_routed(self, name: str, sums: Routed, values: tuple[Any, ...]) -> None:
         """A module with experts is about to be called with these values."""
-        self._safely(name, lambda: self._see_routed(name, sums, values))
+        self._safely(name, self._see_routed, name, sums, values)
 
-    def _safely(self, name: str, look: Callable[[], None]) -> None:
+    def _safely(self, of: str, look: Callable[..., None], *given: Any) -> None:
         """Once something failed here nothing more is looked at: the other ranks wait within this forward pass."""
         if not self._counts or self.problem is not None:
             return
         try:
-            look()
+            look(*given)
         except Exception as error:
-            self.problem = explain_shortage(error, f"at the inputs of {name}", TO_LOWER)
+            self.problem = explain_shortage(error, f"at the inputs of {of}", TO_LOWER)
+
+    def _begin(self, batch: Any) -> None:
+        self._kept = Kept(token_mask(batch))
 
     def _see(self, name: str, x: Tensor) -> None:
         again = self._last is not None and _same(*self._last, x)
