@@ -19,6 +19,7 @@ from dsee_scale.partition import exchange, open_partition, unwrap, zero3
 from dsee_scale.passes import blocks
 from dsee_scale.passes.inputs import watch
 from dsee_scale.pruning import lowest, sensitivity_shares
+from dsee_scale.pruning.refit import block as refit_block
 from tests.dist.test_inject_prune import engine_for, whole_weights
 from tests.models import build, llama_config, partition, token_batch, zero3_config
 from tests.unit.test_calibrate import make
@@ -371,6 +372,31 @@ def test_a_rank_whose_memory_ends_between_two_messages_of_a_refit_leaves_no_othe
     assert found[0] == found[1] and unchanged
     assert text.startswith("PartitionError: ") and text.count("no room") == 1 and SHORT[where][2] in text
     assert usable == (where != "cut")  # by then the block counts as written
+
+
+def short_in_the_gram_pass() -> tuple[str, bool]:
+    """Rank 1 has no room for what it hands out once a block runs for its Gram matrices."""
+    model, of, run_block, running = injected_model(sharded=True), watch.Kept.of, refit_block.run_block, []
+
+    def short(*args: Any) -> torch.Tensor | None:
+        if running and torch.distributed.get_rank() == 1:
+            raise MemoryError("no room")
+        return of(*args)
+
+    def run(*args: Any) -> torch.Tensor:
+        running.append(args)
+        return run_block(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch.Kept, "of", short)
+        patch.setattr(refit_block, "run_block", run)
+        return what_prune_says(model, [token_batch()], refit=True)
+
+
+def test_a_rank_whose_memory_ends_in_a_gram_pass_leaves_no_other_waiting(pools):
+    found = pools(2).run(short_in_the_gram_pass)
+    assert found[0] == found[1] and found[0][1]
+    assert "lower the number of tokens in a calibration batch: no room" in found[0][0]
 
 
 def short_in_a_calibration() -> str:
