@@ -228,6 +228,15 @@ def test_layers_that_share_some_inputs_alone_have_sums_of_their_own(case):
         torch.testing.assert_close(found.squares[name].double(), squares, rtol=1e-5, atol=1e-7)
 
 
+def test_one_padded_row_beside_positions_that_outnumber_it():
+    """DeBERTa's own projections of positions read twice as many vectors as a row has tokens."""
+    model, batch = deberta(1), batches()[3]
+    data = [{name: each[1:] for name, each in batch.items()}]
+    found, expected = dsee_scale.calibrate(model, data), exact_sums(model, data)
+    assert {tokens for _, tokens in expected.values()} == {8, 24}
+    assert found.tokens == {name: tokens for name, (_, tokens) in expected.items()}
+
+
 def test_layers_that_share_every_input_share_one_record():
     found = dsee_scale.calibrate(make("llama"), batches())
     layer = "model.layers.1."

@@ -10,11 +10,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
+from dsee_scale.adapters.matrices import linear_matrix
 from dsee_scale.algorithms import current_gpu, loops, select
 from dsee_scale.algorithms.loops import choose, compiled
 from dsee_scale.algorithms.score import Ranking, key_bits, keys, random_scores, ranked_blocks
 from dsee_scale.algorithms.score import scores as score_of
 from dsee_scale.algorithms.select import Cut, CutSearch, apply_cut_, global_cut, num_removed
+from dsee_scale.partition import open_partition
+from dsee_scale.passes.pools import WeightPool
+from dsee_scale.pruning.lowest import remove_lowest
 from tests.unit.test_delta import make_delta
 
 pytestmark = pytest.mark.unit
@@ -377,3 +381,17 @@ def test_without_a_triton_that_works_a_gpu_uses_the_plain_loops(monkeypatch):
 
 def refuse(*args, **kwargs):
     raise RuntimeError("no C compiler")
+
+
+def test_a_pool_of_next_to_nothing_that_no_token_reached_is_rounded():
+    """Half of three entries rounds up to two: six of three matrices, and the pool's half of ten is five."""
+    layers = torch.nn.ModuleList(torch.nn.Linear(inputs, 1, bias=False) for inputs in (3, 3, 3, 1))
+    layers.requires_grad_(False)
+    partition = open_partition(layers)
+    members = tuple(linear_matrix(str(at), layer, partition.shape) for at, layer in enumerate(layers))
+    rankings = {
+        each.name: Ranking(mode="wanda", name=each.name, norms=norms, shape=each.shape)
+        for each, norms in zip(members, [None, None, None, torch.ones(1)], strict=True)
+    }
+    found = remove_lowest([WeightPool("all", 0.5, members)], rankings, partition, hidden=True)
+    assert [zeros for zeros, _ in found.values()] == [2, 2, 2, 0]
